@@ -1,0 +1,139 @@
+"""What can run here, and the reasons why not.
+
+Every op has up to three backends. ``reference`` is plain PyTorch and always runs. ``triton`` needs the
+``triton`` package and a CUDA device (or Triton's interpreter, for tests). ``native`` is the compiled extension:
+C++ for CPU tensors, CUDA C++ for CUDA tensors. A backend that cannot run says why; it never falls back silently.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+BUILD_COMMAND = "pip install --no-build-isolation ."
+"""The command that builds the extension into the installed package."""
+
+_PACKAGE = Path(__file__).resolve().parent
+_CPU_LIBRARY = "_native_cpu.abi3.so"
+_CUDA_LIBRARY = "_native_cuda.abi3.so"
+
+
+class BackendUnavailable(RuntimeError):
+    """A backend was asked for by name and cannot take this input; the message lists every backend's reasons."""
+
+
+@functools.cache
+def _load(filename: str) -> str | None:
+    """Load one shared library of the extension; return why it could not be loaded, or None when it was."""
+    path = _PACKAGE / filename
+    if not path.is_file():
+        return f"{filename} is not built; build it with `{BUILD_COMMAND}`"
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return f"{filename} does not load: {error}; rebuild it with `{BUILD_COMMAND}`"
+    return None
+
+
+def load_native() -> None:
+    """Load whatever part of the extension is built. Never compiles; failures are kept as reasons."""
+    _load(_CPU_LIBRARY)
+    if torch.version.cuda is not None:
+        _load(_CUDA_LIBRARY)
+
+
+def native_cpu_reasons() -> list[str]:
+    """Reasons why the C++ part of the extension is not usable here; empty when it is."""
+    problem = _load(_CPU_LIBRARY)
+    return [problem] if problem else []
+
+
+def native_cuda_reasons() -> list[str]:
+    """Reasons why the CUDA part of the extension is not usable here; empty when it is."""
+    if torch.version.cuda is None:
+        return [f"PyTorch {torch.__version__} is built without CUDA"]
+    if not torch.cuda.is_available():
+        return ["no CUDA device is visible"]
+    problem = _load(_CUDA_LIBRARY)
+    return [problem] if problem else []
+
+
+def native_reasons(device: torch.device) -> list[str]:
+    """Reasons why the extension cannot run on tensors of ``device``; empty when it can."""
+    if device.type == "cpu":
+        return native_cpu_reasons()
+    if device.type == "cuda":
+        return native_cuda_reasons()
+    return [f"there are no native kernels for {device.type} tensors"]
+
+
+@functools.cache
+def _triton_import_problem() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return f"the triton package is not installed (`pip install triton`; Linux only, this is {platform.system()})"
+    try:
+        import triton  # noqa: F401
+    except Exception as error:  # a broken installation must become a reason, not a crash at import
+        return f"the triton package does not import: {error}"
+    return None
+
+
+def triton_interpreted() -> bool:
+    """Whether Triton runs in its CPU interpreter (environment variable ``TRITON_INTERPRET``)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in {"1", "true", "yes", "on"}
+
+
+def triton_reasons(device: torch.device) -> list[str]:
+    """Reasons why Triton kernels cannot run on tensors of ``device``; empty when they can."""
+    problem = _triton_import_problem()
+    if problem:
+        return [problem]
+    if device.type == "cpu":
+        if triton_interpreted():
+            return []
+        return ["Triton kernels take CPU tensors only in the interpreter (set TRITON_INTERPRET=1 before importing)"]
+    if device.type != "cuda":
+        return [f"there are no Triton kernels for {device.type} tensors"]
+    if torch.version.cuda is not None and torch.cuda.get_device_capability(device) < (8, 0):
+        return ["Triton kernels need compute capability 8.0 or newer"]
+    return []
+
+
+def select(op: str, requested: str, reasons: Mapping[str, Sequence[str]], order: Sequence[str]) -> str:
+    """Choose the backend that runs one call of ``op``.
+
+    Args:
+        op: Name of the op, for the messages.
+        requested: ``"auto"`` or the name of a backend.
+        reasons: For each backend of the op, why it cannot take this input (empty when it can).
+        order: The names that ``"auto"`` tries, fastest first.
+
+    Returns:
+        The name of the backend to run.
+
+    Raises:
+        ValueError: ``requested`` is not ``"auto"`` and not a backend of this op.
+        BackendUnavailable: the named backend (or, for ``"auto"``, every one) cannot take this input.
+    """
+    if requested == "auto":
+        for name in order:
+            if not reasons[name]:
+                return name
+    elif requested not in reasons:
+        accepted = ", ".join(repr(name) for name in ("auto", *reasons))
+        raise ValueError(f"{op}: backend={requested!r} is not known; accepted: {accepted}")
+    elif not reasons[requested]:
+        return requested
+    lines = [f"{op}: backend={requested!r} cannot take this input."]
+    for name, why in reasons.items():
+        lines.append(f"  {name}: {'; '.join(why) if why else 'can run'}")
+    raise BackendUnavailable("\n".join(lines))
+
+
+load_native()

@@ -1,0 +1,29 @@
+"""Shared fixtures. Without a CUDA device Triton kernels run in the interpreter, which must be chosen before import."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Every device of this machine that the kernels run on."""
+    return torch.device(request.param)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of published data and golden outputs; tests that need it skip where it is absent."""
+    if not SHARED.is_dir():
+        pytest.skip(f"no folder of published data at {SHARED}")
+    return SHARED
