@@ -64,13 +64,20 @@ def native_cuda_reasons() -> list[str]:
     return [problem] if problem else []
 
 
-def native_reasons(device: torch.device) -> list[str]:
-    """Reasons why the extension cannot run on tensors of ``device``; empty when it can."""
-    if device.type == "cpu":
-        return native_cpu_reasons()
-    if device.type == "cuda":
-        return native_cuda_reasons()
-    return [f"there are no native kernels for {device.type} tensors"]
+def native_reasons(operator: str, device: torch.device) -> list[str]:
+    """Reasons why the extension cannot run ``operator`` on tensors of ``device``; empty when it can.
+
+    Args:
+        operator: Name of a native operator without its namespace, for example ``"upsample_native"``.
+        device: The device of the tensors.
+    """
+    if device.type not in {"cpu", "cuda"}:
+        return [f"there are no native kernels for {device.type} tensors"]
+    reasons = native_cpu_reasons() if device.type == "cpu" else native_cuda_reasons()
+    key = device.type.upper()
+    if not reasons and not torch._C._dispatch_has_kernel_for_dispatch_key(f"fastmetro_kernels::{operator}", key):
+        reasons = [f"the extension holds no {key} kernel for {operator}"]
+    return reasons
 
 
 @functools.cache
@@ -100,6 +107,8 @@ def triton_reasons(device: torch.device) -> list[str]:
         return ["Triton kernels take CPU tensors only in the interpreter (set TRITON_INTERPRET=1 before importing)"]
     if device.type != "cuda":
         return [f"there are no Triton kernels for {device.type} tensors"]
+    if not torch.cuda.is_available():
+        return ["no CUDA device is visible"]
     if torch.version.cuda is not None and torch.cuda.get_device_capability(device) < (8, 0):
         return ["Triton kernels need compute capability 8.0 or newer"]
     return []

@@ -1,0 +1,84 @@
+"""``python -m fastmetro_kernels.info``: what is installed, which backends run here, and what mends the rest."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+
+import torch
+
+import fastmetro_kernels
+from fastmetro_kernels import backends
+
+OPS = {
+    "topology_attention": ("attention_forward_native", ("reference", "native", "triton")),
+    "sparse_upsample": ("upsample_native", ("reference", "native", "triton")),
+    "rasterize": ("rasterize_native", ("reference", "native")),
+}
+"""The public ops: the operator whose presence tells of native kernels, and the backends that exist."""
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def backend_reasons(op: str, backend: str, device: torch.device) -> list[str]:
+    """Why ``backend`` of ``op`` cannot run on tensors of ``device``; empty when it can.
+
+    Args:
+        op: Name of a public op, a key of :data:`OPS`.
+        backend: ``"reference"``, ``"native"`` or ``"triton"``.
+        device: The device whose tensors are asked about.
+    """
+    if backend == "triton":
+        return backends.triton_reasons(device)
+    if backend == "native":
+        return backends.native_reasons(OPS[op][0], device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return ["no CUDA device is visible"]
+    return []
+
+
+def remedy() -> str | None:
+    """The command that mends what is missing here, or None when nothing is."""
+    if backends.native_cpu_reasons():
+        return f"{backends.BUILD_COMMAND}   (compiles the C++ kernels; needs g++)"
+    if torch.cuda.is_available() and backends.native_cuda_reasons():
+        return f"{backends.BUILD_COMMAND}   (compiles the CUDA kernels; needs nvcc on the PATH or CUDA_HOME)"
+    if importlib.util.find_spec("triton") is None and platform.system() == "Linux":
+        return "pip install triton"
+    return None
+
+
+def report() -> str:
+    """The whole report as text."""
+    lines = [f"fastmetro_kernels {fastmetro_kernels.__version__}", "", "versions"]
+    lines += [f"  {name:10} {_version(name)}" for name in ("torch", "triton", "numpy", "scipy")]
+    lines += [f"  {'python':10} {platform.python_version()}", f"  {'CUDA':10} {torch.version.cuda or 'none in this PyTorch'}"]
+    lines += ["", "devices", f"  cpu        {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        lines.append(f"  cuda:{index}     {properties.name}, compute capability {properties.major}.{properties.minor}, "
+                     f"{properties.total_memory / 2**30:.0f} GiB")
+    if not torch.cuda.is_available():
+        lines.append("  cuda       none is visible")
+    for op, (_, names) in OPS.items():
+        lines += ["", op]
+        for device in (torch.device("cpu"), torch.device("cuda")):
+            for name in names:
+                reasons = backend_reasons(op, name, device)
+                lines.append(f"  {device.type:5} {name:10} {'yes' if not reasons else 'no: ' + '; '.join(reasons)}")
+    command = remedy()
+    lines += ["", f"to mend: {command}" if command else "nothing is missing"]
+    if os.environ.get("FASTMETRO_SIMD"):
+        lines.append(f"FASTMETRO_SIMD={os.environ['FASTMETRO_SIMD']} caps the CPU kernels' instruction set")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(report())
