@@ -32,8 +32,16 @@ X86 = platform.machine() in {"x86_64", "AMD64"}
 SIMD_FLAGS = {
     "isa_baseline": [],
     "isa_avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "isa_avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c",
-                   "-mprefer-vector-width=512"],
+    "isa_avx512": [
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512vl",
+        "-mavx512dq",
+        "-mavx2",
+        "-mfma",
+        "-mf16c",
+        "-mprefer-vector-width=512",
+    ],
 }
 CUDA_TARGETS = [
     "-gencode=arch=compute_80,code=sm_80",
@@ -57,8 +65,10 @@ def find_cxx() -> str:
     for name in (os.environ.get("CXX"), "g++", "c++", "clang++"):
         if name and shutil.which(name):
             return name
-    raise SystemExit("error: no C++ compiler was found (tried $CXX, g++, c++, clang++); install one, for example "
-                     "`apt-get install g++`, or set FASTMETRO_NATIVE=0 to install without the native kernels")
+    raise SystemExit(
+        "error: no C++ compiler was found (tried $CXX, g++, c++, clang++); install one, for example "
+        "`apt-get install g++`, or set FASTMETRO_NATIVE=0 to install without the native kernels"
+    )
 
 
 class BuildNative(build_ext):
@@ -71,10 +81,15 @@ class BuildNative(build_ext):
         self.torch_home = torch_home
         self.objects_dir = Path(self.build_temp) / ext.name.rpartition(".")[2]
         self.objects_dir.mkdir(parents=True, exist_ok=True)
-        self.newest_header = max(p.stat().st_mtime for p in [*CSRC.rglob("*.h"), *CSRC.rglob("*.cuh"), ROOT / "setup.py"])
+        self.newest_header = max(
+            p.stat().st_mtime for p in [*CSRC.rglob("*.h"), *CSRC.rglob("*.cuh"), ROOT / "setup.py"]
+        )
         cuda = ext.name.endswith("_cuda")
-        jobs = [job for source in ext.sources
-                for job in (self.cuda_jobs(Path(source)) if cuda else self.cpu_jobs(Path(source)))]
+        jobs = [
+            job
+            for source in ext.sources
+            for job in (self.cuda_jobs(Path(source)) if cuda else self.cpu_jobs(Path(source)))
+        ]
         with ThreadPoolExecutor(max_workers=int(os.environ.get("MAX_JOBS", 0)) or os.cpu_count()) as pool:
             objects = list(pool.map(lambda job: self.compile(*job), jobs))
         target = Path(self.get_ext_fullpath(ext.name))
@@ -85,22 +100,49 @@ class BuildNative(build_ext):
         return [f"-I{CSRC}", "-isystem", str(self.torch_home / "include")]
 
     def cpu_jobs(self, source: Path) -> list[tuple[Path, Path, list[str]]]:
-        flags = [find_cxx(), "-c", "-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno",
-                 "-fno-trapping-math", "-fopenmp-simd", "-Wall", TORCH_TARGET, *self.include_flags()]
+        flags = [
+            find_cxx(),
+            "-c",
+            "-std=c++20",
+            "-O3",
+            "-fPIC",
+            "-fvisibility=hidden",
+            "-fno-math-errno",
+            "-fno-trapping-math",
+            "-fopenmp-simd",
+            "-Wall",
+            TORCH_TARGET,
+            *self.include_flags(),
+        ]
         if X86:
             flags.append("-DFM_HAVE_X86")
         stem = f"{source.parent.name}_{source.stem}"
         if not source.stem.endswith("_simd"):
             return [(source, self.objects_dir / f"{stem}.o", flags)]
         levels = SIMD_FLAGS if X86 else {"isa_baseline": []}
-        return [(source, self.objects_dir / f"{stem}_{isa}.o", [*flags, f"-DFM_SIMD_NS={isa}", *extra])
-                for isa, extra in levels.items()]
+        return [
+            (source, self.objects_dir / f"{stem}_{isa}.o", [*flags, f"-DFM_SIMD_NS={isa}", *extra])
+            for isa, extra in levels.items()
+        ]
 
     def cuda_jobs(self, source: Path) -> list[tuple[Path, Path, list[str]]]:
         nvcc = find_nvcc()
         assert nvcc is not None  # the extension is only listed when nvcc was found
-        flags = [nvcc, "-c", "-std=c++20", "-O3", "--threads", "2", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden",
-                 "-DUSE_CUDA", TORCH_TARGET, *CUDA_TARGETS, *self.include_flags()]
+        flags = [
+            nvcc,
+            "-c",
+            "-std=c++20",
+            "-O3",
+            "--threads",
+            "2",
+            "-lineinfo",
+            "-Xcompiler",
+            "-fPIC,-fvisibility=hidden",
+            "-DUSE_CUDA",
+            TORCH_TARGET,
+            *CUDA_TARGETS,
+            *self.include_flags(),
+        ]
         return [(source, self.objects_dir / f"{source.parent.name}_{source.stem}.o", flags)]
 
     def compile(self, source: Path, target: Path, flags: list[str]) -> str:
@@ -115,14 +157,35 @@ class BuildNative(build_ext):
         # Empty stand-ins with the right names: the real ones are in the process by the time the result is loaded,
         # and a CPU-only torch has no libtorch_cuda.so to link to.
         for name in ("torch_cpu", "torch_cuda") if cuda else ("torch_cpu",):
-            self.call([find_cxx(), "-shared", "-fPIC", "-x", "c++", os.devnull, "-o", str(libraries / f"lib{name}.so"),
-                       f"-Wl,-soname,lib{name}.so"])
+            self.call(
+                [
+                    find_cxx(),
+                    "-shared",
+                    "-fPIC",
+                    "-x",
+                    "c++",
+                    os.devnull,
+                    "-o",
+                    str(libraries / f"lib{name}.so"),
+                    f"-Wl,-soname,lib{name}.so",
+                ]
+            )
         stubs = [f"-L{libraries}", "-ltorch_cpu"]
         if cuda:
             nvcc = find_nvcc()
             assert nvcc is not None
             # nvcc links, because it knows where its static runtime library lies.
-            command = [nvcc, "-shared", "-cudart", "static", "-Xlinker", "--no-as-needed", *objects, *stubs, "-ltorch_cuda"]
+            command = [
+                nvcc,
+                "-shared",
+                "-cudart",
+                "static",
+                "-Xlinker",
+                "--no-as-needed",
+                *objects,
+                *stubs,
+                "-ltorch_cuda",
+            ]
         else:
             command = [find_cxx(), "-shared", "-Wl,--no-as-needed", *objects, *stubs]
         command += ["-o", str(target)]

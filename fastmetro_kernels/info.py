@@ -59,12 +59,21 @@ def report() -> str:
     """The whole report as text."""
     lines = [f"fastmetro_kernels {fastmetro_kernels.__version__}", "", "versions"]
     lines += [f"  {name:10} {_version(name)}" for name in ("torch", "triton", "numpy", "scipy")]
-    lines += [f"  {'python':10} {platform.python_version()}", f"  {'CUDA':10} {torch.version.cuda or 'none in this PyTorch'}"]
-    lines += ["", "devices", f"  cpu        {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"]
+    lines += [
+        f"  {'python':10} {platform.python_version()}",
+        f"  {'CUDA':10} {torch.version.cuda or 'none in this PyTorch'}",
+    ]
+    lines += [
+        "",
+        "devices",
+        f"  cpu        {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+    ]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        lines.append(f"  cuda:{index}     {properties.name}, compute capability {properties.major}.{properties.minor}, "
-                     f"{properties.total_memory / 2**30:.0f} GiB")
+        lines.append(
+            f"  cuda:{index}     {properties.name}, compute capability {properties.major}.{properties.minor}, "
+            f"{properties.total_memory / 2**30:.0f} GiB"
+        )
     if not torch.cuda.is_available():
         lines.append("  cuda       none is visible")
     for op, (_, names) in OPS.items():

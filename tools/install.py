@@ -44,7 +44,17 @@ def main() -> int:
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
         file.write("\n".join(keep))
         file.flush()
-        command = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "-c", file.name, *missing]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "-q",
+            "--disable-pip-version-check",
+            "-c",
+            file.name,
+            *missing,
+        ]
         return subprocess.run(command).returncode
 
 
