@@ -1,0 +1,103 @@
+"""Random numbers that are a pure function of (seed, sample index, name, lane).
+
+Sample ``i`` is the same whatever the batch it is drawn in, the order, the worker or the device, because
+there is no generator state: every number is a hash of its own coordinates. The integers are equal on every
+device, and so are the uniforms, which are exact multiples of 2**-24; normals agree to float rounding.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+
+
+def mix32(x: Tensor) -> Tensor:
+    """A bijective 32-bit finaliser (the one the attention dropout uses) on int64 values in [0, 2**32)."""
+    x = x ^ (x >> 16)
+    x = (x * 0x7FEB352D) & _MASK
+    x = x ^ (x >> 15)
+    x = (x * 0x846CA68B) & _MASK
+    return x ^ (x >> 16)
+
+
+class CounterRandom:
+    """Named streams of random numbers for a batch of sample indices.
+
+    Args:
+        seed: any integer with 0 <= seed < 2**63.
+        indices: int64 [B], the sample indices (>= 0), on the device the numbers are wanted on.
+
+    Raises:
+        TypeError: if ``seed`` is no int or ``indices`` is no int64 tensor.
+        ValueError: if ``seed`` is out of range or ``indices`` is not one-dimensional.
+    """
+
+    def __init__(self, seed: int, indices: Tensor) -> None:
+        if not isinstance(seed, int) or isinstance(seed, bool):
+            raise TypeError(f"seed must be an int, got {type(seed).__name__}")
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"seed must satisfy 0 <= seed < 2**63, got {seed}")
+        if not isinstance(indices, Tensor) or indices.dtype != torch.int64:
+            raise TypeError(f"indices must be an int64 tensor, got {getattr(indices, 'dtype', type(indices))}")
+        if indices.ndim != 1:
+            raise ValueError(f"indices must have shape [B], got {tuple(indices.shape)}")
+        self.indices = indices
+        low, high = indices & _MASK, (indices >> 32) & _MASK
+        # Two 32-bit words of key per sample: with one, a few hundred pairs of a million samples would coincide.
+        self._keys = tuple(
+            mix32(mix32(mix32((mix32(low ^ word) + (seed & _MASK)) & _MASK) ^ high) ^ (seed >> 32))
+            for word in (0x9E3779B9, 0x85EBCA6B)
+        )
+
+    @property
+    def batch_size(self) -> int:
+        return self.indices.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.indices.device
+
+    def bits(self, name: str, *shape: int) -> Tensor:
+        """int64 [B, *shape] in [0, 2**32). Different names give unrelated numbers."""
+        stream = zlib.crc32(name.encode())
+        lanes = torch.arange(math.prod(shape), device=self.device, dtype=torch.int64)
+        first, second = (mix32(key ^ stream).unsqueeze(1) for key in self._keys)
+        return mix32(mix32((lanes * 0x9E3779B9 + first) & _MASK) ^ second).view(-1, *shape)
+
+    def uniform(self, name: str, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+        """float32 [B, *shape] in [low, high)."""
+        unit = (self.bits(name, *shape) >> 8).float() * 2.0**-24
+        return low + (high - low) * unit
+
+    def normal(self, name: str, *shape: int) -> Tensor:
+        """float32 [B, *shape], standard normal (Box-Muller)."""
+        pair = ((self.bits(name, 2, *shape) >> 8).float() + 0.5) * 2.0**-24
+        return torch.sqrt(-2.0 * torch.log(pair[:, 0])) * torch.cos(2.0 * math.pi * pair[:, 1])
+
+    def integers(self, name: str, high: int, *shape: int) -> Tensor:
+        """int64 [B, *shape] in [0, high), for 0 < high <= 2**31."""
+        if not 0 < high <= 2**31:
+            raise ValueError(f"high must satisfy 0 < high <= 2**31, got {high}")
+        return (self.bits(name, *shape) * high) >> 32
+
+    def chance(self, name: str, probability: float, *shape: int) -> Tensor:
+        """bool [B, *shape], True with ``probability``."""
+        return self.uniform(name, *shape) < probability
+
+    def choice(self, name: str, weights: Sequence[float]) -> Tensor:
+        """int64 [B]: which of the alternatives, drawn in proportion to ``weights``."""
+        if not weights or min(weights) < 0 or sum(weights) <= 0:
+            raise ValueError(f"weights must be non-negative with a positive sum, got {tuple(weights)}")
+        total, bound = float(sum(weights)), 0.0
+        unit = self.uniform(name)
+        chosen = torch.zeros_like(self.indices)
+        for weight in weights[:-1]:  # plain comparisons: no host tensor is copied, so this can be captured
+            bound += weight / total
+            chosen = chosen + (unit >= bound)
+        return chosen
