@@ -1,0 +1,116 @@
+"""The specification of topology-masked attention in plain PyTorch: any device, differentiable any number of times.
+
+Out of scaled dot-product attention (Vaswani et al. 2017, equation 1) with FastMETRO's mask (Cho et al. 2022,
+section 3.3) only the allowed pairs are computed: rows are gathered by list length, so that memory grows with the
+number of neighbours and not with L x L. Accumulates in float32 (float64 for float64 inputs). Deterministic: sums
+are matrix products, gathers are by indexing, whose gradient PyTorch accumulates in a fixed order.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmetro_kernels.attention.dropout import dropped
+from fastmetro_kernels.attention.ops import lse_dtype
+from fastmetro_kernels.topology import TokenTopology
+
+
+def reasons(q: Tensor, k: Tensor, v: Tensor, topology: TokenTopology) -> list[str]:
+    """The reference runs everything that passes the checks of the API."""
+    return []
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    topology: TokenTopology,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of all tokens: (out [B, L, H, D] in q.dtype, lse [B, H, L]); see `topology_attention`."""
+    dtype = q.dtype
+    q, k, v = (tensor.to(lse_dtype(dtype)) for tensor in (q, k, v))
+    hubs = topology.num_hubs
+    outs, lses = [], []
+    if hubs:
+        out, lse = _hub_rows(q[:, :hubs], k, v, scale, dropout_p, seed)
+        outs.append(out)
+        lses.append(lse)
+    if topology.num_vertices:
+        out, lse = _vertex_rows(q, k, v, topology, scale, dropout_p, seed)
+        outs.append(out)
+        lses.append(lse)
+    if not outs:
+        return torch.empty_like(q, dtype=dtype), q.new_empty(q.shape[0], q.shape[2], 0)
+    return torch.cat(outs, 1).to(dtype), torch.cat(lses, 2)
+
+
+def _hub_rows(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float, seed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The dense rows: q [B, K, H, D] against all tokens."""
+    tokens = torch.arange(k.shape[1], device=q.device)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q * scale, k)
+    lse = torch.logsumexp(scores, -1)
+    weights = torch.exp(scores - lse[..., None])
+    weights = dropped(weights, seed, dropout_p, tokens[: q.shape[1], None], tokens)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, v), lse
+
+
+def _vertex_rows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    topology: TokenTopology,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The sparse rows, group by group of equal padded list length, put back into vertex order."""
+    hubs = topology.num_hubs
+    outs, lses = [], []
+    row, entry = 0, 0
+    for count, width in topology.groups:
+        rows = topology.group_rows[row : row + count]
+        entries = topology.group_entries[entry : entry + count * width]
+        padding = topology.group_padding[entry : entry + count * width].view(count, width)
+        row, entry = row + count, entry + count * width
+        neighbors = topology.columns[entries].long().view(count, width)
+        out, lse = _group(q, k, v, rows + hubs, neighbors + hubs, padding, hubs, scale, dropout_p, seed)
+        outs.append(out)
+        lses.append(lse)
+    places = torch.argsort(topology.group_rows)
+    return torch.cat(outs, 1)[:, places], torch.cat(lses, 2)[:, :, places]
+
+
+def _group(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    queries: Tensor,
+    neighbors: Tensor,
+    padding: Tensor,
+    hubs: int,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Rows `queries` [R] over the hubs and their `neighbors` [R, W] (token numbers; `padding` [R, W] repeats)."""
+    count, width = neighbors.shape
+    rows = q[:, queries] * scale
+    if hubs + width == 0:
+        nothing = rows.new_full((q.shape[0], q.shape[2], count), -torch.inf)
+        return torch.zeros_like(rows), nothing
+    to_hubs = torch.einsum("brhd,bkhd->bhrk", rows, k[:, :hubs])
+    to_neighbors = torch.einsum("brhd,brwhd->bhrw", rows, k[:, neighbors])
+    scores = torch.cat([to_hubs, to_neighbors.masked_fill(padding, -torch.inf)], -1)
+    lse = torch.logsumexp(scores, -1)
+    hub_keys = torch.arange(hubs, device=q.device).expand(count, hubs)
+    weights = torch.exp(scores - lse[..., None])
+    weights = dropped(weights, seed, dropout_p, queries[:, None], torch.cat([hub_keys, neighbors], -1))
+    out = torch.einsum("bhrk,bkhd->brhd", weights[..., :hubs], v[:, :hubs])
+    out = out + torch.einsum("bhrw,brwhd->brhd", weights[..., hubs:], v[:, neighbors])
+    return out, lse
