@@ -1,0 +1,65 @@
+"""Attention by the compiled extension (`csrc/attention/`): C++ on CPU tensors, CUDA C++ on CUDA tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmetro_kernels import backends
+from fastmetro_kernels.attention import ops  # noqa: F401  (declares the ops)
+from fastmetro_kernels.topology import TokenTopology
+
+_forward = torch.ops.fastmetro_kernels.attention_forward_native.default
+_backward = torch.ops.fastmetro_kernels.attention_backward_native.default
+
+
+def reasons(q: Tensor, k: Tensor, v: Tensor, topology: TokenTopology) -> list[str]:
+    """Why the extension cannot take this input; empty when it can."""
+    if q.device.type == "cpu":
+        missing = backends.native_cpu_reasons()
+        if not missing and not torch._C._dispatch_has_kernel_for_dispatch_key(_forward.name(), "CPU"):
+            missing = ["the extension is built without CPU attention"]
+        return missing
+    if q.device.type == "cuda":
+        return ["there are no CUDA attention kernels in the extension yet"]
+    return [f"there are no kernels for {q.device.type} tensors"]
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, topology: TokenTopology, scale: float, dropout_p: float, seed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(out, lse); see `topology_attention`."""
+    return _forward(q, k, v, topology.row_offsets, topology.columns, topology.num_hubs, scale, dropout_p, seed)
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    topology: TokenTopology,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv), contiguous."""
+    return _backward(
+        grad_out,
+        grad_lse,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        topology.row_offsets,
+        topology.columns,
+        topology.t_row_offsets,
+        topology.t_columns,
+        topology.num_hubs,
+        scale,
+        dropout_p,
+        seed,
+    )
