@@ -177,7 +177,10 @@ def _order_components(
     begin = 0
     while begin < len(grouped) and sizes[label[grouped[begin]]] > 1:
         local = grouped[begin : begin + sizes[label[grouped[begin]]]]
-        _order_part(graph[local][:, local], vertices[local], start + begin, order)
+        if len(local) > WINDOW_ROWS:
+            _order_part(graph[local][:, local], vertices[local], start + begin, order)
+        else:  # there may be very many of these
+            order[start + begin : start + begin + len(local)] = vertices[local]
         begin += len(local)
     order[start + begin : start + len(grouped)] = vertices[grouped[begin:]]
 

@@ -6,8 +6,12 @@ that tracing (`torch.compile`, `torch.export`) works whether or not a kernel is 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from fastmetro_kernels.schedule import WINDOW_ROWS
 
 NAMESPACE = "fastmetro_kernels"
 
@@ -22,58 +26,48 @@ def define(name: str, schema: str) -> None:
     torch.library.define(f"{NAMESPACE}::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
+def _check_tensor(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+    """The tensor must have exactly this shape (sizes may be symbolic), dtype and device."""
+    same_axes = tensor.dim() == len(shape)
+    torch._check(same_axes, lambda: f"{name} must have {len(shape)} axes, got shape {tuple(tensor.shape)}")
+    for axis, size in enumerate(shape):
+        torch._check(
+            tensor.size(axis) == size, lambda: f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}"
+        )
+    torch._check(tensor.dtype == dtype, lambda: f"{name} must be {dtype}, got {tensor.dtype}")
+    torch._check(tensor.device == device, lambda: f"{name} must be on {device}, got {tensor.device}")
+
+
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Shape and dtype rules that all attention ops share, in a form that tracing understands."""
+    """k and v must match q [B, L, H, D]."""
     torch._check(q.dim() == 4, lambda: f"q must be [B, L, H, D], got {tuple(q.shape)}")
-    for name, tensor in (("k", k), ("v", v)):
-        torch._check(tensor.dim() == 4, lambda: f"{name} must be [B, L, H, D], got {tuple(tensor.shape)}")
-        for axis in range(4):
-            torch._check(
-                tensor.size(axis) == q.size(axis),
-                lambda: f"{name} must have the shape of q {tuple(q.shape)}, got {tuple(tensor.shape)}",
-            )
-        torch._check(tensor.dtype == q.dtype, lambda: f"{name} must be {q.dtype} as q, got {tensor.dtype}")
-        torch._check(tensor.device == q.device, lambda: f"{name} must be on {q.device} as q, got {tensor.device}")
+    _check_tensor("k", k, q.shape, q.dtype, q.device)
+    _check_tensor("v", v, q.shape, q.dtype, q.device)
 
 
 def check_lists(q: Tensor, row_offsets: Tensor, columns: Tensor, num_hubs: int) -> None:
     """The neighbour lists must be int32 and describe the L - num_hubs vertices of q."""
-    for name, tensor in (("row_offsets", row_offsets), ("columns", columns)):
-        torch._check(tensor.dim() == 1, lambda: f"{name} must have one axis, got {tuple(tensor.shape)}")
-        torch._check(tensor.dtype == torch.int32, lambda: f"{name} must be int32, got {tensor.dtype}")
-        torch._check(tensor.device == q.device, lambda: f"{name} must be on {q.device}, got {tensor.device}")
     torch._check(0 <= num_hubs <= 64, lambda: f"num_hubs must be 0 to 64, got {num_hubs}")
-    torch._check(
-        q.size(1) == num_hubs + row_offsets.size(0) - 1,
-        lambda: f"q has {q.size(1)} tokens, the topology {num_hubs} + {row_offsets.size(0) - 1}",
-    )
+    _check_tensor("row_offsets", row_offsets, (q.size(1) - num_hubs + 1,), torch.int32, q.device)
+    _check_tensor("columns", columns, (columns.size(0),), torch.int32, q.device)
 
 
 def check_dropout(q: Tensor, dropout_p: float, seed: Tensor | None) -> None:
-    """A seed tensor is needed exactly when weights are dropped."""
+    """A seed tensor is needed when weights are dropped."""
     torch._check(0.0 <= dropout_p < 1.0, lambda: f"dropout_p must be in [0, 1), got {dropout_p}")
     torch._check(dropout_p == 0.0 or seed is not None, lambda: "dropout_p > 0 needs a seed")
     if seed is not None:
-        torch._check(seed.dtype == torch.int64, lambda: f"seed must be int64, got {seed.dtype}")
-        torch._check(seed.numel() == 1, lambda: f"seed must have one element, got {tuple(seed.shape)}")
-        torch._check(seed.device == q.device, lambda: f"seed must be on {q.device}, got {seed.device}")
+        _check_tensor("seed", seed, (1,), torch.int64, q.device)
 
 
 def check_saved(q: Tensor, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor) -> None:
     """What the backward ops receive besides the inputs: the outputs of the forward and their gradients."""
-    for name, tensor in (("grad_out", grad_out), ("out", out)):
-        torch._check(tensor.dtype == q.dtype, lambda: f"{name} must be {q.dtype} as q, got {tensor.dtype}")
-        torch._check(tensor.dim() == 4, lambda: f"{name} must be [B, L, H, D], got {tuple(tensor.shape)}")
-        for axis in range(4):
-            torch._check(tensor.size(axis) == q.size(axis), lambda: f"{name} must have the shape of q")
+    _check_tensor("grad_out", grad_out, q.shape, q.dtype, q.device)
+    _check_tensor("out", out, q.shape, q.dtype, q.device)
     rows = (q.size(0), q.size(2), q.size(1))
-    for name, maybe in (("lse", lse), ("grad_lse", grad_lse)):
-        if maybe is None:
-            continue
-        torch._check(maybe.dtype == lse_dtype(q.dtype), lambda: f"{name} must be {lse_dtype(q.dtype)}")
-        torch._check(maybe.dim() == 3, lambda: f"{name} must be [B, H, L], got {tuple(maybe.shape)}")
-        for axis in range(3):
-            torch._check(maybe.size(axis) == rows[axis], lambda: f"{name} must be [B, H, L]")
+    _check_tensor("lse", lse, rows, lse_dtype(q.dtype), q.device)
+    if grad_lse is not None:
+        _check_tensor("grad_lse", grad_lse, rows, lse_dtype(q.dtype), q.device)
 
 
 def empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,3 +143,84 @@ def _backward_native_fake(
 
 
 # ---- Triton (triton.py) ---------------------------------------------------------------------------------------
+
+define(
+    "attention_forward_triton",
+    "(Tensor q, Tensor k, Tensor v, Tensor row_order, Tensor key_offsets, Tensor keys, Tensor row_masks, "
+    "int longest, int num_hubs, float scale, float dropout_p, Tensor? seed) -> (Tensor out, Tensor lse)",
+)
+define(
+    "attention_backward_triton",
+    "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    "Tensor row_order, Tensor key_offsets, Tensor keys, Tensor row_masks, int longest, "
+    "Tensor t_key_offsets, Tensor t_keys, Tensor t_row_masks, int t_longest, "
+    "int num_hubs, float scale, float dropout_p, Tensor? seed) -> (Tensor, Tensor, Tensor)",
+)
+
+
+def check_schedule(q: Tensor, row_order: Tensor, lists: tuple[Tensor, Tensor, Tensor], num_hubs: int) -> None:
+    """The tensors of a `Schedule` (key_offsets, keys, row_masks in `lists`): int32, on the device of q."""
+    names = ("row_order", "key_offsets", "keys", "row_masks")
+    for name, tensor in zip(names, (row_order, *lists), strict=True):
+        torch._check(tensor.dim() == 1, lambda: f"{name} must have one axis, got {tuple(tensor.shape)}")
+        torch._check(tensor.dtype == torch.int32, lambda: f"{name} must be int32, got {tensor.dtype}")
+        torch._check(tensor.device == q.device, lambda: f"{name} must be on {q.device}, got {tensor.device}")
+    torch._check(0 <= num_hubs <= 64, lambda: f"num_hubs must be 0 to 64, got {num_hubs}")
+    windows = -(-(q.size(1) - num_hubs) // WINDOW_ROWS)
+    torch._check(
+        row_order.size(0) == WINDOW_ROWS * windows and lists[0].size(0) == windows + 1,
+        lambda: f"q has {q.size(1)} tokens; the schedule is not one of {num_hubs} hubs and the other tokens",
+    )
+    torch._check(lists[1].size(0) == lists[2].size(0), lambda: "keys and row_masks must have the same length")
+
+
+@torch.library.register_fake(f"{NAMESPACE}::attention_forward_triton")
+def _forward_triton_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    row_order: Tensor,
+    key_offsets: Tensor,
+    keys: Tensor,
+    row_masks: Tensor,
+    longest: int,
+    num_hubs: int,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    check_qkv(q, k, v)
+    check_schedule(q, row_order, (key_offsets, keys, row_masks), num_hubs)
+    check_dropout(q, dropout_p, seed)
+    return empty_outputs(q)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::attention_backward_triton")
+def _backward_triton_fake(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    row_order: Tensor,
+    key_offsets: Tensor,
+    keys: Tensor,
+    row_masks: Tensor,
+    longest: int,
+    t_key_offsets: Tensor,
+    t_keys: Tensor,
+    t_row_masks: Tensor,
+    t_longest: int,
+    num_hubs: int,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_qkv(q, k, v)
+    check_schedule(q, row_order, (key_offsets, keys, row_masks), num_hubs)
+    check_schedule(q, row_order, (t_key_offsets, t_keys, t_row_masks), num_hubs)
+    check_dropout(q, dropout_p, seed)
+    check_saved(q, grad_out, grad_lse, out, lse)
+    return empty_gradients(q)
