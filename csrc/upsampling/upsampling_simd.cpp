@@ -1,0 +1,212 @@
+// Rows of the CPU product, compiled once per instruction set (see csrc/common/simd.h). Sums run in the order of the
+// entries and in float32 (float64 for float64), whatever the number of threads. No torch or standard templates here:
+// their inline functions would be compiled for one instruction set and might be linked into code for another.
+#include "upsampling.h"
+
+#include <string.h>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace FM_SIMD_NS {
+namespace {
+
+using fm_upsampling::Element;
+using fm_upsampling::Problem;
+
+struct half_t {
+  uint16_t bits;
+};
+struct bfloat16_t {
+  uint16_t bits;
+};
+
+inline float bits_to_float(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+inline uint32_t float_to_bits(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+inline float load(const float* p) { return *p; }
+inline double load(const double* p) { return *p; }
+inline float load(const bfloat16_t* p) { return bits_to_float(static_cast<uint32_t>(p->bits) << 16); }
+
+inline void store(float* p, float value) { *p = value; }
+inline void store(double* p, double value) { *p = value; }
+
+// Rounds to nearest, ties to even; NaN stays NaN.
+inline void store(bfloat16_t* p, float value) {
+  const uint32_t bits = float_to_bits(value);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  p->bits = static_cast<uint16_t>(value == value ? rounded : 0x7fc0u);
+}
+
+#if defined(__F16C__)
+inline float load(const half_t* p) { return _cvtsh_ss(p->bits); }
+inline void store(half_t* p, float value) { p->bits = _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT); }
+#else
+// IEEE half to float by moving the fields; a multiplication normalises the subnormals.
+inline float load(const half_t* p) {
+  const uint32_t sign = static_cast<uint32_t>(p->bits & 0x8000u) << 16;
+  const uint32_t magnitude = p->bits & 0x7fffu;
+  const float scaled = bits_to_float(magnitude << 13) * bits_to_float(0x77800000u);  // 2^112
+  const uint32_t finite = float_to_bits(scaled);
+  const uint32_t special = 0x7f800000u | (magnitude << 13);  // infinity and NaN keep their payload
+  return bits_to_float(sign | (magnitude >= 0x7c00u ? special : finite));
+}
+
+// Float to IEEE half, to nearest with ties to even. Subnormal halves are rounded by adding 0.5 in float: the unit in
+// the last place of a float near 0.5 is that of a subnormal half.
+inline void store(half_t* p, float value) {
+  const uint32_t bits = float_to_bits(value);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  const uint32_t subnormal = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u;
+  uint32_t result = magnitude < 0x38800000u ? subnormal : normal;
+  if (magnitude >= 0x477ff000u) result = 0x7c00u;  // rounds to infinity
+  if (magnitude > 0x7f800000u) result = 0x7e00u;   // NaN
+  p->bits = static_cast<uint16_t>(sign | result);
+}
+#endif
+
+template <typename T>
+struct Accumulator {
+  using type = float;
+};
+template <>
+struct Accumulator<double> {
+  using type = double;
+};
+
+// The entries of one row, from either layout.
+template <typename A>
+struct Entries {
+  const int32_t* columns;
+  const A* values;
+  int64_t count;
+};
+
+template <typename A>
+inline Entries<A> entries_of_row(const Problem& p, int64_t row) {
+  if (p.ell_columns != nullptr) {
+    const int64_t first = row * p.width;
+    return {p.ell_columns + first, reinterpret_cast<const A*>(p.ell_values) + first, p.width};
+  }
+  const int64_t first = p.row_offsets[row];
+  return {p.columns + first, static_cast<const A*>(p.values) + first, p.row_offsets[row + 1] - first};
+}
+
+// One row with exactly C channels, which stay in registers.
+template <typename T, int C>
+inline void narrow_row(const Problem& p, const T* x, const Entries<typename Accumulator<T>::type>& entries, T* out) {
+  using A = typename Accumulator<T>::type;
+  A sums[C] = {};
+  for (int64_t e = 0; e < entries.count; ++e) {
+    const int64_t column = entries.columns[e];
+    if (column < 0) continue;
+    const A value = entries.values[e];
+    const T* source = x + column * p.token_stride;
+    for (int c = 0; c < C; ++c) sums[c] += value * load(source + c * p.channel_stride);
+  }
+  for (int c = 0; c < C; ++c) store(out + c, sums[c]);
+}
+
+constexpr int64_t kTile = 64;  // channels that are summed at a time by wide_row
+
+template <typename T, typename A>
+inline void add_scaled(A* sums, const T* source, int64_t stride, A value, int64_t count) {
+  if (stride != 1) {
+    for (int64_t c = 0; c < count; ++c) sums[c] += value * load(source + c * stride);
+    return;
+  }
+  for (int64_t c = 0; c < count; ++c) sums[c] += value * load(source + c);
+}
+
+template <typename T, typename A>
+inline void store_all(T* out, const A* sums, int64_t count) {
+  for (int64_t c = 0; c < count; ++c) store(out + c, sums[c]);
+}
+
+#if defined(__F16C__)
+// The compiler does not vectorise the conversion intrinsics, so float16 gets its own eight-wide loops.
+inline void add_scaled(float* sums, const half_t* source, int64_t stride, float value, int64_t count) {
+  int64_t c = 0;
+  if (stride == 1) {
+    const __m256 factor = _mm256_set1_ps(value);
+    for (; c + 8 <= count; c += 8) {
+      const __m256 wide = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source + c)));
+      _mm256_storeu_ps(sums + c, _mm256_fmadd_ps(factor, wide, _mm256_loadu_ps(sums + c)));
+    }
+  }
+  for (; c < count; ++c) sums[c] += value * load(source + c * stride);
+}
+
+inline void store_all(half_t* out, const float* sums, int64_t count) {
+  int64_t c = 0;
+  for (; c + 8 <= count; c += 8) {
+    const __m128i narrow = _mm256_cvtps_ph(_mm256_loadu_ps(sums + c), _MM_FROUND_TO_NEAREST_INT);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + c), narrow);
+  }
+  for (; c < count; ++c) store(out + c, sums[c]);
+}
+#endif
+
+// One row with any number of channels, a tile at a time.
+template <typename T>
+inline void wide_row(const Problem& p, const T* x, const Entries<typename Accumulator<T>::type>& entries, T* out) {
+  using A = typename Accumulator<T>::type;
+  for (int64_t first = 0; first < p.channels; first += kTile) {
+    const int64_t count = p.channels - first < kTile ? p.channels - first : kTile;
+    A sums[kTile] = {};
+    for (int64_t e = 0; e < entries.count; ++e) {
+      const int64_t column = entries.columns[e];
+      if (column < 0) continue;
+      const T* source = x + column * p.token_stride + first * p.channel_stride;
+      add_scaled(sums, source, p.channel_stride, entries.values[e], count);
+    }
+    store_all(out + first, sums, count);
+  }
+}
+
+template <typename T>
+void rows_of_type(const Problem& p, int64_t begin, int64_t end) {
+  int64_t batch = begin / p.rows;
+  int64_t row = begin % p.rows;
+  const T* x = static_cast<const T*>(p.x) + batch * p.batch_stride;
+  T* out = static_cast<T*>(p.out) + begin * p.channels;
+  for (int64_t i = begin; i < end; ++i, out += p.channels) {
+    const auto entries = entries_of_row<typename Accumulator<T>::type>(p, row);
+    switch (p.channels) {
+      case 1: narrow_row<T, 1>(p, x, entries, out); break;
+      case 2: narrow_row<T, 2>(p, x, entries, out); break;
+      case 3: narrow_row<T, 3>(p, x, entries, out); break;
+      case 4: narrow_row<T, 4>(p, x, entries, out); break;
+      default: wide_row<T>(p, x, entries, out);
+    }
+    if (++row == p.rows) {
+      row = 0;
+      x += p.batch_stride;
+    }
+  }
+}
+
+}  // namespace
+
+void upsample_rows(const Problem& problem, int64_t begin, int64_t end) {
+  switch (problem.element) {
+    case Element::float32: return rows_of_type<float>(problem, begin, end);
+    case Element::float64: return rows_of_type<double>(problem, begin, end);
+    case Element::float16: return rows_of_type<half_t>(problem, begin, end);
+    case Element::bfloat16: return rows_of_type<bfloat16_t>(problem, begin, end);
+  }
+}
+
+}  // namespace FM_SIMD_NS
