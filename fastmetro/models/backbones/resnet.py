@@ -1,0 +1,74 @@
+"""ResNet-50 trunk (He et al., CVPR 2016) under torchvision's names and under those of released checkpoints."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import MutableMapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastmetro.models.backbones.blocks import Bottleneck, init_convolutions, residual_stage
+
+# Position of each child in the Sequential of released FastMETRO checkpoints.
+_RELEASED_NAMES = {"conv1": "0", "bn1": "1", "layer1": "4", "layer2": "5", "layer3": "6", "layer4": "7"}
+
+
+class ResNet50(nn.Module):
+    """ResNet-50 without pooling and classifier, with torchvision's parameter names: 23,508,032 parameters.
+
+    ``[B, 3, H, W]`` float images, normalised with the ImageNet mean and deviation -> ``[B, 2048, H/32, W/32]``.
+    The classifier of ImageNet weight files (``fc.weight``, ``fc.bias``) is skipped when they are loaded.
+    """
+
+    out_channels = 2048
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        self.layer1 = residual_stage(Bottleneck, 64, 64, 3)
+        self.layer2 = residual_stage(Bottleneck, 256, 128, 4, stride=2)
+        self.layer3 = residual_stage(Bottleneck, 512, 256, 6, stride=2)
+        self.layer4 = residual_stage(Bottleneck, 1024, 512, 3, stride=2)
+        init_convolutions(self)
+        self.register_load_state_dict_pre_hook(_skip_classifier)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the feature map of the last stage."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+
+
+class ResNet50Trunk(nn.Sequential):
+    """The same trunk in the layout of released checkpoints: a Sequential, ``0`` = conv1, ..., ``7`` = layer4.
+
+    ``state_dict`` has the released names; ``load_state_dict`` takes these or torchvision's, so that ImageNet
+    weights load too. Input and output as :class:`ResNet50`.
+    """
+
+    out_channels = 2048
+
+    def __init__(self) -> None:
+        super().__init__(*ResNet50().children())
+        self.register_load_state_dict_pre_hook(_accept_torchvision_names)
+
+
+def _skip_classifier(module: nn.Module, state_dict: MutableMapping[str, Tensor], prefix: str, *_unused: Any) -> None:
+    for name in ("fc.weight", "fc.bias"):
+        state_dict.pop(prefix + name, None)
+
+
+def _accept_torchvision_names(
+    module: nn.Module, state_dict: MutableMapping[str, Tensor], prefix: str, *unused: Any
+) -> None:
+    if prefix + "conv1.weight" not in state_dict:
+        return
+    _skip_classifier(module, state_dict, prefix, *unused)
+    renamed: OrderedDict[str, Tensor] = OrderedDict()
+    for key in [key for key in state_dict if key.startswith(prefix)]:
+        child, _, rest = key[len(prefix) :].partition(".")
+        renamed[f"{prefix}{_RELEASED_NAMES.get(child, child)}.{rest}"] = state_dict.pop(key)
+    state_dict.update(renamed)

@@ -1,0 +1,74 @@
+"""Meshes for the network tests: the published ones where their data lies beside the repository, and a tiny one."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+
+from fastmetro_kernels import TokenTopology
+
+torch.set_num_threads(2)
+
+
+@dataclass(frozen=True)
+class StandInMesh:
+    """The part of the mesh contract that a network reads."""
+
+    name: str
+    topology: TokenTopology
+    upsampling: tuple[sp.csr_matrix, ...]
+
+
+def _published(folder: Path, adjacency: str, sampling: str, steps: list[int], joints: int) -> StandInMesh:
+    indices, values, size = (
+        torch.load(folder / f"{adjacency}_adjmat_{part}.pt", weights_only=True)
+        for part in ("indices", "values", "size")
+    )
+    matrix = sp.coo_array((values.numpy(), indices.numpy()), shape=tuple(size))
+    with np.load(folder / sampling, allow_pickle=True, encoding="latin1") as archive:
+        matrices = archive["U"]
+    upsampling = tuple(sp.csr_matrix(matrices[step]) for step in steps)
+    return StandInMesh(adjacency, TokenTopology.from_adjacency(matrix, num_hubs=joints), upsampling)
+
+
+@pytest.fixture(scope="session")
+def body(shared: Path) -> StandInMesh:
+    """14 joints, 431 -> 1723 -> 6890 vertices."""
+    return _published(shared / "data/fastmetro", "smpl_431", "mesh_downsampling.npz", [1, 0], 14)
+
+
+@pytest.fixture(scope="session")
+def hand(shared: Path) -> StandInMesh:
+    """21 joints, 195 -> 778 vertices."""
+    return _published(shared / "data/fastmetro", "mano_195", "mano_downsampling.npz", [0], 21)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> StandInMesh:
+    """Three joints and a triangle strip: 12 -> 20 -> 30 vertices. Needs no data."""
+    faces = [[i, i + 1, i + 2] for i in range(10)]
+    rng = np.random.default_rng(0)
+
+    def step(rows: int, columns: int) -> sp.csr_matrix:
+        picks = np.stack([rng.choice(columns, 3, replace=False) for _ in range(rows)])
+        weights = rng.dirichlet(np.ones(3), rows)
+        return sp.csr_matrix((weights.ravel(), (np.repeat(np.arange(rows), 3), picks.ravel())), shape=(rows, columns))
+
+    return StandInMesh("tiny", TokenTopology.from_faces(faces, 12, num_hubs=3), (step(20, 12), step(30, 20)))
+
+
+@pytest.fixture(scope="session")
+def recipe(shared: Path) -> ModuleType:
+    """The module that fills state dicts with values that depend on names only."""
+    spec = importlib.util.spec_from_file_location("golden_recipe", shared / "golden/recipe.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
