@@ -166,7 +166,7 @@ def lists_from_mask(mask: Any, num_hubs: int | None) -> tuple[np.ndarray, np.nda
         raise TypeError(f"mask must be boolean (True where a query may attend), got {dense.dtype}")
     if dense.ndim != 2 or dense.shape[0] != dense.shape[1]:
         raise ValueError(f"mask must be square [L, L], got {list(dense.shape)}")
-    full = dense.all(axis=0) & dense.all(axis=1)
+    full = np.asarray(dense.all(axis=0) & dense.all(axis=1))
     prefix = len(full) if full.all() else int(np.argmin(full))
     if num_hubs is None:
         hubs = min(prefix, MAX_HUBS)
@@ -193,9 +193,7 @@ def check_lists(row_offsets: Any, columns: Any) -> Lists:
             raise TypeError(f"{name} must hold integers, got {array.dtype}")
     offsets, indices = offsets.astype(np.int64), indices.astype(np.int64)
     if len(offsets) == 0 or offsets[0] != 0 or offsets[-1] != len(indices) or (np.diff(offsets) < 0).any():
-        raise ValueError(
-            f"row_offsets must rise from 0 to len(columns) = {len(indices)} in num_vertices + 1 steps"
-        )
+        raise ValueError(f"row_offsets must rise from 0 to len(columns) = {len(indices)} in num_vertices + 1 steps")
     count = len(offsets) - 1
     wrong = (indices < 0) | (indices >= count)
     if wrong.any():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmetro_kernels import adjacency as lists
+from fastmetro_kernels.schedule import Schedule, build_schedule, locality_order
 
 ORDERS = ("natural", "locality")
 
@@ -79,6 +80,7 @@ class TokenTopology(nn.Module):
         self._set_lists("", offsets, indices)
         self._set_lists("t_", *_transposed(offsets, indices))
         self._set_groups(offsets)
+        self._set_schedules()
 
     def _set_lists(self, prefix: str, offsets: np.ndarray, indices: np.ndarray) -> None:
         for name, array in (("row_offsets", offsets), ("columns", indices)):
@@ -87,7 +89,10 @@ class TokenTopology(nn.Module):
     def _set_groups(self, offsets: np.ndarray) -> None:
         degrees = np.diff(offsets)
         widths = np.where(degrees > 0, 2 ** np.ceil(np.log2(np.maximum(degrees, 1))).astype(np.int64), 0)
-        rows, entries, padding, groups = [], [], [], []
+        rows: list[np.ndarray] = []
+        entries: list[np.ndarray] = []
+        padding: list[np.ndarray] = []
+        groups: list[tuple[int, int]] = []
         for width in np.unique(widths):
             members = np.flatnonzero(widths == width)
             steps = np.arange(width)[None, :]
@@ -97,11 +102,37 @@ class TokenTopology(nn.Module):
             padding.append((steps > last).ravel())
             groups.append((len(members), int(width)))
         self.groups = tuple(groups)
-        empty = [np.zeros(0, np.int64)]
-        for name, parts in (("group_rows", rows), ("group_entries", entries), ("group_padding", padding)):
-            dtype = np.bool_ if name == "group_padding" else np.int64
-            array = np.concatenate(parts or empty).astype(dtype)
+        for name, parts, dtype in (
+            ("group_rows", rows, np.int64),
+            ("group_entries", entries, np.int64),
+            ("group_padding", padding, np.bool_),
+        ):
+            array = np.concatenate([np.zeros(0), *parts]).astype(dtype)
             self.register_buffer(name, torch.from_numpy(array), persistent=False)
+
+    def _set_schedules(self) -> None:
+        order = self.locality_order() if self.order == "locality" else None
+        built = {"schedule_": build_schedule(self.row_offsets, self.columns, order)}
+        if not self.symmetric:
+            built["t_schedule_"] = build_schedule(self.t_row_offsets, self.t_columns, order)
+        self._schedule_sizes = {prefix: (one.longest, one.mean) for prefix, one in built.items()}
+        for prefix, one in built.items():
+            for name, tensor in zip(Schedule._fields[:4], one[:4], strict=True):
+                self.register_buffer(prefix + name, tensor, persistent=False)
+
+    def _schedule(self, prefix: str) -> Schedule:
+        row_order, key_offsets, keys, row_masks = (self.get_buffer(prefix + name) for name in Schedule._fields[:4])
+        return Schedule(row_order, key_offsets, keys, row_masks, *self._schedule_sizes[prefix])
+
+    @property
+    def schedule(self) -> Schedule:
+        """Windows of 16 rows with the keys they gather, in processing order, on the device of the topology."""
+        return self._schedule("schedule_")
+
+    @property
+    def t_schedule(self) -> Schedule:
+        """The same for the transposed pattern (windows of keys with the rows that use them)."""
+        return self._schedule("schedule_" if self.symmetric else "t_schedule_")
 
     @classmethod
     def from_faces(
@@ -192,9 +223,7 @@ class TokenTopology(nn.Module):
         Recursive spectral bisection with a deterministic start vector. `permute(locality_order())` renumbers the
         vertices by it; `order="locality"` only processes them so.
         """
-        from fastmetro_kernels import schedule
-
-        return schedule.locality_order(self.row_offsets, self.columns)
+        return locality_order(self.row_offsets, self.columns)
 
     def permute(self, order: Any) -> TokenTopology:
         """The same pattern with new vertex numbers: vertex `i` of the result is vertex `order[i]` of this one.

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from fastmetro_kernels import backends
 from fastmetro_kernels.attention import native, reference
-from fastmetro_kernels.attention.ops import lse_dtype
 from fastmetro_kernels.attention.weights import SparseAttentionWeights, attention_weights
 from fastmetro_kernels.topology import TokenTopology
 
+BACKENDS = ("native", "triton", "reference")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 _ORDER_CUDA = ("native", "triton", "reference")
@@ -89,7 +89,7 @@ class _Attention(torch.autograd.Function):
     """(out, lse) by the forward of a backend, gradients by its backward."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         q: Tensor,
         k: Tensor,
@@ -107,7 +107,7 @@ class _Attention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
         q, k, v, out, lse, seed = ctx.saved_tensors
         if grad_out is None:
             grad_out = torch.zeros_like(out)
@@ -119,7 +119,7 @@ class _AttentionBackward(torch.autograd.Function):
     """The gradients as a function of their own, so that differentiating them again gives a clear error."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         grad_out: Tensor,
         grad_lse: Tensor | None,
@@ -135,12 +135,10 @@ class _AttentionBackward(torch.autograd.Function):
         name: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.name = name
-        return _module(name).backward(
-            grad_out, grad_lse, q, k, v, out, lse, topology, scale, dropout_p, seed
-        )
+        return _module(name).backward(grad_out, grad_lse, q, k, v, out, lse, topology, scale, dropout_p, seed)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> Any:
         raise RuntimeError(
             f'topology_attention: backend="{ctx.name}" is differentiable once; for second derivatives use '
             'backend="reference"'
@@ -151,28 +149,31 @@ def _module(name: str) -> ModuleType:
     """The backend module of that name; Triton is imported when it is first used."""
     if name == "native":
         return native
+    if name == "reference":
+        return reference
     from fastmetro_kernels.attention import triton
 
     return triton
 
 
 def _select(requested: str, q: Tensor, k: Tensor, v: Tensor, topology: TokenTopology) -> str:
-    """The name of the backend that runs this input."""
-    if requested == "reference":
-        return requested
-    reasons = backend_reasons(q, k, v, topology)
+    """The name of the backend that runs this input; asks no backend that does not come into question."""
     order = _ORDER_CUDA if q.device.type == "cuda" else _ORDER_OTHER
-    return backends.select("topology_attention", requested, reasons, order)
+    for name in order if requested == "auto" else (requested,):
+        if name in BACKENDS and not _reasons(name, q, k, v, topology):
+            return name
+    return backends.select("topology_attention", requested, backend_reasons(q, k, v, topology), order)
+
+
+def _reasons(name: str, q: Tensor, k: Tensor, v: Tensor, topology: TokenTopology) -> list[str]:
+    if name == "triton":  # without Triton its module cannot be imported
+        return backends.triton_reasons(q.device) or _module(name).reasons(q, k, v, topology)
+    return _module(name).reasons(q, k, v, topology)
 
 
 def backend_reasons(q: Tensor, k: Tensor, v: Tensor, topology: TokenTopology) -> dict[str, list[str]]:
     """For every backend the reasons why it cannot take this input; an empty list means that it can."""
-    triton = backends.triton_reasons(q.device) or _module("triton").reasons(q, k, v, topology)
-    return {
-        "native": native.reasons(q, k, v, topology),
-        "triton": triton,
-        "reference": reference.reasons(q, k, v, topology),
-    }
+    return {name: _reasons(name, q, k, v, topology) for name in BACKENDS}
 
 
 def _check_types(q: Tensor, k: Tensor, v: Tensor, topology: TokenTopology) -> None:

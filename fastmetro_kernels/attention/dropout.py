@@ -1,9 +1,9 @@
 """Dropout on attention weights: a counter-based mask, the same on every backend and in every pass.
 
 Whether the weight of (batch, head, query token, key token) is kept depends on these four numbers and the seed
-alone: Philox2x32-7 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) with the tokens as counter and
-a key hashed from the seed and batch * heads + head. A forward by rows and a backward by columns therefore agree,
-and so do the C++, CUDA and Triton kernels, which repeat this arithmetic in uint32.
+alone: Philox2x32-7 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) with the tokens as
+counter and a key hashed from the seed and batch * heads + head. A forward by rows and a backward by columns
+therefore agree, and so do the C++, CUDA and Triton kernels, which repeat this arithmetic in uint32.
 """
 
 from __future__ import annotations
@@ -56,9 +56,7 @@ def random_bits(seed: Tensor, batch_heads: Tensor, queries: Tensor, keys: Tensor
     return x0
 
 
-def dropped(
-    weights: Tensor, seed: Tensor | None, dropout_p: float, queries: Tensor, keys: Tensor
-) -> Tensor:
+def dropped(weights: Tensor, seed: Tensor | None, dropout_p: float, queries: Tensor, keys: Tensor) -> Tensor:
     """`weights` [B, H, ...] with dropout applied: kept ones are divided by (1 - dropout_p).
 
     Args:

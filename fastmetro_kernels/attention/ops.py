@@ -160,18 +160,13 @@ define(
 
 def check_schedule(q: Tensor, row_order: Tensor, lists: tuple[Tensor, Tensor, Tensor], num_hubs: int) -> None:
     """The tensors of a `Schedule` (key_offsets, keys, row_masks in `lists`): int32, on the device of q."""
-    names = ("row_order", "key_offsets", "keys", "row_masks")
-    for name, tensor in zip(names, (row_order, *lists), strict=True):
-        torch._check(tensor.dim() == 1, lambda: f"{name} must have one axis, got {tuple(tensor.shape)}")
-        torch._check(tensor.dtype == torch.int32, lambda: f"{name} must be int32, got {tensor.dtype}")
-        torch._check(tensor.device == q.device, lambda: f"{name} must be on {q.device}, got {tensor.device}")
     torch._check(0 <= num_hubs <= 64, lambda: f"num_hubs must be 0 to 64, got {num_hubs}")
     windows = -(-(q.size(1) - num_hubs) // WINDOW_ROWS)
-    torch._check(
-        row_order.size(0) == WINDOW_ROWS * windows and lists[0].size(0) == windows + 1,
-        lambda: f"q has {q.size(1)} tokens; the schedule is not one of {num_hubs} hubs and the other tokens",
-    )
-    torch._check(lists[1].size(0) == lists[2].size(0), lambda: "keys and row_masks must have the same length")
+    key_offsets, keys, row_masks = lists
+    _check_tensor("row_order", row_order, (WINDOW_ROWS * windows,), torch.int32, q.device)
+    _check_tensor("key_offsets", key_offsets, (windows + 1,), torch.int32, q.device)
+    _check_tensor("keys", keys, (keys.size(0),), torch.int32, q.device)
+    _check_tensor("row_masks", row_masks, (keys.size(0),), torch.int32, q.device)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::attention_forward_triton")

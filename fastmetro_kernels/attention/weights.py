@@ -61,9 +61,7 @@ def attention_weights(
     dtype, hubs = q.dtype, topology.num_hubs
     q, k = (tensor.to(lse_dtype(dtype)) for tensor in (q, k))
     tokens = torch.arange(topology.num_tokens, device=q.device)
-    hub_rows = torch.exp(
-        torch.einsum("bqhd,bkhd->bhqk", q[:, :hubs] * scale, k) - lse[:, :, :hubs, None]
-    )
+    hub_rows = torch.exp(torch.einsum("bqhd,bkhd->bhqk", q[:, :hubs] * scale, k) - lse[:, :, :hubs, None])
     hub_rows = dropped(hub_rows, seed, dropout_p, tokens[:hubs, None], tokens)
     vertex_hubs = torch.einsum("bqhd,bkhd->bhqk", q[:, hubs:] * scale, k[:, :hubs])
     vertex_hubs = torch.exp(vertex_hubs - lse[:, :, hubs:, None])
