@@ -2,7 +2,6 @@
 
 from fastmetro.models.backbones import BACKBONES, create_backbone
 from fastmetro.models.config import CONFIGS, FastMETROConfig
-from fastmetro.models.create import create_model
-from fastmetro.models.network import FastMETRO
+from fastmetro.models.network import FastMETRO, create_model
 
 __all__ = ["BACKBONES", "CONFIGS", "FastMETRO", "FastMETROConfig", "create_backbone", "create_model"]

@@ -107,14 +107,11 @@ class TokenAttention(nn.Module):
         n = self.masked_heads
         if n == q.shape[2]:
             return topology_attention(q, k, v, self.topology, dropout_p=dropout_p, backend=self.backend)
-        masked, free = ([x[:, :, heads] for x in (q, k, v)] for heads in (slice(0, n), slice(n, None)))
-        return torch.cat(
-            [
-                topology_attention(*masked, self.topology, dropout_p=dropout_p, backend=self.backend),
-                dense_attention(*free, dropout_p),
-            ],
-            dim=2,
+        q_masked, k_masked, v_masked = q[:, :, :n], k[:, :, :n], v[:, :, :n]
+        masked = topology_attention(
+            q_masked, k_masked, v_masked, self.topology, dropout_p=dropout_p, backend=self.backend
         )
+        return torch.cat([masked, dense_attention(q[:, :, n:], k[:, :, n:], v[:, :, n:], dropout_p)], dim=2)
 
     def extra_repr(self) -> str:
         """Backend and number of masked heads, for `print(model)`."""

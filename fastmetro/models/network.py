@@ -6,6 +6,7 @@ Cho et al., "Cross-Attention of Disentangled Modalities for 3D Human Mesh Recove
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmetro.models.attention import TokenAttention
-from fastmetro.models.config import FastMETROConfig
+from fastmetro.models.backbones import create_backbone
+from fastmetro.models.config import CONFIGS, DEFAULT_BACKBONES, FastMETROConfig
 from fastmetro.models.position_encoding import sine_position_encoding
 from fastmetro.models.smpl_head import SMPLParameterRegressor
 from fastmetro.models.transformer import Transformer
@@ -60,17 +62,20 @@ class FastMETRO(nn.Module):
         self.cam_token_embed = nn.Embedding(1, width_1)
         self.joint_token_embed = nn.Embedding(self.num_joints, width_1)
         self.vertex_token_embed = nn.Embedding(self.num_vertices, width_1)
-        for stage, width in enumerate(config.widths):
-            transformer = Transformer(width, config.heads, config.feedforward[stage], config.dropout, config.layers)
-            self.add_module(f"transformer_{stage + 1}", transformer)
-            position = sine_position_encoding(*_GRID, width)
-            self.register_buffer(f"position_{stage + 1}", position, persistent=False)
-        for name in ("dim_reduce_enc_cam", "dim_reduce_enc_img", "dim_reduce_dec"):
-            self.add_module(name, nn.Identity() if width_1 == width_2 else nn.Linear(width_1, width_2))
+        self.transformer_1 = self._stage(1)
+        self.transformer_2 = self._stage(2)
+        self.dim_reduce_enc_cam = _reduction(width_1, width_2)
+        self.dim_reduce_enc_img = _reduction(width_1, width_2)
+        self.dim_reduce_dec = _reduction(width_1, width_2)
         self.xyz_regressor = nn.Linear(width_2, 3)
         self.cam_predictor = nn.Linear(width_2, 3)
         self.token_attention = TokenAttention(topology, config.heads, config.masking, config.attention)
         self._add_upsampling(mesh)
+
+    def _stage(self, stage: int) -> Transformer:
+        config, width = self.config, self.config.widths[stage - 1]
+        self.register_buffer(f"position_{stage}", sine_position_encoding(*_GRID, width), persistent=False)
+        return Transformer(width, config.heads, config.feedforward[stage - 1], config.dropout, config.layers)
 
     def _add_upsampling(self, mesh: Mesh) -> None:
         """The steps from coarse to fine; a step that does not exist is None."""
@@ -81,7 +86,7 @@ class FastMETRO(nn.Module):
         to_fine: nn.Module | None = None  # from the intermediate mesh
         direct: nn.Module | None = None  # from the coarse mesh
         if len(steps) == 2:
-            fine, intermediate, coarse = steps[1].shape[0], *steps[0].shape
+            fine, (intermediate, coarse) = steps[1].shape[0], steps[0].shape
             backend = config.attention
             to_intermediate = FixedUpsampling(steps[0], backend) if fixed else LearnedUpsampling(coarse, intermediate)
             if fixed:
@@ -140,8 +145,7 @@ class FastMETRO(nn.Module):
         if self.config.smpl_head:
             # Trained on its own: no gradient from the parametric body to the vertices.
             vertices = out["pred_3d_vertices_intermediate"].detach()
-            weight = self.smpl_parameter_regressor.regressor[-1].weight
-            out["pred_rotmat"], out["pred_betas"] = self.smpl_parameter_regressor(vertices.to(weight.dtype))
+            out["pred_rotmat"], out["pred_betas"] = self.smpl_parameter_regressor(vertices)
         return out
 
     def _encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -178,7 +182,74 @@ class FastMETRO(nn.Module):
         return sine_position_encoding(*grid, width, device=position.device).to(position.dtype)
 
 
+def _reduction(width_1: int, width_2: int) -> nn.Module:
+    return nn.Identity() if width_1 == width_2 else nn.Linear(width_1, width_2)
+
+
 def _precise_linear(layer: nn.Linear, x: Tensor) -> Tensor:
     """The layer in float32, or in float64 if it is float64."""
     dtype = torch.promote_types(torch.float32, x.dtype)
     return F.linear(x.to(dtype), layer.weight.to(dtype), layer.bias.to(dtype))
+
+
+def create_model(
+    name: str,
+    backbone: str | nn.Module | None = None,
+    mesh: Mesh | str = "anny-body",
+    upsampling: str = "fixed",
+    attention: str = "auto",
+    smpl_head: bool = False,
+    *,
+    masking: str = "all",
+    dim_reduction: bool = True,
+    dropout: float = 0.1,
+    smpl_compat: bool = False,
+) -> FastMETRO:
+    """Build a FastMETRO network with random weights.
+
+    Args:
+        name: "fastmetro-s", "fastmetro-m", "fastmetro-l" (the paper) or "fastmetro-compact" (our own, for 16 MiB of
+            bfloat16 weights); case does not matter.
+        backbone: "resnet50", "hrnet-w64", "compact", or any module that maps images [B, 3, H, W] to features
+            [B, C, h, w] with C = 2048 or its attribute ``out_channels``. Default: the compact trunk for the compact
+            network, else ResNet-50.
+        mesh: a mesh, or a name for ``fastmetro.load_mesh``.
+        upsampling: "fixed", "released" or "learned"; see :class:`~fastmetro.models.config.FastMETROConfig`, also for
+            the following.
+        attention: "auto", "dense", "reference", "native" or "triton".
+        smpl_head: add the SMPL parameter regressor.
+        masking: "all", "half-heads" or "none".
+        dim_reduction: False keeps the width of stage 1 in stage 2 (Table 4).
+        dropout: in training.
+        smpl_compat: the published determinant convention of the SMPL head.
+
+    Raises:
+        TypeError: ``backbone`` is neither a name nor a module.
+        ValueError: an unknown name or option; the message lists what is accepted.
+    """
+    config = CONFIGS.get(name.lower())
+    if config is None:
+        raise ValueError(f"name must be one of {', '.join(map(repr, CONFIGS))}, got {name!r}")
+    config = replace(
+        config,
+        masking=masking,
+        upsampling=upsampling,
+        attention=attention,
+        dropout=dropout,
+        smpl_head=smpl_head,
+        smpl_compat=smpl_compat,
+    )
+    if not dim_reduction:
+        (width, _), (feedforward, _) = config.widths, config.feedforward
+        config = replace(config, widths=(width, width), feedforward=(feedforward, feedforward))
+    if backbone is None:
+        backbone = DEFAULT_BACKBONES[config.name]
+    if isinstance(backbone, str):
+        backbone = create_backbone(backbone)
+    if not isinstance(backbone, nn.Module):
+        raise TypeError(f"backbone must be a name or an nn.Module, got {type(backbone).__name__}")
+    if isinstance(mesh, str):
+        from fastmetro.meshes.mesh import load_mesh
+
+        mesh = load_mesh(mesh)
+    return FastMETRO(config, backbone, mesh)

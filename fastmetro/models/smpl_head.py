@@ -6,7 +6,7 @@ Kolotouros et al., "Convolutional Mesh Regression for Single-Image Human Shape R
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -64,9 +64,14 @@ class SMPLParameterRegressor(nn.Module):
             nn.Linear(_HIDDEN, NUM_ROTATIONS * 9 + NUM_BETAS),
         )
 
+    @property
+    def output(self) -> nn.Linear:
+        """The last layer."""
+        return cast(nn.Linear, self.regressor[-1])
+
     def forward(self, vertices: Tensor) -> tuple[Tensor, Tensor]:
         """Map vertices [B, num_vertices, 3] to rotation matrices [B, 24, 3, 3] and betas [B, 10]."""
-        parameters = self.regressor(vertices.flatten(1))
+        parameters = self.regressor(vertices.flatten(1).to(self.output.weight.dtype))
         matrices, betas = parameters.split([NUM_ROTATIONS * 9, NUM_BETAS], dim=1)
         return nearest_rotation(matrices.unflatten(1, (NUM_ROTATIONS, 3, 3)), self.compat), betas
 
@@ -90,7 +95,7 @@ def nearest_rotation(matrices: Tensor, compat: bool = False) -> Tensor:
     """
     if matrices.dtype in (torch.float16, torch.bfloat16):
         matrices = matrices.float()
-    rotations: Tensor = _NearestRotation.apply(matrices, compat)  # type: ignore[no-untyped-call]
+    rotations: Tensor = _NearestRotation.apply(matrices, compat)
     return rotations
 
 
@@ -113,7 +118,7 @@ class _NearestRotation(torch.autograd.Function):
         return orthogonal * scale
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         orthogonal, vh, p, scale = ctx.saved_tensors
         v = vh.mT

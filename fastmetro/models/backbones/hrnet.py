@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +66,7 @@ class ExchangeModule(nn.Module):
         """Map one feature map per branch to one feature map per branch, shapes unchanged."""
         features = [branch(x) for branch, x in zip(self.branches, inputs, strict=True)]
         outputs = []
-        for paths in self.fuse_layers:
+        for paths in cast("list[nn.ModuleList]", list(self.fuse_layers)):
             terms = [x if path is None else path(x) for path, x in zip(paths, features, strict=True)]
             total = terms[0]
             for term in terms[1:]:
@@ -128,8 +129,8 @@ class HRNetW64(nn.Module):
 
     @staticmethod
     def _new_branch(num_branches: int) -> nn.ModuleList:
-        widths = _BRANCH_WIDTHS[num_branches - 1 : num_branches + 1]
-        new = nn.Sequential(_downscale(*widths, relu=True))
+        width_in, width_out = _BRANCH_WIDTHS[num_branches - 1 : num_branches + 1]
+        new = nn.Sequential(_downscale(width_in, width_out, relu=True))
         return nn.ModuleList([*[None] * num_branches, new])  # type: ignore[list-item]
 
     def forward(self, images: Tensor) -> Tensor:
