@@ -69,13 +69,15 @@ class SparseMatrix(nn.Module):
         self._register_layouts("t_", _sorted_csr(csr.T))
 
     def _register_layouts(self, prefix: str, csr: sp.csr_array) -> None:
+        ell_columns, ell_values = _ell_layout(csr)
         layouts = {
             "row_offsets": torch.from_numpy(csr.indptr.astype(np.int32)),
             "columns": torch.from_numpy(csr.indices.astype(np.int32)),
             "values": torch.from_numpy(csr.data.astype(np.float32)),
             "values64": torch.from_numpy(csr.data.astype(np.float64)),
+            "ell_columns": ell_columns,
+            "ell_values": ell_values,
         }
-        layouts["ell_columns"], layouts["ell_values"] = _ell_layout(csr)
         for name, tensor in layouts.items():
             self.register_buffer(prefix + name, tensor, persistent=False)
 

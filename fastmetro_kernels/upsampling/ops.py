@@ -17,6 +17,15 @@ _ARGUMENTS = (
 )
 
 
+def check_list(name: str, tensor: Tensor | None, dims: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Axes, dtype and device of one array of the matrix; None passes."""
+    if tensor is None:
+        return
+    torch._check(tensor.dim() == dims, lambda: f"{name} must have {dims} axes, got {tuple(tensor.shape)}")
+    torch._check(tensor.dtype == dtype, lambda: f"{name} must be {dtype}, got {tensor.dtype}")
+    torch._check(tensor.device == device, lambda: f"{name} must be on {device}, got {tensor.device}")
+
+
 def check_arguments(
     x: Tensor,
     row_offsets: Tensor,
@@ -29,19 +38,11 @@ def check_arguments(
     """Shape, dtype and device rules of both ops, in a form that tracing understands."""
     torch._check(x.dim() == 3, lambda: f"x must be [B, N, C], got {tuple(x.shape)}")
     value_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    lists = [
-        ("row_offsets", row_offsets, 1, torch.int32),
-        ("columns", columns, 1, torch.int32),
-        ("values", values, 1, value_dtype),
-        ("ell_columns", ell_columns, 2, torch.int32),
-        ("ell_values", ell_values, 2, torch.float32),
-    ]
-    for name, tensor, dims, dtype in lists:
-        if tensor is None:
-            continue
-        torch._check(tensor.dim() == dims, lambda: f"{name} must have {dims} axes, got {tuple(tensor.shape)}")
-        torch._check(tensor.dtype == dtype, lambda: f"{name} must be {dtype}, got {tensor.dtype}")
-        torch._check(tensor.device == x.device, lambda: f"{name} must be on {x.device}, got {tensor.device}")
+    check_list("row_offsets", row_offsets, 1, torch.int32, x.device)
+    check_list("columns", columns, 1, torch.int32, x.device)
+    check_list("values", values, 1, value_dtype, x.device)
+    check_list("ell_columns", ell_columns, 2, torch.int32, x.device)
+    check_list("ell_values", ell_values, 2, torch.float32, x.device)
     torch._check(row_offsets.size(0) == rows + 1, lambda: f"row_offsets must have {rows + 1} elements")
     torch._check(columns.size(0) == values.size(0), lambda: "columns and values must have one length")
     torch._check((ell_columns is None) == (ell_values is None), lambda: "ell_columns and ell_values come together")

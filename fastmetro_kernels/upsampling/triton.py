@@ -4,6 +4,8 @@ A program makes a tile of output rows and channels: for matrices with the padded
 share the indices; for the others of entries, which are summed by a tree of fixed shape. Nothing is tuned at run time.
 """
 
+# mypy: disable-error-code="no-untyped-def"
+# (kernels are not ordinary Python: their arguments are typed when Triton compiles them)
 from __future__ import annotations
 
 import torch
