@@ -9,20 +9,19 @@ from fastmetro_kernels import backends
 from fastmetro_kernels.attention import ops  # noqa: F401  (declares the ops)
 from fastmetro_kernels.topology import TokenTopology
 
+MAX_HEAD_DIM = 256
+"""The widest head of the native kernels (`kMaxDim` in `csrc/attention/problem.h`)."""
+
 _forward = torch.ops.fastmetro_kernels.attention_forward_native.default
 _backward = torch.ops.fastmetro_kernels.attention_backward_native.default
 
 
 def reasons(q: Tensor, k: Tensor, v: Tensor, topology: TokenTopology) -> list[str]:
     """Why the extension cannot take this input; empty when it can."""
-    if q.device.type == "cpu":
-        missing = backends.native_cpu_reasons()
-        if not missing and not torch._C._dispatch_has_kernel_for_dispatch_key(_forward.name(), "CPU"):
-            missing = ["the extension is built without CPU attention"]
-        return missing
-    if q.device.type == "cuda":
-        return ["there are no CUDA attention kernels in the extension yet"]
-    return [f"there are no kernels for {q.device.type} tensors"]
+    missing = backends.native_reasons("attention_forward_native", q.device)
+    if not missing and q.shape[-1] > MAX_HEAD_DIM:
+        missing = [f"native kernels take head dims up to {MAX_HEAD_DIM}, got {q.shape[-1]}"]
+    return missing
 
 
 def forward(
