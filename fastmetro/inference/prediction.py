@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fastmetro.files import replacing
 from fastmetro.inference.images import CropWindow
 
 CAMERA_TO_VIEWER = np.array([1.0, -1.0, -1.0], dtype=np.float32)
@@ -67,7 +66,9 @@ class Prediction:
         path = Path(path)
         suffix = path.suffix.lower()
         if suffix == ".npz":
-            return _write_whole(path, lambda file: np.savez_compressed(file, **self._arrays()))
+            with replacing(path) as temporary, temporary.open("wb") as file:
+                np.savez_compressed(file, **self._arrays())
+            return path
         if suffix not in MESH_SUFFIXES:
             raise ValueError(f"cannot save as {suffix!r}; accepted: {', '.join((*MESH_SUFFIXES, '.npz'))}")
         import trimesh
@@ -83,8 +84,9 @@ class Prediction:
             data = mesh.export(file_type=suffix[1:], include_normals=True)
         else:
             data = mesh.export(file_type=suffix[1:])
-        content = data.encode() if isinstance(data, str) else data
-        return _write_whole(path, lambda file: file.write(content))
+        with replacing(path) as temporary:
+            temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+        return path
 
     def _arrays(self) -> dict[str, Any]:
         return {
@@ -97,18 +99,3 @@ class Prediction:
             "faces": self.faces,
             "joint_names": np.array(self.joint_names),
         }
-
-
-def _write_whole(path: Path, write: Any) -> Path:
-    """Write through a temporary file beside the target, so that a failure leaves no half-written file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return path

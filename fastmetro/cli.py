@@ -1,0 +1,128 @@
+"""The ``fastmetro`` command. Every field of a command's dataclass is one of its options."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from fastmetro.training.config import TrainConfig
+
+Device = str | None
+Attention = Literal["auto", "dense", "reference", "native", "triton"]
+
+
+@dataclass
+class Predict:
+    """Recover a mesh from each image: overlay, side view, .glb and .npz.
+
+    The weights that ship with the package were trained on synthetic images only; expect visible errors on
+    photographs.
+    """
+
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Image files, or folders of them."""
+    out: Path
+    """Folder for the results."""
+    box: tuple[float, float, float, float] | None = None
+    """The person in the image: left top right bottom in pixels (one image only). Default: the central square."""
+    checkpoint: str = "fastmetro-compact"
+    """A checkpoint of this project, or the name of shipped weights."""
+    attention: Attention = "auto"
+    """Backend of the decoder's attention; dense is plain PyTorch."""
+    device: Device = None
+    """cpu, cuda, cuda:1, ...; the first GPU by default."""
+
+    def run(self) -> int:
+        """Predict; the exit status is 1 when any image failed."""
+        from fastmetro.inference.batch import collect_images, predict_files
+        from fastmetro.inference.predictor import Predictor
+
+        images = collect_images(self.images)
+        if self.box is not None and len(images) != 1:
+            raise ValueError(f"--box goes with one image, got {len(images)}")
+        predictor = Predictor(self.checkpoint, attention=self.attention, device=self.device)
+        failures = predict_files(predictor, images, self.out, box=self.box)
+        for path, why in failures.items():
+            print(f"fastmetro: {path}: {why}", file=sys.stderr)
+        print(f"{len(images) - len(failures)} of {len(images)} images done, results in {self.out}")
+        return 1 if failures else 0
+
+
+@dataclass
+class Demo:
+    """Run on a photograph and two unseen synthetic images, and time the plain and the fused path on this device."""
+
+    out: Path = Path("out/demo")
+    """Folder for the results."""
+    device: Device = None
+    """cpu, cuda, cuda:1, ...; the first GPU by default."""
+
+    def run(self) -> int:
+        """Make the pictures and print the times."""
+        from fastmetro.inference.demo import run_demo
+
+        run_demo(self.out, device=self.device)
+        return 0
+
+
+@dataclass
+class Eval:
+    """Evaluate on images that were never used in training, beside the mean mesh as baseline."""
+
+    checkpoint: str = "fastmetro-compact"
+    """A checkpoint of this project, or the name of shipped weights."""
+    data: Literal["synthetic"] = "synthetic"
+    """What to evaluate on."""
+    count: int = 1000
+    """Number of images."""
+    batch_size: int = 32
+    """Images at once."""
+    attention: Attention = "auto"
+    """Backend of the decoder's attention; dense is plain PyTorch."""
+    device: Device = None
+    """cpu, cuda, cuda:1, ...; the first GPU by default."""
+
+    def run(self) -> int:
+        """Evaluate and print the errors with the protocol's name."""
+        from fastmetro.evaluation.synthetic import evaluate_synthetic, format_report
+        from fastmetro.inference.predictor import default_device
+        from fastmetro.inference.pretrained import load_pretrained
+
+        device = default_device() if self.device is None else self.device
+        model = load_pretrained(self.checkpoint, attention=self.attention).to(device).eval()
+        print(format_report(evaluate_synthetic(model, count=self.count, batch_size=self.batch_size)))
+        return 0
+
+
+@dataclass
+class Train:
+    """Train on synthetic images."""
+
+    config: tyro.conf.OmitArgPrefixes[TrainConfig]
+
+    def run(self) -> int:
+        """Train; a run that was stopped goes on with --resume."""
+        from fastmetro.training.loop import train
+
+        train(self.config)
+        return 0
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {"predict": Predict, "demo": Demo, "eval": Eval, "train": Train}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line; the return value is the exit status (2 for unusable arguments, 1 for an error)."""
+    command = tyro.extras.subcommand_cli_from_dict(
+        COMMANDS, args=arguments, prog="fastmetro", description="3D human and hand meshes from one image."
+    )
+    try:
+        return command.run()
+    except (OSError, ValueError, RuntimeError) as error:
+        print(f"fastmetro: error: {error}", file=sys.stderr)
+        return 1
