@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
@@ -50,10 +51,9 @@ def hand(shared: Path) -> StandInMesh:
     return _published(shared / "data/fastmetro", "mano_195", "mano_downsampling.npz", [0], 21)
 
 
-@pytest.fixture(scope="session")
-def tiny() -> StandInMesh:
-    """Three joints and a triangle strip: 12 -> 20 -> 30 vertices. Needs no data."""
-    faces = [[i, i + 1, i + 2] for i in range(10)]
+def strip_mesh(joints: int, *sizes: int) -> StandInMesh:
+    """A triangle strip with random upsampling matrices, `sizes` coarse to fine. Needs no data."""
+    faces = [[i, i + 1, i + 2] for i in range(sizes[0] - 2)]
     rng = np.random.default_rng(0)
 
     def step(rows: int, columns: int) -> sp.csr_matrix:
@@ -61,7 +61,20 @@ def tiny() -> StandInMesh:
         weights = rng.dirichlet(np.ones(3), rows)
         return sp.csr_matrix((weights.ravel(), (np.repeat(np.arange(rows), 3), picks.ravel())), shape=(rows, columns))
 
-    return StandInMesh("tiny", TokenTopology.from_faces(faces, 12, num_hubs=3), (step(20, 12), step(30, 20)))
+    steps = tuple(step(fine, coarse) for coarse, fine in pairwise(sizes))
+    return StandInMesh("strip", TokenTopology.from_faces(faces, sizes[0], num_hubs=joints), steps)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> StandInMesh:
+    """3 joints, 12 -> 20 -> 30 vertices."""
+    return strip_mesh(3, 12, 20, 30)
+
+
+@pytest.fixture(scope="session")
+def body_sized() -> StandInMesh:
+    """The sizes of the published body without its data: 14 joints, 431 -> 1723 -> 6890 vertices."""
+    return strip_mesh(14, 431, 1723, 6890)
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import MutableMapping
 from typing import Any
 
@@ -34,7 +33,7 @@ class ResNet50(nn.Module):
         self.layer3 = residual_stage(Bottleneck, 512, 256, 6, stride=2)
         self.layer4 = residual_stage(Bottleneck, 1024, 512, 3, stride=2)
         init_convolutions(self)
-        self.register_load_state_dict_pre_hook(_skip_classifier)
+        self.register_load_state_dict_pre_hook(_skip_classifier_hook)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the feature map of the last stage."""
@@ -53,22 +52,32 @@ class ResNet50Trunk(nn.Sequential):
 
     def __init__(self) -> None:
         super().__init__(*ResNet50().children())
-        self.register_load_state_dict_pre_hook(_accept_torchvision_names)
+        self.register_load_state_dict_pre_hook(_torchvision_names_hook)
 
 
-def _skip_classifier(module: nn.Module, state_dict: MutableMapping[str, Tensor], prefix: str, *_unused: Any) -> None:
+def skip_classifier(state_dict: MutableMapping[str, Tensor], prefix: str) -> None:
+    """Remove the classifier of ImageNet weights from a state dict that is about to be loaded."""
     for name in ("fc.weight", "fc.bias"):
         state_dict.pop(prefix + name, None)
 
 
-def _accept_torchvision_names(
-    module: nn.Module, state_dict: MutableMapping[str, Tensor], prefix: str, *unused: Any
-) -> None:
+def accept_torchvision_names(state_dict: MutableMapping[str, Tensor], prefix: str) -> None:
+    """Give a torchvision ResNet's entries under `prefix` their released names; others stay."""
     if prefix + "conv1.weight" not in state_dict:
         return
-    _skip_classifier(module, state_dict, prefix, *unused)
-    renamed: OrderedDict[str, Tensor] = OrderedDict()
+    skip_classifier(state_dict, prefix)
     for key in [key for key in state_dict if key.startswith(prefix)]:
         child, _, rest = key[len(prefix) :].partition(".")
-        renamed[f"{prefix}{_RELEASED_NAMES.get(child, child)}.{rest}"] = state_dict.pop(key)
-    state_dict.update(renamed)
+        state_dict[f"{prefix}{_RELEASED_NAMES.get(child, child)}.{rest}"] = state_dict.pop(key)
+
+
+def _skip_classifier_hook(
+    module: nn.Module, state_dict: MutableMapping[str, Tensor], prefix: str, *_unused: Any
+) -> None:
+    skip_classifier(state_dict, prefix)
+
+
+def _torchvision_names_hook(
+    module: nn.Module, state_dict: MutableMapping[str, Tensor], prefix: str, *_unused: Any
+) -> None:
+    accept_torchvision_names(state_dict, prefix)
