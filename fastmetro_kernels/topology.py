@@ -107,7 +107,7 @@ class TokenTopology(nn.Module):
             ("group_entries", entries, np.int64),
             ("group_padding", padding, np.bool_),
         ):
-            array = np.concatenate([np.zeros(0), *parts]).astype(dtype)
+            array = np.concatenate([np.zeros(0, dtype), *parts])
             self.register_buffer(name, torch.from_numpy(array), persistent=False)
 
     def _set_schedules(self) -> None:

@@ -34,6 +34,8 @@ def forward(
     dtype = q.dtype
     q, k, v = (tensor.to(lse_dtype(dtype)) for tensor in (q, k, v))
     hubs = topology.num_hubs
+    if topology.num_tokens == 0:
+        return _nothing(q, k, v)[0].to(dtype), _nothing(q, k, v)[1]
     outs, lses = [], []
     if hubs:
         out, lse = _hub_rows(q[:, :hubs], k, v, scale, dropout_p, seed)
@@ -43,9 +45,14 @@ def forward(
         out, lse = _vertex_rows(q, k, v, topology, scale, dropout_p, seed)
         outs.append(out)
         lses.append(lse)
-    if not outs:
-        return torch.empty_like(q, dtype=dtype), q.new_empty(q.shape[0], q.shape[2], 0)
     return torch.cat(outs, 1).to(dtype), torch.cat(lses, 2)
+
+
+def _nothing(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows without keys [B, R, H, D]: output 0 and lse -inf, with zero gradients as from every other row."""
+    everywhere = torch.ones((), dtype=torch.bool, device=q.device)
+    joined = (q + k + v).masked_fill(everywhere, 0.0)
+    return joined, joined.sum(-1).transpose(1, 2).masked_fill(everywhere, -torch.inf)
 
 
 def _hub_rows(
@@ -102,8 +109,7 @@ def _group(
     count, width = neighbors.shape
     rows = q[:, queries] * scale
     if hubs + width == 0:
-        nothing = rows.new_full((q.shape[0], q.shape[2], count), -torch.inf)
-        return torch.zeros_like(rows), nothing
+        return _nothing(rows, k[:, queries], v[:, queries])
     to_hubs = torch.einsum("brhd,bkhd->bhrk", rows, k[:, :hubs])
     to_neighbors = torch.einsum("brhd,brwhd->bhrw", rows, k[:, neighbors])
     scores = torch.cat([to_hubs, to_neighbors.masked_fill(padding, -torch.inf)], -1)

@@ -1,0 +1,382 @@
+"""Numbers of topology-masked attention: every backend, device and dtype against float64 dense attention."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fastmetro_kernels.attention import topology_attention
+from fastmetro_kernels.topology import TokenTopology
+
+from attention_cases import (
+    FLOAT32_RUNNERS,
+    KERNEL_RUNNERS,
+    RUNNERS,
+    Graph,
+    Runner,
+    assert_within_budget,
+    graphs,
+    keep_mask,
+    measured,
+    oracle,
+    oracle_forward,
+    plain,
+    random_inputs,
+    random_mask,
+    topology_of,
+)
+
+every_runner = pytest.mark.parametrize("runner", RUNNERS, ids=str)
+float32_runner = pytest.mark.parametrize("runner", FLOAT32_RUNNERS, ids=str)
+kernel_runner = pytest.mark.parametrize("runner", KERNEL_RUNNERS, ids=str)
+
+
+def attend(runner: Runner, inputs: list[Tensor], topology: TokenTopology, **options: object) -> tuple[Tensor, Tensor]:
+    """(out, lse) on the backend of the runner."""
+    return topology_attention(*inputs, topology, return_lse=True, backend=runner.backend, **options)
+
+
+def cotangents(inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Random gradients of out and lse."""
+    batch, tokens, heads, _ = inputs[0].shape
+    generator = torch.Generator().manual_seed(7)
+    grad_out = torch.randn(inputs[0].shape, generator=generator, dtype=torch.float64).to(inputs[0])
+    wide = torch.promote_types(inputs[0].dtype, torch.float32)
+    grad_lse = torch.randn(batch, heads, tokens, generator=generator, dtype=torch.float64)
+    return grad_out, grad_lse.to(inputs[0].device, wide)
+
+
+def check(runner: Runner, graph: Graph, inputs: list[Tensor], order: str = "natural") -> None:
+    """Holds outputs and gradients against the budget."""
+    gradients = cotangents(inputs)
+    out, lse = attend(runner, inputs, topology_of(graph, runner.device, order))
+    assert out.dtype == runner.dtype and out.is_contiguous()
+    assert lse.dtype == torch.promote_types(runner.dtype, torch.float32)
+    result = measured(out, lse, inputs, *gradients)
+    baseline = plain(inputs, graph.mask, *gradients)
+    assert_within_budget(result, oracle(inputs, graph.mask, *gradients), baseline)
+
+
+@pytest.mark.parametrize("name", graphs())
+@every_runner
+def test_output_and_gradients(runner: Runner, name: str) -> None:
+    graph = graphs()[name]
+    check(runner, graph, random_inputs(runner, 1 if runner.interpreted else 2, len(graph.mask), 2, graph.head_dim))
+
+
+@pytest.mark.parametrize("dim", [8, 9, 12, 20, 48, 64, 96, 100, 128])
+@every_runner
+def test_head_dims(runner: Runner, dim: int) -> None:
+    if runner.interpreted and runner.dtype != torch.float32:
+        pytest.skip("the interpreter is slow; head dims are covered in float32")
+    graph = Graph(random_mask(20, 3, 0.2, True, True, 5), 3, dim)
+    check(runner, graph, random_inputs(runner, 1, 23, 2, dim))
+
+
+@float32_runner
+def test_large_scores(runner: Runner) -> None:
+    """Scores of several hundreds: exp of them would overflow without subtracting the maximum."""
+    graph = graphs()["mesh"]
+    inputs = random_inputs(runner, 1, len(graph.mask), 2, 16)
+    check(runner, graph, [(40 * x if i < 2 else x).detach().requires_grad_() for i, x in enumerate(inputs)])
+
+
+@every_runner
+def test_processing_order_changes_nothing_visible(runner: Runner) -> None:
+    graph = graphs()["mesh"]
+    check(runner, graph, random_inputs(runner, 1, len(graph.mask), 2, 16), order="locality")
+
+
+@pytest.mark.parametrize("count", [431, 1723])
+@pytest.mark.parametrize("runner", [r for r in RUNNERS if not r.interpreted], ids=str)
+def test_mesh_sizes(runner: Runner, count: int) -> None:
+    if count > 431 and runner.dtype == torch.float64:
+        pytest.skip("one large size per working dtype is enough")
+    rows = {431: (16, 27), 1723: (35, 50)}[count]
+    from attention_cases import grid_faces
+
+    faces = grid_faces(*rows)
+    mask = TokenTopology.from_faces(faces[(faces < count).all(1)], count, num_hubs=14).mask()
+    check(runner, Graph(mask, 14, 16), random_inputs(runner, 1, count + 14, 2, 16), order="locality")
+
+
+@kernel_runner
+def test_explicit_scale(runner: Runner) -> None:
+    graph = graphs()["asymmetric"]
+    q, k, v = random_inputs(runner, 1, len(graph.mask), 2, 16)
+    topology = topology_of(graph, runner.device)
+    out, lse = attend(runner, [q, k, v], topology, scale=-0.7)
+    double = [x.detach().cpu().double() for x in (q, k, v)]
+    want = oracle_forward(*double, graph.mask, -0.7)
+    torch.testing.assert_close(out.cpu().double(), want[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse.cpu().double(), want[1], rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+@float32_runner
+def test_random_graphs(runner: Runner, data: st.DataObject) -> None:
+    draw = data.draw
+    hubs = draw(st.sampled_from([0, 1, 2, 14, 16, 21, 64]))
+    vertices = draw(st.integers(1 if hubs == 0 else 0, 12 if runner.interpreted else 70))
+    density = draw(st.sampled_from([0.0, 0.03, 0.1, 0.5, 1.0]))
+    symmetric, loops = draw(st.booleans()), draw(st.booleans())
+    mask = random_mask(vertices, hubs, density, symmetric, loops, draw(st.integers(0, 2**31)))
+    dim = draw(st.integers(8, 24)) if runner.interpreted else draw(st.integers(8, 128))
+    heads, batch = (1, 1) if runner.interpreted else (draw(st.integers(1, 3)), draw(st.integers(1, 3)))
+    order = draw(st.sampled_from(["natural", "locality"]))
+    check(runner, Graph(mask, hubs, dim), random_inputs(runner, batch, hubs + vertices, heads, dim), order)
+
+
+# ---- dropout --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**40 + 12345, -1, -(2**63)])
+@every_runner
+def test_dropout_agrees_with_the_published_rule(runner: Runner, seed: int) -> None:
+    if runner.interpreted and seed not in (1, -1):
+        pytest.skip("the interpreter is slow; two seeds suffice")
+    graph, p = graphs()["mesh"], 0.3
+    inputs = random_inputs(runner, 1 if runner.interpreted else 3, len(graph.mask), 2, 16)
+    gradients = cotangents(inputs)
+    out, lse = attend(runner, inputs, topology_of(graph, runner.device), dropout_p=p, seed=seed)
+    keep = keep_mask(seed, inputs[0].shape[0], 2, len(graph.mask), p)
+    exact = oracle(inputs, graph.mask, *gradients, keep, p)
+    wide = torch.promote_types(runner.dtype, torch.float32)
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    dense, dense_lse, _ = oracle_forward(
+        *leaves, graph.mask.to(runner.device), 0.25, keep.to(runner.device), p
+    )  # plain PyTorch at the same precision, given the mask
+    baseline = measured(dense, dense_lse.to(wide), leaves, *gradients)
+    assert_within_budget(measured(out, lse, inputs, *gradients), exact, baseline)
+
+
+@float32_runner
+def test_dropout_seeds(runner: Runner) -> None:
+    graph = graphs()["mesh"]
+    inputs = random_inputs(runner, 1, len(graph.mask), 2, 16)
+    topology = topology_of(graph, runner.device)
+
+    def run(seed: int | Tensor | None, p: float = 0.5) -> Tensor:
+        return attend(runner, inputs, topology, dropout_p=p, seed=seed)[0].detach()
+
+    tensor = torch.tensor([123], device=runner.device)
+    assert torch.equal(run(123), run(123)), "the same seed gives the same mask"
+    assert torch.equal(run(123), run(tensor)) and torch.equal(run(123), run(tensor[0])), "as does a tensor"
+    assert not torch.equal(run(123), run(124))
+    assert not torch.equal(run(123), run(123 + 2**32)), "the upper half of the seed counts"
+    torch.manual_seed(5)
+    first, second = run(None), run(None)
+    assert not torch.equal(first, second), "without a seed every call draws one"
+    torch.manual_seed(5)
+    assert torch.equal(first, run(None)), "from PyTorch's generator"
+    state = torch.get_rng_state()
+    assert torch.equal(run(None, 0.0), run(1, 0.0)), "nothing is dropped at 0, whatever the seed"
+    assert torch.equal(state, torch.get_rng_state()), "and nothing is drawn"
+
+
+@float32_runner
+def test_dropout_is_unbiased(runner: Runner) -> None:
+    """Constant values make the output the sum of the kept weights over 1 - p: its mean is 1, its spread known."""
+    tokens, p = (24, 0.25) if runner.interpreted else (64, 0.25)
+    topology = TokenTopology.from_mask(torch.ones(tokens, tokens, dtype=torch.bool), num_hubs=5).to(runner.device)
+    batch = 1 if runner.interpreted else 8
+    zero = torch.zeros(batch, tokens, 2, 8, device=runner.device)
+    out = attend(runner, [zero, zero, torch.ones_like(zero)], topology, dropout_p=p, seed=11)[0][..., 0]
+    draws = batch * tokens * tokens * 2
+    assert abs(float(out.mean()) - 1.0) < 5 * math.sqrt(p / (1 - p) / draws)
+    spread = math.sqrt(p / (1 - p) / tokens)
+    assert abs(float(out.std()) / spread - 1.0) < 6 / math.sqrt(2 * out.numel())
+
+
+def test_dropout_mask_has_no_structure() -> None:
+    """Rates per batch and head, query and key stay within 5 standard deviations; neighbours are uncorrelated."""
+    p, shape = 0.1, (4, 8, 100, 100)
+    keep = keep_mask(3, *shape[:3], p).double()
+    for axes in ((2, 3), (0, 1, 3), (0, 1, 2), (0, 1, 2, 3)):
+        count = math.prod(shape[axis] for axis in axes)
+        worst = (keep.mean(axes) - (1 - p)).abs().max()
+        assert worst < 5 * math.sqrt(p * (1 - p) / count), f"rate over axes {axes}"
+    centred = keep - (1 - p)
+    for axis in range(4):
+        left, right = centred.narrow(axis, 0, shape[axis] - 1), centred.narrow(axis, 1, shape[axis] - 1)
+        correlation = (left * right).mean() / (p * (1 - p))
+        assert abs(correlation) < 5 / math.sqrt(left.numel()), f"neighbours along axis {axis}"
+    assert abs((centred * centred.transpose(2, 3)).mean() / (p * (1 - p)) - 0.01) < 5 / math.sqrt(keep.numel() / 2)
+
+
+# ---- weights --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+@pytest.mark.parametrize("name", ["mesh", "asymmetric", "isolated_without_hubs", "hubs_only"])
+@float32_runner
+def test_weights(runner: Runner, name: str, dropout_p: float) -> None:
+    graph = graphs()[name]
+    inputs = random_inputs(runner, 1 if runner.interpreted else 2, len(graph.mask), 2, 16)
+    options = {"dropout_p": dropout_p, "seed": 9, "return_weights": True, "backend": runner.backend}
+    out, weights, lse = topology_attention(*inputs, topology_of(graph, runner.device), return_lse=True, **options)
+    dense = weights.to_dense()
+    leaves = [x.detach().cpu().double().requires_grad_() for x in inputs]
+    keep = keep_mask(9, inputs[0].shape[0], 2, len(graph.mask), dropout_p)
+    want_out, _, want = oracle_forward(*leaves, graph.mask, 0.25, keep, dropout_p)
+    torch.testing.assert_close(dense.cpu().double(), want, rtol=1e-5, atol=1e-6)
+    assert weights.vertex_neighbors.shape[2] == weights.topology.nnz
+    generator = torch.Generator().manual_seed(3)
+    cotangent = torch.randn(want.shape, generator=generator, dtype=torch.float64)
+    loss = (dense * cotangent.to(dense)).sum() + out.sum()
+    want_loss = (want * cotangent).sum() + want_out.sum()
+    for got, exact in zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(want_loss, leaves)):
+        torch.testing.assert_close(got.cpu().double(), torch.nan_to_num(exact), rtol=1e-4, atol=1e-5)
+
+
+@every_runner
+def test_weights_have_the_dtype_of_the_inputs(runner: Runner) -> None:
+    graph = graphs()["one_vertex"]
+    inputs = random_inputs(runner, 1, 1, 1, 16)
+    _, weights = topology_attention(
+        *inputs, topology_of(graph, runner.device), return_weights=True, backend=runner.backend
+    )
+    assert weights.to_dense().dtype == weights.hub_rows.dtype == runner.dtype
+
+
+# ---- memory and layout ----------------------------------------------------------------------------------------
+
+
+@float32_runner
+def test_every_output_is_written(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All memory that is allocated during the calls starts as NaN."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert torch.isnan(torch.empty(3)).all(), "poisoning works"
+        for name in ("mesh", "64_hubs", "isolated_without_hubs", "isolated_with_hubs", "nothing_allowed"):
+            graph = graphs()[name]
+            inputs = random_inputs(runner, 1, len(graph.mask), 1, 16)
+            out, lse = attend(runner, inputs, topology_of(graph, runner.device), dropout_p=0.2, seed=4)
+            for tensor in (out, *torch.autograd.grad(out.sum(), inputs)):
+                assert torch.isfinite(tensor).all(), name
+            assert not torch.isnan(lse).any(), name
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@every_runner
+def test_repeated_calls_are_bit_identical(runner: Runner) -> None:
+    graph = graphs()["17_hubs"]
+    inputs = random_inputs(runner, 1 if runner.interpreted else 4, len(graph.mask), 2, 16)
+    topology = topology_of(graph, runner.device)
+
+    def run() -> tuple[Tensor, ...]:
+        out, lse = attend(runner, inputs, topology, dropout_p=0.1, seed=3)
+        return (out, lse, *torch.autograd.grad(out.square().sum() + lse.sum(), inputs))
+
+    first = run()
+    for _ in range(1 if runner.interpreted else 4):
+        assert all(torch.equal(a, b) for a, b in zip(first, run()))
+
+
+def _layouts(x: Tensor) -> dict[str, Tensor]:
+    """The numbers of x [B, L, H, D] in other memory layouts."""
+    batch, tokens, heads, dim = x.shape
+    joint = x.new_zeros(batch, tokens, 3, heads, dim)
+    joint[:, :, 1] = x
+    spread = x.new_zeros(batch, tokens, heads, 2 * dim)
+    spread[..., ::2] = x
+    shifted = x.new_zeros(batch * tokens * heads * dim + 1)[1:].view(x.shape)  # not aligned to 8 bytes
+    return {
+        "heads first": x.transpose(1, 2).contiguous().transpose(1, 2),
+        "one of a joint projection": joint[:, :, 1],
+        "every second element": spread[..., ::2],
+        "tokens first": x.transpose(0, 1).contiguous().transpose(0, 1),
+        "unaligned": shifted.copy_(x),
+    }
+
+
+@every_runner
+def test_strides(runner: Runner) -> None:
+    graph = graphs()["mesh"]
+    topology = topology_of(graph, runner.device)
+    plain_inputs = [x.detach() for x in random_inputs(runner, 2, len(graph.mask), 2, 16)]
+    layouts = [_layouts(x) for x in plain_inputs]
+    names = list(layouts[0])
+    if runner.interpreted:
+        names = names[:3] if runner.dtype == torch.float32 else names[:1]
+    gradients = cotangents(plain_inputs)
+    want = attend(runner, leaves := [x.clone().requires_grad_() for x in plain_inputs], topology)
+    exact = measured(*want, leaves, *gradients)
+    tolerance = 16 * torch.finfo(runner.dtype).eps
+    for name in names:
+        inputs = [one[name].detach().requires_grad_() for one in layouts]
+        assert all(torch.equal(x, y) for x, y in zip(inputs, plain_inputs))
+        out, lse = attend(runner, inputs, topology)
+        strided = [_layouts(gradients[0])[name], gradients[1].transpose(1, 2).contiguous().transpose(1, 2)]
+        result = measured(out, lse, inputs, *strided)
+        for field, got, expected in zip(result._fields, result, exact):
+            torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance, msg=lambda m: f"{name}: {field}: {m}")
+
+
+@every_runner
+def test_shared_tokens_with_batch_stride_zero(runner: Runner) -> None:
+    """Expanded inputs are read as they are, and their gradient sums over the batch."""
+    graph = graphs()["asymmetric"]
+    topology = topology_of(graph, runner.device)
+    single = random_inputs(runner, 1, len(graph.mask), 2, 16)
+    batch = 2 if runner.interpreted else 5
+    expanded = [x.expand(batch, -1, -1, -1) for x in single]
+    out, lse = attend(runner, expanded, topology)
+    out_single, lse_single = attend(runner, single, topology)
+    tolerance = 4 * torch.finfo(runner.dtype).eps
+    torch.testing.assert_close(out, out_single.expand_as(out), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(lse, lse_single.expand_as(lse), rtol=tolerance, atol=tolerance)
+    grads = torch.autograd.grad(out.sum(), single)  # sum() gives a gradient whose strides are all 0
+    for got, one in zip(grads, torch.autograd.grad(out_single.sum(), single)):
+        torch.testing.assert_close(got, batch * one, rtol=8 * tolerance, atol=8 * batch * tolerance)
+
+
+@pytest.mark.parametrize("shape", [(0, 2), (2, 0)], ids=["no batch", "no heads"])
+@every_runner
+def test_empty_inputs(runner: Runner, shape: tuple[int, int]) -> None:
+    graph = graphs()["mesh"]
+    inputs = random_inputs(runner, shape[0], len(graph.mask), shape[1], 16)
+    options = {"dropout_p": 0.1, "seed": 1, "return_weights": True, "return_lse": True}
+    out, weights, lse = topology_attention(
+        *inputs, topology_of(graph, runner.device), backend=runner.backend, **options
+    )
+    assert out.shape == inputs[0].shape and lse.shape == (*shape, len(graph.mask))
+    assert weights.to_dense().shape == (*shape, len(graph.mask), len(graph.mask))
+    assert all(g.shape == inputs[0].shape for g in torch.autograd.grad(out.sum() + lse.sum(), inputs))
+
+
+@float32_runner
+def test_no_tokens(runner: Runner) -> None:
+    topology = TokenTopology.from_faces([], 0).to(runner.device)
+    inputs = random_inputs(runner, 2, 0, 2, 16)
+    out, lse = attend(runner, inputs, topology)
+    assert out.shape == (2, 0, 2, 16) and lse.shape == (2, 2, 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("runner", [r for r in RUNNERS if r.device == "cuda" and r.dtype == torch.float16], ids=str)
+def test_more_than_2_to_31_elements(runner: Runner) -> None:
+    """Offsets of the output pass 2^31; inputs are shared tokens, so that only outputs need the memory."""
+    if runner.backend == "reference":
+        pytest.skip("plain PyTorch would need hundreds of GiB")
+    graph = Graph(random_mask(20, 3, 0.2, True, True, 5), 3, 128)
+    single = [x.detach() for x in random_inputs(runner, 1, 23, 8, 128)]
+    batch = 2**31 // (23 * 8 * 128) + 100
+    topology = topology_of(graph, runner.device)
+    inputs = [x.expand(batch, -1, -1, -1).requires_grad_() for x in single]
+    out, lse = attend(runner, inputs, topology)
+    want, want_lse = attend(runner, single, topology)
+    assert torch.equal(out[-1], want[0]) and torch.equal(lse[-1], want_lse[0])
+    grads = torch.autograd.grad(out, inputs, torch.ones_like(want).expand_as(out))
+    leaves = [x.clone().requires_grad_() for x in single]
+    wanted = torch.autograd.grad(attend(runner, leaves, topology)[0].sum(), leaves)
+    assert all(torch.equal(got[-1], one[0]) for got, one in zip(grads, wanted))
