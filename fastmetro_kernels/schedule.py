@@ -13,7 +13,6 @@ A kernel then gathers each listed key once and serves 16 rows with it on tensor 
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -40,7 +39,8 @@ class Schedule(NamedTuple):
     Attributes:
         row_order: int32 ``[W * 16]``, the vertices in processing order, padded with -1. Window ``w`` works on
             ``row_order[16 w : 16 w + 16]``.
-        key_offsets: int32 ``[W + 1]``, window ``w`` owns ``keys[key_offsets[w] : key_offsets[w + 1]]``; multiples of 16.
+        key_offsets: int32 ``[W + 1]``, multiples of 16; the keys of window ``w`` are
+            ``keys[key_offsets[w] : key_offsets[w + 1]]``.
         keys: int32 ``[T]``, vertices that at least one row of the window may attend to, ascending within a window,
             then -1 as padding. Hub tokens are not listed: every row sees all of them.
         row_masks: int32 ``[T]``, bit ``r`` is set when row ``r`` of the window may attend to the key; 0 for padding.
@@ -114,7 +114,7 @@ def build_schedule(row_offsets: Tensor, columns: Tensor, order: Tensor | None = 
 
 
 def locality_order(row_offsets: Tensor, columns: Tensor) -> Tensor:
-    """Order the vertices so that windows of 16, 32, 64, ... consecutive ones are compact patches of the mesh.
+    """Order the vertices so that windows of 16 consecutive ones are compact patches of the mesh.
 
     Recursive spectral bisection (Pothen, Simon, Liou: Partitioning sparse matrices with eigenvectors of graphs,
     1990): the vertices are sorted by the Fiedler vector of their Laplacian and cut near the middle, at a multiple of
@@ -186,8 +186,8 @@ def _order_components(
 
 
 def _cut_position(count: int, start: int) -> int:
-    """Cut near the middle so that the second part starts at a multiple of the largest window that fits twice."""
-    unit = max(WINDOW_ROWS, 1 << int(math.log2(count / 2)))
+    """Cut near the middle so that the second part starts at a multiple of one or, while there are many, two windows."""
+    unit = WINDOW_ROWS if count < 4 * WINDOW_ROWS else 2 * WINDOW_ROWS
     cut = round((start + count / 2) / unit) * unit - start
     if cut <= 0:
         cut += unit

@@ -1,4 +1,4 @@
-"""Triton kernels of the backward pass of topology-masked attention: everything is gathered, nothing is added atomically.
+"""Triton kernels of the backward pass of topology-masked attention: all sums are gathered, none uses atomics.
 
 The row pass owns queries and streams keys (dQ, and delta, the row sums that the softmax gradient needs); the column
 pass owns keys and streams the queries that see them (dK, dV). Weights are recomputed from the log-sum-exp, as in
@@ -32,19 +32,19 @@ def _row_step(
     q, grad_out, log_total, delta, k_base, v_base, tokens, valid, seen, row_tokens, grad_q,
     stride_k_token, stride_k_dim, stride_v_token, stride_v_dim,
     scale_log2, seed, batch_head, threshold, keep_scale,
-    DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, PRECISION: tl.constexpr,
+    DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
     """Add to dQ / scale of the owned rows what one tile of keys contributes."""
     k = load_rows(k_base, tokens, valid, stride_k_token, stride_k_dim, DIM, BLOCK_DIM)
     v = load_rows(v_base, tokens, valid, stride_v_token, stride_v_dim, DIM, BLOCK_DIM)
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
     weights = tl.where(seen, tl.exp2(scores - log_total[:, None]), 0.0)
-    grad_weights = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
+    grad_weights = tl.dot(grad_out, tl.trans(v), input_precision="ieee")
     if seed is not None:
         keep = dropout_keep(seed, batch_head, tokens[None, :], row_tokens[:, None], threshold)
         grad_weights = tl.where(keep, grad_weights * keep_scale, 0.0)
     grad_scores = weights * (grad_weights - delta[:, None])
-    return grad_q + tl.dot(grad_scores.to(k.dtype), k, input_precision=PRECISION)
+    return grad_q + tl.dot(grad_scores.to(k.dtype), k, input_precision="ieee")
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -58,7 +58,7 @@ def attention_backward_rows_kernel(
     heads, tokens, num_hubs, slots, splits, split_tokens,
     scale, scale_log2, threshold, keep_scale,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    ONE_TILE: tl.constexpr, PRECISION: tl.constexpr,
+    ONE_TILE: tl.constexpr,
 ):  # fmt: skip
     """dQ and delta of one window, or of 16 hubs over one share of the keys."""
     batch, head, slot = program_place(heads, slots)
@@ -79,9 +79,7 @@ def attention_backward_rows_kernel(
     if is_hub_slot:
         rows, row_valid, begin, end = hub_share(slot, splits, split_tokens, tokens, num_hubs, ROWS)
     else:
-        rows, row_valid, list_begin, list_length = window_rows(
-            slot - hub_slots, row_order, key_offsets, num_hubs, ROWS
-        )
+        rows, row_valid, list_begin, list_length = window_rows(slot - hub_slots, row_order, key_offsets, num_hubs, ROWS)
     q_tile = load_rows(q_base, rows, row_valid, stride_q_token, stride_q_dim, DIM, BLOCK_DIM)
     g_tile = load_rows(grad_out_base, rows, row_valid, stride_g_token, stride_g_dim, DIM, BLOCK_DIM)
     o_tile = load_rows(out + contiguous_base, rows, row_valid, heads * DIM, 1, DIM, BLOCK_DIM)
@@ -97,24 +95,22 @@ def attention_backward_rows_kernel(
             acc = _row_step(
                 q_tile, g_tile, log_total, delta_tile, k_base, v_base, key_tokens, valid, seen, rows, acc,
                 stride_k_token, stride_k_dim, stride_v_token, stride_v_dim,
-                scale_log2, seed, batch_head, threshold, keep_scale, DIM, BLOCK_DIM, PRECISION,
+                scale_log2, seed, batch_head, threshold, keep_scale, DIM, BLOCK_DIM,
             )  # fmt: skip
     elif ONE_TILE:
         key_tokens, valid, seen = listed_tile(0, keys, row_masks, list_begin, list_length, num_hubs, ROWS, KEYS)
         acc = _row_step(
             q_tile, g_tile, log_total, delta_tile, k_base, v_base, key_tokens, valid, seen, rows, acc,
             stride_k_token, stride_k_dim, stride_v_token, stride_v_dim,
-            scale_log2, seed, batch_head, threshold, keep_scale, DIM, BLOCK_DIM, PRECISION,
+            scale_log2, seed, batch_head, threshold, keep_scale, DIM, BLOCK_DIM,
         )  # fmt: skip
     else:
         for first in range(0, num_hubs + list_length, KEYS):
-            key_tokens, valid, seen = listed_tile(
-                first, keys, row_masks, list_begin, list_length, num_hubs, ROWS, KEYS
-            )
+            key_tokens, valid, seen = listed_tile(first, keys, row_masks, list_begin, list_length, num_hubs, ROWS, KEYS)
             acc = _row_step(
                 q_tile, g_tile, log_total, delta_tile, k_base, v_base, key_tokens, valid, seen, rows, acc,
                 stride_k_token, stride_k_dim, stride_v_token, stride_v_dim,
-                scale_log2, seed, batch_head, threshold, keep_scale, DIM, BLOCK_DIM, PRECISION,
+                scale_log2, seed, batch_head, threshold, keep_scale, DIM, BLOCK_DIM,
             )  # fmt: skip
     acc *= scale
 
@@ -132,24 +128,24 @@ def _column_step(
     k, v, q_base, g_base, lse_base, delta_base, tokens, valid, seen, column_tokens, grad_k, grad_v,
     stride_q_token, stride_q_dim, stride_g_token, stride_g_dim,
     scale_log2, seed, batch_head, threshold, keep_scale,
-    DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, PRECISION: tl.constexpr,
+    DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
     """Add to dK / scale and dV of the owned keys what one tile of queries contributes (tiles are transposed)."""
     q = load_rows(q_base, tokens, valid, stride_q_token, stride_q_dim, DIM, BLOCK_DIM)
     grad_out = load_rows(g_base, tokens, valid, stride_g_token, stride_g_dim, DIM, BLOCK_DIM)
     log_total = tl.load(lse_base + tokens, mask=valid, other=0.0) * LOG2E
     delta = tl.load(delta_base + tokens, mask=valid, other=0.0)
-    scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2
+    scores = tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2
     weights = tl.where(seen, tl.exp2(scores - log_total[None, :]), 0.0)
-    grad_weights = tl.dot(v, tl.trans(grad_out), input_precision=PRECISION)
+    grad_weights = tl.dot(v, tl.trans(grad_out), input_precision="ieee")
     dropped = weights
     if seed is not None:
         keep = dropout_keep(seed, batch_head, column_tokens[:, None], tokens[None, :], threshold)
         dropped = tl.where(keep, weights * keep_scale, 0.0)
         grad_weights = tl.where(keep, grad_weights * keep_scale, 0.0)
-    grad_v = grad_v + tl.dot(dropped.to(q.dtype), grad_out, input_precision=PRECISION)
+    grad_v = grad_v + tl.dot(dropped.to(q.dtype), grad_out, input_precision="ieee")
     grad_scores = weights * (grad_weights - delta[None, :])
-    grad_k = grad_k + tl.dot(grad_scores.to(q.dtype), q, input_precision=PRECISION)
+    grad_k = grad_k + tl.dot(grad_scores.to(q.dtype), q, input_precision="ieee")
     return grad_k, grad_v
 
 
@@ -164,7 +160,7 @@ def attention_backward_columns_kernel(
     heads, tokens, num_hubs, slots, splits, split_tokens,
     scale, scale_log2, threshold, keep_scale,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    ONE_TILE: tl.constexpr, PRECISION: tl.constexpr,
+    ONE_TILE: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one window of the transposed schedule, or of 16 hubs over one share of the queries."""
     batch, head, slot = program_place(heads, slots)
@@ -201,24 +197,22 @@ def attention_backward_columns_kernel(
             acc_k, acc_v = _column_step(
                 k_tile, v_tile, q_base, g_base, lse_base, delta_base, row_tokens, valid, seen, columns, acc_k, acc_v,
                 stride_q_token, stride_q_dim, stride_g_token, stride_g_dim,
-                scale_log2, seed, batch_head, threshold, keep_scale, DIM, BLOCK_DIM, PRECISION,
+                scale_log2, seed, batch_head, threshold, keep_scale, DIM, BLOCK_DIM,
             )  # fmt: skip
     elif ONE_TILE:
         row_tokens, valid, seen = listed_tile(0, keys, row_masks, list_begin, list_length, num_hubs, ROWS, KEYS)
         acc_k, acc_v = _column_step(
             k_tile, v_tile, q_base, g_base, lse_base, delta_base, row_tokens, valid, seen, columns, acc_k, acc_v,
             stride_q_token, stride_q_dim, stride_g_token, stride_g_dim,
-            scale_log2, seed, batch_head, threshold, keep_scale, DIM, BLOCK_DIM, PRECISION,
+            scale_log2, seed, batch_head, threshold, keep_scale, DIM, BLOCK_DIM,
         )  # fmt: skip
     else:
         for first in range(0, num_hubs + list_length, KEYS):
-            row_tokens, valid, seen = listed_tile(
-                first, keys, row_masks, list_begin, list_length, num_hubs, ROWS, KEYS
-            )
+            row_tokens, valid, seen = listed_tile(first, keys, row_masks, list_begin, list_length, num_hubs, ROWS, KEYS)
             acc_k, acc_v = _column_step(
                 k_tile, v_tile, q_base, g_base, lse_base, delta_base, row_tokens, valid, seen, columns, acc_k, acc_v,
                 stride_q_token, stride_q_dim, stride_g_token, stride_g_dim,
-                scale_log2, seed, batch_head, threshold, keep_scale, DIM, BLOCK_DIM, PRECISION,
+                scale_log2, seed, batch_head, threshold, keep_scale, DIM, BLOCK_DIM,
             )  # fmt: skip
     acc_k *= scale
 

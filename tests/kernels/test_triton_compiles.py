@@ -1,0 +1,44 @@
+"""Every Triton attention kernel compiles to machine code for NVIDIA GPUs, also on a machine without one."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+
+
+@pytest.mark.parametrize(
+    "capability, dtype, dim, flags",
+    [
+        (90, "fp16", 64, ()),
+        (90, "fp16", 16, ("long_lists",)),
+        (90, "bf16", 128, ("dropout",)),
+        (90, "fp32", 64, ("dropout", "long_lists")),
+        (80, "bf16", 24, ("strided",)),
+    ],
+)
+def test_kernels_compile_without_spilling(capability: int, dtype: str, dim: int, flags: tuple[str, ...]) -> None:
+    script = Path(__file__).with_name("compile_attention.py")
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(script.parents[2])}
+    done = subprocess.run(
+        [sys.executable, str(script), str(capability), dtype, str(dim), *flags],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert len(report) == 5
+    for name, used in report.items():
+        assert used["stack"] <= 16, (name, used)
+        assert used["shared"] <= SHARED_LIMIT[capability], (name, used)
