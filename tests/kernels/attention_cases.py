@@ -61,7 +61,7 @@ def grid_faces(rows: int, columns: int) -> np.ndarray:
     """Triangles of a flat grid of rows x columns vertices."""
     corner = (np.arange(rows - 1)[:, None] * columns + np.arange(columns - 1)).ravel()
     lower = np.stack([corner, corner + 1, corner + columns], 1)
-    return np.concatenate([lower, lower + [1, columns, 0]])[:, [0, 1, 2]]
+    return np.concatenate([lower, lower + np.array([1, columns, 0])])
 
 
 def random_mask(vertices: int, hubs: int, density: float, symmetric: bool, loops: bool, seed: int) -> Tensor:
@@ -189,7 +189,9 @@ def _with_gradients(out: Tensor, lse: Tensor, leaves: list[Tensor], grad_out: Te
     finite = torch.isfinite(lse)
     loss = (out * grad_out).sum() + (torch.where(finite, lse, torch.zeros_like(lse)) * grad_lse).sum()
     gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
-    gradients = [torch.zeros_like(x) if g is None else torch.nan_to_num(g) for g, x in zip(gradients, leaves)]
+    gradients = [
+        torch.zeros_like(x) if g is None else torch.nan_to_num(g) for g, x in zip(gradients, leaves, strict=True)
+    ]
     return Result(out.detach(), lse.detach(), *gradients)
 
 
