@@ -1,0 +1,55 @@
+"""The labels of a batch, as the published data files define them, in one frame.
+
+Frame: the camera's. x points right, y down, z away from the viewer, in metres; the origin is the root of the
+body (the middle of the hips) or of the hand (the wrist). 2D joints and weak-perspective cameras live in the crop,
+whose corners are (-1, -1) (top left) and (1, 1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class MeshLabels:
+    """Labels of B samples.
+
+    Attributes:
+        vertices: float32 [B, M, 3], root-relative fine mesh, metres.
+        joints_3d: float32 [B, J, 3], root-relative joints, metres (J14 of the body, 21 of the hand).
+        joints_2d: float32 [B, J, 3], crop coordinates and confidence (0 where the joint lies outside of the crop).
+        camera: float32 [B, 3], the weak-perspective camera (s, tx, ty) that fits the 2D joints best:
+            s * (xy + t).
+        has_vertices: bool [B]; published as ``has_smpl``.
+        has_joints_3d: bool [B].
+        has_joints_2d: bool [B].
+    """
+
+    vertices: Tensor
+    joints_3d: Tensor
+    joints_2d: Tensor
+    camera: Tensor
+    has_vertices: Tensor
+    has_joints_3d: Tensor
+    has_joints_2d: Tensor
+
+    def to(self, device: torch.device | str) -> MeshLabels:
+        """The same labels on another device."""
+        moved = {field.name: getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)}
+        return MeshLabels(**moved)
+
+
+def fit_weak_perspective(points: Tensor, image_points: Tensor) -> Tensor:
+    """Least-squares (s, tx, ty) with s * (xy + t) = image_points: [B, N, 3], [B, N, 2] -> [B, 3].
+
+    The scale is clamped to 1e-3 from below, so that a degenerate fit stays finite.
+    """
+    flat = points[..., :2]
+    mean, image_mean = flat.mean(dim=1), image_points.mean(dim=1)
+    centred, image_centred = flat - mean.unsqueeze(1), image_points - image_mean.unsqueeze(1)
+    scale = (centred * image_centred).sum(dim=(1, 2)) / centred.square().sum(dim=(1, 2)).clamp_min(1e-8)
+    scale = scale.clamp_min(1e-3).unsqueeze(1)
+    return torch.cat([scale, image_mean / scale - mean], dim=1)

@@ -1,0 +1,1 @@
+"""People rendered on the fly: random bodies, poses, cameras, clothes, lights, occluders and backgrounds."""

@@ -1,0 +1,181 @@
+"""Images of random people with their labels, rendered in batches on the device that asks for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastmetro.data.counter_random import CounterRandom
+from fastmetro.data.labels import MeshLabels, fit_weak_perspective
+from fastmetro.data.synthetic.appearance import albedo, clothing_thickness, sample_outfit
+from fastmetro.data.synthetic.backgrounds import draw_background, draw_occluders
+from fastmetro.data.synthetic.camera import View, sample_orientation, sample_view
+from fastmetro.data.synthetic.degradation import photograph
+from fastmetro.data.synthetic.photographs import load_tiles
+from fastmetro.data.synthetic.regions import RegionFields
+from fastmetro.data.synthetic.sampling import BodySampler
+from fastmetro.data.synthetic.shading import crevices, face_incidence, sample_lights, shade, vertex_normals
+from fastmetro.meshes.mesh import Mesh
+from fastmetro_kernels import rasterize
+from fastmetro_kernels.rasterization import RasterOutput, interpolate
+
+IMAGE_MEAN = (0.485, 0.456, 0.406)
+IMAGE_DEVIATION = (0.229, 0.224, 0.225)
+"""Of ImageNet, in RGB: the published network takes images normalised with them."""
+
+
+def normalize_images(images: Tensor) -> Tensor:
+    """uint8 [B, 3, H, W] -> float32, scaled to 0..1 and normalised with ImageNet's mean and deviation."""
+    if images.dtype != torch.uint8:
+        raise TypeError(f"images must be uint8, got {images.dtype}")
+    scaled = [
+        (images[:, c : c + 1].float() * (1 / 255) - mean) / deviation
+        for c, (mean, deviation) in enumerate(zip(IMAGE_MEAN, IMAGE_DEVIATION, strict=True))
+    ]
+    return torch.cat(scaled, dim=1)
+
+
+@dataclass(frozen=True)
+class SyntheticBatch:
+    """B samples.
+
+    Attributes:
+        images: uint8 [B, 3, S, S], RGB.
+        labels: of the unclothed bodies.
+        view: the perspective cameras and crops that the images were taken with.
+    """
+
+    images: Tensor
+    labels: MeshLabels
+    view: View
+
+
+class SyntheticPeople(nn.Module):
+    """Sample ``i`` of ``seed`` is always the same person, pose, camera and scene, whatever the batch and the device.
+
+    Random numbers are hashes of (seed, index), see :class:`CounterRandom`; labels agree between devices and batch sizes
+    to float32 rounding, images but for pixels where that rounding decides. Move it with ``.to(device)``;
+    indices must be on the same device.
+
+    Args:
+        mesh: the body, as ``load_mesh("anny-body")`` returns it.
+        seed: of the whole set.
+        size: side of the images in pixels.
+        photographs: use scikit-image's photographs as backgrounds (else only noise and plain surfaces).
+        compile_images: fuse the pixel work with ``torch.compile``.
+    """
+
+    def __init__(
+        self, mesh: Mesh, seed: int = 0, size: int = 224, photographs: bool = True, compile_images: bool = False
+    ) -> None:
+        super().__init__()
+        if mesh.faces is None:
+            raise ValueError("mesh must have faces to be rendered")
+        if not 16 <= size <= 4096:
+            raise ValueError(f"size must lie between 16 and 4096 pixels, got {size}")
+        self.seed, self.size = seed, size
+        self.sampler = BodySampler(mesh)
+        self.root_joints = tuple(mesh.root_joints)
+        self._upper = _upper_joints(mesh)
+        faces = torch.as_tensor(mesh.faces)
+        self.register_buffer("faces", faces.long(), persistent=False)
+        self.register_buffer("incidence", face_incidence(faces.numpy(), len(mesh.vertices)), persistent=False)
+        self.register_buffer("regions", self.sampler.regions().stack()[0], persistent=False)
+        regressor = torch.from_numpy(mesh.joint_regressor.toarray()).float()
+        self.register_buffer("joint_regressor", regressor, persistent=False)
+        tiles = load_tiles().float() / 255 if photographs else None
+        self.register_buffer("tiles", tiles, persistent=False)
+        self._pixels = torch.compile(self._draw, fullgraph=True) if compile_images else self._draw
+
+    @torch.no_grad()
+    def forward(self, indices: Tensor) -> SyntheticBatch:
+        """Render the samples ``indices``, int64 [B]."""
+        rng = CounterRandom(self.seed, indices)
+        vertices, joints, view = self._people(rng)
+        clothed, normals = self._clothe(rng, vertices)
+        raster = self._rasterize(view.project(clothed))
+        attributes = interpolate(torch.cat([self._region_batch(rng), normals], dim=-1), self.faces, raster)
+        images = self._pixels(indices, attributes, raster.face_index, raster.depth)
+        return SyntheticBatch(images, self._labels(vertices, joints, view), view)
+
+    @torch.no_grad()
+    def labels(self, indices: Tensor) -> MeshLabels:
+        """The labels of samples ``indices`` without their images."""
+        return self._labels(*self._people(CounterRandom(self.seed, indices)))
+
+    @torch.no_grad()
+    def facing(self, indices: Tensor) -> Tensor:
+        """Vertices [B, M, 3] of the samples, root-relative, all facing the camera upright in its frame."""
+        vertices = self.sampler(CounterRandom(self.seed, indices))
+        root = (self.joint_regressor @ vertices)[:, list(self.root_joints)].mean(dim=1, keepdim=True)
+        x, y, z = (vertices - root).unbind(dim=-1)
+        return torch.stack([x, -y, -z], dim=-1)
+
+    def _people(self, rng: CounterRandom) -> tuple[Tensor, Tensor, View]:
+        """Vertices and joints, root-relative in the camera's frame, and the camera."""
+        turned = self.sampler(rng) @ sample_orientation(rng).transpose(1, 2)
+        joints = self.joint_regressor @ turned
+        root = joints[:, list(self.root_joints)].mean(dim=1, keepdim=True)
+        vertices, joints = turned - root, joints - root
+        return vertices, joints, sample_view(rng, vertices, joints, self._upper)
+
+    def _labels(self, vertices: Tensor, joints: Tensor, view: View) -> MeshLabels:
+        projected = view.project(joints)[..., :2]
+        inside = (projected.abs() <= 1).all(dim=-1, keepdim=True).float()
+        there = torch.ones(len(vertices), dtype=torch.bool, device=vertices.device)
+        return MeshLabels(
+            vertices=vertices,
+            joints_3d=joints,
+            joints_2d=torch.cat([projected, inside], dim=-1),
+            camera=fit_weak_perspective(joints, projected),
+            has_vertices=there,
+            has_joints_3d=there,
+            has_joints_2d=there,
+        )
+
+    def _region_batch(self, rng: CounterRandom) -> Tensor:
+        return self.regions.expand(rng.batch_size, -1, -1)
+
+    def _clothe(self, rng: CounterRandom, vertices: Tensor) -> tuple[Tensor, Tensor]:
+        normals = vertex_normals(vertices, self.faces, self.incidence)
+        thickness = clothing_thickness(sample_outfit(rng), RegionFields.unstack(self.regions.unsqueeze(0)))
+        return vertices + thickness.unsqueeze(-1) * normals, normals
+
+    def _rasterize(self, projected: Tensor) -> RasterOutput:
+        pixels = torch.cat([(projected[..., :2] + 1) * (self.size / 2), projected[..., 2:]], dim=-1)
+        return rasterize(pixels, self.faces, self.size, self.size)
+
+    def _draw(self, indices: Tensor, attributes: Tensor, face_index: Tensor, depth: Tensor) -> Tensor:
+        """Everything per pixel: a pure function of (seed, indices) and the visible surface."""
+        rng = CounterRandom(self.seed, indices)
+        batch, size = len(indices), self.size
+        covered = face_index >= 0
+        flat = attributes.view(batch, size * size, -1)
+        regions = RegionFields.unstack(flat[..., : RegionFields.count()])
+        normals = F.normalize(flat[..., RegionFields.count() :], dim=-1)
+        colour, skin = albedo(sample_outfit(rng), regions)
+        openness = crevices(depth, covered).view(batch, size * size)
+        person = shade(colour, normals, skin, openness, sample_lights(rng))
+        person = person.view(batch, size, size, 3).permute(0, 3, 1, 2)
+        image = _composite(person, covered, draw_background(rng, self.tiles, size))
+        image, _ = draw_occluders(image, rng, self.tiles)
+        return photograph(image, rng)
+
+
+def _composite(person: Tensor, covered: Tensor, background: Tensor) -> Tensor:
+    """Lay the person over the background with an edge one pixel soft."""
+    mask = covered.float().unsqueeze(1)
+    share = F.avg_pool2d(mask, 3, stride=1, padding=1, count_include_pad=False)
+    around = F.avg_pool2d(person * mask, 3, stride=1, padding=1, count_include_pad=False) / share.clamp_min(1e-6)
+    return background + share * (torch.where(mask > 0, person, around) - background)
+
+
+def _upper_joints(mesh: Mesh) -> tuple[int, ...]:
+    wanted = ("Head", "Neck", "R_Shoulder", "L_Shoulder", "R_Elbow", "L_Elbow", "R_Hip", "L_Hip")
+    missing = [name for name in wanted if name not in mesh.joint_names]
+    if missing:
+        raise ValueError(f"mesh must be a body with the J14 joints; {mesh.name!r} has no {', '.join(missing)}")
+    return tuple(mesh.joint_names.index(name) for name in wanted)

@@ -1,0 +1,48 @@
+"""Weights that ship: bfloat16 safetensors with a record of how they came about."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fastmetro.files import replacing
+
+MAX_BYTES = 16 * 2**20
+"""Shipped weights may not be larger."""
+
+
+def export_weights(model: nn.Module, path: Path, record: Mapping[str, object], max_bytes: int = MAX_BYTES) -> int:
+    """Write the state dict: matrices and convolutions in bfloat16, vectors (norms, biases, statistics) in float32.
+
+    Args:
+        model: whose weights.
+        path: the .safetensors file, which appears complete or not at all.
+        record: how they were made; stored as JSON strings in the file's metadata.
+        max_bytes: refuse to write more.
+
+    Returns:
+        The file's size in bytes.
+
+    Raises:
+        ValueError: if a weight is not finite, or the file would be larger than ``max_bytes``.
+    """
+    from safetensors.torch import save_file
+
+    tensors = {}
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise ValueError(f"{name} holds values that are not finite; nothing was written to {path}")
+        narrow = value.is_floating_point() and value.ndim >= 2
+        tensors[name] = value.detach().to("cpu", torch.bfloat16 if narrow else value.dtype).contiguous()
+    metadata = {name: value if isinstance(value, str) else json.dumps(value) for name, value in record.items()}
+    with replacing(Path(path)) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt", **metadata})
+        size = os.path.getsize(temporary)
+        if size > max_bytes:
+            raise ValueError(f"the weights take {size} bytes, more than {max_bytes}; nothing was written to {path}")
+    return size

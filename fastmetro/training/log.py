@@ -1,0 +1,35 @@
+"""The table of a training run: one CSV row each time something was measured."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+
+from fastmetro.files import replacing
+
+
+class CsvLog:
+    """Appends rows to a CSV file; columns are fixed by the first row, later rows may leave some empty.
+
+    When a run resumes at ``resume_step``, rows of later steps (made after the checkpoint) are dropped first.
+    """
+
+    def __init__(self, path: Path, columns: tuple[str, ...], resume_step: int = 0) -> None:
+        self.path, self.columns = path, columns
+        rows: list[dict[str, str]] = []
+        if resume_step and path.is_file():
+            with path.open(newline="") as file:
+                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= resume_step]
+        with replacing(path) as temporary, temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
+
+    def write(self, row: Mapping[str, float | int]) -> None:
+        """Add one row and flush it."""
+        unknown = set(row) - set(self.columns)
+        if unknown:
+            raise ValueError(f"row has columns {sorted(unknown)} that the log does not: {self.columns}")
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, self.columns).writerow(row)

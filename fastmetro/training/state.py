@@ -1,0 +1,107 @@
+"""What a training run keeps: averaged weights, and everything needed to go on exactly where it stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastmetro.files import replacing
+
+FORMAT = 1
+"""Version of the checkpoint's layout."""
+
+
+class ExponentialAverage:
+    """A copy of a model whose weights and batch-norm statistics follow the trained ones smoothly.
+
+    The decay grows from 0.1 towards ``decay`` as (1 + n) / (10 + n), so that early weights are soon forgotten.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.model = deepcopy(model).eval().requires_grad_(False)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Move towards ``model`` after its update number ``step`` (counted from 0)."""
+        weight = 1.0 - min(self.decay, (1 + step) / (10 + step))
+        averaged, current = [], []
+        for mine, theirs in zip(_state_tensors(self.model), _state_tensors(model), strict=True):
+            if mine.is_floating_point():
+                averaged.append(mine)
+                current.append(theirs.detach())
+            else:
+                mine.copy_(theirs)
+        torch._foreach_lerp_(averaged, current, weight)
+
+
+def _state_tensors(model: nn.Module) -> Iterator[Tensor]:
+    yield from model.parameters()
+    # Fixed tables (topology, matrices, positions) are the same in both; lerping equal values changes nothing, but
+    # only batch-norm statistics need the work.
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
+            yield from module.buffers(recurse=False)
+
+
+@dataclass
+class TrainState:
+    """Model, average, optimizer and position of a run. The next batch starts at sample ``step * batch_size``."""
+
+    model: nn.Module
+    average: ExponentialAverage
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    seconds: float = 0.0
+
+    def save(self, path: Path, settings: dict[str, Any]) -> None:
+        """Write everything atomically; ``settings`` are the plain values that another start must share."""
+        device = next(self.model.parameters()).device
+        content = {
+            "format": FORMAT,
+            "settings": settings,
+            "step": self.step,
+            "seconds": self.seconds,
+            "model": self.model.state_dict(),
+            "average": self.average.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "rng_cpu": torch.get_rng_state(),
+            "rng_device": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        }
+        with replacing(path) as temporary:
+            torch.save(content, temporary)
+
+    def load(self, path: Path, settings: dict[str, Any]) -> None:
+        """Go back to what :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it is no such checkpoint, or was made with other ``settings`` (they are listed).
+        """
+        if not path.is_file():
+            raise FileNotFoundError(f"no checkpoint to resume from at {path}")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise ValueError(f"{path} is no training checkpoint of format {FORMAT}")
+        saved = content["settings"]
+        differing = [
+            f"{name}: checkpoint {saved.get(name)!r}, now {settings.get(name)!r}"
+            for name in sorted({*saved, *settings})
+            if saved.get(name) != settings.get(name)
+        ]
+        if differing:
+            raise ValueError(f"{path} was trained with other settings; " + "; ".join(differing))
+        self.model.load_state_dict(content["model"])
+        self.average.model.load_state_dict(content["average"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.step, self.seconds = content["step"], content["seconds"]
+        torch.set_rng_state(content["rng_cpu"])
+        device = next(self.model.parameters()).device
+        if device.type == "cuda" and content["rng_device"] is not None:
+            torch.cuda.set_rng_state(content["rng_device"], device)
