@@ -46,7 +46,7 @@ def turn(vertices: Array, degrees: float, tilt: float = 0.0) -> Tensor:
 
     Args:
         vertices: [V, 3] or [B, V, 3], y down.
-        degrees: Angle; 90 shows the side that was on the left of the picture.
+        degrees: Angle; 90 shows the side that was on the right of the picture.
         tilt: Degrees by which the viewer looks down on the mesh.
 
     Returns:
@@ -110,6 +110,11 @@ class OrthographicCamera:
         scale = (room / extent).min()
         centre = tensor.new_tensor([size[1] / 2, size[0] / 2])
         return cls(scale.expand(len(tensor)), centre - (low + high) / 2 * scale)
+
+    def item(self, index: int) -> OrthographicCamera:
+        """The camera of one item of the batch."""
+        scale, offset = torch.as_tensor(self.scale).reshape(-1), torch.as_tensor(self.offset).reshape(-1, 2)
+        return OrthographicCamera(scale[index], offset[index])
 
     def project(self, vertices: Tensor) -> Tensor:
         """Pixels and depth; depth is z moved so that the nearest vertex has 1."""

@@ -24,16 +24,16 @@ _MAP_SIZE = 256
 _MAPS_AT_ONCE = 16
 
 # Directions towards the lights, and their linear colours.
-_KEY = (-0.50, -0.62, -0.60)
+_KEY = (-0.70, -0.58, -0.45)
 _FILL = (0.80, -0.10, -0.60)
 _RIM = (0.55, -0.55, 0.63)
-_KEY_COLOR = (1.02, 0.97, 0.90)
-_FILL_COLOR = (0.13, 0.15, 0.19)
+_KEY_COLOR = (1.16, 1.09, 1.00)
+_FILL_COLOR = (0.16, 0.18, 0.22)
 _RIM_COLOR = (0.55, 0.60, 0.70)
-_SKY_COLOR = (0.46, 0.50, 0.56)
-_GROUND_COLOR = (0.26, 0.23, 0.21)
+_SKY_COLOR = (0.33, 0.37, 0.43)
+_GROUND_COLOR = (0.23, 0.205, 0.19)
 _SHININESS = 28.0
-_GLOSS = 0.09
+_GLOSS = 0.11
 
 
 def vertex_normals(vertices: Tensor, faces: Tensor) -> Tensor:

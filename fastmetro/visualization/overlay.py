@@ -112,8 +112,7 @@ def turntable(
     cameras = OrthographicCamera.fit(turned, shape)
     pictures = []
     for index in range(len(turned)):  # one at a time: memory, not speed, is short at high resolution
-        camera = OrthographicCamera(cameras.scale[index], cameras.offset[index])  # type: ignore[index]
-        rgba = render_mesh(turned[index], faces, camera, shape, **options)[0]
+        rgba = render_mesh(turned[index], faces, cameras.item(index), shape, **options)[0]
         pictures.append(to_image(rgba if background is None else composite(rgba, background)))
     return pictures
 

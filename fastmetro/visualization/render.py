@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from fastmetro.visualization.cameras import Array, Camera, as_vertices
 from fastmetro.visualization.lighting import light_visibility, shade, vertex_normals
-from fastmetro_kernels import RasterOutput, interpolate, rasterize
+from fastmetro_kernels import RasterOutput, rasterize
 
 PORCELAIN = (0.66, 0.75, 0.88)
 """Default colour (sRGB) of meshes."""
