@@ -21,7 +21,6 @@ from fastmetro_kernels.schedule import WINDOW_ROWS
 from fastmetro_kernels.topology import TokenTopology
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-LOG2E = 1.4426950408889634
 
 SPLIT_TOKENS = 256  # hub rows and columns are split into shares of at least this many tokens ...
 MAX_SPLITS = 64  # ... and at most this many shares, which one program combines
@@ -167,7 +166,7 @@ def _launch_forward(
             q, k, v, out, lse, partial_out, partial_lse,
             row_order, key_offsets, keys, row_masks, seed if dropout_p > 0 else None,
             *q.stride(), *k.stride(), *v.stride(),
-            *plan.sizes, scale * LOG2E, *plan.dropout,
+            *plan.sizes, scale, *plan.dropout,
             **_options(plan, q, "forward", num_hubs, longest),
         )  # fmt: skip
         if split_hubs:
@@ -215,7 +214,7 @@ def _launch_backward(
         sum_q, sum_k, sum_v = q.new_empty(shape, dtype=torch.float32).unbind()
         partials = (sum_q, sum_k, sum_v)
     strides = (*grad_out.stride(), *q.stride(), *k.stride(), *v.stride())
-    scalars = (*plan.sizes, scale, scale * LOG2E, *plan.dropout)
+    scalars = (*plan.sizes, scale, *plan.dropout)
     used_seed = seed if dropout_p > 0 else None
     with _on_device(q):
         attention_backward_rows_kernel[plan.grid](

@@ -28,23 +28,22 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _row_step(
-    q, grad_out, log_total, delta, k_base, v_base, tokens, valid, seen, row_tokens, grad_q,
+def _row_weights(
+    q, grad_out, log_total, k_base, v_base, tokens, valid, seen, row_tokens,
     stride_k_token, stride_k_dim, stride_v_token, stride_v_dim,
-    scale_log2, seed, batch_head, threshold, keep_scale,
+    scale, seed, batch_head, threshold, keep_scale,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Add to dQ / scale of the owned rows what one tile of keys contributes."""
+    """Softmax weights of the owned rows on one tile of keys, the gradients of these weights, and the keys."""
     k = load_rows(k_base, tokens, valid, stride_k_token, stride_k_dim, DIM, BLOCK_DIM)
     v = load_rows(v_base, tokens, valid, stride_v_token, stride_v_dim, DIM, BLOCK_DIM)
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
-    weights = tl.where(seen, tl.exp2(scores - log_total[:, None]), 0.0)
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    weights = tl.where(seen, tl.exp2((scores - log_total[:, None]) * LOG2E), 0.0)
     grad_weights = tl.dot(grad_out, tl.trans(v), input_precision="ieee")
     if seed is not None:
         keep = dropout_keep(seed, batch_head, tokens[None, :], row_tokens[:, None], threshold)
         grad_weights = tl.where(keep, grad_weights * keep_scale, 0.0)
-    grad_scores = weights * (grad_weights - delta[:, None])
-    return grad_q + tl.dot(grad_scores.to(k.dtype), k, input_precision="ieee")
+    return weights, grad_weights, k
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -56,7 +55,7 @@ def attention_backward_rows_kernel(
     stride_k_batch, stride_k_token, stride_k_head, stride_k_dim,
     stride_v_batch, stride_v_token, stride_v_head, stride_v_dim,
     heads, tokens, num_hubs, slots, splits, split_tokens,
-    scale, scale_log2, threshold, keep_scale,
+    scale, threshold, keep_scale,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     ONE_TILE: tl.constexpr,
 ):  # fmt: skip
@@ -82,36 +81,45 @@ def attention_backward_rows_kernel(
         rows, row_valid, list_begin, list_length = window_rows(slot - hub_slots, row_order, key_offsets, num_hubs, ROWS)
     q_tile = load_rows(q_base, rows, row_valid, stride_q_token, stride_q_dim, DIM, BLOCK_DIM)
     g_tile = load_rows(grad_out_base, rows, row_valid, stride_g_token, stride_g_dim, DIM, BLOCK_DIM)
-    o_tile = load_rows(out + contiguous_base, rows, row_valid, heads * DIM, 1, DIM, BLOCK_DIM)
-    delta_tile = tl.sum(g_tile.to(tl.float32) * o_tile.to(tl.float32), 1)
+    log_total = tl.load(lse + batch_head * tokens + rows, mask=row_valid, other=0.0)
+    delta_tile = tl.zeros((ROWS,), tl.float32)
     if grad_lse is not None:
         delta_tile -= tl.load(grad_lse + batch_head * tokens + rows, mask=row_valid, other=0.0)
-    log_total = tl.load(lse + batch_head * tokens + rows, mask=row_valid, other=0.0) * LOG2E
+    if is_hub_slot or not ONE_TILE:  # else delta follows from the tile itself, without reading the output
+        o_tile = load_rows(out + contiguous_base, rows, row_valid, heads * DIM, 1, DIM, BLOCK_DIM)
+        delta_tile += tl.sum(g_tile.to(tl.float32) * o_tile.to(tl.float32), 1)
 
     acc = tl.zeros((ROWS, BLOCK_DIM), tl.float32)
     if is_hub_slot:
         for first in range(begin, end, KEYS):
             key_tokens, valid, seen = dense_tile(first, end, ROWS, KEYS)
-            acc = _row_step(
-                q_tile, g_tile, log_total, delta_tile, k_base, v_base, key_tokens, valid, seen, rows, acc,
+            weights, grad_weights, k_tile = _row_weights(
+                q_tile, g_tile, log_total, k_base, v_base, key_tokens, valid, seen, rows,
                 stride_k_token, stride_k_dim, stride_v_token, stride_v_dim,
-                scale_log2, seed, batch_head, threshold, keep_scale, DIM, BLOCK_DIM,
+                scale, seed, batch_head, threshold, keep_scale, DIM, BLOCK_DIM,
             )  # fmt: skip
+            grad_scores = weights * (grad_weights - delta_tile[:, None])
+            acc += tl.dot(grad_scores.to(k_tile.dtype), k_tile, input_precision="ieee")
     elif ONE_TILE:
         key_tokens, valid, seen = listed_tile(0, keys, row_masks, list_begin, list_length, num_hubs, ROWS, KEYS)
-        acc = _row_step(
-            q_tile, g_tile, log_total, delta_tile, k_base, v_base, key_tokens, valid, seen, rows, acc,
+        weights, grad_weights, k_tile = _row_weights(
+            q_tile, g_tile, log_total, k_base, v_base, key_tokens, valid, seen, rows,
             stride_k_token, stride_k_dim, stride_v_token, stride_v_dim,
-            scale_log2, seed, batch_head, threshold, keep_scale, DIM, BLOCK_DIM,
+            scale, seed, batch_head, threshold, keep_scale, DIM, BLOCK_DIM,
         )  # fmt: skip
+        delta_tile += tl.sum(weights * grad_weights, 1)
+        grad_scores = weights * (grad_weights - delta_tile[:, None])
+        acc += tl.dot(grad_scores.to(k_tile.dtype), k_tile, input_precision="ieee")
     else:
         for first in range(0, num_hubs + list_length, KEYS):
             key_tokens, valid, seen = listed_tile(first, keys, row_masks, list_begin, list_length, num_hubs, ROWS, KEYS)
-            acc = _row_step(
-                q_tile, g_tile, log_total, delta_tile, k_base, v_base, key_tokens, valid, seen, rows, acc,
+            weights, grad_weights, k_tile = _row_weights(
+                q_tile, g_tile, log_total, k_base, v_base, key_tokens, valid, seen, rows,
                 stride_k_token, stride_k_dim, stride_v_token, stride_v_dim,
-                scale_log2, seed, batch_head, threshold, keep_scale, DIM, BLOCK_DIM,
+                scale, seed, batch_head, threshold, keep_scale, DIM, BLOCK_DIM,
             )  # fmt: skip
+            grad_scores = weights * (grad_weights - delta_tile[:, None])
+            acc += tl.dot(grad_scores.to(k_tile.dtype), k_tile, input_precision="ieee")
     acc *= scale
 
     if is_hub_slot and partials is not None:
@@ -127,16 +135,16 @@ def attention_backward_rows_kernel(
 def _column_step(
     k, v, q_base, g_base, lse_base, delta_base, tokens, valid, seen, column_tokens, grad_k, grad_v,
     stride_q_token, stride_q_dim, stride_g_token, stride_g_dim,
-    scale_log2, seed, batch_head, threshold, keep_scale,
+    scale, seed, batch_head, threshold, keep_scale,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
     """Add to dK / scale and dV of the owned keys what one tile of queries contributes (tiles are transposed)."""
     q = load_rows(q_base, tokens, valid, stride_q_token, stride_q_dim, DIM, BLOCK_DIM)
     grad_out = load_rows(g_base, tokens, valid, stride_g_token, stride_g_dim, DIM, BLOCK_DIM)
-    log_total = tl.load(lse_base + tokens, mask=valid, other=0.0) * LOG2E
+    log_total = tl.load(lse_base + tokens, mask=valid, other=0.0)
     delta = tl.load(delta_base + tokens, mask=valid, other=0.0)
-    scores = tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2
-    weights = tl.where(seen, tl.exp2(scores - log_total[None, :]), 0.0)
+    scores = tl.dot(k, tl.trans(q), input_precision="ieee") * scale
+    weights = tl.where(seen, tl.exp2((scores - log_total[None, :]) * LOG2E), 0.0)
     grad_weights = tl.dot(v, tl.trans(grad_out), input_precision="ieee")
     dropped = weights
     if seed is not None:
@@ -158,7 +166,7 @@ def attention_backward_columns_kernel(
     stride_k_batch, stride_k_token, stride_k_head, stride_k_dim,
     stride_v_batch, stride_v_token, stride_v_head, stride_v_dim,
     heads, tokens, num_hubs, slots, splits, split_tokens,
-    scale, scale_log2, threshold, keep_scale,
+    scale, threshold, keep_scale,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     ONE_TILE: tl.constexpr,
 ):  # fmt: skip
@@ -197,14 +205,14 @@ def attention_backward_columns_kernel(
             acc_k, acc_v = _column_step(
                 k_tile, v_tile, q_base, g_base, lse_base, delta_base, row_tokens, valid, seen, columns, acc_k, acc_v,
                 stride_q_token, stride_q_dim, stride_g_token, stride_g_dim,
-                scale_log2, seed, batch_head, threshold, keep_scale, DIM, BLOCK_DIM,
+                scale, seed, batch_head, threshold, keep_scale, DIM, BLOCK_DIM,
             )  # fmt: skip
     elif ONE_TILE:
         row_tokens, valid, seen = listed_tile(0, keys, row_masks, list_begin, list_length, num_hubs, ROWS, KEYS)
         acc_k, acc_v = _column_step(
             k_tile, v_tile, q_base, g_base, lse_base, delta_base, row_tokens, valid, seen, columns, acc_k, acc_v,
             stride_q_token, stride_q_dim, stride_g_token, stride_g_dim,
-            scale_log2, seed, batch_head, threshold, keep_scale, DIM, BLOCK_DIM,
+            scale, seed, batch_head, threshold, keep_scale, DIM, BLOCK_DIM,
         )  # fmt: skip
     else:
         for first in range(0, num_hubs + list_length, KEYS):
@@ -212,7 +220,7 @@ def attention_backward_columns_kernel(
             acc_k, acc_v = _column_step(
                 k_tile, v_tile, q_base, g_base, lse_base, delta_base, row_tokens, valid, seen, columns, acc_k, acc_v,
                 stride_q_token, stride_q_dim, stride_g_token, stride_g_dim,
-                scale_log2, seed, batch_head, threshold, keep_scale, DIM, BLOCK_DIM,
+                scale, seed, batch_head, threshold, keep_scale, DIM, BLOCK_DIM,
             )  # fmt: skip
     acc_k *= scale
 

@@ -30,7 +30,7 @@ from fastmetro_kernels.attention.triton_forward import attention_forward_kernel,
 BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
 TENSORS = {"q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v"}
 INDICES = {"row_order", "key_offsets", "keys", "row_masks"}
-FACTORS = {"scale", "scale_log2", "keep_scale"}
+FACTORS = {"scale", "keep_scale"}
 
 
 def source(kernel: Any, dtype: str, constants: dict[str, Any], strided: bool) -> ASTSource:
