@@ -36,13 +36,14 @@ def test_network(
     assert names_and_shapes(model) == listed
     recipe.fill_(model.state_dict())
     rng = np.random.Generator(np.random.PCG64(11))
-    features = torch.from_numpy(rng.standard_normal((2, 2048, 7, 7))).float().relu().to(device)
+    samples = 1 if attention == "triton" and device.type == "cpu" else 2  # the interpreter is slow
+    features = torch.from_numpy(rng.standard_normal((2, 2048, 7, 7)))[:samples].float().relu().to(device)
     with torch.inference_mode():
         out = model.eval()(features)
     with np.load(shared / f"golden/fastmetro_s_{part}.npz") as golden:
         assert set(out) == set(golden)
         for key in golden:
-            assert relative_error(out[key], golden[key]) < TOLERANCE, key
+            assert relative_error(out[key], golden[key][:samples]) < TOLERANCE, key
 
 
 def make(part: str, attention: str, device: torch.device, request: pytest.FixtureRequest) -> nn.Module:

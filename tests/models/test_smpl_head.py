@@ -58,7 +58,7 @@ def test_projection_is_the_nearest_rotation() -> None:
 
 @pytest.mark.parametrize("compat", [False, True])
 def test_gradient_of_the_projection(compat: bool) -> None:
-    m = matrices(20, seed=2).requires_grad_()
+    m = matrices(6, seed=2).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: nearest_rotation(x, compat), (m,))
 
 
