@@ -10,7 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_upsampling import BFLOAT, DOUBLE, FLOAT, HALF, ROOT, check_product, on_every_backend, random_matrix
+from test_upsampling import (  # noqa: F401  (one_thread is a fixture)
+    BFLOAT,
+    DOUBLE,
+    FLOAT,
+    HALF,
+    ROOT,
+    check_product,
+    on_every_backend,
+    one_thread,
+    random_matrix,
+)
 from torch import Tensor, nn
 
 from fastmetro_kernels import SparseMatrix, sparse_upsample
