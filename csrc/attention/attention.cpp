@@ -1,6 +1,7 @@
 // attention_forward_native and attention_backward_native on CPU: checks, packing, the split over threads, and the
 // choice of instruction set. The arithmetic is in attention_simd.cpp.
 #include <algorithm>
+#include <atomic>
 #include <tuple>
 
 #include "attention/arguments.h"
@@ -50,25 +51,34 @@ class Buffer {
   A* data_;
 };
 
+// Calls work(item, scratch) for all items. Threads take the next `stride` items when they are free, so that a busy
+// core holds nothing up; every item writes its own results, so the order does not matter.
+template <class A, class F>
+void for_each(int64_t items, int64_t stride, size_t scratch_size, const F& work) {
+  std::atomic<int64_t> next{0};
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), (items + stride - 1) / stride);
+  parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    Buffer<A> scratch(scratch_size);
+    for (int64_t first; (first = next.fetch_add(stride)) < items;) {
+      for (int64_t item = first; item < std::min(first + stride, items); ++item) work(item, scratch.get());
+    }
+  });
+}
+
 // The work items (batch, head, chunk), heads fastest: neighbouring items share pages, whatever the layout.
 template <class A, class F>
 void for_each_item(const Problem<A>& p, int64_t first_chunk, size_t scratch_size, const F& work) {
   const int64_t chunks = p.chunks - first_chunk;
-  parallel_for(0, p.batches * chunks * p.heads, 1, [&](int64_t begin, int64_t end) {
-    Buffer<A> scratch(scratch_size);
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t head = item % p.heads, rest = item / p.heads;
-      work(rest / chunks, head, first_chunk + rest % chunks, scratch.get());
-    }
+  for_each<A>(p.batches * chunks * p.heads, 2, scratch_size, [&](int64_t item, A* scratch) {
+    const int64_t head = item % p.heads, rest = item / p.heads;
+    work(rest / chunks, head, first_chunk + rest % chunks, scratch);
   });
 }
 
 template <class A, class F>
 void for_each_head(const Problem<A>& p, size_t scratch_size, const F& work) {
-  parallel_for(0, p.batches * p.heads, 1, [&](int64_t begin, int64_t end) {
-    Buffer<A> scratch(scratch_size);
-    for (int64_t item = begin; item < end; ++item) work(item / p.heads, item % p.heads, scratch.get());
-  });
+  for_each<A>(p.batches * p.heads, 1, scratch_size,
+              [&](int64_t item, A* scratch) { work(item / p.heads, item % p.heads, scratch); });
 }
 
 // One input tensor as the kernels want it: used in place where its rows fit, else packed, one group of batches after
@@ -98,14 +108,12 @@ class Input {
  private:
   void pack(int64_t first, int64_t batches) {
     const int64_t pieces = (shape_.tokens + kChunk - 1) / kChunk;
-    parallel_for(0, batches * pieces * shape_.heads, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t item = begin; item < end; ++item) {
-        const int64_t head = item % shape_.heads, rest = item / shape_.heads;
-        const int64_t batch = rest / pieces, token = rest % pieces * kChunk;
-        A* target = buffer_.get() + ((batch * shape_.heads + head) * shape_.tokens + token) * padded_dim_;
-        kernels_.pack(source_, first + batch, head, token, std::min<int64_t>(kChunk, shape_.tokens - token),
-                      static_cast<int>(shape_.dim), static_cast<int>(padded_dim_), target);
-      }
+    for_each<A>(batches * pieces * shape_.heads, shape_.heads, 0, [&](int64_t item, A*) {
+      const int64_t head = item % shape_.heads, rest = item / shape_.heads;
+      const int64_t batch = rest / pieces, token = rest % pieces * kChunk;
+      A* target = buffer_.get() + ((batch * shape_.heads + head) * shape_.tokens + token) * padded_dim_;
+      kernels_.pack(source_, first + batch, head, token, std::min<int64_t>(kChunk, shape_.tokens - token),
+                    static_cast<int>(shape_.dim), static_cast<int>(padded_dim_), target);
     });
   }
 

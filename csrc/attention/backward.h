@@ -164,6 +164,11 @@ inline void neighbor_row(const Backward<A>& b, int64_t batch, int64_t head, int6
   const int64_t row_index = (batch * p.heads + head) * p.tokens + token;
   const Neighbors<A> keys{row_of(p.k, batch, p.hubs, head), p.k.token};
   const Neighbors<A> values{row_of(p.v, batch, p.hubs, head), p.v.token};
+  if (token + 1 < p.tokens) {
+    const int64_t next_degree = p.row_offsets[vertex + 2] - p.row_offsets[vertex + 1];
+    prefetch_neighbors(keys, neighbors + degree, next_degree, p.padded_dim);
+    prefetch_neighbors(values, neighbors + degree, next_degree, p.padded_dim);
+  }
   neighbor_dots(s.list, row_of(p.q, batch, token, head), keys, neighbors, degree, p.padded_dim);
   neighbor_dots(s.list_gradients, row_of(b.grad_out, batch, token, head), values, neighbors, degree, p.padded_dim);
   if (p.dropout) {
@@ -189,6 +194,11 @@ inline void neighbor_column(const Backward<A>& b, int64_t batch, int64_t head, i
   const int64_t first_vertex = (batch * p.heads + head) * p.tokens + p.hubs;
   const Neighbors<A> queries{row_of(p.q, batch, p.hubs, head), p.q.token};
   const Neighbors<A> grads{row_of(b.grad_out, batch, p.hubs, head), b.grad_out.token};
+  if (token + 1 < p.tokens) {
+    const int64_t next_degree = p.t_row_offsets[vertex + 2] - p.t_row_offsets[vertex + 1];
+    prefetch_neighbors(queries, neighbors + degree, next_degree, p.padded_dim);
+    prefetch_neighbors(grads, neighbors + degree, next_degree, p.padded_dim);
+  }
   neighbor_dots(s.list, row_of(p.k, batch, token, head), queries, neighbors, degree, p.padded_dim);
   neighbor_dots(s.list_gradients, row_of(p.v, batch, token, head), grads, neighbors, degree, p.padded_dim);
   for (int64_t j = 0; j < degree; ++j) {
@@ -224,7 +234,7 @@ void backward_delta(const Backward<A>& b, int64_t batch, int64_t head, int64_t c
     const A* grad = row_of(b.grad_out, batch, token, head);
     Vec<A> sum{};
     for (int d = 0; d < p.padded_dim; d += kLanes<A>) sum += load(out + d) * load(grad + d);
-    A delta = sum_lanes<A>(sum);
+    A delta = sum_lanes(sum);
     if (b.grad_lse != nullptr) {
       delta -= b.grad_lse[batch * b.grad_lse_batch + head * b.grad_lse_head + token * b.grad_lse_token];
     }

@@ -119,14 +119,18 @@ inline A row_softmax(const Problem<A>& p, A* hub, A* list, int64_t degree) {
   constexpr int lanes = kLanes<A>;
   if (p.hubs == 0 && degree == 0) return -kInfinity<A>;
   const int64_t padded = (degree + lanes - 1) / lanes * lanes;
-  for (int h = 0; h < p.padded_hubs; h += lanes) store(hub + h, load(hub + h) * p.scale);
-  for (int64_t j = 0; j < padded; j += lanes) store(list + j, load(list + j) * p.scale);
-  for (int h = p.hubs; h < p.padded_hubs; ++h) hub[h] = -kInfinity<A>;
-  for (int64_t j = degree; j < padded; ++j) list[j] = -kInfinity<A>;
   Vec<A> top = splat(-kInfinity<A>);
-  for (int h = 0; h < p.padded_hubs; h += lanes) top = max<A>(load(hub + h), top);
-  for (int64_t j = 0; j < padded; j += lanes) top = max<A>(load(list + j), top);
-  const A maximum = max_lanes<A>(top);
+  for (int h = 0; h < p.padded_hubs; h += lanes) {
+    const Vec<A> score = keep_first<A>(load(hub + h) * p.scale, p.hubs - h);
+    store(hub + h, score);
+    top = max<A>(score, top);
+  }
+  for (int64_t j = 0; j < padded; j += lanes) {
+    const Vec<A> score = keep_first<A>(load(list + j) * p.scale, degree - j);
+    store(list + j, score);
+    top = max<A>(score, top);
+  }
+  const A maximum = max_lanes(top);
   Vec<A> sum{};
   for (int h = 0; h < p.padded_hubs; h += lanes) {
     const Vec<A> weight = exp(load(hub + h) - maximum);
@@ -138,7 +142,7 @@ inline A row_softmax(const Problem<A>& p, A* hub, A* list, int64_t degree) {
     store(list + j, weight);
     sum += weight;
   }
-  const A total = sum_lanes<A>(sum);
+  const A total = sum_lanes(sum);
   const A inverse = A(1) / total;
   for (int h = 0; h < p.padded_hubs; h += lanes) store(hub + h, load(hub + h) * inverse);
   for (int64_t j = 0; j < padded; j += lanes) store(list + j, load(list + j) * inverse);
@@ -163,6 +167,11 @@ inline void vertex_rows(const Forward<A>& f, int64_t batch, int64_t head, int64_
     A* hub = s.block_scores + i * p.padded_hubs;
     const Neighbors<A> keys{row_of(p.k, batch, p.hubs, head), p.k.token};
     const Neighbors<A> values{row_of(p.v, batch, p.hubs, head), p.v.token};
+    if (token + 1 < p.tokens) {
+      const int64_t next_degree = p.row_offsets[vertex + 2] - p.row_offsets[vertex + 1];
+      prefetch_neighbors(keys, neighbors + degree, next_degree, p.padded_dim);
+      prefetch_neighbors(values, neighbors + degree, next_degree, p.padded_dim);
+    }
     neighbor_dots(s.list, row_of(p.q, batch, token, head), keys, neighbors, degree, p.padded_dim);
     f.lse[(batch * p.heads + head) * p.tokens + token] = row_softmax(p, hub, s.list, degree);
     if (p.dropout) {

@@ -68,7 +68,15 @@ inline Vec<A> max(Vec<A> a, Vec<A> b) {
   return a > b ? a : b;
 }
 
-inline int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
+// v in the lanes below `count`, -inf above.
+template <class A>
+inline Vec<A> keep_first(Vec<A> v, int64_t count) {
+  using Bits = typename VectorOf<A>::bits;
+  Bits index;
+  for (int i = 0; i < kLanes<A>; ++i) index[i] = i;
+  using Index = decltype(+index[0]);
+  return index < static_cast<Index>(count) ? v : splat(-kInfinity<A>);
+}
 
 // exp(x) to about one unit in the last place; 0 below the smallest normal number, NaN for NaN. x = n ln 2 + r with
 // |r| <= ln 2 / 2, a Taylor polynomial of exp(r), and 2^n built from its exponent bits.
@@ -109,28 +117,9 @@ inline Vec<double> exp(Vec<double> x) {
   return x < -708.0 ? Vec<double>{} : (x > 709.0 ? splat(kInfinity<double>) : y);
 }
 
-template <class A>
-inline A sum_lanes(Vec<A> v) {
-  A lane[kLanes<A>];
-  store(lane, v);
-  for (int width = kLanes<A> / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
-  }
-  return lane[0];
-}
-
-template <class A>
-inline A max_lanes(Vec<A> v) {
-  A lane[kLanes<A>];
-  store(lane, v);
-  for (int width = kLanes<A> / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) lane[i] = lane[i] > lane[i + width] ? lane[i] : lane[i + width];
-  }
-  return lane[0];
-}
-
 #if defined(__x86_64__)
-inline __m128 fold(Vec<float> v) {
+// The lanes added, or the larger ones kept, until 128 bits are left.
+inline __m128 fold_sum(Vec<float> v) {
 #if defined(__AVX512F__)
   const __m256 half = _mm256_add_ps(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1));
   return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
@@ -141,7 +130,7 @@ inline __m128 fold(Vec<float> v) {
 #endif
 }
 
-inline __m128d fold(Vec<double> v) {
+inline __m128d fold_sum(Vec<double> v) {
 #if defined(__AVX512F__)
   const __m256d half = _mm256_add_pd(_mm512_castpd512_pd256((__m512d)v), _mm512_extractf64x4_pd((__m512d)v, 1));
   return _mm_add_pd(_mm256_castpd256_pd128(half), _mm256_extractf128_pd(half, 1));
@@ -152,23 +141,77 @@ inline __m128d fold(Vec<double> v) {
 #endif
 }
 
+inline __m128 fold_max(Vec<float> v) {
+#if defined(__AVX512F__)
+  const __m256 half = _mm256_max_ps(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1));
+  return _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+#elif defined(__AVX2__)
+  return _mm_max_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+#else
+  return (__m128)v;
+#endif
+}
+
+inline __m128d fold_max(Vec<double> v) {
+#if defined(__AVX512F__)
+  const __m256d half = _mm256_max_pd(_mm512_castpd512_pd256((__m512d)v), _mm512_extractf64x4_pd((__m512d)v, 1));
+  return _mm_max_pd(_mm256_castpd256_pd128(half), _mm256_extractf128_pd(half, 1));
+#elif defined(__AVX2__)
+  return _mm_max_pd(_mm256_castpd256_pd128((__m256d)v), _mm256_extractf128_pd((__m256d)v, 1));
+#else
+  return (__m128d)v;
+#endif
+}
+
+inline float sum_lanes(Vec<float> v) {
+  const __m128 four = fold_sum(v);
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+}
+
+inline double sum_lanes(Vec<double> v) {
+  const __m128d two = fold_sum(v);
+  return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
+}
+
+inline float max_lanes(Vec<float> v) {
+  const __m128 four = fold_max(v);
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps(two, two, 1)));
+}
+
+inline double max_lanes(Vec<double> v) {
+  const __m128d two = fold_max(v);
+  return _mm_cvtsd_f64(_mm_max_sd(two, _mm_unpackhi_pd(two, two)));
+}
+
 // out[i] = sum of the lanes of v[i], i < 4.
 inline void sum_lanes_of_four(const Vec<float>* v, float* out) {
-  __m128 a = fold(v[0]), b = fold(v[1]), c = fold(v[2]), d = fold(v[3]);
+  __m128 a = fold_sum(v[0]), b = fold_sum(v[1]), c = fold_sum(v[2]), d = fold_sum(v[3]);
   const __m128 ab = _mm_add_ps(_mm_unpacklo_ps(a, b), _mm_unpackhi_ps(a, b));
   const __m128 cd = _mm_add_ps(_mm_unpacklo_ps(c, d), _mm_unpackhi_ps(c, d));
   _mm_storeu_ps(out, _mm_add_ps(_mm_movelh_ps(ab, cd), _mm_movehl_ps(cd, ab)));
 }
 
 inline void sum_lanes_of_four(const Vec<double>* v, double* out) {
-  const __m128d a = fold(v[0]), b = fold(v[1]), c = fold(v[2]), d = fold(v[3]);
+  const __m128d a = fold_sum(v[0]), b = fold_sum(v[1]), c = fold_sum(v[2]), d = fold_sum(v[3]);
   _mm_storeu_pd(out, _mm_add_pd(_mm_unpacklo_pd(a, b), _mm_unpackhi_pd(a, b)));
   _mm_storeu_pd(out + 2, _mm_add_pd(_mm_unpacklo_pd(c, d), _mm_unpackhi_pd(c, d)));
 }
 #else
+inline float sum_lanes(Vec<float> v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+inline double sum_lanes(Vec<double> v) { return v[0] + v[1]; }
+
+template <class V>
+inline auto max_lanes(V v) {
+  auto top = v[0];
+  for (size_t i = 1; i < sizeof(V) / sizeof(top); ++i) top = v[i] > top ? v[i] : top;
+  return top;
+}
+
 template <class V, class A>
 inline void sum_lanes_of_four(const V* v, A* out) {
-  for (int i = 0; i < 4; ++i) out[i] = sum_lanes<A>(v[i]);
+  for (int i = 0; i < 4; ++i) out[i] = sum_lanes(v[i]);
 }
 #endif
 
