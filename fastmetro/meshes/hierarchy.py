@@ -8,6 +8,7 @@ corners.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -46,7 +47,7 @@ def build_hierarchy(
     """
     points, triangles = check_mesh(vertices, faces)
     steps = [len(points), *map(int, sizes)]
-    if any(a <= b for a, b in zip(steps, steps[1:], strict=False)):
+    if any(a <= b for a, b in itertools.pairwise(steps)):
         raise ValueError(f"sizes must descend from {len(points)} vertices, got {tuple(sizes)}")
     weights = None if importance is None else np.asarray(importance, np.float64)
     levels = [mesh_level(points, triangles, np.arange(len(points)))]

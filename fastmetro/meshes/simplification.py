@@ -25,7 +25,10 @@ RELAXED = ((MIN_COSINE, MIN_QUALITY), (0.05, 0.03), (0.0, 1e-4))  # tried in tur
 
 
 def simplify(
-    vertices: NDArray[np.floating], faces: NDArray[np.integer], target: int, importance: NDArray[np.floating] | None = None
+    vertices: NDArray[np.floating],
+    faces: NDArray[np.integer],
+    target: int,
+    importance: NDArray[np.floating] | None = None,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Collapse edges until `target` vertices are left.
 
@@ -49,7 +52,7 @@ def simplify(
         if mesh.run(target, cosine, quality):
             return mesh.result()
     raise ValueError(
-        f"target={target} cannot be reached without changing the topology of the surface; {mesh.alive} vertices are left"
+        f"target={target} cannot be reached without changing the topology of the surface: {mesh.alive} are left"
     )
 
 
@@ -68,7 +71,10 @@ def _cross(a: Point, b: Point) -> Point:
 def _error(q: Quadric, p: Point) -> float:
     x, y, z = p
     return (
-        (q[0] * x + 2 * (q[1] * y + q[2] * z + q[3])) * x + (q[4] * y + 2 * (q[5] * z + q[6])) * y + (q[7] * z + 2 * q[8]) * z + q[9]
+        (q[0] * x + 2 * (q[1] * y + q[2] * z + q[3])) * x
+        + (q[4] * y + 2 * (q[5] * z + q[6])) * y
+        + (q[7] * z + 2 * q[8]) * z
+        + q[9]
     )
 
 
@@ -213,7 +219,9 @@ def check_mesh(
         raise ValueError(f"faces must index {len(points)} vertices, got {triangles.min()} to {triangles.max()}")
     edges, counts = np.unique(np.sort(half_edges(triangles), 1), axis=0, return_counts=True)
     if counts.max() > 2:
-        raise ValueError(f"edge {tuple(edges[counts.argmax()].tolist())} belongs to {counts.max()} triangles; at most 2")
+        raise ValueError(
+            f"edge {tuple(edges[counts.argmax()].tolist())} belongs to {counts.max()} triangles; at most 2"
+        )
     return points, triangles
 
 
@@ -223,7 +231,7 @@ def half_edges(faces: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def vertex_quadrics(points: NDArray[np.float64], faces: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Error quadrics [n, 10]: area-weighted planes of the triangles, planes at open boundaries, and the point itself."""
+    """Error quadrics [n, 10]: area-weighted planes of the triangles, walls at open boundaries, the point itself."""
     corners = points[faces]
     normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
     areas = np.linalg.norm(normals, axis=1) / 2
