@@ -26,19 +26,63 @@ def mix32(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
+class StreamPlan:
+    """Remembers which small draws a program makes, so that later batches hash all of them in one pass.
+
+    A scene takes some 300 draws of a few numbers each, and a draw is some 30 tiny operations: on a GPU, launching
+    them would cost more than everything else. The numbers are the same with and without a plan.
+    """
+
+    LARGEST = 4096
+    """Draws of more numbers per sample are made on their own."""
+
+    def __init__(self) -> None:
+        self._offsets: dict[tuple[str, int], int] = {}
+        self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._streams: list[int] = []
+        self._lanes: list[int] = []
+
+    def record(self, name: str, count: int) -> None:
+        """Have ``count`` numbers of stream ``name`` in the tables from the next batch on."""
+        if count > self.LARGEST or (name, count) in self._offsets:
+            return
+        self._offsets[name, count] = len(self._streams)
+        self._streams += [_stream(name)] * count
+        self._lanes += range(count)
+        self._tables.clear()
+
+    def offset(self, name: str, count: int) -> int | None:
+        """Where the draw lies in the tables, or None where it is not planned."""
+        return self._offsets.get((name, count))
+
+    def tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Stream words and lanes, int64 [T] each."""
+        if device not in self._tables:
+            self._tables[device] = (
+                torch.tensor(self._streams, dtype=torch.int64, device=device),
+                torch.tensor(self._lanes, dtype=torch.int64, device=device),
+            )
+        return self._tables[device]
+
+
+def _stream(name: str) -> int:
+    return zlib.crc32(name.encode())
+
+
 class CounterRandom:
     """Named streams of random numbers for a batch of sample indices.
 
     Args:
         seed: any integer with 0 <= seed < 2**63.
         indices: int64 [B], the sample indices (>= 0), on the device the numbers are wanted on.
+        plan: kept from batch to batch by programs that always make the same draws; see :class:`StreamPlan`.
 
     Raises:
         TypeError: if ``seed`` is no int or ``indices`` is no int64 tensor.
         ValueError: if ``seed`` is out of range or ``indices`` is not one-dimensional.
     """
 
-    def __init__(self, seed: int, indices: Tensor) -> None:
+    def __init__(self, seed: int, indices: Tensor, plan: StreamPlan | None = None) -> None:
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise TypeError(f"seed must be an int, got {type(seed).__name__}")
         if not 0 <= seed < 2**63:
@@ -50,10 +94,15 @@ class CounterRandom:
         self.indices = indices
         low, high = indices & _MASK, (indices >> 32) & _MASK
         # Two 32-bit words of key per sample: with one, a few hundred pairs of a million samples would coincide.
-        self._keys = tuple(
-            mix32(mix32(mix32((mix32(low ^ word) + (seed & _MASK)) & _MASK) ^ high) ^ (seed >> 32))
-            for word in (0x9E3779B9, 0x85EBCA6B)
-        )
+        words = torch.stack([low ^ word for word in (0x9E3779B9, 0x85EBCA6B)])
+        self._keys = mix32(mix32(mix32((mix32(words) + (seed & _MASK)) & _MASK) ^ high) ^ (seed >> 32))
+        self._plan = plan
+        self._planned = self._hash(*plan.tables(indices.device)) if plan is not None else None
+
+    def _hash(self, stream: Tensor | int, lanes: Tensor) -> Tensor:
+        """int64 [B, T]: 32 bits for every lane, of one stream or of one stream each."""
+        first, second = mix32(self._keys.unsqueeze(-1) ^ stream).unbind()
+        return mix32(mix32((lanes * 0x9E3779B9 + first) & _MASK) ^ second)
 
     @property
     def batch_size(self) -> int:
@@ -65,10 +114,14 @@ class CounterRandom:
 
     def bits(self, name: str, *shape: int) -> Tensor:
         """int64 [B, *shape] in [0, 2**32). Different names give unrelated numbers."""
-        stream = zlib.crc32(name.encode())
-        lanes = torch.arange(math.prod(shape), device=self.device, dtype=torch.int64)
-        first, second = (mix32(key ^ stream).unsqueeze(1) for key in self._keys)
-        return mix32(mix32((lanes * 0x9E3779B9 + first) & _MASK) ^ second).view(-1, *shape)
+        count = math.prod(shape)
+        if self._plan is not None and self._planned is not None:
+            offset = self._plan.offset(name, count)
+            if offset is not None and offset + count <= self._planned.shape[1]:
+                return self._planned[:, offset : offset + count].reshape(self.batch_size, *shape)
+            self._plan.record(name, count)
+        lanes = torch.arange(count, device=self.device, dtype=torch.int64)
+        return self._hash(_stream(name), lanes).view(self.batch_size, *shape)
 
     def uniform(self, name: str, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
         """float32 [B, *shape] in [low, high)."""

@@ -90,6 +90,7 @@ def evaluate_synthetic(
     baselines: bool = True,
     training_seed: int = 0,
     photographs: bool = True,
+    size: int = 224,
     progress: bool = False,
 ) -> dict[str, object]:
     """Measure a network on synthetic images it has never seen, beside the mean meshes of the training people.
@@ -104,7 +105,7 @@ def evaluate_synthetic(
         batch_size: images at a time; it changes the numbers by rounding only.
         baselines: also measure the two mean meshes.
         training_seed: seed of the people whose labels are averaged.
-        photographs: as in :class:`SyntheticPeople`.
+        photographs, size: as in :class:`SyntheticPeople`.
         progress: show a bar.
 
     Returns:
@@ -121,7 +122,7 @@ def evaluate_synthetic(
     mesh = load_mesh(mesh) if isinstance(mesh, str) else mesh
     if device is None:
         device = next(model.parameters()).device if model is not None else "cpu"
-    people = SyntheticPeople(mesh, seed, photographs=photographs).to(device)
+    people = SyntheticPeople(mesh, seed, size, photographs).to(device)
     report: dict[str, object] = {"count": count, "seed": seed, "protocol": SYNTHETIC_PROTOCOL}
     if model is not None:
         network, was_training = model, model.training

@@ -9,7 +9,8 @@ from typing import Any, Literal
 from fastmetro.training.losses import LossWeights
 
 _FREE_ON_RESUME = ("output", "max_seconds", "resume", "initialise", "device", "eval_every", "eval_count", "log_every",
-                   "save_every", "compile_model", "compile_images", "export")  # fmt: skip
+                   "save_every", "compile_model", "compile_images",
+                   "capture_images", "export", "commit")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,15 @@ class TrainConfig:
         precision: "bf16" autocasts the network's forward pass.
         compile_model: run the network through ``torch.compile``.
         compile_images: run the pixel part of the image generator through ``torch.compile``.
+        capture_images: record the image generator as one CUDA graph and replay it (needs a GPU).
+        image_size: side of the images in pixels; the published 224 gives the network its 7 x 7 image tokens.
         photographs: use scikit-image's photographs as backgrounds.
         overfit: repeat only the first so many images, to see whether the loss falls (0: never repeat one).
         log_every, eval_every, save_every: in steps; 0 for ``eval_every`` evaluates at the end only.
         eval_count: held-out images of the evaluations (0: none at all).
         export: where the averaged weights go in the end, as well as to ``output``/weights.safetensors.
         device: "cuda", "cpu" or "auto".
+        commit: recorded in the weights; asked from git where it is not given.
         loss: weights of the terms.
     """
 
@@ -65,6 +69,8 @@ class TrainConfig:
     precision: Literal["bf16", "fp32"] = "bf16"
     compile_model: bool = False
     compile_images: bool = False
+    capture_images: bool = False
+    image_size: int = 224
     photographs: bool = True
     overfit: int = 0
     log_every: int = 50
@@ -73,6 +79,7 @@ class TrainConfig:
     eval_count: int = 1000
     export: Path | None = None
     device: str = "auto"
+    commit: str | None = None
     loss: LossWeights = field(default_factory=LossWeights)
 
     def __post_init__(self) -> None:

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import json
-import random
 import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from fastmetro.data.labels import MeshLabels
-from fastmetro.data.synthetic.dataset import SyntheticPeople, normalize_images
+from fastmetro.data.synthetic.capture import CapturedPeople
+from fastmetro.data.synthetic.dataset import SyntheticBatch, SyntheticPeople, normalize_images
 from fastmetro.evaluation.synthetic import HELD_OUT_SEED, evaluate_synthetic, format_report
 from fastmetro.files import replacing
-from fastmetro.meshes.mesh import load_mesh
+from fastmetro.meshes.mesh import Mesh, load_mesh
 from fastmetro.models import create_model
 from fastmetro.models.checkpoints import load_checkpoint
 from fastmetro.training.config import TrainConfig
@@ -44,54 +45,71 @@ def train(config: TrainConfig) -> dict[str, object]:
     if config.seed == HELD_OUT_SEED:
         raise ValueError(f"seed {config.seed} is the one of the held-out images; choose another")
     device = _device(config.device)
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
-    random.seed(config.seed)
+    torch.backends.cudnn.benchmark = device.type == "cuda"
     torch.manual_seed(config.seed)
     mesh = load_mesh(config.mesh)
     model = create_model(config.model, mesh=mesh, dropout=config.dropout)
     if config.initialise is not None:
         load_checkpoint(model, config.initialise)
-    model = model.to(device, memory_format=torch.channels_last)
-    people = SyntheticPeople(
-        mesh, config.seed, photographs=config.photographs, compile_images=config.compile_images
-    ).to(device)
+    model.to(device)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    people = SyntheticPeople(mesh, config.seed, config.image_size, config.photographs, config.compile_images).to(device)
+    source = image_source(CapturedPeople(people, config.batch_size) if config.capture_images else people)
 
-    def evaluate(network: nn.Module, count: int = max(config.eval_count // 4, 1)) -> dict[str, float]:
-        result = evaluate_synthetic(
-            network, count, device=device, mesh=mesh, baselines=False, training_seed=config.seed
-        )
-        return {name: float(str(result[name])) for name in ("mpjpe", "pa_mpjpe", "mpvpe")}
+    def evaluate(network: nn.Module) -> dict[str, float]:
+        report = _measure(network, config, mesh, max(config.eval_count // 4, 1), baselines=False)
+        return {name: float(str(report[name])) for name in ("mpjpe", "pa_mpjpe", "mpvpe")}
 
     loss = MeshRecoveryLoss(mesh, config.loss).to(device)
-    trainer = Trainer(config, model, loss, image_source(people), evaluate if config.eval_count else None, started)
+    trainer = Trainer(config, model, loss, source, evaluate if config.eval_count else None, started)
     finished = trainer.run()
+    return _finish(trainer, mesh, finished)
+
+
+def _finish(trainer: Trainer, mesh: Mesh, finished: bool) -> dict[str, object]:
+    """Export the averaged weights and, at the end of the run, measure what was written, its rounding included."""
+    config, averaged = trainer.config, trainer.state.average.model
     weights = Path(config.output) / "weights.safetensors"
-    averaged = trainer.state.average.model
-    record = {"model": config.model, "mesh": config.mesh, "step": trainer.state.step, "config": config.settings(),
-              "samples": trainer.state.step * config.batch_size, "commit": _commit(),
-              "command": shlex.join(["python", "-m", "fastmetro", *sys.argv[1:]]), "device": _device_name(device),
-              "torch": torch.__version__}  # fmt: skip
+    record = {
+        "model": config.model,
+        "mesh": config.mesh,
+        "step": trainer.state.step,
+        "samples": trainer.state.step * config.batch_size,
+        "seconds": round(trainer.state.seconds, 1),
+        "command": shlex.join(["python", "-m", "fastmetro", *sys.argv[1:]]),
+        "commit": config.commit or _commit(),
+        "config": config.settings(),
+        "device": torch.cuda.get_device_name(trainer.device) if trainer.device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+    }
     size = export_weights(averaged, weights, record)
     print(f"{'finished' if finished else 'stopped'} at step {trainer.state.step}; {weights} has {size} bytes")
     result: dict[str, object] = {"finished": finished, "step": trainer.state.step, "weights": weights}
-    if finished:
-        if config.eval_count:
-            load_checkpoint(averaged, weights)  # measure what was written, rounding included
-            report = evaluate_synthetic(
-                averaged, config.eval_count, device=device, mesh=mesh, training_seed=config.seed, progress=True
-            )
-            print(format_report(report))
-            with replacing(Path(config.output) / "report.json") as temporary:
-                temporary.write_text(json.dumps({**record, "report": report}, indent=1, default=str) + "\n")
-            result["report"] = report
-        if config.export is not None:
-            with replacing(Path(config.export)) as temporary:
-                temporary.write_bytes(weights.read_bytes())
+    if not finished:
+        return result
+    if config.eval_count:
+        load_checkpoint(averaged, weights)
+        report = _measure(averaged, config, mesh, config.eval_count, progress=True)
+        print(format_report(report))
+        with replacing(Path(config.output) / "report.json") as temporary:
+            temporary.write_text(json.dumps({**record, "report": report}, indent=1, default=str) + "\n")
+        result["report"] = report
+    if config.export is not None:
+        with replacing(Path(config.export)) as temporary:
+            temporary.write_bytes(weights.read_bytes())
     return result
 
 
-def image_source(people: SyntheticPeople) -> Source:
+def _measure(
+    network: nn.Module, config: TrainConfig, mesh: Mesh, count: int, baselines: bool = True, progress: bool = False
+) -> dict[str, object]:
+    return evaluate_synthetic(
+        network, count, mesh=mesh, training_seed=config.seed, photographs=config.photographs, size=config.image_size,
+        baselines=baselines, progress=progress,
+    )  # fmt: skip
+
+
+def image_source(people: Callable[[Tensor], SyntheticBatch]) -> Source:
     """Batches of ``people`` as the trainer wants them: normalised, channels last."""
 
     def source(indices: Tensor) -> tuple[Tensor, MeshLabels]:
@@ -106,10 +124,6 @@ def _device(name: str) -> torch.device:
     if name != "auto":
         return torch.device(name)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _commit() -> str:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastmetro.data.labels import MeshLabels
+from fastmetro.meshes.mesh import Mesh
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,16 @@ class MeshRecoveryLoss(nn.Module):
         weights: how much each term counts.
     """
 
-    def __init__(self, mesh: Any, weights: LossWeights | None = None) -> None:
+    joint_regressor: Tensor
+
+    def __init__(self, mesh: Mesh, weights: LossWeights | None = None) -> None:
         super().__init__()
         self.weights = weights or LossWeights()
+        if mesh.joint_regressor is None:
+            raise ValueError(f"mesh {mesh.name!r} has no joint regressor")
         regressor = torch.from_numpy(mesh.joint_regressor.toarray()).float()
         self.register_buffer("joint_regressor", regressor, persistent=False)
-        kept = None
+        kept: Tensor | None = None
         self._levels: list[str] = []
         names = ["intermediate", "coarse"] if len(mesh.levels) == 3 else ["coarse"]
         for name, level in zip(names, mesh.levels[1:], strict=True):
@@ -87,7 +91,7 @@ class MeshRecoveryLoss(nn.Module):
             )
         terms["vertices_fine"] = masked_l1(fine, labels.vertices, labels.has_vertices)
         for level in self._levels:
-            goal = labels.vertices[:, getattr(self, f"kept_{level}")]
+            goal = labels.vertices[:, self.get_buffer(f"kept_{level}")]
             terms[f"vertices_{level}"] = masked_l1(outputs[f"pred_3d_vertices_{level}"], goal, labels.has_vertices)
         for name, value in terms.items():
             if name.startswith("vertices"):

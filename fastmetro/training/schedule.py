@@ -18,7 +18,8 @@ def learning_rate_factor(progress: float, warmup: float) -> float:
 def make_optimizer(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW; weight decay acts on matrices and convolutions, not on biases, norms and learned tokens."""
     tokens = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
             (plain if parameter.ndim < 2 or id(parameter) in tokens else decayed).append(parameter)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import stats
 
-from fastmetro.data.counter_random import CounterRandom
+from fastmetro.data.counter_random import CounterRandom, StreamPlan
 
 MASK = 0xFFFFFFFF
 
@@ -91,3 +91,23 @@ def test_bad_arguments_are_named():
         CounterRandom(-1, torch.arange(2))
     with pytest.raises(ValueError, match="weights"):
         CounterRandom(0, torch.arange(2)).choice("x", [0.0, 0.0])
+
+
+def test_plan_changes_no_number(device):
+    """A batch under a plan, its first and its later uses, against the same draws without one."""
+    plan = StreamPlan()
+    for first in (0, 40, 80):
+        indices = torch.arange(first, first + 6, device=device)
+        plain, planned = CounterRandom(9, indices), CounterRandom(9, indices, plan)
+        for draw in (
+            lambda r: r.bits("a"),
+            lambda r: r.bits("a", 3),
+            lambda r: r.uniform("b", 2, 5),
+            lambda r: r.normal("c", 4),
+            lambda r: r.choice("d", [1, 2, 3]),
+            lambda r: r.bits("large", StreamPlan.LARGEST + 1),
+            lambda r: r.bits("empty", 0),
+        ):
+            assert torch.equal(draw(plain), draw(planned))
+    assert plan.offset("b", 10) is not None
+    assert plan.offset("large", StreamPlan.LARGEST + 1) is None

@@ -68,12 +68,18 @@ class SyntheticPeople(nn.Module):
         compile_images: fuse the pixel work with ``torch.compile``.
     """
 
+    faces: Tensor
+    incidence: Tensor
+    region_fields: Tensor
+    joint_regressor: Tensor
+    tiles: Tensor | None
+
     def __init__(
         self, mesh: Mesh, seed: int = 0, size: int = 224, photographs: bool = True, compile_images: bool = False
     ) -> None:
         super().__init__()
-        if mesh.faces is None:
-            raise ValueError("mesh must have faces to be rendered")
+        if mesh.faces is None or mesh.joint_regressor is None:
+            raise ValueError("mesh must have faces, to be rendered, and a joint regressor")
         if not 16 <= size <= 4096:
             raise ValueError(f"size must lie between 16 and 4096 pixels, got {size}")
         self.seed, self.size = seed, size
@@ -82,8 +88,8 @@ class SyntheticPeople(nn.Module):
         self._upper = _upper_joints(mesh)
         faces = torch.as_tensor(mesh.faces)
         self.register_buffer("faces", faces.long(), persistent=False)
-        self.register_buffer("incidence", face_incidence(faces.numpy(), len(mesh.vertices)), persistent=False)
-        self.register_buffer("regions", self.sampler.regions().stack()[0], persistent=False)
+        self.register_buffer("incidence", face_incidence(mesh.faces, mesh.num_vertices), persistent=False)
+        self.register_buffer("region_fields", self.sampler.regions().stack()[0], persistent=False)
         regressor = torch.from_numpy(mesh.joint_regressor.toarray()).float()
         self.register_buffer("joint_regressor", regressor, persistent=False)
         tiles = load_tiles().float() / 255 if photographs else None
@@ -97,7 +103,8 @@ class SyntheticPeople(nn.Module):
         vertices, joints, view = self._people(rng)
         clothed, normals = self._clothe(rng, vertices)
         raster = self._rasterize(view.project(clothed))
-        attributes = interpolate(torch.cat([self._region_batch(rng), normals], dim=-1), self.faces, raster)
+        fields = self.region_fields.expand(len(indices), -1, -1)
+        attributes = interpolate(torch.cat([fields, normals], dim=-1), self.faces, raster)
         images = self._pixels(indices, attributes, raster.face_index, raster.depth)
         return SyntheticBatch(images, self._labels(vertices, joints, view), view)
 
@@ -136,12 +143,9 @@ class SyntheticPeople(nn.Module):
             has_joints_2d=there,
         )
 
-    def _region_batch(self, rng: CounterRandom) -> Tensor:
-        return self.regions.expand(rng.batch_size, -1, -1)
-
     def _clothe(self, rng: CounterRandom, vertices: Tensor) -> tuple[Tensor, Tensor]:
         normals = vertex_normals(vertices, self.faces, self.incidence)
-        thickness = clothing_thickness(sample_outfit(rng), RegionFields.unstack(self.regions.unsqueeze(0)))
+        thickness = clothing_thickness(sample_outfit(rng), RegionFields.unstack(self.region_fields.unsqueeze(0)))
         return vertices + thickness.unsqueeze(-1) * normals, normals
 
     def _rasterize(self, projected: Tensor) -> RasterOutput:

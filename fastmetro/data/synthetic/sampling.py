@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmetro.data.counter_random import CounterRandom
@@ -15,6 +19,7 @@ from fastmetro.meshes.mesh import Mesh
 _SIDES = (".L", ".R")
 _SPINE = ("spine05", "spine04", "spine03", "spine02", "spine01")
 _NECK = ("neck01", "neck02", "neck03", "head")
+_Vector = tuple[float, float, float]
 _X, _Y, _Z = (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)
 
 
@@ -30,9 +35,10 @@ class BodySampler(nn.Module):
         self.body = AnnyBody()
         if mesh.part != "body" or mesh.num_vertices != self.body.num_vertices:
             raise ValueError(f"mesh must be anny-body, got {mesh.name!r} with {mesh.num_vertices} vertices")
-        self._index = {name: number for number, name in enumerate(self.body.bone_names)}
         _, heads = self.body()
-        self._heads = heads[0].double()
+        self._axes = {
+            side: _limb_axes(dict(zip(self.body.bone_names, heads[0].double(), strict=True)), side) for side in _SIDES
+        }
 
     def regions(self) -> RegionFields:
         """Where clothes lie, for the rest pose of the average body."""
@@ -65,12 +71,7 @@ class BodySampler(nn.Module):
 
     def _limbs(self, angle: dict[str, Tensor], side: str, rng: CounterRandom) -> dict[str, Tensor]:
         """One side. Flexion turns about x, away from the middle about z, outwards about y; the right side mirrors."""
-        out = 1.0 if side == ".L" else -1.0
-        upper, lower = self._direction("upperarm01", "lowerarm01", side), self._direction("lowerarm01", "wrist", side)
-        hanging = float(torch.atan2(out * upper[0], -upper[1]))  # the rest pose's abduction
-        bent = float(torch.acos((upper * lower).sum().clamp(-1, 1)))  # and flexion of the elbow
-        hinge = _tuple(torch.linalg.cross(upper, lower))
-        across = _tuple(self._heads[self._index["finger5-1" + side]] - self._heads[self._index["finger2-1" + side]])
+        out, axes = (1.0 if side == ".L" else -1.0), self._axes[side]
         turns = {
             "upperleg01": _compose(
                 (_X, -angle["hip_flexion"]), (_Z, out * angle["hip_abduction"]), (_Y, out * angle["hip_rotation"])
@@ -80,38 +81,63 @@ class BodySampler(nn.Module):
             "clavicle": _compose((_Z, out * angle["clavicle_lift"])),
             "upperarm01": _compose(
                 (_Y, out * angle["arm_outward"]), (_X, -angle["arm_flexion"]),
-                (_Z, out * (angle["arm_abduction"] - hanging)), (_tuple(upper), angle["arm_rotation"]),
+                (_Z, out * (angle["arm_abduction"] - axes.hanging)), (axes.upper, angle["arm_rotation"]),
             ),
-            "lowerarm01": _compose((hinge, angle["elbow_flexion"] - bent)),
-            "lowerarm02": _compose((_tuple(lower), angle["forearm_rotation"])),
-            "wrist": _compose((across, angle["wrist_flexion"])),
+            "lowerarm01": _compose((axes.hinge, angle["elbow_flexion"] - axes.bent)),
+            "lowerarm02": _compose((axes.lower, angle["forearm_rotation"])),
+            "wrist": _compose((axes.across, angle["wrist_flexion"])),
         }  # fmt: skip
         for finger in range(2, 6):
             scatter = 0.15 * rng.normal(f"pose/finger{finger}{side}")
-            for joint in range(1, 4):
-                curl = _compose((self._curl_axis(f"finger{finger}", side), angle["finger_curl"] + scatter))
-                turns[f"finger{finger}-{joint}"] = curl
-        for joint in (2, 3):
-            turns[f"finger1-{joint}"] = _compose((self._curl_axis("finger1", side), 0.5 * angle["finger_curl"]))
+            curl = _compose((axes.curls[finger - 1], angle["finger_curl"] + scatter))
+            turns.update({f"finger{finger}-{joint}": curl for joint in range(1, 4)})
+        thumb = _compose((axes.curls[0], 0.5 * angle["finger_curl"]))
+        turns.update({"finger1-2": thumb, "finger1-3": thumb})
         return {name + side: turn for name, turn in turns.items()}
 
-    def _direction(self, start: str, end: str, side: str) -> Tensor:
-        return torch.nn.functional.normalize(
-            self._heads[self._index[end + side]] - self._heads[self._index[start + side]], dim=0
+
+@dataclass(frozen=True)
+class _LimbAxes:
+    """Axes of one arm in the rest pose (unit vectors), and how far the rest pose is from a straight, hanging arm."""
+
+    upper: _Vector
+    lower: _Vector
+    hinge: _Vector
+    across: _Vector
+    curls: tuple[_Vector, ...]
+    hanging: float
+    bent: float
+
+
+def _limb_axes(heads: dict[str, Tensor], side: str) -> _LimbAxes:
+    def direction(start: str, end: str) -> Tensor:
+        return F.normalize(heads[end + side] - heads[start + side], dim=0)
+
+    def curl(finger: str) -> _Vector:
+        # Fingers of the rest pose are slightly bent: they go on bending about the same axis.
+        return _unit(
+            torch.linalg.cross(direction(f"{finger}-1", f"{finger}-2"), direction(f"{finger}-2", f"{finger}-3"))
         )
 
-    def _curl_axis(self, finger: str, side: str) -> tuple[float, float, float]:
-        """Fingers of the rest pose are slightly bent: the axis in which they already are."""
-        first = self._direction(f"{finger}-1", f"{finger}-2", side)
-        return _tuple(torch.linalg.cross(first, self._direction(f"{finger}-2", f"{finger}-3", side)))
+    upper, lower = direction("upperarm01", "lowerarm01"), direction("lowerarm01", "wrist")
+    outwards = upper[0] if side == ".L" else -upper[0]
+    return _LimbAxes(
+        upper=_unit(upper),
+        lower=_unit(lower),
+        hinge=_unit(torch.linalg.cross(upper, lower)),
+        across=_unit(direction("finger2-1", "finger5-1")),
+        curls=tuple(curl(f"finger{finger}") for finger in range(1, 6)),
+        hanging=math.atan2(float(outwards), -float(upper[1])),
+        bent=math.acos(min(float((upper * lower).sum()), 1.0)),
+    )
 
 
-def _tuple(vector: Tensor) -> tuple[float, float, float]:
-    x, y, z = torch.nn.functional.normalize(vector, dim=0).tolist()
+def _unit(vector: Tensor) -> _Vector:
+    x, y, z = F.normalize(vector, dim=0).tolist()
     return x, y, z
 
 
-def _compose(*turns: tuple[tuple[float, float, float], Tensor]) -> Tensor:
+def _compose(*turns: tuple[_Vector, Tensor]) -> Tensor:
     """Product of rotations about fixed axes, the last one applied first: [B, 3, 3]."""
     result: Tensor | None = None
     for axis, angle in turns:

@@ -98,7 +98,8 @@ def crevices(depth: Tensor, covered: Tensor, radius: int = 6) -> Tensor:
     """
     mask = covered.float().unsqueeze(1)
     filled = torch.where(covered, depth, torch.zeros_like(depth)).unsqueeze(1)
-    window = {"kernel_size": 2 * radius + 1, "stride": 1, "padding": radius}
-    mean = F.avg_pool2d(filled, **window) / F.avg_pool2d(mask, **window).clamp_min(1e-6)
+    side = 2 * radius + 1
+    near, count = (F.avg_pool2d(plane, side, stride=1, padding=radius) for plane in (filled, mask))
+    mean = near / count.clamp_min(1e-6)
     behind = (filled - mean).squeeze(1) / 0.12
     return 1 - 0.65 * behind.clamp(0, 1)

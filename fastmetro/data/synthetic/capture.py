@@ -1,0 +1,42 @@
+"""The image generator as one CUDA graph: thousands of small launches become one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmetro.data.synthetic.dataset import SyntheticBatch, SyntheticPeople
+
+_WARM_UPS = 3
+
+
+class CapturedPeople:
+    """Replays ``people`` for batches of one size. **Every call overwrites what the last one returned**, on the same
+    stream: use a batch up (a training step does) before asking for the next one.
+
+    Raises:
+        ValueError: if ``people`` is not on a CUDA device, or a call has another batch size.
+    """
+
+    def __init__(self, people: SyntheticPeople, batch_size: int) -> None:
+        device = people.faces.device
+        if device.type != "cuda":
+            raise ValueError(f"people must be on a CUDA device to be captured, it is on {device}")
+        self._indices = torch.arange(batch_size, device=device)
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            for _ in range(_WARM_UPS):
+                people(self._indices)
+        torch.cuda.current_stream(device).wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._batch = people(self._indices)
+
+    def __call__(self, indices: Tensor) -> SyntheticBatch:
+        """The samples ``indices``, int64 [batch_size]."""
+        if indices.shape != self._indices.shape:
+            raise ValueError(f"indices must have shape {tuple(self._indices.shape)}, got {tuple(indices.shape)}")
+        self._indices.copy_(indices)
+        self._graph.replay()
+        return self._batch

@@ -1,0 +1,264 @@
+import csv
+import dataclasses
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+from torch import nn
+
+from fastmetro.data.labels import MeshLabels
+from fastmetro.training.config import TrainConfig
+from fastmetro.training.export import export_weights
+from fastmetro.training.losses import MeshRecoveryLoss
+from fastmetro.training.schedule import learning_rate_factor, make_optimizer
+from fastmetro.training.state import ExponentialAverage
+from fastmetro.training.trainer import Trainer, TrainingDiverged
+
+VERTICES = 6
+MESH = SimpleNamespace(
+    name="tiny",
+    levels=(SimpleNamespace(kept=np.arange(VERTICES)), SimpleNamespace(kept=np.array([0, 3]))),
+    joint_regressor=sp.csr_matrix(np.eye(2, VERTICES, dtype=np.float32)),
+)
+
+
+class TinyNetwork(nn.Module):
+    """Has what matters to the loop: a batch norm, dropout, a token embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+        self.head = nn.Linear(3 * 4 * 4, 3 * VERTICES + 3)
+        self.tokens = nn.Embedding(1, 3)
+        self.dropout = nn.Dropout(0.1)
+
+    def forward(self, images):
+        out = self.head(self.dropout(self.norm(images).flatten(1))).float()
+        vertices = out[:, 3:].view(-1, VERTICES, 3) + self.tokens.weight
+        return {
+            "pred_cam": out[:, :3],
+            "pred_3d_joints": vertices[:, :2],
+            "pred_3d_vertices_fine": vertices,
+            "pred_3d_vertices_coarse": vertices[:, [0, 3]],
+        }
+
+
+def source(indices):
+    """Images that tell their labels exactly."""
+    images = torch.stack([((indices * (7 + c)) % 11).float() / 11 for c in range(3)], dim=1)
+    images = images[:, :, None, None].expand(-1, 3, 4, 4).contiguous()
+    vertices = images[:, :, 0, :1].transpose(1, 2).expand(-1, VERTICES, 3).contiguous()
+    there = torch.ones(len(indices), dtype=torch.bool, device=indices.device)
+    joints = vertices[:, :2]
+    image_points = torch.cat([joints[..., :2], torch.ones_like(joints[..., :1])], dim=-1)
+    camera = torch.tensor([1.0, 0.0, 0.0], device=indices.device).expand(len(indices), 3)
+    return images, MeshLabels(vertices, joints, image_points, camera, there, there, there)
+
+
+def trainer(tmp_path, device="cpu", **options):
+    settings = {"output": tmp_path, "batch_size": 8, "steps": 30, "log_every": 5, "save_every": 10, "precision": "fp32",
+                "learning_rate": 1e-2, **options}  # fmt: skip
+    torch.manual_seed(0)
+    model = TinyNetwork().to(device)
+    return Trainer(TrainConfig(**settings), model, MeshRecoveryLoss(MESH).to(device), settings.pop("source", source))
+
+
+def rows(tmp_path):
+    with (tmp_path / "log.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_loss_falls_and_is_logged(tmp_path, device):
+    assert trainer(tmp_path, device, steps=120, log_every=20, save_every=60).run()
+    log = rows(tmp_path)
+    assert [int(row["step"]) for row in log] == list(range(20, 121, 20))
+    assert float(log[-1]["loss"]) < 0.4 * float(log[0]["loss"])
+    assert float(log[-1]["learning_rate"]) < float(log[0]["learning_rate"])
+    assert int(log[-1]["samples"]) == 960 and float(log[-1]["images_per_second"]) > 0
+
+
+def test_a_resumed_run_is_the_uninterrupted_run(tmp_path):
+    whole = trainer(tmp_path / "whole")
+    whole.run()
+    first = trainer(tmp_path / "parts")
+    first._out_of_time = lambda: first.state.step >= 13
+    assert not first.run()
+    second = trainer(tmp_path / "parts", resume=True)
+    assert second.state.step == 13
+    assert second.run()
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, second.model.state_dict()[name]), name
+        assert torch.equal(whole.state.average.model.state_dict()[name], second.state.average.model.state_dict()[name])
+    assert [int(row["step"]) for row in rows(tmp_path / "parts")] == [5, 10, 13, 15, 20, 25, 30]
+
+
+def test_rows_made_after_the_checkpoint_are_dropped_on_resume(tmp_path):
+    run = trainer(tmp_path)
+    run.run()
+    saved = torch.load(run.checkpoint, weights_only=True)
+    saved["step"] = 12
+    torch.save(saved, run.checkpoint)
+    trainer(tmp_path, resume=True)
+    assert [int(row["step"]) for row in rows(tmp_path)] == [5, 10]
+
+
+def test_other_settings_are_refused_on_resume(tmp_path):
+    trainer(tmp_path).run()
+    with pytest.raises(ValueError, match=r"other settings.*batch_size: checkpoint 8, now 4"):
+        trainer(tmp_path, resume=True, batch_size=4)
+    trainer(tmp_path, resume=True, max_seconds=5.0)
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        trainer(tmp_path / "elsewhere", resume=True)
+
+
+def test_a_nan_stops_the_run_and_keeps_the_last_good_state(tmp_path):
+    def breaking(indices):
+        images, labels = source(indices)
+        return (images * float("nan") if int(indices[0]) >= 8 * 22 else images), labels
+
+    run = trainer(tmp_path)
+    run.source = breaking
+    with pytest.raises(TrainingDiverged, match=r"between steps 20 and 25: .*loss.*last good state is in .*checkpoint"):
+        run.run()
+    content = torch.load(run.checkpoint, weights_only=True)
+    assert content["step"] == 20
+    assert all(torch.isfinite(value).all() for value in content["model"].values())
+    assert rows(tmp_path)[-1]["step"] == "20"
+
+
+def test_an_interrupted_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    run = trainer(tmp_path)
+    run.run()
+    before = run.checkpoint.read_bytes()
+
+    def broken_save(content, path):
+        path.write_bytes(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(torch, "save", broken_save)
+    with pytest.raises(OSError, match="no space"):
+        run.state.save(run.checkpoint, run.settings)
+    assert run.checkpoint.read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint.pt", "log.csv"}
+
+
+def test_time_budget_and_time_based_schedule(tmp_path):
+    run = trainer(tmp_path, steps=10**6, max_seconds=0.5, total_seconds=1000.0)
+    assert not run.run() and run.state.step > 0 and 0 < run.progress < 0.01
+    run = trainer(tmp_path / "b", steps=10**6, total_seconds=0.3)
+    assert run.run() and run.state.seconds >= 0.3
+
+
+def test_a_signal_stops_after_the_step_with_everything_saved(tmp_path):
+    import os
+    import signal
+
+    def interrupting(indices):
+        if int(indices[0]) == 8 * 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return source(indices)
+
+    run = trainer(tmp_path)
+    run.source = interrupting
+    assert not run.run()
+    assert torch.load(run.checkpoint, weights_only=True)["step"] == 8
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_overfit_repeats_its_first_images(tmp_path):
+    run = trainer(tmp_path, overfit=3)
+    assert run._indices().tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
+    run.state.step = 1
+    assert run._indices().tolist() == [2, 0, 1, 2, 0, 1, 2, 0]
+
+
+def test_bf16_steps_train(tmp_path, device):
+    assert trainer(tmp_path, device, precision="bf16", steps=30, log_every=10).run()
+    log = rows(tmp_path)
+    assert float(log[-1]["loss"]) < float(log[0]["loss"])
+
+
+def test_evaluations_are_logged(tmp_path):
+    run = trainer(tmp_path, eval_every=10, eval_count=4)
+    seen = []
+
+    def evaluate(model):
+        seen.append(model)
+        assert not model.training
+        return {"mpjpe": 1.0, "pa_mpjpe": 2.0, "mpvpe": 3.0}
+
+    run.evaluate = evaluate
+    run.run()
+    assert len(seen) == 3 and all(model is run.state.average.model for model in seen)
+    assert [row["pa_mpjpe"] for row in rows(tmp_path) if row["mpjpe"]] == ["2.0"] * 3
+
+
+def test_the_average_follows_weights_and_statistics():
+    model = TinyNetwork()
+    average = ExponentialAverage(model, decay=0.9)
+    before = {name: value.clone() for name, value in average.model.state_dict().items()}
+    with torch.no_grad():
+        for value in model.state_dict().values():
+            value.add_(1)
+    average.update(model, step=100)
+    for name, value in average.model.state_dict().items():
+        expected = before[name] + (0.1 if value.is_floating_point() else 1)
+        torch.testing.assert_close(value, expected, msg=name)
+    average.update(model, step=0)  # early on, the average forgets quickly: decay 0.1
+    torch.testing.assert_close(average.model.head.weight, before["head.weight"] + 0.1 + 0.9 * 0.9)
+
+
+def test_schedule_and_parameter_groups():
+    assert learning_rate_factor(0.0, 0.1) == pytest.approx(1e-3)
+    assert learning_rate_factor(0.05, 0.1) == pytest.approx(0.5)
+    assert learning_rate_factor(0.1, 0.1) == pytest.approx(1.0)
+    assert learning_rate_factor(0.55, 0.1) == pytest.approx(0.5)
+    assert learning_rate_factor(1.0, 0.1) == pytest.approx(0.0)
+    assert learning_rate_factor(0.0, 0.0) == pytest.approx(1.0)
+    model = TinyNetwork()
+    decayed, plain = make_optimizer(model, 1e-3, 0.1).param_groups
+    assert [id(p) for p in decayed["params"]] == [id(model.head.weight)] and decayed["weight_decay"] == 0.1
+    assert len(plain["params"]) == 4 and plain["weight_decay"] == 0.0
+
+
+def test_bad_settings_are_named():
+    for name, value in (
+        ("batch_size", 0),
+        ("learning_rate", 0.0),
+        ("max_seconds", -1.0),
+        ("warmup", 1.0),
+        ("dropout", 1.0),
+    ):
+        with pytest.raises(ValueError, match=name):
+            TrainConfig(**{name: value})
+    with pytest.raises(ValueError, match="precision"):
+        TrainConfig(precision="fp8")
+    with pytest.raises(ValueError, match="exclude each other"):
+        TrainConfig(resume=True, initialise="x.safetensors")
+    assert "output" not in TrainConfig().settings() and "seed" in TrainConfig().settings()
+    assert {*TrainConfig().settings()} <= {field.name for field in dataclasses.fields(TrainConfig)}
+
+
+def test_export_rounds_matrices_only_and_records_its_making(tmp_path):
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    model = TinyNetwork()
+    path = tmp_path / "w.safetensors"
+    size = export_weights(model, path, {"command": "x", "config": {"a": 1}})
+    assert size == path.stat().st_size
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == {"format": "pt", "command": "x", "config": '{"a": 1}'}
+    loaded = load_file(path)
+    assert set(loaded) == set(model.state_dict())
+    assert loaded["head.weight"].dtype == torch.bfloat16 and loaded["norm.running_var"].dtype == torch.float32
+    torch.testing.assert_close(loaded["head.weight"].float(), model.head.weight.detach(), rtol=2**-8, atol=0)
+    with pytest.raises(ValueError, match="more than 100"):
+        export_weights(model, tmp_path / "small.safetensors", {}, max_bytes=100)
+    with torch.no_grad():
+        model.head.bias[0] = float("nan")
+    with pytest.raises(ValueError, match=r"head\.bias"):
+        export_weights(model, tmp_path / "nan.safetensors", {})
+    assert [entry.name for entry in tmp_path.iterdir()] == ["w.safetensors"]
