@@ -113,37 +113,37 @@ FM_RASTER_FN Int edge_value(const Triangle& t, int i, int32_t pixel_x, int32_t p
   return dx * py - dy * px;
 }
 
-// Depth over a triangle from its screen-space barycentrics: linear in z, or (perspective) linear in 1/z. Equal depths
-// at the vertices give exactly that depth everywhere, and the result never leaves the range of the three.
+// Depth over a triangle from its edge functions (rounded to float): linear in z, or (perspective) linear in 1/z. Equal
+// depths at the vertices give exactly that depth everywhere, and the result never leaves the range of the three.
 template <bool kPerspective>
 struct DepthFunction {
   float a, b, c, nearest, farthest;
 
   FM_RASTER_FN explicit DepthFunction(const Triangle& t) {
-    const float z0 = t.v[0].z, z1 = t.v[1].z, z2 = t.v[2].z;
+    const float z0 = t.v[0].z, z1 = t.v[1].z, z2 = t.v[2].z, area = static_cast<float>(t.area);
     nearest = smaller(z0, smaller(z1, z2));
     farthest = larger(z0, larger(z1, z2));
     if (kPerspective) {
-      a = nearest / z0;
-      b = nearest / z1;
-      c = nearest / z2;
+      a = nearest / z0 / area;
+      b = nearest / z1 / area;
+      c = nearest / z2 / area;
     } else {
       a = z0;
-      b = z1 - z0;
-      c = z2 - z0;
+      b = (z1 - z0) / area;
+      c = (z2 - z0) / area;
     }
   }
 
-  FM_RASTER_FN double weight_sum(float w0, float w1, float w2) const {
+  // nearest / depth (perspective)
+  FM_RASTER_FN double sum(float w0, float w1, float w2) const {
     return static_cast<double>(w0) * a + static_cast<double>(w1) * b + static_cast<double>(w2) * c;
   }
 
   FM_RASTER_FN float at(float w0, float w1, float w2) const {
     const double z = kPerspective
-        ? static_cast<double>(nearest) / weight_sum(w0, w1, w2)
+        ? static_cast<double>(nearest) / sum(w0, w1, w2)
         : static_cast<double>(a) + static_cast<double>(w1) * b + static_cast<double>(w2) * c;
-    const float rounded = static_cast<float>(z);
-    return smaller(larger(rounded, nearest), farthest);
+    return smaller(larger(static_cast<float>(z), nearest), farthest);
   }
 };
 
@@ -155,17 +155,19 @@ struct Barycentrics {
 template <bool kPerspective>
 FM_RASTER_FN Barycentrics barycentrics_at(const Triangle& t, int32_t pixel_x, int32_t pixel_y) {
   const float area = static_cast<float>(t.area);
+  float w[3];
   Barycentrics result;
   for (int i = 0; i < 3; ++i) {
-    result.w[i] = static_cast<float>(edge_value<int64_t>(t, i, pixel_x, pixel_y)) / area;
+    w[i] = static_cast<float>(edge_value<int64_t>(t, i, pixel_x, pixel_y));
+    result.w[i] = w[i] / area;
   }
   if (kPerspective) {
     const DepthFunction<true> depth(t);
-    const double sum = depth.weight_sum(result.w[0], result.w[1], result.w[2]);
+    const double sum = depth.sum(w[0], w[1], w[2]);
     if (sum > 0.0) {
-      result.w[0] = static_cast<float>(static_cast<double>(result.w[0]) * depth.a / sum);
-      result.w[1] = static_cast<float>(static_cast<double>(result.w[1]) * depth.b / sum);
-      result.w[2] = static_cast<float>(static_cast<double>(result.w[2]) * depth.c / sum);
+      result.w[0] = static_cast<float>(static_cast<double>(w[0]) * depth.a / sum);
+      result.w[1] = static_cast<float>(static_cast<double>(w[1]) * depth.b / sum);
+      result.w[2] = static_cast<float>(static_cast<double>(w[2]) * depth.c / sum);
     }
   }
   return result;

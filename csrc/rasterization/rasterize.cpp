@@ -46,7 +46,6 @@ template <bool kPerspective, typename Int>
 void fill_triangle(const Triangle& t, int32_t face, int32_t row_begin, int32_t row_end, const Image& image) {
   const Edges<Int> edges(t);
   const DepthFunction<kPerspective> depth(t);
-  const float area = static_cast<float>(t.area);
   const int32_t y_first = std::max(t.y_min, row_begin), y_last = std::min(t.y_max, row_end - 1);
   Int row[3];
   for (int i = 0; i < 3; ++i) row[i] = edge_value<Int>(t, i, t.x_min, y_first);
@@ -62,8 +61,7 @@ void fill_triangle(const Triangle& t, int32_t face, int32_t row_begin, int32_t r
     for (int64_t x = first; x <= last; ++x) {
       if (((w[0] + edges.bias[0]) | (w[1] + edges.bias[1]) | (w[2] + edges.bias[2])) >= 0) {
         entered = true;
-        const float z = depth.at(static_cast<float>(w[0]) / area, static_cast<float>(w[1]) / area,
-                                 static_cast<float>(w[2]) / area);
+        const float z = depth.at(static_cast<float>(w[0]), static_cast<float>(w[1]), static_cast<float>(w[2]));
         if (z < image.depth[offset + x]) {
           image.depth[offset + x] = z;
           image.face_index[offset + x] = face;

@@ -66,14 +66,12 @@ __device__ void scan_box(const Triangle& t, unsigned face, const Scene& scene, P
   if (x0 > x_end || y0 > y_end) return;
   const Edges<Int> edges(t);
   const DepthFunction<kPerspective> depth(t);
-  const float area = static_cast<float>(t.area);
   Int row0 = edge_value<Int>(t, 0, x0, y0), row1 = edge_value<Int>(t, 1, x0, y0), row2 = edge_value<Int>(t, 2, x0, y0);
   for (int32_t y = y0; y <= y_end; y += stride_y) {
     Int w0 = row0, w1 = row1, w2 = row2;
     for (int32_t x = x0; x <= x_end; x += stride_x) {
       if (((w0 + edges.bias[0]) | (w1 + edges.bias[1]) | (w2 + edges.bias[2])) >= 0) {
-        const float z = depth.at(__fdiv_rn(static_cast<float>(w0), area), __fdiv_rn(static_cast<float>(w1), area),
-                                 __fdiv_rn(static_cast<float>(w2), area));
+        const float z = depth.at(static_cast<float>(w0), static_cast<float>(w1), static_cast<float>(w2));
         const Packed packed = static_cast<Packed>(__float_as_uint(z)) << 32 | face;
         Packed* pixel = pixels + static_cast<int64_t>(y) * scene.width + x;
         // A stale value can only be larger than the present one, so a lost fragment is lost for certain.

@@ -131,13 +131,15 @@ def _interpolation(triangle: _Triangles, edges: Tensor, perspective_correct: boo
     """
     z = triangle.z
     nearest, farthest = z.amin(1), z.amax(1)
-    weights = edges.to(torch.float32) / triangle.area.abs().to(torch.float32)[:, None]
+    area = triangle.area.abs().to(torch.float32)[:, None]
+    values = edges.to(torch.float32)
+    weights = values / area
     if perspective_correct:
-        scaled = weights.double() * (nearest[:, None] / z).double()
-        total = scaled[:, 0] + scaled[:, 1] + scaled[:, 2]
+        terms = values.double() * (nearest[:, None] / z / area).double()
+        total = terms[:, 0] + terms[:, 1] + terms[:, 2]
         depth = nearest.double() / total
-        weights = torch.where(total[:, None] > 0, (scaled / total[:, None]).float(), weights)
+        weights = torch.where(total[:, None] > 0, (terms / total[:, None]).float(), weights)
     else:
-        slopes = (z - z[:, :1]).double() * weights.double()
-        depth = z[:, 0].double() + slopes[:, 1] + slopes[:, 2]
+        terms = values.double() * ((z - z[:, :1]) / area).double()
+        depth = z[:, 0].double() + terms[:, 1] + terms[:, 2]
     return torch.minimum(torch.maximum(depth.float(), nearest), farthest), weights
