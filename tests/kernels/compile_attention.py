@@ -1,8 +1,8 @@
 """Compile the Triton attention kernels for an NVIDIA GPU, on any machine; run by `test_triton_compiles.py`.
 
-`python compile_attention.py CAPABILITY DTYPE HEAD_DIM [dropout] [long_lists] [strided]` prints one JSON object: for
-each kernel its registers, bytes of stack (spills) and bytes of shared memory. Needs TRITON_INTERPRET=0: with the
-interpreter chosen, kernels are plain Python.
+`python compile_attention.py CAPABILITY DTYPE HEAD_DIM [dropout] [long_lists] [strided] [ones]` prints one JSON
+object: for each kernel its registers, bytes of stack (spills) and bytes of shared memory. Needs TRITON_INTERPRET=0:
+with the interpreter chosen, kernels are plain Python.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
 TENSORS = {"q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v"}
 INDICES = {"row_order", "key_offsets", "keys", "row_masks"}
 FACTORS = {"scale", "keep_scale"}
+ONES = ("heads", "tokens", "num_hubs", "slots", "splits")
+PARTIALS = ("partial_out", "partial_lse", "partials", "partials_k", "partials_v")
 
 
 def source(kernel: Any, dtype: str, constants: dict[str, Any], strided: bool) -> ASTSource:
@@ -85,10 +87,11 @@ def main() -> None:
         (attention_forward_kernel, forward),
         (attention_backward_rows_kernel, backward),
         (attention_backward_columns_kernel, backward),
-        (combine_outputs_kernel, combine),
-        (combine_gradients_kernel, combine),
+        *([] if "ones" in flags else [(combine_outputs_kernel, combine), (combine_gradients_kernel, combine)]),
     ):
         constants = {**shape, "KEYS": config.keys, "ONE_TILE": "long_lists" not in flags}
+        if "ones" in flags:  # the launcher turns integers that are 1 into constants
+            constants |= dict.fromkeys(ONES, 1) | dict.fromkeys(PARTIALS)
         if "dropout" not in flags:
             constants["seed"] = None
         compiled = triton.compile(

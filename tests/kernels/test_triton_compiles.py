@@ -23,7 +23,7 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
         (90, "fp16", 16, ("long_lists",)),
         (90, "bf16", 128, ("dropout",)),
         (90, "fp32", 64, ("dropout", "long_lists")),
-        (80, "bf16", 24, ("strided",)),
+        (80, "bf16", 24, ("strided", "ones")),
     ],
 )
 def test_kernels_compile_without_spilling(capability: int, dtype: str, dim: int, flags: tuple[str, ...]) -> None:
@@ -38,7 +38,7 @@ def test_kernels_compile_without_spilling(capability: int, dtype: str, dim: int,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout.splitlines()[-1])
-    assert len(report) == 5
+    assert len(report) == (3 if "ones" in flags else 5)
     for name, used in report.items():
         assert used["stack"] <= 16, (name, used)
         assert used["shared"] <= SHARED_LIMIT[capability], (name, used)
