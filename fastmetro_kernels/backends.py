@@ -64,6 +64,7 @@ def native_cuda_reasons() -> list[str]:
     return [problem] if problem else []
 
 
+@torch.compiler.assume_constant_result
 def native_reasons(operator: str, device: torch.device) -> list[str]:
     """Reasons why the extension cannot run ``operator`` on tensors of ``device``; empty when it can.
 
@@ -96,6 +97,7 @@ def triton_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in {"1", "true", "yes", "on"}
 
 
+@torch.compiler.assume_constant_result
 def triton_reasons(device: torch.device) -> list[str]:
     """Reasons why Triton kernels cannot run on tensors of ``device``; empty when they can."""
     problem = _triton_import_problem()
