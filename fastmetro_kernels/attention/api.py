@@ -65,24 +65,44 @@ def topology_attention(
         BackendUnavailable: the named backend cannot take this input; the message tells why.
     """
     _check_types(q, k, v, topology)
-    q, k, v = _autocast(q, k, v)
+    options = (topology, scale, dropout_p, seed, return_weights, return_lse, backend)
+    if not _autocasts(q.device.type):
+        return _attend(q, k, v, *options)
+    dtype = torch.get_autocast_dtype(q.device.type)
+    q, k, v = (tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in (q, k, v))
+    with torch.autocast(q.device.type, enabled=False):
+        return _attend(q, k, v, *options)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    topology: TokenTopology,
+    scale: float | None,
+    dropout_p: float,
+    seed: int | Tensor | None,
+    return_weights: bool,
+    return_lse: bool,
+    backend: str,
+) -> Any:
+    """`topology_attention` without autocast."""
     _check_inputs(q, k, v, topology)
     factor = _scale(scale, q)
     seed_tensor = _seed(seed, dropout_p, q.device)
     name = _select(backend, q, k, v, topology)
-    with torch.autocast(q.device.type, enabled=False):
-        if name == "reference":
-            out, lse = reference.forward(q, k, v, topology, factor, dropout_p, seed_tensor)
-        else:
-            out, lse = _Attention.apply(q, k, v, seed_tensor, topology, factor, dropout_p, name)
-        if not (return_weights or return_lse):
-            return out
-        results: list[Tensor | SparseAttentionWeights] = [out]
-        if return_weights:
-            results.append(attention_weights(q, k, lse, topology, factor, dropout_p, seed_tensor))
-        if return_lse:
-            results.append(lse)
-        return tuple(results)
+    if name == "reference":
+        out, lse = reference.forward(q, k, v, topology, factor, dropout_p, seed_tensor)
+    else:
+        out, lse = _Attention.apply(q, k, v, seed_tensor, topology, factor, dropout_p, name)
+    if not (return_weights or return_lse):
+        return out
+    results: list[Tensor | SparseAttentionWeights] = [out]
+    if return_weights:
+        results.append(attention_weights(q, k, lse, topology, factor, dropout_p, seed_tensor))
+    if return_lse:
+        results.append(lse)
+    return tuple(results)
 
 
 class _Attention(torch.autograd.Function):
@@ -210,14 +230,9 @@ def _check_inputs(q: Tensor, k: Tensor, v: Tensor, topology: TokenTopology) -> N
         )
 
 
-def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The casts that autocast gives `scaled_dot_product_attention`: all but float64 to the autocast dtype."""
-    device = q.device.type
-    if not torch.is_autocast_enabled(device):
-        return q, k, v
-    dtype = torch.get_autocast_dtype(device)
-    cast = [tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in (q, k, v)]
-    return cast[0], cast[1], cast[2]
+def _autocasts(device: str) -> bool:
+    """Whether autocast is on for the device (which not every device type knows)."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _scale(scale: float | None, q: Tensor) -> float:
