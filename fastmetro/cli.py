@@ -95,7 +95,13 @@ class Eval:
 
         device = default_device() if self.device is None else self.device
         model = load_pretrained(self.checkpoint, attention=self.attention).to(device).eval()
-        print(format_report(evaluate_synthetic(model, count=self.count, batch_size=self.batch_size)))
+        print(
+            format_report(
+                evaluate_synthetic(
+                    model, self.count, device=device, mesh=model.mesh, batch_size=self.batch_size, progress=True
+                )
+            )
+        )
         return 0
 
 

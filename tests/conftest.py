@@ -11,6 +11,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Convolutions on a GPU use TF32 unless told otherwise; float32 tests mean float32.
+torch.backends.cudnn.allow_tf32 = False
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 

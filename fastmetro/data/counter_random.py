@@ -65,6 +65,7 @@ class StreamPlan:
         return self._tables[device]
 
 
+@torch.compiler.assume_constant_result  # Dynamo cannot look into zlib
 def _stream(name: str) -> int:
     return zlib.crc32(name.encode())
 

@@ -9,8 +9,7 @@ from fastmetro_kernels import backends
 
 def available(device: torch.device) -> list[str]:
     """Names for `create_model(attention=...)`; the interpreter counts as Triton on the CPU."""
-    native = backends.native_cuda_reasons() if device.type == "cuda" else backends.native_cpu_reasons()
     names = ["dense", "reference"]
-    names += [] if native else ["native"]
+    names += [] if backends.native_reasons("attention_forward_native", device) else ["native"]
     names += [] if backends.triton_reasons(device) else ["triton"]
     return names

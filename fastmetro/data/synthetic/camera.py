@@ -88,7 +88,7 @@ def sample_view(rng: CounterRandom, vertices: Tensor, joints: Tensor, upper: Seq
     flat = moved[..., :2] / moved[..., 2:]
     low, high = flat.amin(dim=1), flat.amax(dim=1)
     centre, half = (low + high) / 2, (high - low).amax(dim=1, keepdim=True) / 2
-    joint_points = joints[:, list(upper)] + translation.unsqueeze(1)
+    joint_points = torch.stack([joints[:, j] for j in upper], dim=1) + translation.unsqueeze(1)
     joint_points = joint_points[..., :2] / joint_points[..., 2:]
     upper_low, upper_high = joint_points.amin(dim=1), joint_points.amax(dim=1)
     upper_half = 0.5 * (upper_high - upper_low).amax(dim=1, keepdim=True)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmetro.data.counter_random import CounterRandom
+from fastmetro.data.counter_random import CounterRandom, StreamPlan
 from fastmetro.data.labels import MeshLabels, fit_weak_perspective
 from fastmetro.data.synthetic.appearance import albedo, clothing_thickness, sample_outfit
 from fastmetro.data.synthetic.backgrounds import draw_background, draw_occluders
@@ -82,8 +82,9 @@ class SyntheticPeople(nn.Module):
             raise ValueError("mesh must have faces, to be rendered, and a joint regressor")
         if not 16 <= size <= 4096:
             raise ValueError(f"size must lie between 16 and 4096 pixels, got {size}")
-        self.seed, self.size = seed, size
+        self.seed, self.size, self.compile_images = seed, size, compile_images
         self.sampler = BodySampler(mesh)
+        self._plan = StreamPlan()
         self.root_joints = tuple(mesh.root_joints)
         self._upper = _upper_joints(mesh)
         faces = torch.as_tensor(mesh.faces)
@@ -99,7 +100,7 @@ class SyntheticPeople(nn.Module):
     @torch.no_grad()
     def forward(self, indices: Tensor) -> SyntheticBatch:
         """Render the samples ``indices``, int64 [B]."""
-        rng = CounterRandom(self.seed, indices)
+        rng = CounterRandom(self.seed, indices, self._plan)
         vertices, joints, view = self._people(rng)
         clothed, normals = self._clothe(rng, vertices)
         raster = self._rasterize(view.project(clothed))
@@ -111,13 +112,13 @@ class SyntheticPeople(nn.Module):
     @torch.no_grad()
     def labels(self, indices: Tensor) -> MeshLabels:
         """The labels of samples ``indices`` without their images."""
-        return self._labels(*self._people(CounterRandom(self.seed, indices)))
+        return self._labels(*self._people(CounterRandom(self.seed, indices, self._plan)))
 
     @torch.no_grad()
     def facing(self, indices: Tensor) -> Tensor:
         """Vertices [B, M, 3] of the samples, root-relative, all facing the camera upright in its frame."""
-        vertices = self.sampler(CounterRandom(self.seed, indices))
-        root = (self.joint_regressor @ vertices)[:, list(self.root_joints)].mean(dim=1, keepdim=True)
+        vertices = self.sampler(CounterRandom(self.seed, indices, self._plan))
+        root = self._root(self.joint_regressor @ vertices)
         x, y, z = (vertices - root).unbind(dim=-1)
         return torch.stack([x, -y, -z], dim=-1)
 
@@ -125,9 +126,13 @@ class SyntheticPeople(nn.Module):
         """Vertices and joints, root-relative in the camera's frame, and the camera."""
         turned = self.sampler(rng) @ sample_orientation(rng).transpose(1, 2)
         joints = self.joint_regressor @ turned
-        root = joints[:, list(self.root_joints)].mean(dim=1, keepdim=True)
+        root = self._root(joints)
         vertices, joints = turned - root, joints - root
         return vertices, joints, sample_view(rng, vertices, joints, self._upper)
+
+    def _root(self, joints: Tensor) -> Tensor:
+        """Mean of the root joints, [B, 1, 3]; by slices, since a list of indices would be copied to the device."""
+        return torch.stack([joints[:, j] for j in self.root_joints]).mean(dim=0).unsqueeze(1)
 
     def _labels(self, vertices: Tensor, joints: Tensor, view: View) -> MeshLabels:
         projected = view.project(joints)[..., :2]
@@ -154,12 +159,12 @@ class SyntheticPeople(nn.Module):
 
     def _draw(self, indices: Tensor, attributes: Tensor, face_index: Tensor, depth: Tensor) -> Tensor:
         """Everything per pixel: a pure function of (seed, indices) and the visible surface."""
-        rng = CounterRandom(self.seed, indices)
+        rng = CounterRandom(self.seed, indices, None if self.compile_images else self._plan)
         batch, size = len(indices), self.size
         covered = face_index >= 0
         flat = attributes.view(batch, size * size, -1)
-        regions = RegionFields.unstack(flat[..., : RegionFields.count()])
-        normals = F.normalize(flat[..., RegionFields.count() :], dim=-1)
+        regions = RegionFields.unstack(flat[..., : RegionFields.size()])
+        normals = F.normalize(flat[..., RegionFields.size() :], dim=-1)
         colour, skin = albedo(sample_outfit(rng), regions)
         openness = crevices(depth, covered).view(batch, size * size)
         person = shade(colour, normals, skin, openness, sample_lights(rng))

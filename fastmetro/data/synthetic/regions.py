@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,8 +13,7 @@ _ARM = ("upperarm", "lowerarm", "wrist", "metacarpal", "finger")
 _LEG = ("upperleg", "lowerleg", "foot", "toe")
 
 
-@dataclass(frozen=True)
-class RegionFields:
+class RegionFields(NamedTuple):
     """Scalars over points of the body (vertices [1, V] or pixels [B, N]); all may be interpolated linearly.
 
     Attributes:
@@ -45,7 +44,7 @@ class RegionFields:
 
     def stack(self) -> Tensor:
         """[..., C]: all fields in their order."""
-        return torch.stack([getattr(self, field.name) for field in fields(self)], dim=-1)
+        return torch.stack(tuple(self), dim=-1)
 
     @classmethod
     def unstack(cls, planes: Tensor) -> RegionFields:
@@ -53,9 +52,9 @@ class RegionFields:
         return cls(*planes.unbind(dim=-1))
 
     @classmethod
-    def count(cls) -> int:
+    def size(cls) -> int:
         """How many fields there are."""
-        return len(fields(cls))
+        return len(cls._fields)
 
 
 def _along(points: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray:
