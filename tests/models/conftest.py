@@ -15,8 +15,6 @@ import torch
 
 from fastmetro_kernels import TokenTopology
 
-torch.set_num_threads(2)
-
 
 @dataclass(frozen=True)
 class StandInMesh:
