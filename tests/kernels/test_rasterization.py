@@ -1,53 +1,15 @@
-"""The rasteriser: exact coverage, the same bits on every backend, and nothing that bad input can break."""
+"""The rasteriser: exact coverage, the same bits on every backend, and what the outputs mean."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
+from raster_cases import BACKENDS, assert_same, random_scene, run, tensor
 from torch import Tensor
 
-from fastmetro_kernels import BackendUnavailable, RasterOutput, interpolate, rasterize
-
-BACKENDS = ["reference", "native"]
-
-
-def run(vertices: Tensor, faces: Tensor, height: int, width: int, backend: str, **options: bool) -> RasterOutput:
-    try:
-        return rasterize(vertices, faces, height, width, backend=backend, **options)
-    except BackendUnavailable as error:
-        if vertices.device.type == "cpu":
-            raise
-        pytest.skip(str(error))
-
-
-def tensor(values: object, device: torch.device | str) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32, device=device)
-
-
-def random_scene(
-    seed: int,
-    device: torch.device | str,
-    batch: int = 2,
-    triangles: int = 60,
-    size: tuple[int, int] = (37, 53),
-    extent: float = 20.0,
-) -> tuple[Tensor, Tensor]:
-    """Triangle soup that reaches outside the image, with some coordinates exactly on pixel centres and edges."""
-    generator = torch.Generator().manual_seed(seed)
-    count = triangles * 3
-    height, width = size
-    centre = torch.rand(batch, triangles, 2, generator=generator) * torch.tensor([width + 10.0, height + 10.0]) - 5
-    centre = centre.repeat_interleave(3, 1)
-    xy = centre + (torch.rand(batch, count, 2, generator=generator) - 0.5) * extent
-    snapped = torch.rand(batch, count, 1, generator=generator) < 0.3
-    xy = torch.where(snapped, (xy * 2).round() / 2, xy)
-    z = torch.rand(batch, count, 1, generator=generator) * 3 + 0.05
-    z = torch.where(torch.rand(batch, count, 1, generator=generator) < 0.03, -z, z)
-    faces = torch.arange(count).view(triangles, 3)
-    return torch.cat([xy, z], 2).to(device), faces.to(device)
+from fastmetro_kernels import RasterOutput, interpolate, rasterize
 
 
 def sphere(level: int) -> tuple[Tensor, Tensor]:
@@ -70,12 +32,6 @@ def sphere(level: int) -> tuple[Tensor, Tensor]:
             finer += [(a, new[0], new[2]), (new[0], b, new[1]), (new[2], new[1], c), tuple(new)]
         faces = finer
     return torch.tensor(vertices), torch.tensor(faces)
-
-
-def assert_same(actual: RasterOutput, expected: RasterOutput) -> None:
-    assert torch.equal(actual.face_index, expected.face_index)
-    assert torch.equal(actual.depth, expected.depth)
-    assert torch.equal(actual.barycentrics, expected.barycentrics)
 
 
 def brute_force(vertices: Tensor, faces: Tensor, height: int, width: int) -> Tensor:
@@ -307,196 +263,3 @@ def test_perspective_correct_interpolation(backend: str, device: torch.device) -
     torch.testing.assert_close(actual, point, rtol=0, atol=2e-2)  # the grid of 1/256 pixel
     linear = run(vertices, faces, 40, 40, backend)
     assert (linear.depth[0][hit].double().cpu() - point[:, 2]).abs().max() > 0.1
-
-
-@pytest.mark.parametrize("perspective_correct", [False, True])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_hostile_vertices(backend: str, perspective_correct: bool, device: torch.device) -> None:
-    """NaN, infinite, huge and tiny coordinates drop or keep their own triangles only."""
-    good = [[2.0, 2.0, 1.0], [30.0, 2.0, 1.0], [2.0, 30.0, 1.0]]
-    nan, inf = math.nan, math.inf
-    bad = [
-        [nan, 1, 1],
-        [1, nan, 1],
-        [1, 1, nan],
-        [inf, 1, 1],
-        [-inf, 1, 1],
-        [1, inf, 1],
-        [1, 1, inf],
-        [1, 1, -inf],
-        [3e38, 1, 1],
-        [1, -3e38, 1],
-        [2.0**21 + 1, 0, 1],
-        [0, -(2.0**21) - 1, 1],
-        [1, 1, 0.0],
-        [1, 1, -0.0],
-        [1, 1, -1e-30],
-    ]
-    vertices = tensor([good + bad], device)
-    faces = [[0, 3 + i, 1] for i in range(len(bad))] + [[0, 0, 1], [0, 0, 0], [0, 1, 2]]
-    options = {"perspective_correct": perspective_correct}
-    out = run(vertices, torch.tensor(faces, device=device), 32, 32, backend, **options)
-    assert set(out.face_index.unique().tolist()) == {-1, len(faces) - 1}
-    kept = [[-(2.0**21), -5.0, 1e-44], [2.0**21, -5.0, 1e38], [0.0, 2.0**21, 1e-20]]
-    out = run(tensor([kept], device), torch.tensor([[0, 1, 2]], device=device), 32, 32, backend, **options)
-    assert (out.face_index == 0).all() and out.depth.isfinite().all() and (out.depth > 0).all()
-    assert out.barycentrics.isfinite().all()
-    expected = run(tensor([kept], device), torch.tensor([[0, 1, 2]], device=device), 32, 32, "reference", **options)
-    assert_same(out, expected)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_empty_inputs(backend: str, device: torch.device) -> None:
-    some = torch.tensor([[0, 1, 2]], device=device)
-    none = torch.empty(0, 3, dtype=torch.int64, device=device)
-    for batch, count, faces in ((0, 5, some), (2, 5, none), (2, 0, none), (0, 0, none)):
-        out = run(torch.ones(batch, count, 3, device=device), faces, 4, 5, backend)
-        assert out.face_index.shape == (batch, 4, 5) and (out.face_index == -1).all()
-        assert torch.isinf(out.depth).all() and (out.barycentrics == 0).all()
-        assert interpolate(torch.ones(batch, count, 2, device=device), faces, out).shape == (batch, 4, 5, 2)
-
-
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_types_and_strides(backend: str, dtype: torch.dtype, device: torch.device) -> None:
-    vertices, faces = random_scene(4, device)
-    vertices = vertices.round()  # exact in every type
-    vertices[..., 2] = 1
-    expected = run(vertices, faces, 37, 53, "reference")
-    strided = torch.stack([vertices, vertices + 9], -1)[..., 0]
-    transposed = faces.t().contiguous().t().to(dtype)
-    assert not strided.is_contiguous() and not transposed.is_contiguous()
-    assert_same(run(strided, transposed, 37, 53, backend), expected)
-    for float_type in (torch.float16, torch.bfloat16, torch.float64):
-        assert_same(run(vertices.to(float_type), faces.to(dtype), 37, 53, backend), expected)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_batch_items_are_independent_and_repeatable(backend: str, device: torch.device) -> None:
-    vertices, faces = random_scene(6, device, batch=5, triangles=500, extent=9)
-    whole = run(vertices, faces, 37, 53, backend)
-    for item in range(5):
-        single = run(vertices[item : item + 1], faces, 37, 53, backend)
-        assert_same(single, RasterOutput(*(field[item : item + 1] for field in whole)))
-    for _ in range(3):
-        assert_same(run(vertices, faces, 37, 53, backend), whole)
-
-
-def test_threads_do_not_matter() -> None:
-    vertices, faces = random_scene(7, "cpu", batch=1, triangles=400, size=(130, 90), extent=60)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        expected = run(vertices, faces, 130, 90, "native")
-        for count in (2, 3, 5):
-            torch.set_num_threads(count)
-            assert_same(run(vertices, faces, 130, 90, "native"), expected)
-    finally:
-        torch.set_num_threads(threads)
-
-
-@pytest.mark.parametrize("size", [(230, 260), (1100, 30)])
-def test_large_triangles_among_small_ones(size: tuple[int, int], device: torch.device) -> None:
-    """Full-screen, medium and tiny triangles together: on CUDA they take three different paths."""
-    height, width = size
-    tiny, faces = random_scene(9, device, batch=2, triangles=300, size=size, extent=4)
-    medium, medium_faces = random_scene(10, device, batch=2, triangles=30, size=size, extent=40)
-    large, large_faces = random_scene(12, device, batch=2, triangles=8, size=size, extent=3000)
-    vertices = torch.cat([tiny, medium, large], 1)
-    offset = [0, tiny.shape[1], tiny.shape[1] + medium.shape[1]]
-    faces = torch.cat([faces, medium_faces + offset[1], large_faces + offset[2]])
-    faces = faces[torch.randperm(len(faces), generator=torch.Generator().manual_seed(0)).to(device)]
-    expected = run(vertices, faces, height, width, "reference")
-    assert_same(run(vertices, faces, height, width, "native"), expected)
-
-
-def test_interpolate_gradients(device: torch.device) -> None:
-    vertices, faces = random_scene(2, device, batch=2, triangles=10, size=(6, 7), extent=9)
-    out = rasterize(vertices, faces, 6, 7, backend="reference")
-    for shape in ((2, vertices.shape[1], 2), (vertices.shape[1], 2)):
-        attributes = torch.rand(shape, dtype=torch.float64, device=device, requires_grad=True)
-        assert torch.autograd.gradcheck(lambda a: interpolate(a, faces, out), attributes)
-    poisoned = torch.full((vertices.shape[1], 1), math.nan, device=device)
-    image = interpolate(poisoned, faces, out)[..., 0]
-    assert torch.equal(image.isnan(), out.face_index >= 0) and (image[out.face_index < 0] == 0).all()
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_outputs_carry_no_gradient(backend: str, device: torch.device) -> None:
-    vertices, faces = random_scene(2, device)
-    out = run(vertices.requires_grad_(), faces, 37, 53, backend)
-    assert not any(field.requires_grad for field in out)
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "words"),
-    [
-        ({"vertices": torch.ones(4, 3)}, ValueError, "vertices must be"),
-        ({"vertices": torch.ones(1, 4, 2)}, ValueError, "vertices must be"),
-        ({"vertices": torch.ones(1, 4, 3, dtype=torch.int64)}, TypeError, "vertices must be"),
-        ({"vertices": [[0.0, 0.0, 1.0]]}, TypeError, "vertices must be"),
-        ({"faces": torch.zeros(3, dtype=torch.int64)}, ValueError, "faces must be"),
-        ({"faces": torch.zeros(1, 4, dtype=torch.int64)}, ValueError, "faces must be"),
-        ({"faces": torch.zeros(1, 3)}, TypeError, "faces must be"),
-        ({"faces": torch.tensor([[0, 1, 4]])}, ValueError, "0..3"),
-        ({"faces": torch.tensor([[0, -1, 2]])}, ValueError, "-1"),
-        ({"faces": torch.tensor([[0, 1, 2**32]])}, ValueError, "0..3"),
-        ({"height": 0}, ValueError, "height"),
-        ({"width": 16385}, ValueError, "width"),
-        ({"backend": "opengl"}, ValueError, "native"),
-    ],
-)
-def test_bad_arguments(change: dict[str, object], error: type[Exception], words: str) -> None:
-    arguments: dict[str, object] = {
-        "vertices": torch.ones(1, 4, 3),
-        "faces": torch.tensor([[0, 1, 2]]),
-        "height": 4,
-        "width": 4,
-    }
-    call: Callable[..., RasterOutput] = rasterize
-    with pytest.raises(error, match=words):
-        call(**(arguments | change))
-
-
-def test_native_never_reads_out_of_bounds(device: torch.device) -> None:
-    """The op itself, past the checks of the function: bad faces are dropped."""
-    run(torch.ones(1, 1, 3, device=device), torch.zeros(1, 3, dtype=torch.int64, device=device), 1, 1, "native")
-    vertices = tensor([[[0, 0, 1], [9, 0, 1], [0, 9, 1]]], device)
-    for dtype, far in ((torch.int32, 2**31 - 1), (torch.int64, 2**62)):
-        corners = [[0, 1, far], [-1, 1, 2], [0, 3, 1], [-far, far, 0], [0, 1, 2]]
-        faces = torch.tensor(corners, dtype=dtype, device=device)
-        index, _, _ = torch.ops.fastmetro_kernels.rasterize_native(vertices, faces, 8, 8, False, False)
-        assert set(index.unique().tolist()) == {-1, 4}
-
-
-def test_op_registration(device: torch.device) -> None:
-    vertices, faces = random_scene(1, device)
-    run(vertices, faces, 37, 53, "native")
-    torch.library.opcheck(torch.ops.fastmetro_kernels.rasterize_native.default, (vertices, faces, 37, 53, False, True))
-
-
-def test_compiles_without_graph_breaks(device: torch.device) -> None:
-    vertices, faces = random_scene(1, device)
-    expected = run(vertices, faces, 37, 53, "native")
-
-    @torch.compile(fullgraph=True, backend="aot_eager")
-    def compiled(positions: Tensor, triangles: Tensor) -> RasterOutput:
-        return rasterize(positions * 1, triangles, 37, 53, backend="native")
-
-    assert_same(compiled(vertices, faces), expected)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a CUDA device")
-def test_cuda_graph() -> None:
-    device = torch.device("cuda")
-    vertices, faces = random_scene(1, device, triangles=300, size=(200, 220), extent=60)
-    other, _ = random_scene(2, device, triangles=300, size=(200, 220), extent=300)
-    run(vertices, faces, 200, 220, "native")
-    static = vertices.clone()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = rasterize(static, faces, 200, 220, backend="native")
-    for scene in (other, vertices, other):
-        static.copy_(scene)
-        graph.replay()
-        assert_same(captured, rasterize(scene, faces, 200, 220, backend="reference"))
