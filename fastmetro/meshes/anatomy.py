@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastmetro.meshes.anny import AnnyModel
-from fastmetro.meshes.body import axis_angle_to_matrix
+from fastmetro.meshes.body import axis_angle_to_matrix, compose
 
 Range = tuple[float, float]
 LEFT = (1.0, 0.0, 0.0)
@@ -70,11 +70,12 @@ LIMITS = {  # middle and left bones; ".L" has its mirror image ".R"
     "lowerleg01.L": JointLimits("lowerleg02.L", LEFT, None, (0, 135)),
     "foot.L": JointLimits("toe3-1.L", _minus(LEFT), UP, (-40, 20), (-10, 10), (-15, 15)),
 }
-FINGERS = {  # per phalanx; flexion closes the hand, abduction spreads the fingers, all in the axes of the hand
+FINGERS = {  # per phalanx, in the axes of the hand; flexion closes it (into a fist, not into itself), abduction is
+    # towards the thumb
     **{
         f"finger{finger}-{i}": limits
         for finger in (2, 3, 4, 5)
-        for i, limits in enumerate((((-15, 80), (-10, 10)), ((-5, 95), (0, 0)), ((-5, 60), (0, 0))), 1)
+        for i, limits in enumerate((((-20, 70), (-10, 10)), ((-10, 80), (0, 0)), ((-8, 45), (0, 0))), 1)
     },
     "finger1-1": ((-15, 35), (-15, 25)),
     "finger1-2": ((-10, 45), (0, 0)),
@@ -126,7 +127,7 @@ class PoseLimits:
         flexion, abduction, twist = axis_angle_to_matrix(angles[..., None] * self.axes).unbind(2)
         eye = torch.eye(3, dtype=angles.dtype, device=angles.device)
         pose = eye.expand(len(angles), self.num_bones, 3, 3).clone()
-        pose[:, self.bones] = flexion @ abduction @ twist
+        pose[:, self.bones] = compose(compose(flexion, abduction), twist)
         return pose
 
 
@@ -175,7 +176,8 @@ def _hand_rows(place: dict[str, Tensor], side: str) -> list[tuple[str, Tensor, t
         else:
             flexion = hand[0] - (hand[0] @ along) * along
         flexion = _unit(flexion)
-        axes = torch.stack([flexion, torch.linalg.cross(along, flexion), along])
+        mirrored = 1.0 if side == "R" else -1.0
+        axes = torch.stack([flexion, mirrored * torch.linalg.cross(along, flexion), mirrored * along])
         rows.append((name, axes, (flexion_range, abduction_range, (0.0, 0.0))))
     return rows
 

@@ -130,7 +130,8 @@ class BlendSkinning(nn.Module):
             if alignment is not None:
                 rotations = rotations @ alignment.to(dtype)
             offsets = posed - (rotations @ heads[..., None]).squeeze(-1)
-            transforms = torch.cat([rotations, offsets[..., None]], -1).expand(batch, -1, -1, -1)
+            rotations, offsets = rotations.expand(batch, -1, -1, -1), offsets.expand(batch, -1, -1)
+            transforms = torch.cat([rotations, offsets[..., None]], -1)
             skinned = self.blend(transforms, vertices)
         return skinned, posed.expand(batch, -1, -1)
 
@@ -153,7 +154,7 @@ class BlendSkinning(nn.Module):
         for ancestor in self.ancestors:
             above = rotations[:, ancestor]
             positions = positions[:, ancestor] + (above * positions[:, :, None, :]).sum(-1)
-            rotations = (above[..., :, :, None] * rotations[..., None, :, :]).sum(-2)
+            rotations = compose(above, rotations)
         return rotations[:, :-1], positions[:, :-1]
 
     def blend(self, transforms: Tensor, vertices: Tensor) -> Tensor:
@@ -199,11 +200,21 @@ def axis_angle_to_matrix(vectors: Tensor) -> Tensor:
     angle = safe.sqrt()
     sine = torch.where(small, 1 - squared / 6, angle.sin() / angle)
     cosine = torch.where(small, 0.5 - squared / 24, (1 - angle.cos()) / safe)
+    eye = torch.eye(3, dtype=vectors.dtype, device=vectors.device)
+    outer = vectors[..., :, None] * vectors[..., None, :]
+    return eye + sine * cross_matrix(vectors) + cosine * (outer - squared * eye)
+
+
+def cross_matrix(vectors: Tensor) -> Tensor:
+    """The matrices [..., 3, 3] that multiply by vectors [..., 3] in the sense of the cross product."""
     x, y, z = vectors.unbind(-1)
     zero = torch.zeros_like(x)
-    cross = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1).unflatten(-1, (3, 3))
-    eye = torch.eye(3, dtype=vectors.dtype, device=vectors.device)
-    return eye + sine * cross + cosine * (cross @ cross)
+    return torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1).unflatten(-1, (3, 3))
+
+
+def compose(first: Tensor, second: Tensor) -> Tensor:
+    """Products of rotation matrices, in their own precision also under autocast; many small ones at once."""
+    return (first[..., :, :, None] * second[..., None, :, :]).sum(-2)
 
 
 def nearest_rotation(matrices: Tensor, steps: int = 14) -> Tensor:
@@ -228,11 +239,8 @@ def nearest_rotation(matrices: Tensor, steps: int = 14) -> Tensor:
         key = key @ key
     key = key / key.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
     w, v = key[..., 0, 0, None, None], key[..., 1:, 1:]
-    x, y, z = key[..., 0, 1], key[..., 0, 2], key[..., 0, 3]
-    zero = torch.zeros_like(x)
-    cross = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1).unflatten(-1, (3, 3))
     spread = v.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-    return ((w - spread) * eye + 2 * v + 2 * cross).to(matrices.dtype)
+    return ((w - spread) * eye + 2 * v + 2 * cross_matrix(key[..., 0, 1:])).to(matrices.dtype)
 
 
 def _check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
