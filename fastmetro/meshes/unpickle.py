@@ -177,6 +177,12 @@ def _encode(text: Any, encoding: Any = "latin1") -> bytes:
     return text.encode("latin1")
 
 
+def _no_bytes(*arguments: Any) -> bytes:
+    if arguments:
+        raise pickle.UnpicklingError("bytes are not constructed")
+    return b""
+
+
 _NUMPY = {
     "_reconstruct": _Function(_reconstruct),
     "scalar": _Scalar,
@@ -188,6 +194,7 @@ _PLAIN = {
     ("copy_reg", "_reconstructor"): _Function(_reconstructor),
     ("copyreg", "_reconstructor"): _Function(_reconstructor),
     ("_codecs", "encode"): _Function(_encode),
+    ("__builtin__", "bytes"): _Function(_no_bytes),  # how old protocols write b""
     ("__builtin__", "object"): _Object,
     ("builtins", "object"): _Object,
 }
@@ -274,7 +281,8 @@ class _Converter:
             raise ValueError("a sparse matrix without a shape")
         shape = tuple(int(n) for n in state.get("_shape", state.get("shape")) or ())
         if record.kind == "coo":
-            matrix = sp.coo_matrix((state["data"], (state["row"], state["col"])), shape=shape)
+            row, column = state["coords"] if "coords" in state else (state["row"], state["col"])
+            matrix = sp.coo_matrix((state["data"], (row, column)), shape=shape)
             return matrix.tocsc()
         kind = sp.csc_matrix if record.kind == "csc" else sp.csr_matrix
         matrix = kind((state["data"], state["indices"], state["indptr"]), shape=shape)
