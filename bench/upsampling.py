@@ -211,7 +211,8 @@ def main(arguments: list[str] | None = None) -> None:
                 print(f"\n{title:28}{'call':>9} {'fastest':>9} {'graph':>9}")
                 case = {"matrix": matrix_name, "batch": batch, "channels": options.channels, "dtype": options.dtype}
                 for line in measure(matrix.to(options.device), batch, options, which):
-                    print(f"  {line['name']:26}", *(cell(line[key]) for key in ("call", "fastest", "graph")), line["note"])
+                    times = [cell(line[key]) for key in ("call", "fastest", "graph")]
+                    print(f"  {line['name']:26}", *times, line["note"])
                     lines.append({**case, "passes": which, **line, **common})
     options.out.mkdir(parents=True, exist_ok=True)
     target = options.out / f"upsampling_{options.device.replace(':', '')}.csv"

@@ -49,13 +49,15 @@ Tensor upsample(Tensor x, Tensor row_offsets, Tensor columns, Tensor values, std
   const bool ell = ell_columns.has_value();
   const Problem problem{
       element_of(x.scalar_type()), x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2),
-      out.mutable_data_ptr(), rows, channels, row_offsets.const_data_ptr<int32_t>(),
+      out.mutable_data_ptr(), batch, rows, channels, row_offsets.const_data_ptr<int32_t>(),
       columns.const_data_ptr<int32_t>(), values.const_data_ptr(),
       ell ? ell_columns->const_data_ptr<int32_t>() : nullptr, ell ? ell_values->const_data_ptr<float>() : nullptr,
       ell ? ell_columns->size(1) : 0};
-  const int64_t work_per_row = std::max<int64_t>(1, columns.size(0) / rows) * channels;
+  const int64_t batch_tiles = (batch + fm_upsampling::kBatchTile - 1) / fm_upsampling::kBatchTile;
+  const int64_t elements_per_tile = (batch + batch_tiles - 1) / batch_tiles;
+  const int64_t work_per_unit = std::max<int64_t>(1, columns.size(0) / rows) * channels * elements_per_tile;
   const auto run_rows = rows_for_this_machine();
-  torch::stable::parallel_for(0, batch * rows, std::max<int64_t>(1, kGrain / work_per_row),
+  torch::stable::parallel_for(0, batch_tiles * rows, std::max<int64_t>(1, kGrain / work_per_unit),
                               [&](int64_t begin, int64_t end) { run_rows(problem, begin, end); });
   return out;
 }

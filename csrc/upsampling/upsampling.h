@@ -14,7 +14,7 @@ struct Problem {
   const void* x;  // [batch, *, channels], strides in elements, of any sign and size
   int64_t batch_stride, token_stride, channel_stride;
   void* out;  // [batch, rows, channels], contiguous
-  int64_t rows, channels;
+  int64_t batch, rows, channels;
   // CSR, or the padded table (ELL) when ell_columns is not null: [rows, width], column -1 marks an empty slot.
   const int32_t* row_offsets;
   const int32_t* columns;
@@ -24,9 +24,12 @@ struct Problem {
   int64_t width;
 };
 
+constexpr int64_t kBatchTile = 8;  // batch elements that share one reading of a row's indices and values
+
 }  // namespace fm_upsampling
 
-// Computes the output rows begin <= b * rows + m < end. Rows are independent, so any split gives the same bits.
+// Computes the units begin <= t * rows + m < end: row m of the batch elements t * kBatchTile to (t + 1) * kBatchTile - 1.
+// Rows are independent, so any split gives the same bits.
 #define FM_DECLARE_UPSAMPLE_ROWS(NS) \
   namespace NS {                     \
   void upsample_rows(const fm_upsampling::Problem& problem, int64_t begin, int64_t end); \

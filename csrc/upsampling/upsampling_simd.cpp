@@ -5,7 +5,7 @@
 
 #include <string.h>
 
-#if defined(__F16C__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -176,24 +176,67 @@ inline void wide_row(const Problem& p, const T* x, const Entries<typename Accumu
   }
 }
 
+// One row of one batch element.
+template <typename T>
+inline void any_row(const Problem& p, const T* x, const Entries<typename Accumulator<T>::type>& entries, T* out) {
+  switch (p.channels) {
+    case 1: return narrow_row<T, 1>(p, x, entries, out);
+    case 2: return narrow_row<T, 2>(p, x, entries, out);
+    case 3: return narrow_row<T, 3>(p, x, entries, out);
+    case 4: return narrow_row<T, 4>(p, x, entries, out);
+    default: wide_row<T>(p, x, entries, out);
+  }
+}
+
+// One row of several batch elements.
+template <typename T>
+inline void row_of_batch(const Problem& p, const T* x, int64_t count,
+                         const Entries<typename Accumulator<T>::type>& entries, T* out) {
+  for (int64_t i = 0; i < count; ++i) any_row(p, x + i * p.batch_stride, entries, out + i * p.rows * p.channels);
+}
+
+#if defined(__AVX2__)
+// Positions in space are the common case: three neighbouring floats are one masked vector.
+template <int COUNT>
+inline void row_of_points(const Problem& p, const float* x, const Entries<float>& entries, float* out) {
+  const __m128i three = _mm_setr_epi32(-1, -1, -1, 0);
+  __m128 sums[COUNT];
+  for (int i = 0; i < COUNT; ++i) sums[i] = _mm_setzero_ps();
+  for (int64_t e = 0; e < entries.count; ++e) {
+    const int64_t column = entries.columns[e];
+    if (column < 0) continue;
+    const __m128 value = _mm_set1_ps(entries.values[e]);
+    const float* source = x + column * p.token_stride;
+    for (int i = 0; i < COUNT; ++i) {
+      sums[i] = _mm_fmadd_ps(value, _mm_maskload_ps(source + i * p.batch_stride, three), sums[i]);
+    }
+  }
+  for (int i = 0; i < COUNT; ++i, out += p.rows * 3) {
+    _mm_storel_pi(reinterpret_cast<__m64*>(out), sums[i]);
+    _mm_store_ss(out + 2, _mm_movehl_ps(sums[i], sums[i]));
+  }
+}
+
+inline void row_of_batch(const Problem& p, const float* x, int64_t count, const Entries<float>& entries, float* out) {
+  if (p.channels != 3 || p.channel_stride != 1) return row_of_batch<float>(p, x, count, entries, out);
+  if (count == fm_upsampling::kBatchTile) return row_of_points<fm_upsampling::kBatchTile>(p, x, entries, out);
+  for (int64_t i = 0; i < count; ++i) row_of_points<1>(p, x + i * p.batch_stride, entries, out + i * p.rows * 3);
+}
+#endif
+
 template <typename T>
 void rows_of_type(const Problem& p, int64_t begin, int64_t end) {
-  int64_t batch = begin / p.rows;
-  int64_t row = begin % p.rows;
-  const T* x = static_cast<const T*>(p.x) + batch * p.batch_stride;
-  T* out = static_cast<T*>(p.out) + begin * p.channels;
-  for (int64_t i = begin; i < end; ++i, out += p.channels) {
-    const auto entries = entries_of_row<typename Accumulator<T>::type>(p, row);
-    switch (p.channels) {
-      case 1: narrow_row<T, 1>(p, x, entries, out); break;
-      case 2: narrow_row<T, 2>(p, x, entries, out); break;
-      case 3: narrow_row<T, 3>(p, x, entries, out); break;
-      case 4: narrow_row<T, 4>(p, x, entries, out); break;
-      default: wide_row<T>(p, x, entries, out);
-    }
-    if (++row == p.rows) {
-      row = 0;
-      x += p.batch_stride;
+  constexpr int64_t tile = fm_upsampling::kBatchTile;
+  for (int64_t unit = begin; unit < end;) {
+    const int64_t first = unit / p.rows * tile;  // batch element
+    const int64_t count = p.batch - first < tile ? p.batch - first : tile;
+    const T* x = static_cast<const T*>(p.x) + first * p.batch_stride;
+    T* out = static_cast<T*>(p.out) + first * p.rows * p.channels;
+    int64_t row = unit % p.rows;
+    const int64_t last = end - unit < p.rows - row ? row + end - unit : p.rows;
+    unit += last - row;
+    for (; row < last; ++row) {
+      row_of_batch(p, x, count, entries_of_row<typename Accumulator<T>::type>(p, row), out + row * p.channels);
     }
   }
 }
