@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from fastmetro_kernels import rasterize
 
-SKY_DIRECTIONS = 64
+SKY_DIRECTIONS = 96
 """Directions from which the sky is tested for being hidden."""
-KEY_DIRECTIONS = 16
+KEY_DIRECTIONS = 24
 """Directions that make up the disc of the key light."""
 KEY_RADIUS = 0.22
 """Radius of that disc over its distance: how soft its shadow is."""
@@ -61,9 +61,7 @@ def linear_to_srgb(color: Tensor) -> Tensor:
 
 
 def light_visibility(vertices: Tensor, normals: Tensor, faces: Tensor) -> Tensor:
-    """How much of the sky and of the key light each vertex sees.
-
-    The mesh is rasterised from many directions, and a vertex sees a direction when nothing lies in front of it there.
+    """How much of the sky and of the key light each vertex of a mesh sees.
 
     Args:
         vertices: float32 [B, V, 3].
@@ -73,16 +71,22 @@ def light_visibility(vertices: Tensor, normals: Tensor, faces: Tensor) -> Tensor
     Returns:
         float32 [B, V, 2] in [0, 1]: of the sky weighted by the cosine to the normal, and of the key light's disc.
     """
+    seen = [visibility_at(p, n, p, faces) for p, n in zip(vertices, normals, strict=True)]
+    return _smooth(torch.stack(seen) if seen else vertices.new_ones((0, vertices.shape[1], 2)), faces)
+
+
+def visibility_at(points: Tensor, normals: Tensor, vertices: Tensor, faces: Tensor) -> Tensor:
+    """How much of the sky and of the key light points [N, 3] see past one mesh [V, 3]; as ``light_visibility``.
+
+    The mesh is rasterised from many directions, and a point sees a direction when nothing lies in front of it there.
+    """
     sky = _fibonacci_sphere(SKY_DIRECTIONS, vertices.device)
     key = _disc(vertices.new_tensor(_KEY), KEY_RADIUS, KEY_DIRECTIONS)
-    directions = torch.cat([sky, key])
-    result = []
-    for points, point_normals in zip(vertices, normals, strict=True):
-        seen = torch.cat([_seen_from(points, point_normals, faces, some) for some in directions.split(_MAPS_AT_ONCE)])
-        weight = (sky @ point_normals.T).clamp(min=0)
-        ambient = (weight * seen[: len(sky)]).sum(0) / weight.sum(0).clamp(min=1e-6)
-        result.append(torch.stack([ambient, seen[len(sky) :].mean(0)], 1))
-    return _smooth(torch.stack(result), faces)
+    batches = torch.cat([sky, key]).split(_MAPS_AT_ONCE)
+    seen = torch.cat([_seen_from(points, normals, vertices, faces, directions) for directions in batches])
+    weight = (sky @ normals.T).clamp(min=0)
+    ambient = (weight * seen[: len(sky)]).sum(0) / weight.sum(0).clamp(min=1e-6)
+    return torch.stack([ambient, seen[len(sky) :].mean(0)], 1)
 
 
 def _smooth(values: Tensor, faces: Tensor, rounds: int = 2) -> Tensor:
@@ -96,10 +100,10 @@ def _smooth(values: Tensor, faces: Tensor, rounds: int = 2) -> Tensor:
     return values
 
 
-def _seen_from(points: Tensor, normals: Tensor, faces: Tensor, directions: Tensor) -> Tensor:
-    """[D, V] in [0, 1]: whether each vertex is the first thing seen from each direction."""
-    middle = (points.amin(0) + points.amax(0)) / 2
-    radius = (points - middle).norm(dim=1).max().clamp(min=1e-9)
+def _seen_from(points: Tensor, normals: Tensor, vertices: Tensor, faces: Tensor, directions: Tensor) -> Tensor:
+    """[D, N] in [0, 1]: whether nothing of the mesh lies before each point, seen from each direction."""
+    middle = (vertices.amin(0) + vertices.amax(0)) / 2
+    radius = (vertices - middle).norm(dim=1).max().clamp(min=1e-9)
     texel = 2 * radius / (_MAP_SIZE - 4)
     axes = _frames(directions)  # rows: right, down, away
 
@@ -107,8 +111,8 @@ def _seen_from(points: Tensor, normals: Tensor, faces: Tensor, directions: Tenso
         seen = torch.einsum("dij,vj->dvi", axes, positions - middle)
         return torch.cat([seen[..., :2] / texel + _MAP_SIZE / 2, seen[..., 2:] + 2 * radius], 2)
 
-    depth = rasterize(to_map(points), faces, _MAP_SIZE, _MAP_SIZE).depth.flatten(1)
-    # The vertex is lifted off its own surface, or it would shade itself.
+    depth = rasterize(to_map(vertices), faces, _MAP_SIZE, _MAP_SIZE).depth.flatten(1)
+    # The point is lifted off the surface that it may lie on, or it would shade itself.
     lifted = to_map(points + normals * (1.6 * texel))
     position = lifted[..., :2] - 0.5
     corner = position.floor()

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from fastmetro.visualization.cameras import Array, Camera, OrthographicCamera, as_vertices, turn
-from fastmetro.visualization.render import composite, render_mesh, to_image
+from fastmetro.visualization.render import composite, render_floor_shadow, render_mesh, to_image
 
 PAPER = (0.965, 0.965, 0.97)
 """Background (sRGB) of pictures without a photograph."""
@@ -69,6 +69,7 @@ def view(
     degrees: float = 0.0,
     tilt: float = 0.0,
     background: tuple[float, float, float] | None = PAPER,
+    floor: bool = False,
     **options: Any,
 ) -> Image.Image:
     """Picture of one mesh, turned about the vertical axis and framed; degrees=90 is the side view.
@@ -80,9 +81,10 @@ def view(
         degrees: Angle about the vertical axis.
         tilt: Degrees by which the viewer looks down.
         background: sRGB colour, or None for a transparent picture.
+        floor: Throw a soft shadow on a floor; best with a tilt of about 10, and only with a background.
         options: For ``render_mesh``.
     """
-    return turntable(vertices, faces, size, [degrees], tilt, background, **options)[0]
+    return turntable(vertices, faces, size, [degrees], tilt, background, floor, **options)[0]
 
 
 def turntable(
@@ -92,6 +94,7 @@ def turntable(
     angles: int | Sequence[float] = 8,
     tilt: float = 0.0,
     background: tuple[float, float, float] | None = PAPER,
+    floor: bool = False,
     **options: Any,
 ) -> list[Image.Image]:
     """Pictures of one mesh from several sides, all at one scale.
@@ -103,6 +106,7 @@ def turntable(
         angles: Degrees about the vertical axis, or into how many views a full turn is divided.
         tilt: Degrees by which the viewer looks down.
         background: sRGB colour, or None for transparent pictures.
+        floor: Throw a soft shadow on a floor; best with a tilt of about 10, and only with a background.
         options: For ``render_mesh``.
     """
     if isinstance(angles, int):
@@ -110,10 +114,18 @@ def turntable(
     shape = (size, size) if isinstance(size, int) else size
     turned = torch.cat([turn(vertices, angle, tilt)[:1] for angle in angles])
     cameras = OrthographicCamera.fit(turned, shape)
+    radians = math.radians(tilt)
+    up = turned.new_tensor([0.0, -math.cos(radians), -math.sin(radians)])
     pictures = []
     for index in range(len(turned)):  # one at a time: memory, not speed, is short at high resolution
-        rgba = render_mesh(turned[index], faces, cameras.item(index), shape, **options)[0]
-        pictures.append(to_image(rgba if background is None else composite(rgba, background)))
+        camera = cameras.item(index)
+        picture = render_mesh(turned[index], faces, camera, shape, **options)[0]
+        if background is not None:
+            behind: Array | tuple[float, float, float] = background
+            if floor:
+                behind = composite(render_floor_shadow(turned[index], faces, up, camera, shape), background)
+            picture = composite(picture, behind)
+        pictures.append(to_image(picture))
     return pictures
 
 

@@ -9,14 +9,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastmetro.visualization.cameras import Array, Camera, as_vertices
-from fastmetro.visualization.lighting import light_visibility, shade, vertex_normals
-from fastmetro_kernels import RasterOutput, rasterize
+from fastmetro.visualization.lighting import light_visibility, shade, vertex_normals, visibility_at
+from fastmetro_kernels import RasterOutput, interpolate, rasterize
 
 PORCELAIN = (0.66, 0.75, 0.88)
 """Default colour (sRGB) of meshes."""
 CLAY = (0.83, 0.76, 0.69)
 """A warm second colour, for what is compared with it."""
 _LINE_COLOR = (0.16, 0.21, 0.31)
+_SHADOW_COLOR = (0.12, 0.13, 0.17)
+_FLOOR_POINTS = 128
 
 
 @torch.no_grad()
@@ -147,6 +149,46 @@ def _average(pixels: Tensor, factor: int) -> Tensor:
     mean = F.avg_pool2d(pixels.permute(0, 3, 1, 2), factor).permute(0, 2, 3, 1)
     alpha = mean[..., 3:]
     return torch.cat([mean[..., :3] / alpha.clamp(min=1e-6), alpha], 3)
+
+
+@torch.no_grad()
+def render_floor_shadow(
+    vertices: Tensor, faces: Array, up: Tensor, camera: Camera, size: tuple[int, int], strength: float = 0.75
+) -> Tensor:
+    """The soft shadow that a mesh throws on an invisible floor below it, to be put behind its rendering.
+
+    Args:
+        vertices: float32 [V, 3], the mesh.
+        faces: [F, 3].
+        up: Unit vector [3] away from the floor, which touches the lowest vertex.
+        camera: As for ``render_mesh``.
+        size: Height and width of the picture in pixels.
+        strength: Opacity where no light arrives.
+
+    Returns:
+        float32 [H, W, 4] as ``render_mesh`` returns it.
+    """
+    triangles = torch.as_tensor(faces, device=vertices.device).long()
+    heights = vertices @ up
+    middle = (vertices.amin(0) + vertices.amax(0)) / 2
+    reach = 0.9 * (vertices - middle).norm(dim=1).max()
+    across = F.normalize(torch.linalg.cross(up, up.new_tensor([0.0, 0.0, 1.0]), dim=0), dim=0)
+    along = torch.linalg.cross(up, across, dim=0)
+    steps = torch.linspace(-1, 1, _FLOOR_POINTS, device=vertices.device)
+    u, v = (grid.reshape(-1, 1) for grid in torch.meshgrid(steps, steps, indexing="ij"))
+    floor = middle + (heights.min() - middle @ up) * up + reach * (u * across + v * along)
+    seen = visibility_at(floor, up.expand(len(floor), 3), vertices, triangles)
+    dark = (1 - seen).T.reshape(1, 2, _FLOOR_POINTS, _FLOOR_POINTS)
+    for _ in range(3):  # hides the steps between single directions
+        dark = F.avg_pool2d(dark, 5, stride=1, padding=2, count_include_pad=False)
+    dark = (0.75 * dark[0, 0] + 0.25 * dark[0, 1]).reshape(-1, 1)
+    fade = (1 - (u**2 + v**2)).clamp(min=0) ** 2  # nothing of the floor's border shows
+    index = torch.arange(_FLOOR_POINTS**2, device=vertices.device).view(_FLOOR_POINTS, _FLOOR_POINTS)
+    a, b, c, d = (part.reshape(-1) for part in (index[:-1, :-1], index[:-1, 1:], index[1:, :-1], index[1:, 1:]))
+    cells = torch.cat([torch.stack([a, b, c], 1), torch.stack([b, d, c], 1)])
+    raster = rasterize(camera.project(floor[None]), cells, *size, perspective_correct=camera.perspective)
+    alpha = interpolate((dark * fade * strength)[None], cells, raster)[0]
+    return torch.cat([alpha.new_tensor(_SHADOW_COLOR).expand(*size, 3), alpha], 2)
 
 
 def composite(rgba: Tensor, background: Array | tuple[float, float, float], opacity: float = 1.0) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastmetro.visualization.cameras import OrthographicCamera, PerspectiveCamera, turn
 from fastmetro.visualization.lighting import light_visibility, linear_to_srgb, srgb_to_linear, vertex_normals
 from fastmetro.visualization.overlay import contact_sheet, overlay, turntable, view
-from fastmetro.visualization.render import composite, render_mesh, to_image
+from fastmetro.visualization.render import composite, render_floor_shadow, render_mesh, to_image
 
 trimesh = pytest.importorskip("trimesh")
 
@@ -191,6 +191,23 @@ def test_overlay_of_two_people_draws_the_nearer_last() -> None:
     black = torch.zeros(32, 32, 3)
     picture = np.asarray(overlay(black, both, faces, CAMERA, color=colors, shadows=False, opacity=1.0)).astype(int)
     assert picture[16, 16, 0] > picture[16, 16, 2] and picture[16, 22, 2] > picture[16, 22, 0]
+
+
+@pytest.mark.parametrize("tilt", [10.0, 30.0])
+def test_floor_shadow_lies_below_the_mesh(tilt: float, device: torch.device) -> None:
+    vertices, faces = ball(2)
+    vertices = vertices.to(device)
+    radians = math.radians(tilt)
+    up = vertices.new_tensor([0.0, -math.cos(radians), -math.sin(radians)])
+    camera = OrthographicCamera(16.0, (40.0, 32.0))
+    shadow = render_floor_shadow(vertices, faces.to(device), up, camera, (80, 80)).cpu()
+    assert shadow.shape == (80, 80, 4) and shadow.min() >= 0
+    contact = 32 + int(16 * math.cos(radians))  # the row where the ball touches the floor
+    assert shadow[contact, 40, 3] > 0.3
+    assert shadow[:30, :, 3].max() == 0 and shadow[contact, 40, 3] > 5 * shadow[contact, 26, 3]
+    grounded = view(vertices.cpu(), faces, 40, tilt=tilt, floor=True, shadows=False)
+    plain = view(vertices.cpu(), faces, 40, tilt=tilt, shadows=False)
+    assert (np.asarray(grounded) <= np.asarray(plain)).all() and (np.asarray(grounded) < np.asarray(plain)).any()
 
 
 def test_views_and_sheets() -> None:
