@@ -1,6 +1,6 @@
 """Time of sparse_upsample against dense matmul, torch CSR, a loop over samples and the device's own limits.
 
-    python -m bench.upsampling --device cpu|cuda [--dtype float32] [--batch 1 32] [--channels 3] [--passes forward both]
+    python -m bench upsampling --device cpu|cuda [--dtype float32] [--batch 1 32] [--channels 3] [--passes forward both]
 
 The matrices are the published ones where ``--data`` (mesh_downsampling.npz of the published code) exists, else random
 ones of the same sizes and row lengths. Every result is held against float64 before its time is printed; one that is
@@ -14,10 +14,7 @@ from __future__ import annotations
 import argparse
 import csv
 import functools
-import platform
 import statistics
-import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -28,10 +25,10 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
+from bench.common import ROOT, SHARED, environment
 from fastmetro_kernels import BackendUnavailable, SparseMatrix, sparse_upsample
 
-ROOT = Path(__file__).resolve().parents[1]
-PUBLISHED = ROOT.parent / "shared" / "data" / "fastmetro" / "mesh_downsampling.npz"
+PUBLISHED = SHARED / "data" / "fastmetro" / "mesh_downsampling.npz"
 OURS = ("native", "triton", "reference")
 GRAPH_CALLS = 20
 SLOW_MS = 2000.0  # a contender that has taken this long is not called further
@@ -141,20 +138,6 @@ def graph_time(run: Callable[[], object], repeats: int) -> float | None:
     return statistics.median(times)
 
 
-def machine(device: torch.device) -> dict[str, str]:
-    """What a time is worth nothing without."""
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude", "*"]
-    commit = subprocess.run(git, capture_output=True, text=True)
-    name = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else name,
-        "torch": torch.__version__,
-        "commit": commit.stdout.strip() or "unknown",
-        "command": "python -m bench.upsampling " + " ".join(sys.argv[1:]),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
 def measure(matrix: SparseMatrix, batch: int, options: argparse.Namespace, which: str) -> Iterator[dict[str, object]]:
     """One line per contender: its name, error and times. Raises SystemExit when a result of ours is wrong."""
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
@@ -201,7 +184,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
 
     lines = []
-    common = machine(torch.device(options.device))
+    common = environment(torch.device(options.device))
     print(f"{common['device']}, torch {common['torch']}, commit {common['commit']}, {options.dtype}, "
           f"{options.channels} channels; milliseconds")
     for matrix_name, matrix in matrices(options.data):

@@ -188,41 +188,64 @@ inline void any_row(const Problem& p, const T* x, const Entries<typename Accumul
   }
 }
 
-// One row of several batch elements.
-template <typename T>
-inline void row_of_batch(const Problem& p, const T* x, int64_t count,
-                         const Entries<typename Accumulator<T>::type>& entries, T* out) {
-  for (int64_t i = 0; i < count; ++i) any_row(p, x + i * p.batch_stride, entries, out + i * p.rows * p.channels);
+#if defined(__AVX2__)
+// Positions in space are the common case: three neighbouring channels are one vector, read without touching a fourth.
+inline __m128 load_point(const float* p) { return _mm_maskload_ps(p, _mm_setr_epi32(-1, -1, -1, 0)); }
+
+inline __m128i load_three_words(const void* p) {
+  uint32_t low;
+  uint16_t high;
+  memcpy(&low, p, sizeof low);
+  memcpy(&high, static_cast<const char*>(p) + sizeof low, sizeof high);
+  return _mm_cvtsi64_si128(static_cast<int64_t>(static_cast<uint64_t>(high) << 32 | low));
 }
 
-#if defined(__AVX2__)
-// Positions in space are the common case: three neighbouring floats are one masked vector.
-template <int COUNT>
-inline void row_of_points(const Problem& p, const float* x, const Entries<float>& entries, float* out) {
-  const __m128i three = _mm_setr_epi32(-1, -1, -1, 0);
+inline __m128 load_point(const half_t* p) { return _mm_cvtph_ps(load_three_words(p)); }
+
+inline __m128 load_point(const bfloat16_t* p) {
+  return _mm_castsi128_ps(_mm_unpacklo_epi16(_mm_setzero_si128(), load_three_words(p)));
+}
+
+template <typename T>
+inline void store_point(T* out, __m128 point) {
+  alignas(16) float values[4];
+  _mm_store_ps(values, point);
+  for (int c = 0; c < 3; ++c) store(out + c, values[c]);
+}
+
+template <typename T, int COUNT>
+inline void row_of_points(const Problem& p, const T* x, const Entries<float>& entries, T* out) {
   __m128 sums[COUNT];
   for (int i = 0; i < COUNT; ++i) sums[i] = _mm_setzero_ps();
   for (int64_t e = 0; e < entries.count; ++e) {
     const int64_t column = entries.columns[e];
     if (column < 0) continue;
     const __m128 value = _mm_set1_ps(entries.values[e]);
-    const float* source = x + column * p.token_stride;
-    for (int i = 0; i < COUNT; ++i) {
-      sums[i] = _mm_fmadd_ps(value, _mm_maskload_ps(source + i * p.batch_stride, three), sums[i]);
-    }
+    const T* source = x + column * p.token_stride;
+    for (int i = 0; i < COUNT; ++i) sums[i] = _mm_fmadd_ps(value, load_point(source + i * p.batch_stride), sums[i]);
   }
-  for (int i = 0; i < COUNT; ++i, out += p.rows * 3) {
-    _mm_storel_pi(reinterpret_cast<__m64*>(out), sums[i]);
-    _mm_store_ss(out + 2, _mm_movehl_ps(sums[i], sums[i]));
-  }
-}
-
-inline void row_of_batch(const Problem& p, const float* x, int64_t count, const Entries<float>& entries, float* out) {
-  if (p.channels != 3 || p.channel_stride != 1) return row_of_batch<float>(p, x, count, entries, out);
-  if (count == fm_upsampling::kBatchTile) return row_of_points<fm_upsampling::kBatchTile>(p, x, entries, out);
-  for (int64_t i = 0; i < count; ++i) row_of_points<1>(p, x + i * p.batch_stride, entries, out + i * p.rows * 3);
+  for (int i = 0; i < COUNT; ++i) store_point(out + i * p.rows * 3, sums[i]);
 }
 #endif
+
+// One row of several batch elements.
+template <typename T>
+inline void row_of_batch(const Problem& p, const T* x, int64_t count,
+                         const Entries<typename Accumulator<T>::type>& entries, T* out) {
+#if defined(__AVX2__)
+  if constexpr (sizeof(T) < sizeof(double)) {
+    if (p.channels == 3 && p.channel_stride == 1) {
+      constexpr int tile = fm_upsampling::kBatchTile;
+      if (count == tile) return row_of_points<T, tile>(p, x, entries, out);
+      for (int64_t i = 0; i < count; ++i) {
+        row_of_points<T, 1>(p, x + i * p.batch_stride, entries, out + i * p.rows * 3);
+      }
+      return;
+    }
+  }
+#endif
+  for (int64_t i = 0; i < count; ++i) any_row(p, x + i * p.batch_stride, entries, out + i * p.rows * p.channels);
+}
 
 template <typename T>
 void rows_of_type(const Problem& p, int64_t begin, int64_t end) {
