@@ -77,13 +77,19 @@ class CounterRandom:
         seed: any integer with 0 <= seed < 2**63.
         indices: int64 [B], the sample indices (>= 0), on the device the numbers are wanted on.
         plan: kept from batch to batch by programs that always make the same draws; see :class:`StreamPlan`.
+        planned: the attribute ``planned`` of an instance of the same seed, indices and plan, to hash only once.
+
+    Attributes:
+        planned: int64 [B, T], what the plan's draws give, in [0, 2**32); None without a plan.
 
     Raises:
         TypeError: if ``seed`` is no int or ``indices`` is no int64 tensor.
         ValueError: if ``seed`` is out of range or ``indices`` is not one-dimensional.
     """
 
-    def __init__(self, seed: int, indices: Tensor, plan: StreamPlan | None = None) -> None:
+    def __init__(
+        self, seed: int, indices: Tensor, plan: StreamPlan | None = None, planned: Tensor | None = None
+    ) -> None:
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise TypeError(f"seed must be an int, got {type(seed).__name__}")
         if not 0 <= seed < 2**63:
@@ -98,7 +104,10 @@ class CounterRandom:
         words = torch.stack([low ^ word for word in (0x9E3779B9, 0x85EBCA6B)])
         self._keys = mix32(mix32(mix32((mix32(words) + (seed & _MASK)) & _MASK) ^ high) ^ (seed >> 32))
         self._plan = plan
-        self._planned = self._hash(*plan.tables(indices.device)) if plan is not None else None
+        if planned is None and plan is not None:
+            planned = self._hash(*plan.tables(indices.device))
+        self.planned = planned
+        self._units = None if planned is None else (planned >> 8).float() * 2.0**-24
 
     def _hash(self, stream: Tensor | int, lanes: Tensor) -> Tensor:
         """int64 [B, T]: 32 bits for every lane, of one stream or of one stream each."""
@@ -116,22 +125,36 @@ class CounterRandom:
     def bits(self, name: str, *shape: int) -> Tensor:
         """int64 [B, *shape] in [0, 2**32). Different names give unrelated numbers."""
         count = math.prod(shape)
-        if self._plan is not None and self._planned is not None:
-            offset = self._plan.offset(name, count)
-            if offset is not None and offset + count <= self._planned.shape[1]:
-                return self._planned[:, offset : offset + count].reshape(self.batch_size, *shape)
-            self._plan.record(name, count)
-        lanes = torch.arange(count, device=self.device, dtype=torch.int64)
-        return self._hash(_stream(name), lanes).view(self.batch_size, *shape)
+        found = self._find(self.planned, name, count)
+        if found is None:
+            found = self._hash(_stream(name), torch.arange(count, device=self.device, dtype=torch.int64))
+        return found.reshape(self.batch_size, *shape)
+
+    def _find(self, table: Tensor | None, name: str, count: int) -> Tensor | None:
+        """The columns of a planned draw; None, and a note in the plan, where it is not planned yet."""
+        if self._plan is None or table is None:
+            return None
+        offset = self._plan.offset(name, count)
+        if offset is not None and offset + count <= table.shape[1]:
+            return table[:, offset : offset + count]
+        self._plan.record(name, count)
+        return None
+
+    def _unit(self, name: str, *shape: int) -> Tensor:
+        """float32 [B, *shape] in [0, 1), multiples of 2**-24."""
+        found = self._find(self._units, name, math.prod(shape))
+        if found is None:
+            return (self.bits(name, *shape) >> 8).float() * 2.0**-24
+        return found.reshape(self.batch_size, *shape)
 
     def uniform(self, name: str, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
         """float32 [B, *shape] in [low, high)."""
-        unit = (self.bits(name, *shape) >> 8).float() * 2.0**-24
-        return low + (high - low) * unit
+        unit = self._unit(name, *shape)
+        return unit if (low, high) == (0.0, 1.0) else low + (high - low) * unit
 
     def normal(self, name: str, *shape: int) -> Tensor:
         """float32 [B, *shape], standard normal (Box-Muller)."""
-        pair = ((self.bits(name, 2, *shape) >> 8).float() + 0.5) * 2.0**-24
+        pair = self._unit(name, 2, *shape) + 2.0**-25
         return torch.sqrt(-2.0 * torch.log(pair[:, 0])) * torch.cos(2.0 * math.pi * pair[:, 1])
 
     def integers(self, name: str, high: int, *shape: int) -> Tensor:

@@ -10,7 +10,7 @@ from fastmetro.data.synthetic import photographs
 from fastmetro.data.synthetic.camera import sample_orientation
 from fastmetro.data.synthetic.capture import CapturedPeople
 from fastmetro.data.synthetic.dataset import SyntheticPeople, normalize_images
-from fastmetro.data.synthetic.poses import KINDS, LIMB_RANGES, TRUNK_RANGES, sample_angles
+from fastmetro.data.synthetic.poses import ANGLES, KINDS, LIMB_RANGES, TRUNK_RANGES, PoseSampler
 from fastmetro.data.synthetic.shading import face_incidence, vertex_normals
 from fastmetro.meshes.mesh import J14, load_mesh
 
@@ -126,64 +126,73 @@ def test_normalization_is_imagenets():
 
 def test_angles_stay_in_their_ranges_and_every_kind_occurs():
     rng = CounterRandom(0, torch.arange(4000))
-    angles = sample_angles(rng)
-    for name, (low, high) in {**LIMB_RANGES, **TRUNK_RANGES}.items():
-        degrees = angles[name] * 180 / math.pi
-        assert degrees.min() >= low - 1e-3 and degrees.max() <= high + 1e-3
-        assert degrees.std() > 2
+    degrees = dict(zip(ANGLES, (PoseSampler()(rng) * 180 / math.pi).unbind(dim=1), strict=True))
+    limits = {**{name + side: pair for name, pair in LIMB_RANGES.items() for side in (".L", ".R")}, **TRUNK_RANGES}
+    for name, (low, high) in limits.items():
+        assert degrees[name].min() >= low - 1e-3 and degrees[name].max() <= high + 1e-3
+        assert degrees[name].std() > 2
     kinds = torch.bincount(rng.choice("pose/kind", [kind.weight for kind in KINDS.values()]), minlength=len(KINDS))
     assert kinds.min() > 50
     assert {name for kind in KINDS.values() for name in (*kind.angles, *kind.right)} <= {*LIMB_RANGES, *TRUNK_RANGES}
 
 
-def _rest_angles(batch=1):
-    zero = torch.zeros(batch)
-    return {**{name: torch.zeros(batch, 2) for name in LIMB_RANGES}, **dict.fromkeys(TRUNK_RANGES, zero)}
+def test_both_sides_are_alike_on_average_and_sitting_legs_go_together():
+    rng = CounterRandom(2, torch.arange(20000))
+    angles = PoseSampler()(rng)
+    for name in LIMB_RANGES:
+        left, right = (angles[:, ANGLES.index(name + side)] for side in (".L", ".R"))
+        assert abs(float(left.mean() - right.mean())) < 0.05 * float(left.std()) + 1e-3
+    sitting = rng.choice("pose/kind", [kind.weight for kind in KINDS.values()]) == list(KINDS).index("sitting")
+    hips = angles[sitting][:, [ANGLES.index("hip_flexion.L"), ANGLES.index("hip_flexion.R")]]
+    assert abs(float(hips.mean()) * 180 / math.pi - 82) < 3 and torch.corrcoef(hips.T)[0, 1] > 0.4
 
 
-def _heads(people, angles):
-    rng = CounterRandom(0, torch.arange(len(angles["spine_side"])))
-    _, heads = people.sampler.body(people.sampler.pose(angles, rng))
+def _heads(people, **degrees):
+    """Joints by name of the average body; angles not given are 0: upright, arms hanging, limbs straight."""
+    angles = torch.zeros(1, len(ANGLES))
+    for name, value in degrees.items():
+        for column in (name, name + ".L", name + ".R"):
+            if column in ANGLES:
+                angles[0, ANGLES.index(column)] = value * math.pi / 180
+    _, heads = people.sampler.body(people.sampler.pose(angles))
     return dict(zip(people.sampler.body.bone_names, heads[0], strict=True))
 
 
 def test_angles_turn_limbs_the_anatomical_way(people):
-    rest = _heads(people, _rest_angles())
+    rest = _heads(people)
     assert (rest["wrist.L"] - rest["upperarm01.L"])[1] < -0.45  # zero means hanging, straight arms
     for name, bone, direction in (
         ("hip_flexion", "lowerleg01", (0, 0, 1)), ("knee_flexion", "foot", (0, 0, -1)),
         ("ankle_flexion", "toe1-1", (0, -1, 0)), ("arm_flexion", "lowerarm01", (0, 0, 1)),
         ("elbow_flexion", "wrist", (0, 0, 1)),
     ):  # fmt: skip
-        angles = _rest_angles()
-        angles[name] = torch.full((1, 2), 0.6)
-        moved = _heads(people, angles)
+        moved = _heads(people, **{name: 35})
         for side in (".L", ".R"):
             assert ((moved[bone + side] - rest[bone + side]) * torch.tensor(direction)).sum() > 0.03, name
     for name, bone in (("hip_abduction", "foot"), ("arm_abduction", "wrist"), ("clavicle_lift", "upperarm01")):
-        angles = _rest_angles()
-        angles[name] = torch.full((1, 2), 0.5)
-        moved = _heads(people, angles)
+        moved = _heads(people, **{name: 30})
         step = {side: moved[bone + side] - rest[bone + side] for side in (".L", ".R")}
         assert step[".L"][1] > 0.01 and step[".R"][1] > 0.01, name
         if name != "clavicle_lift":
             assert step[".L"][0] > 0.03 and step[".R"][0] < -0.03, name
-    angles = _rest_angles()
-    angles["spine_flexion"] = torch.full((1,), 0.6)
-    assert (_heads(people, angles)["head"] - rest["head"])[2] > 0.1
+    assert (_heads(people, spine_flexion=35)["head"] - rest["head"])[2] > 0.1
+    knee = rest["lowerleg01.L"] - rest["upperleg01.L"], rest["foot.L"] - rest["lowerleg01.L"]
+    bent = _heads(people, knee_flexion=70)
+    shin = bent["foot.L"] - bent["lowerleg01.L"]
+    angle = torch.acos(torch.cosine_similarity(shin, knee[1], dim=0)) * 180 / math.pi
+    assert abs(float(angle) - 70) < 3
 
 
 def test_swapping_sides_mirrors_the_body(people):
     names = people.sampler.body.bone_names
-    rng = CounterRandom(8, torch.arange(6))
-    angles = sample_angles(rng)
-    angles["finger_curl"] = torch.zeros(6, 2)
-    mirrored = {name: value.flip(1) if value.ndim == 2 else value for name, value in angles.items()}
+    angles = PoseSampler()(CounterRandom(8, torch.arange(6)))
+    for number, name in enumerate(ANGLES):
+        if name.startswith(("arm_rotation", "forearm_rotation", "wrist_flexion", "finger")):
+            angles[:, number] = 0  # about oblique axes, which do not mirror sign by sign
+    mirrored = angles[:, PoseSampler().swapped]
     for name in ("spine_side", "spine_rotation", "neck_side", "neck_rotation"):
-        mirrored[name] = -angles[name]
-    for name in ("arm_rotation", "forearm_rotation", "wrist_flexion"):  # about oblique axes, checked by eye only
-        angles[name] = mirrored[name] = torch.zeros(6, 2)
-    heads, other = (people.sampler.body(people.sampler.pose(which, rng))[1] for which in (angles, mirrored))
+        mirrored[:, ANGLES.index(name)] *= -1
+    heads, other = (people.sampler.body(people.sampler.pose(which))[1] for which in (angles, mirrored))
     swap = [
         names.index(name[:-1] + {"L": "R", "R": "L"}[name[-1]]) if name[-2] == "." else i
         for i, name in enumerate(names)

@@ -84,7 +84,7 @@ class SyntheticPeople(nn.Module):
             raise ValueError(f"size must lie between 16 and 4096 pixels, got {size}")
         self.seed, self.size, self.compile_images = seed, size, compile_images
         self.sampler = BodySampler(mesh)
-        self._plan = StreamPlan()
+        self._plan, self._planned = StreamPlan(), False
         self.root_joints = tuple(mesh.root_joints)
         self._upper = _upper_joints(mesh)
         faces = torch.as_tensor(mesh.faces)
@@ -106,7 +106,10 @@ class SyntheticPeople(nn.Module):
         raster = self._rasterize(view.project(clothed))
         fields = self.region_fields.expand(len(indices), -1, -1)
         attributes = interpolate(torch.cat([fields, normals], dim=-1), self.faces, raster)
-        images = self._pixels(indices, attributes, raster.face_index, raster.depth)
+        # The first batch fills the plan of random streams, so what is compiled is the program of all later ones.
+        draw = self._pixels if self._planned else self._draw
+        images = draw(indices, rng.planned, attributes, raster.face_index, raster.depth)
+        self._planned = True
         return SyntheticBatch(images, self._labels(vertices, joints, view), view)
 
     @torch.no_grad()
@@ -157,18 +160,21 @@ class SyntheticPeople(nn.Module):
         pixels = torch.cat([(projected[..., :2] + 1) * (self.size / 2), projected[..., 2:]], dim=-1)
         return rasterize(pixels, self.faces, self.size, self.size)
 
-    def _draw(self, indices: Tensor, attributes: Tensor, face_index: Tensor, depth: Tensor) -> Tensor:
+    def _draw(
+        self, indices: Tensor, planned: Tensor | None, attributes: Tensor, face_index: Tensor, depth: Tensor
+    ) -> Tensor:
         """Everything per pixel: a pure function of (seed, indices) and the visible surface."""
-        rng = CounterRandom(self.seed, indices, None if self.compile_images else self._plan)
+        rng = CounterRandom(self.seed, indices, self._plan, planned)
         batch, size = len(indices), self.size
         covered = face_index >= 0
         flat = attributes.view(batch, size * size, -1)
-        regions = RegionFields.unstack(flat[..., : RegionFields.size()])
+        # Each field is read many times: one plane after the other in memory.
+        regions = RegionFields(*flat[..., : RegionFields.size()].permute(2, 0, 1).contiguous())
         normals = F.normalize(flat[..., RegionFields.size() :], dim=-1)
         colour, skin = albedo(sample_outfit(rng), regions)
         openness = crevices(depth, covered).view(batch, size * size)
         person = shade(colour, normals, skin, openness, sample_lights(rng))
-        person = person.view(batch, size, size, 3).permute(0, 3, 1, 2)
+        person = person.view(batch, size, size, 3).permute(0, 3, 1, 2).contiguous()
         image = _composite(person, covered, draw_background(rng, self.tiles, size))
         image, _ = draw_occluders(image, rng, self.tiles)
         return photograph(image, rng)

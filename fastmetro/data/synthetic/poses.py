@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastmetro.data.counter_random import CounterRandom
 
@@ -30,6 +30,7 @@ LIMB_RANGES: dict[str, tuple[float, float]] = {
     "wrist_flexion": (-50, 55),
     "clavicle_lift": (-6, 22),
     "finger_curl": (-12, 75),
+    **{f"finger{number}_curl": (-20.0, 20.0) for number in range(2, 6)},  # on top of the common curl
 }
 TRUNK_RANGES: dict[str, tuple[float, float]] = {
     "spine_flexion": (-22, 65),
@@ -39,6 +40,9 @@ TRUNK_RANGES: dict[str, tuple[float, float]] = {
     "neck_side": (-28, 28),
     "neck_rotation": (-65, 65),
 }
+SIDES = (".L", ".R")
+ANGLES = (*(name + side for name in LIMB_RANGES for side in SIDES), *TRUNK_RANGES)
+"""The columns of a pose: limb angles of the left and right side in turn, then the trunk's."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ _QUIET = {
     "arm_rotation": (0, 20), "elbow_flexion": (24, 20), "forearm_rotation": (0, 25), "wrist_flexion": (0, 14),
     "clavicle_lift": (2, 4), "finger_curl": (15, 18), "spine_flexion": (3, 7), "spine_side": (0, 5),
     "spine_rotation": (0, 9), "neck_flexion": (4, 12), "neck_side": (0, 7), "neck_rotation": (0, 24),
+    **{f"finger{number}_curl": (0, 8) for number in range(2, 6)},
 }  # fmt: skip
 _ANYHOW = {
     name: ((low + high) / 2, 0.42 * (high - low)) for name, (low, high) in {**LIMB_RANGES, **TRUNK_RANGES}.items()
@@ -110,35 +115,47 @@ KINDS: dict[str, PoseKind] = {
 }  # fmt: skip
 
 
-def sample_angles(rng: CounterRandom) -> dict[str, Tensor]:
-    """Radians: limb angles [B, 2] (left, right) and trunk angles [B] by name, within their ranges."""
-    kind = rng.choice("pose/kind", [entry.weight for entry in KINDS.values()])
-    mirrored = rng.chance("pose/mirrored", 0.5, 1)
-    together = _by_kind(kind, [entry.together for entry in KINDS.values()]).unsqueeze(1)
-    angles = {}
-    for name, (low, high) in LIMB_RANGES.items():
-        table = [entry.angles.get(name, _QUIET[name]) for entry in KINDS.values()]
-        right = [entry.right.get(name, pair) for entry, pair in zip(KINDS.values(), table, strict=True)]
-        mean, spread = (
-            torch.stack([_by_kind(kind, [pair[i] for pair in side]) for side in (table, right)], dim=1) for i in (0, 1)
-        )
-        common, own = rng.normal(f"pose/{name}/common", 1), rng.normal(f"pose/{name}", 2)
-        value = mean + spread * (together * common + (1 - together.square()).sqrt() * own)
-        angles[name] = _within(torch.where(mirrored, value.flip(1), value), low, high)
-    for name, (low, high) in TRUNK_RANGES.items():
-        table = [entry.angles.get(name, _QUIET[name]) for entry in KINDS.values()]
-        mean, spread = (_by_kind(kind, [pair[i] for pair in table]) for i in (0, 1))
-        angles[name] = _within(mean + spread * rng.normal(f"pose/{name}"), low, high)
-    return angles
+class PoseSampler(nn.Module):
+    """Draws the angles of a batch: radians [B, len(ANGLES)], within their ranges."""
+
+    means: Tensor
+    spreads: Tensor
+    together: Tensor
+    low: Tensor
+    high: Tensor
+    swapped: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        ranges = {**{name + side: pair for name, pair in LIMB_RANGES.items() for side in SIDES}, **TRUNK_RANGES}
+        tables = [[_spread(kind, name) for name in ANGLES] for kind in KINDS.values()]
+        sides = {name: name[:-1] + {"L": "R", "R": "L"}[name[-1]] for name in ANGLES if name.endswith(SIDES)}
+        columns = {
+            "means": [[mean for mean, _ in row] for row in tables],
+            "spreads": [[spread for _, spread in row] for row in tables],
+            "together": [[kind.together if name in sides else 0.0 for name in ANGLES] for kind in KINDS.values()],
+            "low": [ranges[name][0] for name in ANGLES],
+            "high": [ranges[name][1] for name in ANGLES],
+        }
+        for name, values in columns.items():
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32), persistent=False)
+        swapped = [ANGLES.index(sides.get(name, name)) for name in ANGLES]
+        self.register_buffer("swapped", torch.tensor(swapped), persistent=False)
+
+    def forward(self, rng: CounterRandom) -> Tensor:
+        """Angles in the order of ``ANGLES``."""
+        kind = rng.choice("pose/kind", [entry.weight for entry in KINDS.values()])
+        common = rng.normal("pose/common", len(LIMB_RANGES)).repeat_interleave(2, dim=1)
+        common = nn.functional.pad(common, (0, len(TRUNK_RANGES)))
+        together = self.together[kind]
+        noise = together * common + (1 - together.square()).sqrt() * rng.normal("pose/own", len(ANGLES))
+        degrees = self.means[kind] + self.spreads[kind] * noise
+        degrees = torch.where(rng.chance("pose/mirrored", 0.5, 1), degrees[:, self.swapped], degrees)
+        return torch.minimum(torch.maximum(degrees, self.low), self.high) * (math.pi / 180)
 
 
-def _within(value: Tensor, low: float, high: float) -> Tensor:
-    return value.clamp(low, high) * (math.pi / 180)
-
-
-def _by_kind(kind: Tensor, values: list[float]) -> Tensor:
-    """Look up one number per kind, by comparisons: a table would be a copy from the host."""
-    result = torch.zeros(kind.shape, device=kind.device)
-    for number, value in enumerate(values):
-        result = result + (kind == number) * float(value)
-    return result
+def _spread(kind: PoseKind, column: str) -> tuple[float, float]:
+    """Mean and spread of one column in degrees."""
+    name = column.removesuffix(".L").removesuffix(".R")
+    left = kind.angles.get(name, _QUIET[name])
+    return kind.right.get(name, left) if column.endswith(".R") else left

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmetro.data.counter_random import CounterRandom
-from fastmetro.data.synthetic.poses import sample_angles
+from fastmetro.data.synthetic.poses import ANGLES, SIDES, PoseSampler
 from fastmetro.data.synthetic.regions import RegionFields, body_regions
 from fastmetro.meshes.anny import PHENOTYPES, AnnyBody
 from fastmetro.meshes.body import axis_angle_to_matrix
 from fastmetro.meshes.mesh import Mesh
 
-_SIDES = (".L", ".R")
 _SPINE = ("spine05", "spine04", "spine03", "spine02", "spine01")
 _NECK = ("neck01", "neck02", "neck03", "head")
 _Vector = tuple[float, float, float]
 _X, _Y, _Z = (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)
+_FACTORS = 4  # most rotations that one bone is composed of
+
+
+class _Turn(NamedTuple):
+    """A rotation about an axis in the model's frame, by a weighted sum of the pose's angles plus a constant."""
+
+    axis: _Vector
+    angles: dict[str, float]
+    offset: float = 0.0
 
 
 class BodySampler(nn.Module):
@@ -30,15 +40,30 @@ class BodySampler(nn.Module):
         ValueError: if ``mesh`` is not Anny's body.
     """
 
+    axes: Tensor
+    shares: Tensor
+    offsets: Tensor
+
     def __init__(self, mesh: Mesh) -> None:
         super().__init__()
         self.body = AnnyBody()
         if mesh.part != "body" or mesh.num_vertices != self.body.num_vertices:
             raise ValueError(f"mesh must be anny-body, got {mesh.name!r} with {mesh.num_vertices} vertices")
+        self.angles = PoseSampler()
         _, heads = self.body()
-        self._axes = {
-            side: _limb_axes(dict(zip(self.body.bone_names, heads[0].double(), strict=True)), side) for side in _SIDES
-        }
+        turns = bone_turns(dict(zip(self.body.bone_names, heads[0].double(), strict=True)))
+        bones = self.body.num_bones
+        axes = torch.zeros(_FACTORS, bones, 3)
+        shares, offsets = torch.zeros(_FACTORS, bones, len(ANGLES)), torch.zeros(_FACTORS, bones)
+        for bone, name in enumerate(self.body.bone_names):
+            for factor, turn in enumerate(turns.get(name, ())):
+                axes[factor, bone] = torch.tensor(turn.axis)
+                offsets[factor, bone] = turn.offset
+                for angle, share in turn.angles.items():
+                    shares[factor, bone, ANGLES.index(angle)] = share
+        self.register_buffer("axes", axes, persistent=False)
+        self.register_buffer("shares", shares.flatten(0, 1).T.contiguous(), persistent=False)
+        self.register_buffer("offsets", offsets.flatten(), persistent=False)
 
     def regions(self) -> RegionFields:
         """Where clothes lie, for the rest pose of the average body."""
@@ -50,50 +75,59 @@ class BodySampler(nn.Module):
 
     def forward(self, rng: CounterRandom) -> Tensor:
         """Vertices [B, M, 3]."""
-        vertices, _ = self.body(self.pose(sample_angles(rng), rng), sample_phenotypes(rng))
+        vertices, _ = self.body(self.pose(self.angles(rng)), sample_phenotypes(rng))
         return vertices
 
-    def pose(self, angles: dict[str, Tensor], rng: CounterRandom) -> Tensor:
-        """Rotations [B, J, 3, 3] of all bones in the model's axes (x to its left, y up, z to its front)."""
-        turns: dict[str, Tensor] = {}
-        for share, bones, name in ((1 / 5, _SPINE, "spine"), (1 / 4, _NECK, "neck")):
-            bend = _compose(
-                (_Y, share * angles[f"{name}_rotation"]), (_X, share * angles[f"{name}_flexion"]),
-                (_Z, share * angles[f"{name}_side"]),
-            )  # fmt: skip
-            turns.update(dict.fromkeys(bones, bend))
-        for side, suffix in enumerate(_SIDES):
-            turns.update(
-                self._limbs({name: value[:, side] for name, value in angles.items() if value.ndim == 2}, suffix, rng)
-            )
-        identity = torch.eye(3, device=rng.device).expand(rng.batch_size, 3, 3)
-        return torch.stack([turns.get(name, identity) for name in self.body.bone_names], dim=1)
+    def pose(self, angles: Tensor) -> Tensor:
+        """Angles [B, len(ANGLES)] in radians -> rotations [B, J, 3, 3] of all bones in the model's axes."""
+        sums = (angles @ self.shares + self.offsets).view(len(angles), _FACTORS, -1, 1)
+        factors = axis_angle_to_matrix(sums * self.axes).unbind(dim=1)
+        return functools.reduce(torch.matmul, factors)
 
-    def _limbs(self, angle: dict[str, Tensor], side: str, rng: CounterRandom) -> dict[str, Tensor]:
-        """One side. Flexion turns about x, away from the middle about z, outwards about y; the right side mirrors."""
-        out, axes = (1.0 if side == ".L" else -1.0), self._axes[side]
-        turns = {
-            "upperleg01": _compose(
-                (_X, -angle["hip_flexion"]), (_Z, out * angle["hip_abduction"]), (_Y, out * angle["hip_rotation"])
-            ),
-            "lowerleg01": _compose((_X, angle["knee_flexion"])),
-            "foot": _compose((_X, angle["ankle_flexion"])),
-            "clavicle": _compose((_Z, out * angle["clavicle_lift"])),
-            "upperarm01": _compose(
-                (_Y, out * angle["arm_outward"]), (_X, -angle["arm_flexion"]),
-                (_Z, out * (angle["arm_abduction"] - axes.hanging)), (axes.upper, angle["arm_rotation"]),
-            ),
-            "lowerarm01": _compose((axes.hinge, angle["elbow_flexion"] - axes.bent)),
-            "lowerarm02": _compose((axes.lower, angle["forearm_rotation"])),
-            "wrist": _compose((axes.across, angle["wrist_flexion"])),
-        }  # fmt: skip
-        for finger in range(2, 6):
-            scatter = 0.15 * rng.normal(f"pose/finger{finger}{side}")
-            curl = _compose((axes.curls[finger - 1], angle["finger_curl"] + scatter))
-            turns.update({f"finger{finger}-{joint}": curl for joint in range(1, 4)})
-        thumb = _compose((axes.curls[0], 0.5 * angle["finger_curl"]))
-        turns.update({"finger1-2": thumb, "finger1-3": thumb})
-        return {name + side: turn for name, turn in turns.items()}
+
+def bone_turns(heads: dict[str, Tensor]) -> dict[str, list[_Turn]]:
+    """The rotations of each bone, the last one applied first, given the rest pose's joints [3] by name.
+
+    Model axes: x to the left of the body, y up, z to its front. Flexion turns about x, away from the middle about z,
+    outwards about y; the right side mirrors the left.
+    """
+    turns: dict[str, list[_Turn]] = {}
+    for bones, part in ((_SPINE, "spine"), (_NECK, "neck")):
+        share = 1 / len(bones)
+        axes = ((_Y, "rotation"), (_X, "flexion"), (_Z, "side"))
+        bend = [_Turn(axis, {f"{part}_{name}": share}) for axis, name in axes]
+        turns.update(dict.fromkeys(bones, bend))
+    for side in SIDES:
+        turns.update({name + side: turn for name, turn in _limb_turns(_limb_axes(heads, side), side).items()})
+    return turns
+
+
+def _limb_turns(axes: _LimbAxes, side: str) -> dict[str, list[_Turn]]:
+    out = 1.0 if side == ".L" else -1.0
+
+    def turn(axis: _Vector, name: str, sign: float = 1.0, offset: float = 0.0) -> _Turn:
+        return _Turn(axis, {name + side: sign}, offset)
+
+    turns = {
+        "upperleg01": [turn(_X, "hip_flexion", -1), turn(_Z, "hip_abduction", out), turn(_Y, "hip_rotation", out)],
+        "lowerleg01": [turn(_X, "knee_flexion")],
+        "foot": [turn(_X, "ankle_flexion")],
+        "clavicle": [turn(_Z, "clavicle_lift", out)],
+        "upperarm01": [
+            turn(_Y, "arm_outward", out),
+            turn(_X, "arm_flexion", -1),
+            turn(_Z, "arm_abduction", out, -out * axes.hanging),
+            turn(axes.upper, "arm_rotation"),
+        ],
+        "lowerarm01": [turn(axes.hinge, "elbow_flexion", 1, -axes.bent)],
+        "lowerarm02": [turn(axes.lower, "forearm_rotation")],
+        "wrist": [turn(axes.across, "wrist_flexion")],
+    }
+    for finger in range(2, 6):
+        curl = _Turn(axes.curls[finger - 1], {f"finger_curl{side}": 1.0, f"finger{finger}_curl{side}": 1.0})
+        turns.update({f"finger{finger}-{joint}": [curl] for joint in range(1, 4)})
+    thumb = _Turn(axes.curls[0], {f"finger_curl{side}": 0.5})
+    return {**turns, "finger1-2": [thumb], "finger1-3": [thumb]}
 
 
 @dataclass(frozen=True)
@@ -135,16 +169,6 @@ def _limb_axes(heads: dict[str, Tensor], side: str) -> _LimbAxes:
 def _unit(vector: Tensor) -> _Vector:
     x, y, z = F.normalize(vector, dim=0).tolist()
     return x, y, z
-
-
-def _compose(*turns: tuple[_Vector, Tensor]) -> Tensor:
-    """Product of rotations about fixed axes, the last one applied first: [B, 3, 3]."""
-    result: Tensor | None = None
-    for axis, angle in turns:
-        matrix = axis_angle_to_matrix(torch.stack([component * angle for component in axis], dim=-1))
-        result = matrix if result is None else result @ matrix
-    assert result is not None
-    return result
 
 
 def sample_phenotypes(rng: CounterRandom) -> Tensor:
