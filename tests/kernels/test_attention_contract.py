@@ -105,7 +105,7 @@ COMPILE_OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("options", COMPILE_OPTIONS.values(), ids=list(COMPILE_OPTIONS))
-@kernel_runner
+@float32_runner
 def test_compile_without_graph_breaks(runner: Runner, options: dict[str, Any]) -> None:
     if runner.interpreted and options and "dropout_p" not in options:
         pytest.skip("the interpreter is slow; outputs beside the first are covered by the other backends")
@@ -117,7 +117,7 @@ def test_compile_without_graph_breaks(runner: Runner, options: dict[str, Any]) -
         return [x if isinstance(x, Tensor) else x.vertex_neighbors for x in outputs]
 
     torch._dynamo.reset()
-    compiler = "inductor" if runner.device == "cuda" else "aot_eager"
+    compiler = "inductor" if runner.device == "cuda" and runner.backend != "reference" else "aot_eager"
     compiled = torch.compile(attend, fullgraph=True, backend=compiler)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a warning of the tracer would reach every user
@@ -131,7 +131,7 @@ def test_compile_without_graph_breaks(runner: Runner, options: dict[str, Any]) -
         torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize("runner", [r for r in FLOAT32_RUNNERS if r.backend != "triton" or not r.interpreted], ids=str)
+@pytest.mark.parametrize("runner", [r for r in KERNEL_RUNNERS if not r.interpreted], ids=str)
 def test_compile_with_drawn_seeds_and_batches(runner: Runner) -> None:
     """Inductor itself: the seed is drawn anew in every call of the compiled code; the batch may vary."""
     inputs, topology = small(runner, batch=2)
