@@ -26,18 +26,23 @@ class Camera(Protocol):
     def project(self, vertices: Tensor) -> Tensor:
         """[B, V, 3] -> [B, V, 3]: x, y in pixels (pixel centres at +0.5) and depth."""
 
+    def directions(self, points: Tensor, item: Tensor) -> Tensor:
+        """Unit vectors [N, 3] to the viewer from points [N, 3] of the items [N] of the batch."""
+
 
 def as_vertices(vertices: Array) -> Tensor:
     """float32 [B, V, 3] from a tensor or array [V, 3] or [B, V, 3].
 
     Raises:
-        ValueError: the shape is another.
+        ValueError: the shape is another, or there is no vertex.
     """
     tensor = torch.as_tensor(vertices).detach().to(torch.float32)
     if tensor.dim() == 2:
         tensor = tensor[None]
     if tensor.dim() != 3 or tensor.shape[2] != 3:
         raise ValueError(f"vertices must be [V, 3] or [B, V, 3], got {tuple(torch.as_tensor(vertices).shape)}")
+    if tensor.shape[1] == 0:
+        raise ValueError("vertices must hold at least one vertex")
     return tensor
 
 
@@ -124,6 +129,10 @@ class OrthographicCamera:
         z = vertices[..., 2:]
         return torch.cat([xy, z - z.amin(1, keepdim=True) + 1.0], 2)
 
+    def directions(self, points: Tensor, item: Tensor) -> Tensor:
+        """Unit vectors to the viewer: the same everywhere."""
+        return points.new_tensor([0.0, 0.0, -1.0]).expand(points.shape)
+
 
 @dataclass(frozen=True)
 class PerspectiveCamera:
@@ -170,3 +179,9 @@ class PerspectiveCamera:
         z = moved[..., 2:]
         centre = moved.new_tensor(self.centre)
         return torch.cat([moved[..., :2] / z * self.focal + centre, z], 2)
+
+    def directions(self, points: Tensor, item: Tensor) -> Tensor:
+        """Unit vectors to the viewer."""
+        translation = torch.as_tensor(self.translation, dtype=torch.float32, device=points.device).reshape(-1, 3)
+        eyes = -translation[item if len(translation) > 1 else torch.zeros_like(item)]
+        return torch.nn.functional.normalize(eyes - points, dim=1)

@@ -78,7 +78,7 @@ def render_mesh(
     covered = (raster.face_index >= 0).nonzero(as_tuple=True)
     values = _at_pixels(torch.cat([points, normals, albedo, visibility], 2), corners, raster, covered)
     position, normal, base, seen = values.split([3, 3, 3, 2], 1)
-    views = _views(position, camera, points)
+    views = camera.directions(position, covered[0])
     flat = _face_normals(points, corners, raster, covered)
     # Both sides of an open mesh are lit. The face decides, for at an outline a smooth normal may point away.
     away = (flat * views).sum(1, keepdim=True) < 0
@@ -133,15 +133,6 @@ def _edge_coverage(
     # A barycentric coordinate times the triangle's height over that edge is the distance to the edge in pixels.
     distance = (raster.barycentrics[covered] * doubled_area / opposite).amin(1, keepdim=True)
     return ((line_width / 2 - distance) * supersampling + 0.5).clamp(0, 1)
-
-
-def _views(position: Tensor, camera: Camera, points: Tensor) -> Tensor:
-    """Unit vectors from surface points to the viewer."""
-    if not camera.perspective:
-        return position.new_tensor([0.0, 0.0, -1.0]).expand(position.shape)
-    translation = torch.as_tensor(getattr(camera, "translation", (0.0, 0.0, 0.0)), dtype=torch.float32)
-    eye = -translation.to(points.device).reshape(-1, 3)[0]
-    return F.normalize(eye - position, dim=1)
 
 
 def _average(pixels: Tensor, factor: int) -> Tensor:

@@ -193,6 +193,23 @@ def test_overlay_of_two_people_draws_the_nearer_last() -> None:
     assert picture[16, 16, 0] > picture[16, 16, 2] and picture[16, 22, 2] > picture[16, 22, 0]
 
 
+def test_perspective_batch_has_an_eye_per_item() -> None:
+    vertices, faces = ball(2)
+    away = torch.tensor([[0.0, 0.0, 3.0], [0.5, -0.4, 4.0]])
+    together = render_mesh(vertices.expand(2, -1, -1), faces, PerspectiveCamera(40.0, (16.0, 16.0), away), 32)
+    for item in range(2):
+        camera = PerspectiveCamera(40.0, (16.0, 16.0), away[item])
+        alone = render_mesh(vertices, faces, camera, 32)[0]
+        torch.testing.assert_close(together[item], alone, atol=2e-5, rtol=0)
+    towards = PerspectiveCamera(40.0, (16.0, 16.0), away).directions(torch.zeros(1, 3), torch.tensor([1]))
+    torch.testing.assert_close(towards[0], -away[1] / away[1].norm())
+
+
+def test_no_faces_make_an_empty_picture() -> None:
+    vertices, faces = quad()
+    assert (render_mesh(vertices, faces[:0], CAMERA, 8) == 0).all()
+
+
 @pytest.mark.parametrize("tilt", [10.0, 30.0])
 def test_floor_shadow_lies_below_the_mesh(tilt: float, device: torch.device) -> None:
     vertices, faces = ball(2)
@@ -227,6 +244,7 @@ def test_views_and_sheets() -> None:
     ("call", "words"),
     [
         (lambda v, f: render_mesh(v[:, :2], f, CAMERA, 8), "vertices"),
+        (lambda v, f: render_mesh(v[:0], f[:0], CAMERA, 8), "at least one vertex"),
         (lambda v, f: render_mesh(v, f, CAMERA, 0), "height"),
         (lambda v, f: render_mesh(v, f, CAMERA, 8, supersampling=0), "supersampling"),
         (lambda v, f: render_mesh(v, f, CAMERA, 8, color=torch.zeros(5, 3)), "color"),
