@@ -94,9 +94,9 @@ def check_product(got: Tensor, matrix: SparseMatrix, x: Tensor, transposed: bool
 
 # Matrices with the (batch, channels) they are tried with.
 SHAPES = {
-    "three-per-row": (random_matrix(41, 17, 3), [(1, 3), (5, 3), (2, 4), (2, 16), (3, 130)]),
+    "three-per-row": (random_matrix(41, 17, 3), [(1, 3), (11, 3), (2, 4), (2, 16), (3, 130)]),
     "padded": (random_matrix(50, 20, (4, 5)), [(6, 1), (2, 64)]),
-    "uneven": (random_matrix(29, 31, (0, 9)), [(1, 3), (5, 3), (2, 2), (2, 64), (1, 512)]),
+    "uneven": (random_matrix(29, 31, (0, 9)), [(1, 3), (5, 3), (16, 3), (2, 2), (2, 64), (1, 512)]),
     "long": (random_matrix(5, 300, (40, 300)), [(1, 3), (5, 3), (2, 5), (1, 72)]),
     "one-row": (random_matrix(1, 700, 700), [(3, 3)]),
     "one-column": (random_matrix(70, 1, (0, 1)), [(9, 1)]),
@@ -294,7 +294,7 @@ def check_conversions() -> None:
     halves = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(HALF).view(1, -1, 1)
     for scale in (1.0, 1 / 3, 3.0, 1e-5):
         matrix = SparseMatrix(scale * sp.eye_array(halves.numel(), format="csr"))
-        for x in (halves, halves.expand(-1, -1, 9), halves.to(BFLOAT)):
+        for x in (halves, halves.expand(8, -1, 3), halves.expand(-1, -1, 9), halves.to(BFLOAT).expand(2, -1, 3)):
             expected = (x.float() * float(np.float32(scale))).to(x.dtype)
             got = sparse_upsample(x, matrix, backend="native")
             torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
