@@ -60,11 +60,22 @@ def environment(device: torch.device) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Paired:
-    """Two things timed in turn, in milliseconds; `ratio` is the median of the ratios second / first of the pairs."""
+    """Two things timed in turn: medians and fastest calls in milliseconds, and two ratios second / first.
+
+    `ratio` is the median of the ratios of the pairs, `fastest_ratio` that of the fastest calls: on a machine that does
+    other work too, the fastest call is the one that was least disturbed.
+    """
 
     first_ms: float
     second_ms: float
+    first_fastest_ms: float
+    second_fastest_ms: float
     ratio: float
+
+    @property
+    def fastest_ratio(self) -> float:
+        """Second / first of the fastest calls."""
+        return self.second_fastest_ms / self.first_fastest_ms
 
 
 def milliseconds(run: Callable[[], Any], device: torch.device) -> float:
@@ -84,13 +95,16 @@ def alternate(
     """Times the two in turn, so that a busy machine slows both; `first` counts as the median of `inner` calls."""
     for run in (first, second):
         run()
-    pairs = []
+    pairs, fastest = [], float("inf")
     for _ in range(repeats):
-        mine = statistics.median(milliseconds(first, device) for _ in range(inner))
-        pairs.append((mine, milliseconds(second, device)))
+        times = [milliseconds(first, device) for _ in range(inner)]
+        fastest = min(fastest, *times)
+        pairs.append((statistics.median(times), milliseconds(second, device)))
     return Paired(
         statistics.median(a for a, _ in pairs),
         statistics.median(b for _, b in pairs),
+        fastest,
+        min(b for _, b in pairs),
         statistics.median(b / a for a, b in pairs),
     )
 

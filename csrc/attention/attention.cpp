@@ -51,12 +51,15 @@ class Buffer {
   A* data_;
 };
 
-// Calls work(item, scratch) for all items. Threads take the next `stride` items when they are free, so that a busy
-// core holds nothing up; every item writes its own results, so the order does not matter.
+// Calls work(item, scratch) for all items, of about `cost` multiply-adds each. Threads take the next `stride` items when
+// they are free, so that a busy core holds nothing up; every item writes its own results, so the order does not matter.
+// What takes a few microseconds stays on this thread: waking another one and waiting for it would cost more.
 template <class A, class F>
-void for_each(int64_t items, int64_t stride, size_t scratch_size, const F& work) {
+void for_each(int64_t items, int64_t stride, int64_t cost, size_t scratch_size, const F& work) {
+  constexpr int64_t worth_a_thread = int64_t{1} << 18;
+  const int64_t most = std::min((items + stride - 1) / stride, 1 + items * cost / worth_a_thread);
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), most);
   std::atomic<int64_t> next{0};
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), (items + stride - 1) / stride);
   parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     Buffer<A> scratch(scratch_size);
     for (int64_t first; (first = next.fetch_add(stride)) < items;) {
@@ -67,18 +70,34 @@ void for_each(int64_t items, int64_t stride, size_t scratch_size, const F& work)
 
 // The work items (batch, head, chunk), heads fastest: neighbouring items share pages, whatever the layout.
 template <class A, class F>
-void for_each_item(const Problem<A>& p, int64_t first_chunk, size_t scratch_size, const F& work) {
+void for_each_item(const Problem<A>& p, int64_t first_chunk, int64_t cost, size_t scratch_size, const F& work) {
   const int64_t chunks = p.chunks - first_chunk;
-  for_each<A>(p.batches * chunks * p.heads, 2, scratch_size, [&](int64_t item, A* scratch) {
+  for_each<A>(p.batches * chunks * p.heads, 2, cost, scratch_size, [&](int64_t item, A* scratch) {
     const int64_t head = item % p.heads, rest = item / p.heads;
     work(rest / chunks, head, first_chunk + rest % chunks, scratch);
   });
 }
 
 template <class A, class F>
-void for_each_head(const Problem<A>& p, size_t scratch_size, const F& work) {
-  for_each<A>(p.batches * p.heads, 1, scratch_size,
+void for_each_head(const Problem<A>& p, int64_t cost, size_t scratch_size, const F& work) {
+  for_each<A>(p.batches * p.heads, 1, cost, scratch_size,
               [&](int64_t item, A* scratch) { work(item / p.heads, item % p.heads, scratch); });
+}
+
+// Multiply-adds, roughly: of the rows of one chunk, of the hub tokens among themselves, of merging the chunks.
+template <class A>
+int64_t chunk_cost(const Problem<A>& p) {
+  return int64_t{kChunk} * p.padded_dim * (4 * p.hubs + 16);
+}
+
+template <class A>
+int64_t hub_cost(const Problem<A>& p) {
+  return int64_t{2} * p.hubs * p.padded_dim * (p.hubs + 4);
+}
+
+template <class A>
+int64_t merge_cost(const Problem<A>& p) {
+  return p.chunks * p.hubs * p.padded_dim;
 }
 
 // One input tensor as the kernels want it: used in place where its rows fit, else packed, one group of batches after
@@ -108,7 +127,7 @@ class Input {
  private:
   void pack(int64_t first, int64_t batches) {
     const int64_t pieces = (shape_.tokens + kChunk - 1) / kChunk;
-    for_each<A>(batches * pieces * shape_.heads, shape_.heads, 0, [&](int64_t item, A*) {
+    for_each<A>(batches * pieces * shape_.heads, shape_.heads, kChunk * padded_dim_, 0, [&](int64_t item, A*) {
       const int64_t head = item % shape_.heads, rest = item / shape_.heads;
       const int64_t batch = rest / pieces, token = rest % pieces * kChunk;
       A* target = buffer_.get() + ((batch * shape_.heads + head) * shape_.tokens + token) * padded_dim_;
@@ -127,7 +146,7 @@ class Input {
 
 // Batches worked on together: packed copies and partial sums stay in the megabytes, whatever the batch size.
 int64_t batches_per_group(const Shape& shape) {
-  constexpr int64_t elements = int64_t{1} << 22;
+  constexpr int64_t elements = int64_t{1} << 21;
   return std::clamp<int64_t>(elements / std::max<int64_t>(1, shape.tokens * shape.heads * shape.dim), 1, shape.batch);
 }
 
@@ -184,11 +203,12 @@ void run_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Lists&
     f.out = advance(out, first);
     f.lse = static_cast<A*>(advance(lse, first));
     if (p.hubs > 0) {
-      for_each_head(p, scratch, [&](int64_t b, int64_t h, A* s) { kernels.forward_prepare(f, b, h, s); });
+      for_each_head(p, hub_cost(p), scratch, [&](int64_t b, int64_t h, A* s) { kernels.forward_prepare(f, b, h, s); });
     }
-    for_each_item(p, 1, scratch, [&](int64_t b, int64_t h, int64_t c, A* s) { kernels.forward_chunk(f, b, h, c, s); });
+    for_each_item(p, 1, chunk_cost(p), scratch,
+                  [&](int64_t b, int64_t h, int64_t c, A* s) { kernels.forward_chunk(f, b, h, c, s); });
     if (p.hubs > 0) {
-      for_each_head(p, scratch, [&](int64_t b, int64_t h, A* s) { kernels.forward_merge(f, b, h, s); });
+      for_each_head(p, merge_cost(p), scratch, [&](int64_t b, int64_t h, A* s) { kernels.forward_merge(f, b, h, s); });
     }
   }
 }
@@ -242,15 +262,16 @@ void run_backward(const Tensor& grad_out, const std::optional<Tensor>& grad_lse,
     b.dq = advance(gradients.dq, first);
     b.dk = advance(gradients.dk, first);
     b.dv = advance(gradients.dv, first);
-    for_each_item(p, 0, scratch, [&](int64_t n, int64_t h, int64_t c, A* s) { kernels.backward_delta(b, n, h, c, s); });
+    for_each_item(p, 0, int64_t{kChunk} * p.padded_dim, scratch,
+                  [&](int64_t n, int64_t h, int64_t c, A* s) { kernels.backward_delta(b, n, h, c, s); });
     if (p.hubs > 0) {
-      for_each_head(p, scratch, [&](int64_t n, int64_t h, A*) { kernels.backward_prepare(b, n, h); });
+      for_each_head(p, hub_cost(p), 0, [&](int64_t n, int64_t h, A*) { kernels.backward_prepare(b, n, h); });
     }
     const int64_t first_chunk = p.hubs > 0 ? 0 : 1;
-    for_each_item(p, first_chunk, scratch,
+    for_each_item(p, first_chunk, 2 * chunk_cost(p), scratch,
                   [&](int64_t n, int64_t h, int64_t c, A* s) { kernels.backward_chunk(b, n, h, c, s); });
     if (p.hubs > 0) {
-      for_each_head(p, scratch, [&](int64_t n, int64_t h, A* s) { kernels.backward_merge(b, n, h, s); });
+      for_each_head(p, 3 * merge_cost(p), scratch, [&](int64_t n, int64_t h, A* s) { kernels.backward_merge(b, n, h, s); });
     }
   }
 }

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -75,15 +74,6 @@ def assert_as_good_as_pytorch(qkv: list[Tensor], grad: Tensor, found: dict[str, 
         assert error <= allowed + floor, f"{name}: {error:.2e} > 2 * {allowed / 2:.2e} + {floor:.2e}"
 
 
-@pytest.fixture(params=(1, 2), ids=("1thread", "2threads"))
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    """The number of threads of PyTorch while the test runs."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 LEVEL_CASES = [(dtype, 33) for dtype in DTYPES] + [(torch.float32, 1), (torch.float32, 64), (torch.float64, 16)]
 
 
@@ -134,24 +124,34 @@ def test_full_size_mesh(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("shared_batch", (False, True))
-def test_batches_beyond_one_group(shared_batch: bool, threads: int) -> None:
-    """More than 2^22 elements are worked on in groups of batches; dropout counts the batches of the whole call."""
+def test_batches_beyond_one_group(shared_batch: bool) -> None:
+    """More than 2^21 elements are worked on in groups of batches; dropout counts the batches of the whole call."""
     topology = random_graph(100, 3, 0.05)
-    *qkv, grad = tensors((24, topology.num_tokens, 8, 250), torch.float32)
+    *qkv, grad = tensors((12, topology.num_tokens, 8, 250), torch.float32)
     if shared_batch:
         qkv = [tensor[:1].expand_as(tensor) for tensor in qkv]
     found = results(qkv, grad, topology, "native", 0.1)
     assert_as_good_as_pytorch(qkv, grad, found, topology=topology, dropout_p=0.1)
 
 
-@pytest.mark.parametrize("hubs", (0, 1, 16, 64))
+@pytest.mark.parametrize("hubs", (0, 2, 16, 64))
 @pytest.mark.parametrize("density", (0.0, 0.01, 1.0))
 def test_lists_of_every_length(hubs: int, density: float) -> None:
-    topology = random_graph(140, hubs, density)
+    topology = random_graph(70, hubs, density)
     *qkv, grad = tensors((1, topology.num_tokens, 2, 24), torch.float32)
     for dropout_p in (0.0, 0.5):
         found = results(qkv, grad, topology, "native", dropout_p)
         assert_as_good_as_pytorch(qkv, grad, found, topology=topology, dropout_p=dropout_p)
+
+
+def test_rows_with_a_single_key() -> None:
+    """Their weight is 1 whatever the score, so the exact dq is 0; what is left is the rounding of dO . v - delta."""
+    topology = random_graph(70, 1, 0.0)
+    *qkv, grad = tensors((1, topology.num_tokens, 2, 24), torch.float32)
+    found = results(qkv, grad, topology, "native")
+    assert torch.equal(found["out"][:, 1:], qkv[2][:, :1].expand_as(found["out"][:, 1:]))
+    norms = [tensor.norm(dim=-1).max() for tensor in (grad, qkv[2], qkv[1])]
+    assert found["dq"][:, 1:].abs().max() <= torch.finfo(torch.float32).eps * torch.stack(norms).prod()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
