@@ -58,9 +58,9 @@ def sample_lights(rng: CounterRandom, count: int = 2) -> Lights:
     """A key and weaker lights, mostly from above and from the viewer's side, slightly coloured."""
     x, y, z = rng.normal("light/direction", count, 3).unbind(dim=-1)
     towards = torch.stack([x, y - 0.9, z - 0.7], dim=-1)  # the camera's frame: y down, z away from the viewer
-    strength = rng.uniform("light/strength", count, 1, low=0.1, high=0.9)
+    strength = rng.uniform("light/strength", count, 1, low=0.15, high=0.85)
     tint = 1 + 0.08 * rng.normal("light/tint", count, 3)
-    ambient = rng.uniform("light/ambient", 1, 1, low=0.15, high=0.6)
+    ambient = rng.uniform("light/ambient", 1, 1, low=0.25, high=0.65)
     return Lights(
         directions=F.normalize(towards, dim=-1),
         colours=(strength * tint).clamp_min(0),
