@@ -35,7 +35,8 @@ def forward(
     q, k, v = (tensor.to(lse_dtype(dtype)) for tensor in (q, k, v))
     hubs = topology.num_hubs
     if topology.num_tokens == 0:
-        return _nothing(q, k, v)[0].to(dtype), _nothing(q, k, v)[1]
+        out, lse = _nothing(q, k, v)
+        return out.to(dtype), lse
     outs, lses = [], []
     if hubs:
         out, lse = _hub_rows(q[:, :hubs], k, v, scale, dropout_p, seed)
