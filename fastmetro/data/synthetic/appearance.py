@@ -29,7 +29,7 @@ _HAIRS = (
     (0.45, 0.17, 0.08),
 )
 _GARMENTS = ("shirt", "trousers", "shoes")
-_WAVES = 6
+_WAVES = 4
 
 
 @dataclass(frozen=True)

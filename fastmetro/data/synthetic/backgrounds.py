@@ -119,7 +119,7 @@ def draw_background(rng: CounterRandom, tiles: Tensor | None, size: int) -> Tens
         gain = _per_sample(rng.uniform("background/gain", 3, low=0.7, high=1.3))
         contrast = _per_sample(rng.uniform("background/contrast", low=0.5, high=1.2))
         image = torch.where(kind == 2, (((photo - 0.5) * contrast + 0.5) * gain).clamp(0, 1), image)
-    cluttered, _ = draw_shapes(image, rng, "clutter", count=6, probability=0.6, sizes=(0.03, 0.6))
+    cluttered, _ = draw_shapes(image, rng, "clutter", count=4, probability=0.75, sizes=(0.03, 0.6))
     return torch.where(_per_sample(rng.chance("background/cluttered", 0.5)), cluttered, image)
 
 

@@ -13,7 +13,7 @@ from fastmetro.data.labels import MeshLabels, fit_weak_perspective
 from fastmetro.data.synthetic.appearance import albedo, clothing_thickness, sample_outfit
 from fastmetro.data.synthetic.backgrounds import draw_background, draw_occluders
 from fastmetro.data.synthetic.camera import View, sample_orientation, sample_view
-from fastmetro.data.synthetic.degradation import photograph
+from fastmetro.data.synthetic.degradation import noise_tile, photograph
 from fastmetro.data.synthetic.photographs import load_tiles
 from fastmetro.data.synthetic.regions import RegionFields
 from fastmetro.data.synthetic.sampling import BodySampler
@@ -73,6 +73,7 @@ class SyntheticPeople(nn.Module):
     region_fields: Tensor
     joint_regressor: Tensor
     tiles: Tensor | None
+    noise_tile: Tensor
 
     def __init__(
         self, mesh: Mesh, seed: int = 0, size: int = 224, photographs: bool = True, compile_images: bool = False
@@ -95,6 +96,7 @@ class SyntheticPeople(nn.Module):
         self.register_buffer("joint_regressor", regressor, persistent=False)
         tiles = load_tiles().float() / 255 if photographs else None
         self.register_buffer("tiles", tiles, persistent=False)
+        self.register_buffer("noise_tile", noise_tile(), persistent=False)
         self._pixels = torch.compile(self._draw, fullgraph=True) if compile_images else self._draw
 
     @torch.no_grad()
@@ -177,7 +179,7 @@ class SyntheticPeople(nn.Module):
         person = person.view(batch, size, size, 3).permute(0, 3, 1, 2).contiguous()
         image = _composite(person, covered, draw_background(rng, self.tiles, size))
         image, _ = draw_occluders(image, rng, self.tiles)
-        return photograph(image, rng)
+        return photograph(image, rng, self.noise_tile)
 
 
 def _composite(person: Tensor, covered: Tensor, background: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from fastmetro.data.counter_random import CounterRandom
 
 _LUMA = (0.299, 0.587, 0.114)
 _BLUR_RADIUS = 3
+NOISE_TILE = 512
 
 
 def _per_sample(value: Tensor) -> Tensor:
@@ -57,12 +58,21 @@ def _grade(image: Tensor, rng: CounterRandom) -> Tensor:
     return image.clamp(1e-4, 1) ** gamma
 
 
-def _sensor_noise(image: Tensor, rng: CounterRandom) -> Tensor:
-    """Nearly normal noise: the sum of the four bytes of one hash per pixel and channel."""
-    bits = rng.bits("camera/noise", *image.shape[1:])
-    total = (bits & 255) + ((bits >> 8) & 255) + ((bits >> 16) & 255) + (bits >> 24)
+def noise_tile() -> Tensor:
+    """float32 [3, NOISE_TILE, NOISE_TILE], standard normal, the same for everyone."""
+    rows = torch.arange(NOISE_TILE)
+    return CounterRandom(0, rows).normal("camera/noise tile", 3, NOISE_TILE).permute(1, 0, 2).contiguous()
+
+
+def _sensor_noise(image: Tensor, rng: CounterRandom, tile: Tensor) -> Tensor:
+    """Grain from a random place of the noise tile, which wraps around: hashing every pixel would cost much more."""
     strength = 0.06 * _per_sample(rng.uniform("camera/noise/strength") ** 3)
-    return image + strength * (total.float() - 510.0) * (1 / 147.8)
+    place = rng.integers("camera/noise/place", NOISE_TILE, 2)
+    steps = torch.arange(image.shape[-1], device=image.device)
+    rows, columns = (((place[:, axis : axis + 1] + steps) % NOISE_TILE) for axis in (0, 1))
+    flat = (rows.unsqueeze(2) * NOISE_TILE + columns.unsqueeze(1)).flatten(1)
+    grain = tile.flatten(1)[:, flat].view(3, *flat.shape[:1], *image.shape[-2:]).transpose(0, 1)
+    return image + strength * grain
 
 
 def _cut_frame(image: Tensor, rng: CounterRandom) -> Tensor:
@@ -76,11 +86,11 @@ def _cut_frame(image: Tensor, rng: CounterRandom) -> Tensor:
     return image * (down.unsqueeze(2) & across.unsqueeze(1)).unsqueeze(1)
 
 
-def photograph(image: Tensor, rng: CounterRandom) -> Tensor:
-    """float [B, 3, H, W] in 0..1 as the scene is -> uint8 as a random camera takes it."""
+def photograph(image: Tensor, rng: CounterRandom, tile: Tensor) -> Tensor:
+    """float [B, 3, H, W] in 0..1 as the scene is -> uint8 as a camera takes it; ``tile`` is :func:`noise_tile`."""
     image = _limit_resolution(image, rng)
     sigma = rng.uniform("camera/blur", low=0.3, high=1.6)
     sigma = torch.where(rng.chance("camera/blurred", 0.4), sigma, torch.full_like(sigma, 0.2))
-    image = _sensor_noise(_grade(gaussian_blur(image, sigma), rng), rng)
+    image = _sensor_noise(_grade(gaussian_blur(image, sigma), rng), rng, tile)
     image = _cut_frame(image, rng)
     return (image * 255).round().clamp(0, 255).to(torch.uint8)
