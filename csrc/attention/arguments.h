@@ -54,7 +54,8 @@ inline Source source_of(const Tensor& tensor) {
 
 inline void check_like(const Tensor& tensor, const char* name, const Tensor& q) {
   STD_TORCH_CHECK(tensor.is_cpu(), "topology_attention: ", name, " must be on the CPU");
-  STD_TORCH_CHECK(tensor.dim() == 4, "topology_attention: ", name, " must be [B, L, H, D], got ", tensor.dim(), " axes");
+  STD_TORCH_CHECK(tensor.dim() == 4, "topology_attention: ", name, " must be [B, L, H, D], got ", tensor.dim(),
+                  " axes");
   STD_TORCH_CHECK(tensor.scalar_type() == q.scalar_type(), "topology_attention: ", name, " must have the dtype of q");
   for (int axis = 0; axis < 4; ++axis) {
     STD_TORCH_CHECK(tensor.size(axis) == q.size(axis), "topology_attention: ", name, " must have the shape of q; axis ",

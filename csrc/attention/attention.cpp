@@ -51,8 +51,9 @@ class Buffer {
   A* data_;
 };
 
-// Calls work(item, scratch) for all items, of about `cost` multiply-adds each. Threads take the next `stride` items when
-// they are free, so that a busy core holds nothing up; every item writes its own results, so the order does not matter.
+// Calls work(item, scratch) for all items, of about `cost` multiply-adds each. Threads take the next `stride` items
+// when they are free, so that a busy core holds nothing up; every item writes its own results, so the order does not
+// matter.
 // What takes a few microseconds stays on this thread: waking another one and waiting for it would cost more.
 template <class A, class F>
 void for_each(int64_t items, int64_t stride, int64_t cost, size_t scratch_size, const F& work) {
@@ -271,7 +272,8 @@ void run_backward(const Tensor& grad_out, const std::optional<Tensor>& grad_lse,
     for_each_item(p, first_chunk, 2 * chunk_cost(p), scratch,
                   [&](int64_t n, int64_t h, int64_t c, A* s) { kernels.backward_chunk(b, n, h, c, s); });
     if (p.hubs > 0) {
-      for_each_head(p, 3 * merge_cost(p), scratch, [&](int64_t n, int64_t h, A* s) { kernels.backward_merge(b, n, h, s); });
+      for_each_head(p, 3 * merge_cost(p), scratch,
+                    [&](int64_t n, int64_t h, A* s) { kernels.backward_merge(b, n, h, s); });
     }
   }
 }

@@ -244,7 +244,9 @@ void forward_merge(const Forward<A>& f, int64_t batch, int64_t head, A* scratch)
     for (int hub = 0; hub < p.hubs; ++hub) {
       A* target = row + hub * p.padded_dim;
       const A* values = partial.values + hub * p.padded_dim;
-      for (int d = 0; d < p.padded_dim; d += lanes) store(target + d, load(target + d) + weight[hub] * load(values + d));
+      for (int d = 0; d < p.padded_dim; d += lanes) {
+        store(target + d, load(target + d) + weight[hub] * load(values + d));
+      }
     }
   }
   for (int hub = 0; hub < p.hubs; ++hub) {
