@@ -230,9 +230,14 @@ def _check_inputs(q: Tensor, k: Tensor, v: Tensor, topology: TokenTopology) -> N
         )
 
 
+@torch.compiler.assume_constant_result  # older versions of Dynamo cannot trace the query
+def _knows_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
+
+
 def _autocasts(device: str) -> bool:
     """Whether autocast is on for the device (which not every device type knows)."""
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return _knows_autocast(device) and torch.is_autocast_enabled(device)
 
 
 def _scale(scale: float | None, q: Tensor) -> float:

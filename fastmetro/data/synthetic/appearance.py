@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,8 +33,7 @@ _GARMENTS = ("shirt", "trousers", "shoes")
 _WAVES = 4
 
 
-@dataclass(frozen=True)
-class Garment:
+class Garment(NamedTuple):
     """Colours [B, 1, 3] and pattern of one piece of clothing; the pattern's waves are [B, 1, 3] in 1/m."""
 
     colour: Tensor
@@ -116,7 +116,7 @@ def sample_outfit(rng: CounterRandom) -> Outfit:
     trousers = Garment(
         *(
             torch.where(one_piece.view(-1, *[1] * (ours.ndim - 1)), theirs, ours)
-            for ours, theirs in zip(vars(trousers).values(), vars(shirt).values(), strict=True)
+            for ours, theirs in zip(trousers, shirt, strict=True)
         )
     )
     return Outfit(
