@@ -76,7 +76,7 @@ def _finish(trainer: Trainer, mesh: Mesh, finished: bool) -> dict[str, object]:
         "step": trainer.state.step,
         "samples": trainer.state.step * config.batch_size,
         "seconds": round(trainer.state.seconds, 1),
-        "command": shlex.join(["python", "-m", "fastmetro", *sys.argv[1:]]),
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
         "commit": config.commit or _commit(),
         "config": config.settings(),
         "device": torch.cuda.get_device_name(trainer.device) if trainer.device.type == "cuda" else "cpu",

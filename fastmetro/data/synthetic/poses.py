@@ -145,7 +145,7 @@ class PoseSampler(nn.Module):
     def forward(self, rng: CounterRandom) -> Tensor:
         """Angles in the order of ``ANGLES``."""
         kind = rng.choice("pose/kind", [entry.weight for entry in KINDS.values()])
-        common = rng.normal("pose/common", len(LIMB_RANGES)).repeat_interleave(2, dim=1)
+        common = rng.normal("pose/common", len(LIMB_RANGES), 1).expand(-1, -1, len(SIDES)).flatten(1)
         common = nn.functional.pad(common, (0, len(TRUNK_RANGES)))
         together = self.together[kind]
         noise = together * common + (1 - together.square()).sqrt() * rng.normal("pose/own", len(ANGLES))
