@@ -44,7 +44,7 @@ class TrainConfig:
         overfit: repeat only the first so many images, to see whether the loss falls (0: never repeat one).
         log_every, eval_every, save_every: in steps; 0 for ``eval_every`` evaluates at the end only.
         eval_count: held-out images of the evaluations (0: none at all).
-        export: where the averaged weights go in the end, as well as to ``output``/weights.safetensors.
+        export: where a finished run puts a second copy of its weights, to ship: at most 16 MiB.
         device: "cuda", "cpu" or "auto".
         commit: recorded in the weights; asked from git where it is not given.
         loss: weights of the terms.

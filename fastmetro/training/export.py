@@ -12,18 +12,18 @@ from torch import nn
 
 from fastmetro.files import replacing
 
-MAX_BYTES = 16 * 2**20
-"""Shipped weights may not be larger."""
+SHIPPED_BYTES = 16 * 2**20
+"""Weights inside the package may not be larger."""
 
 
-def export_weights(model: nn.Module, path: Path, record: Mapping[str, object], max_bytes: int = MAX_BYTES) -> int:
+def export_weights(model: nn.Module, path: Path, record: Mapping[str, object], max_bytes: int | None = None) -> int:
     """Write the state dict: matrices and convolutions in bfloat16, vectors (norms, biases, statistics) in float32.
 
     Args:
         model: whose weights.
         path: the .safetensors file, which appears complete or not at all.
         record: how they were made; stored as JSON strings in the file's metadata.
-        max_bytes: refuse to write more.
+        max_bytes: refuse to write more; None writes any size.
 
     Returns:
         The file's size in bytes.
@@ -43,6 +43,6 @@ def export_weights(model: nn.Module, path: Path, record: Mapping[str, object], m
     with replacing(Path(path)) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt", **metadata})
         size = os.path.getsize(temporary)
-        if size > max_bytes:
+        if max_bytes is not None and size > max_bytes:
             raise ValueError(f"the weights take {size} bytes, more than {max_bytes}; nothing was written to {path}")
     return size

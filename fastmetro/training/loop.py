@@ -22,7 +22,7 @@ from fastmetro.meshes.mesh import Mesh, load_mesh
 from fastmetro.models import create_model
 from fastmetro.models.checkpoints import load_checkpoint
 from fastmetro.training.config import TrainConfig
-from fastmetro.training.export import export_weights
+from fastmetro.training.export import SHIPPED_BYTES, export_weights
 from fastmetro.training.losses import MeshRecoveryLoss
 from fastmetro.training.trainer import Source, Trainer
 
@@ -95,8 +95,7 @@ def _finish(trainer: Trainer, mesh: Mesh, finished: bool) -> dict[str, object]:
             temporary.write_text(json.dumps({**record, "report": report}, indent=1, default=str) + "\n")
         result["report"] = report
     if config.export is not None:
-        with replacing(Path(config.export)) as temporary:
-            temporary.write_bytes(weights.read_bytes())
+        export_weights(averaged, Path(config.export), record, SHIPPED_BYTES)
     return result
 
 
