@@ -10,9 +10,7 @@ import numpy as np
 
 from fastmetro.files import replacing
 from fastmetro.inference.images import CropWindow
-
-CAMERA_TO_VIEWER = np.array([1.0, -1.0, -1.0], dtype=np.float32)
-"""The network's frame has y down and z away from the camera, as the crop; files and viewers have y up, z towards us."""
+from fastmetro.visualization.cameras import Y_UP_TO_CAMERA
 
 MESH_SUFFIXES = (".glb", ".obj", ".ply", ".stl")
 
@@ -73,7 +71,7 @@ class Prediction:
             raise ValueError(f"cannot save as {suffix!r}; accepted: {', '.join((*MESH_SUFFIXES, '.npz'))}")
         import trimesh
 
-        mesh = trimesh.Trimesh(self.vertices * CAMERA_TO_VIEWER, self.faces, process=False)
+        mesh = trimesh.Trimesh(self.vertices * np.array(Y_UP_TO_CAMERA, dtype=np.float32), self.faces, process=False)
         mesh.visual = trimesh.visual.TextureVisuals(
             material=trimesh.visual.material.PBRMaterial(
                 baseColorFactor=[189, 199, 214, 255], metallicFactor=0.0, roughnessFactor=0.7

