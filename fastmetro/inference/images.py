@@ -114,5 +114,5 @@ def cut_crop(image: np.ndarray, window: CropWindow, size: int = CROP_SIZE) -> np
 
 def to_input(crop: np.ndarray) -> torch.Tensor:
     """uint8 [H, W, 3] RGB -> the network's float32 input [3, H, W], with ImageNet's mean and deviation."""
-    pixels = torch.from_numpy(np.ascontiguousarray(crop)).permute(2, 0, 1).float() / 255.0
+    pixels = torch.from_numpy(np.array(crop)).permute(2, 0, 1).float() / 255.0
     return (pixels - _MEAN) / _STD

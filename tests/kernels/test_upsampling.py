@@ -198,7 +198,11 @@ def test_strides(backend: str, device: str, dtype: torch.dtype, shape: str) -> N
         for name, x in strided_inputs(matrix.shape[1], channels, device).items():
             x = x.to(dtype, memory_format=torch.preserve_format)
             got = sparse_upsample(x, matrix, backend=backend)
-            assert torch.equal(got, sparse_upsample(x.contiguous(), matrix, backend=backend)), name
+            want = sparse_upsample(x.contiguous(), matrix, backend=backend)
+            if backend == "triton":  # another program per stride pattern, in which products may be fused otherwise
+                torch.testing.assert_close(got, want, rtol=2 * torch.finfo(dtype).eps, atol=1e-6, msg=name)
+            else:
+                assert torch.equal(got, want), name
             check_product(got, matrix, x)
 
 
