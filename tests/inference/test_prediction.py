@@ -17,7 +17,7 @@ def prediction() -> Prediction:
     """A tall box that stands in front of the camera: y down, so its head has negative y."""
     box = trimesh.creation.box(extents=(0.5, 1.8, 0.3))
     return Prediction(
-        vertices=(box.vertices + [0.0, -0.9, 0.0]).astype(np.float32),
+        vertices=(box.vertices + np.array([0.0, -0.9, 0.0])).astype(np.float32),
         joints=np.array([[0, -1.8, 0], [0, 0, 0]], np.float32),
         camera=np.array([0.8, 0.1, 0.9], np.float32),
         window=CropWindow(100, 50, 400),

@@ -106,11 +106,9 @@ class SyntheticPeople(nn.Module):
         vertices, joints, view = self._people(rng)
         clothed, normals = self._clothe(rng, vertices)
         raster = self._rasterize(view.project(clothed))
-        fields = self.region_fields.expand(len(indices), -1, -1)
-        attributes = interpolate(torch.cat([fields, normals], dim=-1), self.faces, raster)
         # The first batch fills the plan of random streams, so what is compiled is the program of all later ones.
         draw = self._pixels if self._planned else self._draw
-        images = draw(indices, rng.planned, attributes, raster.face_index, raster.depth)
+        images = draw(indices, rng.planned, normals, raster)
         self._planned = True
         return SyntheticBatch(images, self._labels(vertices, joints, view), view)
 
@@ -162,19 +160,18 @@ class SyntheticPeople(nn.Module):
         pixels = torch.cat([(projected[..., :2] + 1) * (self.size / 2), projected[..., 2:]], dim=-1)
         return rasterize(pixels, self.faces, self.size, self.size)
 
-    def _draw(
-        self, indices: Tensor, planned: Tensor | None, attributes: Tensor, face_index: Tensor, depth: Tensor
-    ) -> Tensor:
+    def _draw(self, indices: Tensor, planned: Tensor | None, normals: Tensor, raster: RasterOutput) -> Tensor:
         """Everything per pixel: a pure function of (seed, indices) and the visible surface."""
         rng = CounterRandom(self.seed, indices, self._plan, planned)
         batch, size = len(indices), self.size
-        covered = face_index >= 0
-        flat = attributes.view(batch, size * size, -1)
+        attributes = torch.cat([self.region_fields.expand(batch, -1, -1), normals], dim=-1)
+        flat = interpolate(attributes, self.faces, raster).view(batch, size * size, -1)
         # Each field is read many times: one plane after the other in memory.
         regions = RegionFields(*flat[..., : RegionFields.size()].permute(2, 0, 1).contiguous())
         normals = F.normalize(flat[..., RegionFields.size() :], dim=-1)
         colour, skin = albedo(sample_outfit(rng), regions)
-        openness = crevices(depth, covered).view(batch, size * size)
+        covered = raster.face_index >= 0
+        openness = crevices(raster.depth, covered).view(batch, size * size)
         person = shade(colour, normals, skin, openness, sample_lights(rng))
         person = person.view(batch, size, size, 3).permute(0, 3, 1, 2).contiguous()
         image = _composite(person, covered, draw_background(rng, self.tiles, size))
