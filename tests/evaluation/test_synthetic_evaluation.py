@@ -91,3 +91,18 @@ def test_train_stop_resume_and_report(tmp_path, monkeypatch, device):
     written = json.loads((tmp_path / "run" / "report.json").read_text())["report"]
     assert written["pa_mpjpe"] == result["report"]["pa_mpjpe"] > 0
     assert written["mean_mesh"]["pa_mpjpe"] > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_training_on_captured_images_is_training_on_images(tmp_path):
+    """The losses of the first steps agree, so no batch is overwritten before it is used."""
+    logs = []
+    for capture in (False, True):
+        output = tmp_path / str(capture)
+        train(
+            TrainConfig(output=output, batch_size=4, steps=6, eval_count=0, photographs=False, image_size=64, log_every=1,
+                        precision="fp32", capture_images=capture, learning_rate=1e-5, device="cuda")
+        )  # fmt: skip
+        logs.append([float(row.split(",")[6]) for row in (output / "log.csv").read_text().splitlines()[1:]])
+    assert logs[0] == pytest.approx(logs[1], rel=0.02)
