@@ -100,9 +100,7 @@ def test_training_on_captured_images_is_training_on_images(tmp_path):
     logs = []
     for capture in (False, True):
         output = tmp_path / str(capture)
-        train(
-            TrainConfig(output=output, batch_size=4, steps=6, eval_count=0, photographs=False, image_size=64, log_every=1,
-                        precision="fp32", capture_images=capture, learning_rate=1e-5, device="cuda")
-        )  # fmt: skip
+        common = {"batch_size": 4, "steps": 6, "eval_count": 0, "photographs": False, "image_size": 64, "log_every": 1}
+        train(TrainConfig(output=output, precision="fp32", capture_images=capture, learning_rate=1e-5, **common))
         logs.append([float(row.split(",")[6]) for row in (output / "log.csv").read_text().splitlines()[1:]])
     assert logs[0] == pytest.approx(logs[1], rel=0.02)
