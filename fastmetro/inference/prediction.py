@@ -83,7 +83,7 @@ class Prediction:
         else:
             data = mesh.export(file_type=suffix[1:])
         with replacing(path) as temporary:
-            temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+            temporary.write_bytes(data.encode() if isinstance(data, str) else bytes(data))
         return path
 
     def _arrays(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 from fastmetro.inference.images import CROP_SIZE, crop_window, cut_crop, load_image, to_input
 from fastmetro.inference.prediction import Prediction
 from fastmetro.inference.pretrained import load_pretrained
+from fastmetro.models import FastMETRO
 
 
 def default_device() -> torch.device:
@@ -38,7 +39,7 @@ class Predictor:
         self,
         checkpoint: str | Path = "fastmetro-compact",
         *,
-        model: torch.nn.Module | None = None,
+        model: FastMETRO | None = None,
         attention: str = "auto",
         device: str | torch.device | None = None,
     ) -> None:
