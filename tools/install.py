@@ -1,6 +1,6 @@
 """Installs what is missing from the running environment, at the versions pinned in constraints.txt.
 
-A package that is there already stays at its version: an environment that brings its own PyTorch (a CUDA build, say)
+A package that is there already, and not too old, stays at its version: an environment that brings its own PyTorch (a CUDA build, say)
 keeps it. Nothing is asked of a package index when nothing is missing.
 """
 
@@ -16,6 +16,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
+OLDEST = {"numpy": (1, 26), "scipy": (1, 11), "setuptools": (77,), "torch": (2, 10), "triton": (3, 6)}
+"""Installed versions older than these are replaced; they are the bounds of pyproject.toml."""
+
+
 def pinned() -> dict[str, str]:
     """Name -> ``name==version`` for every line of constraints.txt."""
     lines = (ROOT / "constraints.txt").read_text().splitlines()
@@ -23,12 +27,12 @@ def pinned() -> dict[str, str]:
 
 
 def is_installed(name: str) -> bool:
-    """Whether a distribution of this name is in the running environment."""
+    """Whether a distribution of this name, not older than ``OLDEST`` allows, is in the running environment."""
     try:
-        importlib.metadata.version(name)
+        version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return False
-    return True
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2]) >= OLDEST.get(name, (0,))
 
 
 def main() -> int:
