@@ -1,7 +1,7 @@
 """Installs what is missing from the running environment, at the versions pinned in constraints.txt.
 
-A package that is there already, and not too old, stays at its version: an environment that brings its own PyTorch (a CUDA build, say)
-keeps it. Nothing is asked of a package index when nothing is missing.
+A package that is there already, and not too old, stays at its version: an environment that brings its own PyTorch (a
+CUDA build, say) keeps it. Nothing is asked of a package index when nothing is missing.
 """
 
 from __future__ import annotations
