@@ -41,6 +41,7 @@ class StreamPlan:
         self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._streams: list[int] = []
         self._lanes: list[int] = []
+        self._ranges: dict[tuple[int, torch.device], Tensor] = {}
 
     def record(self, name: str, count: int) -> None:
         """Have ``count`` numbers of stream ``name`` in the tables from the next batch on."""
@@ -63,6 +64,16 @@ class StreamPlan:
                 torch.tensor(self._lanes, dtype=torch.int64, device=device),
             )
         return self._tables[device]
+
+    def lanes(self, count: int, device: torch.device) -> Tensor:
+        """int64 [count], 0 .. count - 1, the same tensor on every call.
+
+        A compiled program must load its lanes: where it makes them itself, Inductor folds ``arange * constant`` into
+        a 32-bit index expression, which the constant of the hash does not fit.
+        """
+        if (count, device) not in self._ranges:
+            self._ranges[count, device] = torch.arange(count, device=device, dtype=torch.int64)
+        return self._ranges[count, device]
 
 
 @torch.compiler.assume_constant_result  # Dynamo cannot look into zlib
@@ -127,7 +138,8 @@ class CounterRandom:
         count = math.prod(shape)
         found = self._find(self.planned, name, count)
         if found is None:
-            found = self._hash(_stream(name), torch.arange(count, device=self.device, dtype=torch.int64))
+            plan = self._plan or StreamPlan()
+            found = self._hash(_stream(name), plan.lanes(count, self.device))
         return found.reshape(self.batch_size, *shape)
 
     def _find(self, table: Tensor | None, name: str, count: int) -> Tensor | None:

@@ -111,3 +111,10 @@ def test_plan_changes_no_number(device):
             assert torch.equal(draw(plain), draw(planned))
     assert plan.offset("b", 10) is not None
     assert plan.offset("large", StreamPlan.LARGEST + 1) is None
+
+
+def test_lanes_are_made_once(device):
+    plan = StreamPlan()
+    assert torch.equal(plan.lanes(5, device), torch.arange(5, device=device))
+    assert plan.lanes(5, device) is plan.lanes(5, device)
+    assert plan.lanes(6, device) is not plan.lanes(5, device)

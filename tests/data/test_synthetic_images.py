@@ -254,6 +254,25 @@ def test_bad_arguments_are_named(mesh, people):
         CapturedPeople(people, 4)
 
 
+def test_pixel_work_is_one_graph_that_hashes_no_arange(mesh, people):
+    """Inductor would turn ``arange * constant`` into a 32-bit index, too narrow for the constants of the hash."""
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    traced = SyntheticPeople(mesh, seed=3, size=SIZE, photographs=False)
+    traced._pixels = torch.compile(traced._draw, fullgraph=True, backend=backend)
+    for first in (0, 4, 8):  # the first batch is drawn plainly: it fills the plan
+        indices = torch.arange(first, first + 2)
+        assert torch.equal(traced(indices).images, people(indices).images)
+    assert len(graphs) == 1
+    aranges = [node for node in graphs[0].graph.nodes if node.target is torch.arange]
+    constants = [c for node in aranges for user in node.users for c in user.args if isinstance(c, int)]
+    assert aranges and all(abs(constant) < 2**31 for constant in constants)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize("compile_images", [False, True])

@@ -85,7 +85,8 @@ class SyntheticPeople(nn.Module):
             raise ValueError(f"size must lie between 16 and 4096 pixels, got {size}")
         self.seed, self.size, self.compile_images = seed, size, compile_images
         self.sampler = BodySampler(mesh)
-        self._plan, self._planned = StreamPlan(), False
+        self._plan = StreamPlan()
+        self._planned_on: torch.device | None = None
         self.root_joints = tuple(mesh.root_joints)
         self._upper = _upper_joints(mesh)
         faces = torch.as_tensor(mesh.faces)
@@ -107,9 +108,9 @@ class SyntheticPeople(nn.Module):
         clothed, normals = self._clothe(rng, vertices)
         raster = self._rasterize(view.project(clothed))
         # The first batch fills the plan of random streams, so what is compiled is the program of all later ones.
-        draw = self._pixels if self._planned else self._draw
+        draw = self._pixels if self._planned_on == indices.device else self._draw
         images = draw(indices, rng.planned, normals, raster)
-        self._planned = True
+        self._planned_on = indices.device
         return SyntheticBatch(images, self._labels(vertices, joints, view), view)
 
     @torch.no_grad()
