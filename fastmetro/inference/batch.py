@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from fastmetro.inference.images import IMAGE_SUFFIXES, load_image
@@ -16,11 +17,16 @@ RESULT_SUFFIXES = (".glb", ".npz")
 
 
 def collect_images(paths: Sequence[Path]) -> list[Path]:
-    """The image files among ``paths``; a folder stands for the images directly inside it, sorted by name.
+    """The files among ``paths``; a folder stands for the images directly inside it, sorted by name.
+
+    A file need not exist: :func:`predict_files` reports it with the others that cannot be read.
 
     Raises:
-        FileNotFoundError: a path does not exist, or a folder holds no image.
+        ValueError: there is no path.
+        FileNotFoundError: a folder holds no image.
     """
+    if not paths:
+        raise ValueError("no image was given")
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
@@ -28,10 +34,8 @@ def collect_images(paths: Sequence[Path]) -> list[Path]:
             if not inside:
                 raise FileNotFoundError(f"folder {str(path)!r} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
             found += inside
-        elif path.exists():
-            found.append(path)
         else:
-            raise FileNotFoundError(f"image {str(path)!r} does not exist")
+            found.append(path)
     return found
 
 
@@ -49,9 +53,12 @@ def result_names(paths: Sequence[Path]) -> list[str]:
     return names
 
 
-def save_results(prediction: Prediction, image: Path, out: Path, name: str) -> list[Path]:
-    """Write ``NAME_overlay.png``, ``NAME_side.png``, ``NAME.glb`` and ``NAME.npz`` to ``out``; returns the paths."""
-    written = save_pictures(prediction, load_image(image), out, name)
+def save_results(prediction: Prediction, image: np.ndarray, out: Path, name: str) -> list[Path]:
+    """Write ``NAME_overlay.png``, ``NAME_side.png``, ``NAME.glb`` and ``NAME.npz`` to ``out``; returns the paths.
+
+    ``image`` is what the predictor saw, uint8 RGB [H, W, 3].
+    """
+    written = save_pictures(prediction, image, out, name)
     return written + [prediction.save(out / f"{name}{suffix}") for suffix in RESULT_SUFFIXES]
 
 
@@ -80,9 +87,10 @@ def predict_files(
     progress = tqdm(list(zip(images, result_names(images), strict=True)), unit="image", disable=len(images) < 2)
     for path, name in progress:
         try:
-            prediction = predictor(path, box)
+            pixels = load_image(path)
+            prediction = predictor(pixels, box)
         except (FileNotFoundError, ValueError) as error:
             failures[path] = str(error)
             continue
-        save_results(prediction, path, out, name)
+        save_results(prediction, pixels, out, name)
     return failures

@@ -14,9 +14,9 @@ from PIL import Image
 from fastmetro.data.synthetic.dataset import SyntheticPeople
 from fastmetro.evaluation.synthetic import HELD_OUT_SEED
 from fastmetro.files import replacing
-from fastmetro.inference.batch import RESULT_SUFFIXES
+from fastmetro.inference.batch import save_results
 from fastmetro.inference.predictor import Predictor
-from fastmetro.visualization.figures import overlay_picture, save_pictures, side_picture
+from fastmetro.visualization.figures import overlay_picture, side_picture
 from fastmetro.visualization.overlay import contact_sheet
 
 HELD_OUT = (12, 27)
@@ -65,9 +65,7 @@ def run_demo(out: Path, device: str | None = None) -> None:
     images = demo_images()
     for name, pixels in images.items():
         prediction = predictor(pixels)
-        save_pictures(prediction, pixels, out, name)
-        for suffix in RESULT_SUFFIXES:
-            prediction.save(out / f"{name}{suffix}")
+        save_results(prediction, pixels, out, name)
         row = [Image.fromarray(pixels), overlay_picture(prediction, pixels), side_picture(prediction)]
         cells += [picture.resize((360, 360), Image.Resampling.LANCZOS) for picture in row]
         captions += [name, "recovered mesh", "from the side"]

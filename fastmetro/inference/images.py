@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from fastmetro.data.synthetic.dataset import normalize_images
+
 CROP_SIZE = 224
 """Side of the network's input in pixels (paper, Section 4.1)."""
 BOX_MARGIN = 1.2
@@ -17,9 +19,6 @@ BOX_MARGIN = 1.2
 MAX_PIXELS = 200_000_000
 """Larger images are refused: a small file can claim any size."""
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
-
-_MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
-_STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -114,5 +113,4 @@ def cut_crop(image: np.ndarray, window: CropWindow, size: int = CROP_SIZE) -> np
 
 def to_input(crop: np.ndarray) -> torch.Tensor:
     """uint8 [H, W, 3] RGB -> the network's float32 input [3, H, W], with ImageNet's mean and deviation."""
-    pixels = torch.from_numpy(np.array(crop)).permute(2, 0, 1).float() / 255.0
-    return (pixels - _MEAN) / _STD
+    return normalize_images(torch.from_numpy(np.array(crop)).permute(2, 0, 1).unsqueeze(0))[0]

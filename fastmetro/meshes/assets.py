@@ -6,12 +6,12 @@ first, because these planes compress well.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
+from fastmetro.files import replacing
 
 FORMAT = 1
 FOLDER = Path(__file__).resolve().parent.parent / "assets"
@@ -33,15 +33,8 @@ def unpack_basis(arrays: dict[str, NDArray[np.generic]], name: str) -> NDArray[n
 
 def write_asset(path: Path, arrays: dict[str, NDArray[np.generic]]) -> None:
     """Write an asset, whole or not at all; the same arrays give the same bytes."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".npz")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez_compressed(file, allow_pickle=False, format=np.array(FORMAT), **arrays)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, allow_pickle=False, format=np.array(FORMAT), **arrays)
 
 
 def read_asset(name: str) -> dict[str, NDArray[np.generic]]:

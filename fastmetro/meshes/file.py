@@ -26,7 +26,8 @@ def load_file(
 ) -> Mesh:
     """`load_mesh("path.obj", ...)`: read a surface and simplify it.
 
-    Units and axes are kept as they are; networks and pictures expect metres, y up, facing +z.
+    Units, axes and the order of the vertices are kept as they are (the triangles of an .stl are joined where corners
+    coincide); networks and pictures expect metres, y up, facing +z.
 
     Args:
         path: any mesh file that trimesh reads; it should be one surface in a pose in which parts do not touch.
@@ -49,6 +50,8 @@ def load_file(
     loaded = trimesh.load_mesh(path, process=False, maintain_order=True, skip_materials=True)
     if not isinstance(loaded, trimesh.Trimesh) or len(loaded.faces) == 0:
         raise ValueError(f"{path} holds no single triangle mesh")
+    if path.suffix.lower() == ".stl":  # it has no vertices of its own: every triangle brings three
+        loaded.merge_vertices()
     vertices, faces = np.asarray(loaded.vertices, np.float64), np.asarray(loaded.faces, np.int64)
     if sizes is None:
         sizes = (1723, 431) if len(vertices) > 1723 else (195,)

@@ -61,10 +61,12 @@ def test_predict_writes_four_files_per_image_and_survives_a_bad_one(
     for name in ("a.png", "b.png"):
         (folder / name).write_bytes(image.read_bytes())
     (folder / "broken.jpg").write_text("no image")
-    status = main(["predict", str(folder), "--out", str(out), "--checkpoint", str(checkpoint), "--device", "cpu"])
+    inputs = [str(folder), str(tmp_path / "absent.png")]
+    status = main(["predict", *inputs, "--out", str(out), "--checkpoint", str(checkpoint), "--device", "cpu"])
     printed = capsys.readouterr()
     assert status == 1
-    assert "broken.jpg" in printed.err and "2 of 3 images done" in printed.out
+    assert "broken.jpg" in printed.err and "absent.png" in printed.err and "2 of 4 images done" in printed.out
+    assert "4/4" in printed.err  # the progress bar
     expected = {f"{stem}{end}" for stem in ("a", "b") for end in ("_overlay.png", "_side.png", ".glb", ".npz")}
     assert {path.name for path in out.iterdir()} == expected
     assert Image.open(out / "a_overlay.png").size == (90, 120)
@@ -73,6 +75,8 @@ def test_predict_writes_four_files_per_image_and_survives_a_bad_one(
 def test_cli_errors_are_one_line(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["predict", str(tmp_path / "none.png"), "--out", str(tmp_path)]) == 1
     assert "does not exist" in capsys.readouterr().err
+    assert main(["predict", "--out", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == "fastmetro: error: no image was given\n"
     assert main(["predict", str(tmp_path), "--out", str(tmp_path)]) == 1
     assert "holds no image" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stop:

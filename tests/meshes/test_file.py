@@ -26,6 +26,14 @@ def test_formats(suffix, surface, tmp_path) -> None:
     assert np.allclose((mesh.joint_regressor @ mesh.vertices)[3], [0, 1, 0], atol=1e-5)
 
 
+def test_triangles_of_an_stl_are_joined(surface, tmp_path) -> None:
+    path = tmp_path / "ball.stl"
+    surface.export(path)
+    mesh = load_mesh(path)
+    assert [level.num_vertices for level in mesh.levels] == [642, 195]
+    assert trimesh.Trimesh(mesh.vertices, mesh.faces, process=False).is_watertight
+
+
 def test_own_joints_and_sizes(surface, tmp_path) -> None:
     path = tmp_path / "ball.ply"
     surface.export(path)

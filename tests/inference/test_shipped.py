@@ -1,0 +1,69 @@
+"""What a user gets without training: the weights in the package, the demo, and the numbers of `fastmetro eval`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastmetro.cli import main
+from fastmetro.evaluation import synthetic
+from fastmetro.inference import demo
+from fastmetro.inference.pretrained import SHIPPED, load_pretrained, weights_record
+from fastmetro.training.export import SHIPPED_BYTES
+
+
+def test_shipped_weights_fit_and_say_how_they_were_made() -> None:
+    path = SHIPPED["fastmetro-compact"]
+    assert path.stat().st_size <= SHIPPED_BYTES
+    record = weights_record(path)
+    assert record["model"] == "fastmetro-compact" and record["mesh"] == "anny-body"
+    assert "fastmetro train" in record["command"] and int(record["samples"]) > 10**6 and record["commit"]
+    config = json.loads(record["config"])
+    assert config["seed"] != synthetic.HELD_OUT_SEED and config["image_size"] == 224
+
+
+def test_shipped_weights_beat_the_mean_mesh_on_held_out_images(device: torch.device) -> None:
+    """A few images, with room for chance: `fastmetro eval` measures a thousand."""
+    model = load_pretrained("fastmetro-compact").to(device)
+    report = synthetic.evaluate_synthetic(model, 16, baselines=False, batch_size=8)
+    people = synthetic.SyntheticPeople(model.mesh, synthetic.HELD_OUT_SEED, photographs=False)
+    mean = synthetic.mean_meshes(synthetic.SyntheticPeople(model.mesh, 0, photographs=False), 64, 16)
+    truth = people.labels(torch.arange(16)).vertices
+    for constant in (mean.camera, mean.facing):
+        errors = synthetic.mesh_errors(constant.expand_as(truth), truth, people.joint_regressor, people.root_joints)
+        for name, limit in (("mpjpe", 0.75), ("pa_mpjpe", 0.85)):
+            assert float(str(report[name])) < limit * float(errors[name].mean()), name
+
+
+def test_eval_prints_network_and_mean_mesh(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(synthetic.mean_meshes, "__defaults__", (8, 8))
+    assert main(["eval", "--data", "synthetic", "--count", "2", "--batch-size", "2", "--device", "cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "PA-MPJPE" in lines[0] and "mm" in lines[0]
+    rows = {line[:22].strip(): [float(value) for value in line[22:].split()] for line in lines[1:4]}
+    assert list(rows) == ["network", "mean mesh", "mean mesh, facing"]
+    assert all(len(values) == 3 and min(values) > 1 for values in rows.values())
+    assert lines[4] == f"2 synthetic images of seed {synthetic.HELD_OUT_SEED}; {synthetic.SYNTHETIC_PROTOCOL}"
+
+
+def test_demo_shows_three_people_and_two_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo.median_milliseconds, "__defaults__", (0.0,))
+    assert main(["demo", "--out", str(tmp_path), "--device", "cpu"]) == 0
+    names = ["astronaut", *(f"synthetic-{index}" for index in demo.HELD_OUT)]
+    expected = {f"{name}{end}" for name in names for end in ("_overlay.png", "_side.png", ".glb", ".npz")}
+    assert {path.name for path in tmp_path.iterdir()} == {*expected, "demo.png"}
+    for name, pixels in demo.demo_images().items():  # the mesh is drawn over the picture, in most of its middle
+        overlay = np.asarray(Image.open(tmp_path / f"{name}_overlay.png")).astype(int)
+        assert overlay.shape == pixels.shape
+        assert 0.03 < (np.abs(overlay - pixels).max(axis=2) > 8).mean() < 0.9
+    printed = capsys.readouterr().out
+    assert "trained on synthetic people only" in printed
+    times = [line.split()[-2:] for line in printed.splitlines() if line.startswith("  ")]
+    assert len(times) == 2 and all(float(value) > 0 and unit == "ms" for value, unit in times)
