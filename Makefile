@@ -16,12 +16,12 @@ demo: build
 	$(PY) -m fastmetro demo --out $(OUT)/demo
 
 test: build lint
-	$(PY) -m pytest -n 2 tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 tests
 
 # The same test files on a machine with a GPU. Nothing is installed or compiled: the extension is used as built.
 test-gpu:
 	$(PY) -m fastmetro_kernels.info
-	$(PY) -m pytest -p no:cacheprovider tests/kernels tests/models
+	$(PY) -m pytest -p no:cacheprovider tests
 
 lint: setup
 	$(PY) -m ruff check .
