@@ -50,11 +50,44 @@ def check_symmetric(row_offsets: np.ndarray, columns: np.ndarray) -> tuple[int, 
 def as_numpy(name: str, value: Any) -> np.ndarray:
     """`value` (array, tensor on any device, nested list) as a NumPy array."""
     if isinstance(value, torch.Tensor):
-        return value.detach().cpu().numpy()
+        try:
+            return value.detach().cpu().numpy()
+        except TypeError as error:  # NumPy has no sparse layouts and no bfloat16
+            raise TypeError(f"{name} cannot be a {value.layout} tensor of {value.dtype}: {error}") from error
     try:
         return np.asarray(value)
     except ValueError as error:
         raise ValueError(f"{name} must be a rectangular array: {error}") from error
+
+
+def check_compressed(name: str, matrix: Any) -> None:
+    """Raises when the arrays of a SciPy CSR, CSC or BSR matrix contradict each other: converting reads beyond them."""
+    if matrix.format in ("csr", "csc", "bsr"):
+        try:
+            matrix.check_format(full_check=True)
+        except ValueError as error:
+            raise ValueError(f"{name}: malformed {matrix.format.upper()} arrays: {error}") from error
+
+
+def compressed_entries(name: str, tensor: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns of the entries of a CSR or CSC tensor [M, N], which nobody need have checked.
+
+    Raises:
+        ValueError: the offsets do not rise from 0 to the number of entries (torch's own conversions would read
+            beyond them). The indices themselves are not checked.
+    """
+    if tensor.layout == torch.sparse_csr:
+        count, arrays = tensor.shape[0], (tensor.crow_indices(), tensor.col_indices())
+    else:
+        count, arrays = tensor.shape[1], (tensor.ccol_indices(), tensor.row_indices())
+    offsets, minor = (as_numpy(name, array) for array in arrays)
+    steps = np.diff(offsets)
+    if len(steps) != count or offsets[0] != 0 or offsets[-1] != len(minor) or (steps < 0).any():
+        raise ValueError(
+            f"{name}: malformed {tensor.layout} tensor: its {count + 1} offsets must rise from 0 to {len(minor)}"
+        )
+    major = np.repeat(np.arange(count), steps)
+    return (major, minor) if tensor.layout == torch.sparse_csr else (minor, major)
 
 
 def _as_indices(name: str, value: Any, width: int, num_vertices: int | None) -> tuple[np.ndarray, int]:
@@ -110,7 +143,7 @@ def lists_from_faces(faces: Any, num_vertices: int | None) -> Lists:
 
 
 def lists_from_adjacency(adjacency: Any) -> Lists:
-    """The non-zero entries of a square matrix: SciPy sparse, NumPy, or torch (dense, COO or CSR)."""
+    """The non-zero entries of a square matrix: SciPy sparse, NumPy, or torch (dense, COO, CSR, CSC)."""
     rows, columns, values, shape = _matrix_entries(adjacency)
     if len(shape) != 2 or shape[0] != shape[1]:
         raise ValueError(f"adjacency must be a square matrix, got shape {list(shape)}")
@@ -132,14 +165,20 @@ def lists_from_adjacency(adjacency: Any) -> Lists:
 def _matrix_entries(adjacency: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[int, ...]]:
     """Rows, columns, values and shape of a matrix; entries may be repeated."""
     if scipy.sparse.issparse(adjacency):
+        if len(adjacency.shape) != 2:
+            raise ValueError(f"adjacency must be a square matrix, got shape {list(adjacency.shape)}")
+        check_compressed("adjacency", adjacency)
         coo = adjacency.tocoo()
-        if len(coo.shape) != 2:
-            raise ValueError(f"adjacency must be a square matrix, got shape {list(coo.shape)}")
         return coo.row, coo.col, coo.data, coo.shape
     if isinstance(adjacency, torch.Tensor) and adjacency.layout != torch.strided:
-        sparse = adjacency.detach().cpu().to_sparse_coo()
-        if sparse.dim() != 2 or sparse.sparse_dim() != 2:
+        sparse = adjacency.detach().cpu()
+        if sparse.dim() != 2 or (sparse.layout == torch.sparse_coo and sparse.sparse_dim() != 2):
             raise ValueError(f"adjacency must be a square matrix, got shape {list(sparse.shape)}")
+        if sparse.layout in (torch.sparse_csr, torch.sparse_csc):
+            rows, columns = compressed_entries("adjacency", sparse)
+            return rows, columns, _plain_values(sparse.values()), tuple(sparse.shape)
+        if sparse.layout != torch.sparse_coo:
+            raise TypeError(f"adjacency must be a COO, CSR, CSC or dense tensor, got layout {sparse.layout}")
         indices = sparse._indices().numpy()  # as stored: coalescing would not check the range
         return indices[0], indices[1], _plain_values(sparse._values()), tuple(sparse.shape)
     if isinstance(adjacency, torch.Tensor):

@@ -10,6 +10,8 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor, nn
 
+from fastmetro_kernels.adjacency import check_compressed, compressed_entries
+
 _INT32_MAX = 2**31 - 1
 _ELL_MAX_WIDTH = 8
 _ELL_MAX_PADDING = 1.25  # slots of the padded table per stored entry
@@ -111,7 +113,8 @@ class SparseMatrix(nn.Module):
 
         Raises:
             TypeError: ``matrix`` is not a tensor, not real, or of another layout.
-            ValueError: it is not two-dimensional, requires grad, has an index out of range, or holds NaN or infinity.
+            ValueError: it is not two-dimensional, requires grad, has an index out of range or broken offsets, or holds
+                NaN or infinity.
         """
         if not isinstance(matrix, Tensor):
             raise TypeError(f"matrix: expected a torch.Tensor, got {type(matrix).__name__}")
@@ -123,16 +126,10 @@ class SparseMatrix(nn.Module):
         if matrix.layout == torch.sparse_coo:
             rows, columns = _to_numpy(matrix._indices())
             return cls(_triplets_to_coo(rows, columns, _to_numpy(matrix._values(), matrix), shape))
-        if matrix.layout == torch.sparse_csr:
-            offsets, indices = matrix.crow_indices(), matrix.col_indices()
-        elif matrix.layout == torch.sparse_csc:
-            offsets, indices = matrix.ccol_indices(), matrix.row_indices()
-        else:
+        if matrix.layout not in (torch.sparse_csr, torch.sparse_csc):
             raise TypeError(f"matrix: expected a COO, CSR, CSC or dense tensor, got layout {matrix.layout}")
-        major = np.repeat(np.arange(offsets.numel() - 1), np.diff(_to_numpy(offsets)))
-        minor, values = _to_numpy(indices), _to_numpy(matrix.values(), matrix)
-        rows, columns = (major, minor) if matrix.layout == torch.sparse_csr else (minor, major)
-        return cls(_triplets_to_coo(rows, columns, values, shape))
+        rows, columns = compressed_entries("matrix", matrix)
+        return cls(_triplets_to_coo(rows, columns, _to_numpy(matrix.values(), matrix), shape))
 
     @property
     def nnz(self) -> int:
@@ -190,11 +187,7 @@ def _canonical_csr(matrix: Any) -> sp.csr_array:
     if matrix.ndim != 2:
         raise ValueError(f"matrix: expected 2 dimensions, got shape {tuple(matrix.shape)}")
     _check_real(matrix.dtype)
-    if matrix.format in ("csr", "csc", "bsr"):
-        try:
-            matrix.check_format(full_check=True)
-        except ValueError as error:
-            raise ValueError(f"matrix: malformed {matrix.format.upper()} arrays: {error}") from error
+    check_compressed("matrix", matrix)
     coo = sp.coo_array(matrix)
     for name, index, size in (("row", coo.row, coo.shape[0]), ("column", coo.col, coo.shape[1])):
         if size > _INT32_MAX:

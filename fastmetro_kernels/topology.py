@@ -166,15 +166,16 @@ class TokenTopology(nn.Module):
         """Vertex i may attend to vertex j where `adjacency[i, j]` is not zero. Nothing is added: no self loops.
 
         Args:
-            adjacency: Square [N, N]: SciPy sparse, NumPy or torch (dense, COO, CSR); numbers or booleans. Stored
-                zeros do not count, repeated entries are merged.
+            adjacency: Square [N, N]: SciPy sparse, NumPy or torch (dense, COO, CSR, CSC); numbers or booleans.
+                Stored zeros do not count, repeated entries are merged.
             num_hubs: 0 to 64; hubs are additional to the N vertices.
             symmetric: True promises a symmetric pattern.
             order: `"natural"` or `"locality"`, the processing order.
 
         Raises:
-            TypeError: entries that are not numbers or booleans.
-            ValueError: not square, NaN or infinite values, or a pattern that is not symmetric although promised.
+            TypeError: entries that are not numbers or booleans, or a tensor of another layout.
+            ValueError: not square, NaN or infinite values, indices out of range, broken CSR or CSC offsets, or a
+                pattern that is not symmetric although promised.
         """
         return cls(*lists.lists_from_adjacency(adjacency), num_hubs=num_hubs, symmetric=symmetric, order=order)
 

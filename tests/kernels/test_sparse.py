@@ -148,6 +148,13 @@ def malformed_csr() -> sp.csr_array:
     return matrix
 
 
+def malformed_compressed(layout: torch.layout) -> torch.Tensor:
+    offsets, indices = torch.tensor([0, 3, 2]), torch.tensor([0, 1])
+    return torch.sparse_compressed_tensor(
+        offsets, indices, torch.ones(2), (2, 2), layout=layout, check_invariants=False
+    )  # fmt: skip
+
+
 def out_of_range_coo() -> torch.Tensor:
     return torch.sparse_coo_tensor(torch.tensor([[0], [9]]), torch.ones(1), (2, 3), check_invariants=False)
 
@@ -169,6 +176,9 @@ def out_of_range_coo() -> torch.Tensor:
         (lambda: SparseMatrix.from_dense(np.array([[1e300]])), ValueError, r"finite in float32, got 1e\+300"),
         (lambda: SparseMatrix(malformed_csr()), ValueError, "malformed CSR"),
         (lambda: SparseMatrix.from_torch(out_of_range_coo()), ValueError, "exceeds|range|index"),
+        (lambda: SparseMatrix.from_torch(malformed_compressed(torch.sparse_csr)), ValueError, "rise from 0 to 2"),
+        (lambda: SparseMatrix.from_torch(malformed_compressed(torch.sparse_csc)), ValueError, "rise from 0 to 2"),
+        (lambda: SparseMatrix.from_torch(torch.eye(2).to_sparse_bsr((1, 1))), TypeError, "got layout .*bsr"),
         (lambda: SparseMatrix(sp.coo_array((2**31, 1))), ValueError, "at most 2147483647 rows"),
         (lambda: SparseMatrix(sp.coo_array((1, 2**31))), ValueError, "at most 2147483647 columns"),
         (lambda: SparseMatrix.from_dense(torch.ones(2, 2, requires_grad=True)), ValueError, "detach"),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import scipy.sparse
 import torch
-from attention_cases import graphs, grid_faces, random_mask, topology_of
+from attention_cases import FLOAT32_RUNNERS, Runner, graphs, grid_faces, random_mask, topology_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -83,6 +83,7 @@ def _adjacencies() -> dict[str, Any]:
         "bfloat16": tensor.bfloat16(),
         "torch coo": tensor.to_sparse_coo(),
         "torch csr": tensor.to_sparse_csr(),
+        "torch csc": tensor.to_sparse_csc(),
         "with gradient": tensor.clone().requires_grad_(),
     }
 
@@ -144,6 +145,12 @@ def test_from_mask_with_a_given_number_of_hubs() -> None:
         TokenTopology.from_mask(mask, num_hubs=13)
 
 
+def test_dense_tokens_beyond_64_become_vertices() -> None:
+    topology = TokenTopology.from_mask(torch.ones(70, 70, dtype=torch.bool))
+    assert (topology.num_hubs, topology.num_vertices, topology.nnz) == (64, 6, 36)
+    assert topology.mask().all()
+
+
 def test_a_dense_row_without_its_column_is_no_hub() -> None:
     mask = torch.eye(5, dtype=torch.bool)
     mask[0] = True
@@ -152,6 +159,18 @@ def test_a_dense_row_without_its_column_is_no_hub() -> None:
 
 
 NAN = np.array([[1.0, np.nan], [np.nan, 1.0]])
+
+
+def unchecked_csr(offsets: list[int], columns: list[int]) -> torch.Tensor:
+    """A 2 x 2 CSR tensor whose arrays need not fit: torch's own conversion of it may read beyond its memory."""
+    return torch.sparse_csr_tensor(offsets, columns, torch.ones(len(columns)), (2, 2), check_invariants=False)
+
+
+def unchecked_scipy(offsets: list[int], columns: list[int]) -> scipy.sparse.csr_matrix:
+    """The same in SciPy."""
+    matrix = scipy.sparse.csr_matrix(np.eye(2))
+    matrix.indptr[:], matrix.indices[:] = offsets, columns
+    return matrix
 
 
 @pytest.mark.parametrize(
@@ -179,6 +198,15 @@ NAN = np.array([[1.0, np.nan], [np.nan, 1.0]])
         (lambda: TokenTopology.from_adjacency(torch.eye(2) * torch.inf), ValueError, "must be finite"),
         (lambda: TokenTopology.from_adjacency(np.array([["a"]])), TypeError, "numbers or booleans"),
         (lambda: TokenTopology.from_adjacency(np.eye(2) * 1j), TypeError, "numbers or booleans, got complex128"),
+        (lambda: TokenTopology.from_adjacency(unchecked_csr([0, 1, 3], [0, 1])), ValueError, "rise from 0 to 2"),
+        (lambda: TokenTopology.from_adjacency(unchecked_csr([0, 3, 2], [0, 1])), ValueError, "rise from 0 to 2"),
+        (lambda: TokenTopology.from_adjacency(unchecked_csr([0, 1, 2], [0, 9])), ValueError, r"entry at \[1, 9\]"),
+        (lambda: TokenTopology.from_adjacency(unchecked_scipy([0, 1, 9], [0, 1])), ValueError, "malformed CSR"),
+        (lambda: TokenTopology.from_adjacency(unchecked_scipy([0, 1, 2], [0, -1])), ValueError, "malformed CSR"),
+        (lambda: TokenTopology.from_adjacency(torch.eye(2).to_sparse_bsr((1, 1))), TypeError, "got layout .*bsr"),
+        (lambda: TokenTopology.from_faces(torch.ones(1, 3).bfloat16()), TypeError, "faces cannot be .*bfloat16"),
+        (lambda: TokenTopology.from_mask(torch.eye(3).bool().to_sparse()), TypeError, "mask cannot be .*sparse_coo"),
+        (lambda: TokenTopology.from_mask(np.ones((70, 70), bool), num_hubs=65), ValueError, "0 to 64, got 65"),
         (lambda: TokenTopology.from_mask(np.eye(3)), TypeError, "mask must be boolean .* got float64"),
         (lambda: TokenTopology.from_mask(torch.eye(3)), TypeError, "mask must be boolean"),
         (lambda: TokenTopology.from_mask(np.ones((2, 3), bool)), ValueError, r"square \[L, L\], got \[2, 3\]"),
@@ -191,6 +219,7 @@ NAN = np.array([[1.0, np.nan], [np.nan, 1.0]])
         (lambda: adjacency.check_entry_count(2**31), ValueError, "2147483648 neighbour entries, at most 2147483647"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:Sparse")
 def test_bad_input_is_named(build: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         build()
@@ -294,9 +323,10 @@ class Layer(nn.Module):
         super().__init__()
         self.topology = topology
         self.scale = nn.Parameter(torch.ones(8))
+        self.backend = "reference"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return topology_attention(x * self.scale, x, x, self.topology, backend="reference")
+        return topology_attention(x * self.scale, x, x, self.topology, backend=self.backend)
 
 
 def buffers_equal(left: TokenTopology, right: TokenTopology) -> bool:
@@ -341,10 +371,15 @@ def test_moves_between_devices(device: torch.device) -> None:
     assert meta.columns.device.type == "meta"
 
 
-def test_export() -> None:
-    layer = Layer(topology_of(graphs()["mesh"]))
-    x = torch.randn(2, layer.topology.num_tokens, 2, 8)
+@pytest.mark.parametrize("runner", FLOAT32_RUNNERS, ids=str)
+def test_export(runner: Runner) -> None:
+    layer = Layer(topology_of(graphs()["mesh"])).to(runner.device)
+    layer.backend = runner.backend
+    x = torch.randn(2, layer.topology.num_tokens, 2, 8, device=runner.device)
     program = torch.export.export(layer, (x,))
+    ops = {str(node.target) for node in program.graph.nodes if "fastmetro_kernels" in str(node.target)}
+    kernel = {f"fastmetro_kernels.attention_forward_{runner.backend}.default"}
+    assert ops == (set() if runner.backend == "reference" else kernel), "the backend that was named is in the program"
     torch.testing.assert_close(program.module()(x), layer(x))
     file = io.BytesIO()
     torch.export.save(program, file)
