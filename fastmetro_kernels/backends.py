@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-BUILD_COMMAND = "pip install --no-build-isolation ."
-"""The command that builds the extension into the installed package."""
+BUILD_COMMAND = "pip install ."
+"""The command that builds the extension into an installed package; in a checkout see :func:`build_command`."""
 
 _PACKAGE = Path(__file__).resolve().parent
 _CPU_LIBRARY = "_native_cpu.abi3.so"
@@ -28,16 +28,25 @@ class BackendUnavailable(RuntimeError):
     """A backend was asked for by name and cannot take this input; the message lists every backend's reasons."""
 
 
+def build_command() -> str:
+    """The command that builds the extension where this package lies.
+
+    In a checkout that is `make build`: `pip install .` there would fill the installed package, while Python goes on
+    importing the checkout.
+    """
+    return "make build" if (_PACKAGE.parent / "setup.py").is_file() else BUILD_COMMAND
+
+
 @functools.cache
 def _load(filename: str) -> str | None:
     """Load one shared library of the extension; return why it could not be loaded, or None when it was."""
     path = _PACKAGE / filename
     if not path.is_file():
-        return f"{filename} is not built; build it with `{BUILD_COMMAND}`"
+        return f"{filename} is not built; build it with `{build_command()}`"
     try:
         torch.ops.load_library(path)
     except OSError as error:
-        return f"{filename} does not load: {error}; rebuild it with `{BUILD_COMMAND}`"
+        return f"{filename} does not load: {error}; rebuild it with `{build_command()}`"
     return None
 
 
@@ -75,6 +84,8 @@ def native_reasons(operator: str, device: torch.device) -> list[str]:
     if device.type not in {"cpu", "cuda"}:
         return [f"there are no native kernels for {device.type} tensors"]
     reasons = native_cpu_reasons() if device.type == "cpu" else native_cuda_reasons()
+    if not reasons and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        reasons = ["the CUDA kernels need compute capability 8.0 or newer"]
     key = device.type.upper()
     if not reasons and not torch._C._dispatch_has_kernel_for_dispatch_key(f"fastmetro_kernels::{operator}", key):
         reasons = [f"the extension holds no {key} kernel for {operator}"]

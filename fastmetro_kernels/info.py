@@ -47,9 +47,9 @@ def backend_reasons(op: str, backend: str, device: torch.device) -> list[str]:
 def remedy() -> str | None:
     """The command that mends what is missing here, or None when nothing is."""
     if backends.native_cpu_reasons():
-        return f"{backends.BUILD_COMMAND}   (compiles the C++ kernels; needs g++)"
-    if torch.cuda.is_available() and backends.native_cuda_reasons():
-        return f"{backends.BUILD_COMMAND}   (compiles the CUDA kernels; needs nvcc on the PATH or CUDA_HOME)"
+        return f"{backends.build_command()}   (compiles the C++ kernels; needs g++)"
+    if torch.version.cuda is not None and torch.cuda.is_available() and backends.native_cuda_reasons():
+        return f"{backends.build_command()}   (compiles the CUDA kernels; needs nvcc on the PATH or CUDA_HOME)"
     if importlib.util.find_spec("triton") is None and platform.system() == "Linux":
         return "pip install triton"
     return None

@@ -1,4 +1,4 @@
-"""Attention by the compiled extension (`csrc/attention/`): C++ on CPU tensors, CUDA C++ on CUDA tensors."""
+"""Attention by the compiled extension (`csrc/attention/`): C++ on CPU tensors; there are no CUDA kernels of it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Schemas and shape rules of the attention ops. Kernels are registered elsewhere; nothing here runs one.
 
-`csrc/attention/` implements the native ops for CPU and CUDA, `triton.py` the Triton ones. Schemas live here, so
+`csrc/attention/` implements the native ops for CPU, `triton.py` the Triton ones. Schemas live here, so
 that tracing (`torch.compile`, `torch.export`) works whether or not a kernel is present.
 """
 

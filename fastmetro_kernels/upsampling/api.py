@@ -89,6 +89,8 @@ def _choose(requested: str, device: torch.device, dtype: torch.dtype) -> str:
     triton = list(backends.triton_reasons(device))
     if dtype == torch.float64:
         triton.append("float64 is not supported")
+    if dtype == torch.bfloat16 and device.type == "cpu":
+        triton.append("Triton's interpreter truncates to bfloat16 instead of rounding")
     why = {"reference": [], "triton": triton, "native": native.reasons(device, dtype)}
     order = [name for name in _ORDER if not (name == "triton" and backends.triton_interpreted())]
     return backends.select("sparse_upsample", requested, why, order)

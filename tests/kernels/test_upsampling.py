@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastmetro_kernels import BackendUnavailable, SparseMatrix, backends, sparse_upsample
+from fastmetro_kernels.upsampling import api
 
 ROOT = Path(__file__).resolve().parents[2]
 HALF, BFLOAT, FLOAT, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -335,6 +336,7 @@ def test_conversions_without_vector_instructions() -> None:
         ({"matrix": sp.eye_array(5)}, TypeError, "matrix: expected a SparseMatrix, got dia_array.*from_scipy"),
         ({"backend": "cuda"}, ValueError, "backend='cuda' is not known; accepted: 'auto', 'reference'"),
         ({"backend": "triton", "x": torch.ones(2, 5, 3, dtype=DOUBLE)}, BackendUnavailable, "triton: .*float64"),
+        ({"backend": "triton", "x": torch.ones(2, 5, 3, dtype=BFLOAT)}, BackendUnavailable, "triton: .*bfloat16"),
     ],
 )
 def test_wrong_input_is_refused(arguments: dict, error: type[Exception], message: str) -> None:
@@ -347,6 +349,20 @@ def test_values_that_require_grad_are_refused() -> None:
     matrix.values.requires_grad_()
     with pytest.raises(ValueError, match="constants"):
         sparse_upsample(torch.ones(1, 5, 3), matrix)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, HALF, BFLOAT, DOUBLE], ids=str)
+def test_auto_takes_the_kernels(dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The native kernels where they are built (float64: on CPU), else Triton on a GPU, and never interpreted Triton."""
+    called = []
+    for name, product in api._PRODUCTS.items():
+        monkeypatch.setitem(api._PRODUCTS, name, lambda *args, n=name, p=product: called.append(n) or p(*args))
+    matrix = random_matrix(9, 5, 3).to(device)
+    sparse_upsample(torch.ones(2, 5, 3, dtype=dtype, device=device), matrix)
+    double_on_gpu = dtype == DOUBLE and device.type == "cuda"
+    fallback = "triton" if device.type == "cuda" and not double_on_gpu else "reference"
+    native = not backends.native_reasons("upsample_native", device) and not double_on_gpu
+    assert called == ["native" if native else fallback]
 
 
 def test_a_missing_backend_says_how_to_mend_it(monkeypatch: pytest.MonkeyPatch) -> None:
