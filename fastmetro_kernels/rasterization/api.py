@@ -64,7 +64,7 @@ def rasterize(
         the attributes.
 
     Raises:
-        TypeError: a tensor has an unsupported dtype, or is no tensor.
+        TypeError: a tensor has an unsupported dtype, or is no tensor; a size is a float.
         ValueError: a shape or size is wrong, the tensors are on different devices, or a face names a vertex that does
             not exist. Indices are checked on CPU tensors outside ``torch.compile`` only: on CUDA that would wait for
             the device, so there faces with an index out of range are dropped (never read).
@@ -79,6 +79,9 @@ def rasterize(
 
 def interpolate(attributes: Tensor, faces: Tensor, raster: RasterOutput) -> Tensor:
     """Interpolate per-vertex attributes over the pixels; differentiable in the attributes.
+
+    Plain PyTorch. On CUDA its gradient is summed by atomic additions, so that it may differ in the last bits from run
+    to run; the values do not.
 
     Args:
         attributes: [B, V, C] or [V, C] (shared by the batch) floating point.
@@ -133,6 +136,8 @@ def _check(vertices: Tensor, faces: Tensor, height: int, width: int) -> None:
     if faces.device != vertices.device:
         raise ValueError(f"vertices are on {vertices.device} but faces on {faces.device}")
     for name, size in (("height", height), ("width", width)):
+        if isinstance(size, float):
+            raise TypeError(f"{name} must be an int, got float")
         if not 1 <= size <= MAX_IMAGE_SIZE:
             raise ValueError(f"{name} must be in 1..{MAX_IMAGE_SIZE}, got {size}")
     if faces.device.type == "cpu" and faces.numel() and not torch.compiler.is_compiling():

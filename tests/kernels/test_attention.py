@@ -94,12 +94,17 @@ def test_processing_order_changes_nothing_visible(runner: Runner) -> None:
     check(runner, graph, random_inputs(runner, 1, len(graph.mask), 2, 16), order="locality")
 
 
-@pytest.mark.parametrize("count", [431, 1723])
-@pytest.mark.parametrize("runner", [r for r in RUNNERS if not r.interpreted], ids=str)
+def _mesh_sizes() -> list[tuple[Runner, int]]:
+    """The levels of a body mesh: small ones everywhere; 6,890 vertices on a GPU, for the C++ kernels see their file."""
+    wide = (torch.float32, torch.bfloat16)
+    sizes = [(r, 431) for r in RUNNERS if not r.interpreted]
+    sizes += [(r, 1723) for r in RUNNERS if not r.interpreted and r.dtype in wide]
+    return sizes + [(r, 6890) for r in RUNNERS if r.device == "cuda" and r.dtype in wide]
+
+
+@pytest.mark.parametrize(("runner", "count"), _mesh_sizes(), ids=str)
 def test_mesh_sizes(runner: Runner, count: int) -> None:
-    if count > 431 and runner.dtype not in (torch.float32, torch.bfloat16):
-        pytest.skip("the larger size is covered in two dtypes")
-    faces = grid_faces(*{431: (16, 27), 1723: (35, 50)}[count])
+    faces = grid_faces(*{431: (16, 27), 1723: (35, 50), 6890: (70, 99)}[count])
     mask = TokenTopology.from_faces(faces[(faces < count).all(1)], count, num_hubs=14).mask()
     check(runner, Graph(mask, 14, 16), random_inputs(runner, 1, count + 14, 2, 16), order="locality")
 
@@ -332,6 +337,29 @@ def test_strides(runner: Runner) -> None:
         for field, got, expected in zip(result._fields, result, exact, strict=True):
             close = torch.allclose(got, expected, rtol=tolerance, atol=tolerance)
             assert close, f"{name}: {field} differs by {(got - expected).abs().max():.3g}"
+
+
+@pytest.mark.parametrize("runner", [r for r in RUNNERS if r.dtype == torch.float16], ids=str)
+def test_input_offsets_past_2_31_elements(runner: Runner) -> None:
+    """The last batch element, token or head of the inputs and of the output's gradient lies past 2^31 elements."""
+    graph = graphs()["hubs_only" if runner.interpreted else "mesh"]
+    topology, tokens = topology_of(graph, runner.device), len(graph.mask)
+    numbers = random_inputs(runner, 2, tokens, 2, 16, count=2)
+    # Almost all of this memory is never touched, and on CPU never becomes real.
+    storages = [torch.empty(2**31 + 2**16, dtype=torch.float16, device=runner.device) for _ in range(2)]
+    far = (2**31, 32, 16, 1), (32, 2**31 // (tokens - 1) + 64, 16, 1), (32 * tokens, 32, 2**31, 1)
+    for strides in far[:1] if runner.interpreted else far:
+        x, grad = (
+            storage.as_strided(like.shape, strides).copy_(like.detach())
+            for storage, like in zip(storages, numbers, strict=True)
+        )
+        found = []
+        for leaf, cotangent in ((x, grad), (x.contiguous(), grad.contiguous())):
+            leaf = leaf.detach().requires_grad_()
+            out, lse = attend(runner, [leaf, leaf, leaf], topology)
+            found.append((out, lse, *torch.autograd.grad(out, leaf, cotangent)))
+        for got, want in zip(*found, strict=True):
+            torch.testing.assert_close(got, want, rtol=4e-3, atol=4e-3)
 
 
 @every_runner

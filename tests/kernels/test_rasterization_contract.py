@@ -76,6 +76,28 @@ def test_types_and_strides(backend: str, dtype: torch.dtype, device: torch.devic
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_vertices_shared_by_the_batch(backend: str, device: torch.device) -> None:
+    vertices, faces = random_scene(4, device, batch=1)
+    single = run(vertices, faces, 37, 53, backend)
+    shared = run(vertices.expand(3, -1, -1), faces, 37, 53, backend)
+    assert_same(shared, RasterOutput(*(field.expand(3, *field.shape[1:]) for field in single)))
+
+
+def test_every_element_is_written(device: torch.device) -> None:
+    """Deterministic mode fills fresh memory with NaN and the largest integers."""
+    vertices, faces = random_scene(4, device)
+    expected = run(vertices, faces, 37, 53, "native")
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3, device=device).isnan().all(), "poisoning works"
+        assert_same(run(vertices, faces, 37, 53, "native"), expected)
+        nothing = run(vertices, faces[:0], 37, 53, "native")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert (nothing.face_index == -1).all() and (nothing.barycentrics == 0).all() and nothing.depth.isposinf().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_batch_items_are_independent_and_repeatable(backend: str, device: torch.device) -> None:
     vertices, faces = random_scene(6, device, batch=5, triangles=500, extent=9)
     whole = run(vertices, faces, 37, 53, backend)
@@ -147,6 +169,7 @@ def test_outputs_carry_no_gradient(backend: str, device: torch.device) -> None:
         ({"faces": torch.tensor([[0, 1, 2**32]])}, ValueError, "0..3"),
         ({"height": 0}, ValueError, "height"),
         ({"width": 16385}, ValueError, "width"),
+        ({"width": 4.5}, TypeError, "width must be an int, got float"),
         ({"backend": "opengl"}, ValueError, "native"),
     ],
 )
