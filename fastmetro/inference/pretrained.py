@@ -5,28 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from fastmetro.models import FastMETRO, create_model
-from fastmetro.models.checkpoints import load_checkpoint
+from fastmetro.models.checkpoints import load_checkpoint, weights_record
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 SHIPPED = {"fastmetro-compact": ASSETS / "fastmetro_compact.safetensors"}
 """Names of the weights inside the package."""
-
-
-def weights_record(path: Path) -> dict[str, str]:
-    """How the weights of one of our ``.safetensors`` files were made: its metadata, all strings; {} for other files.
-
-    Raises:
-        ValueError: the file is not readable as safetensors.
-    """
-    if path.suffix != ".safetensors":
-        return {}
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            return dict(file.metadata() or {})
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
 
 
 def load_pretrained(checkpoint: str | Path, *, model: FastMETRO | None = None, attention: str = "auto") -> FastMETRO:

@@ -118,6 +118,23 @@ def read_state_dict(path: str | Path, max_bytes: int = MAX_BYTES) -> dict[str, T
     return _unwrapped(loaded, path)
 
 
+def weights_record(path: Path) -> dict[str, str]:
+    """How the weights of one of our ``.safetensors`` files were made: its metadata, all strings; {} for other files.
+
+    Raises:
+        ValueError: the file is not readable as safetensors.
+    """
+    if path.suffix != ".safetensors":
+        return {}
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+
+
 def describe(state: Mapping[str, Tensor]) -> str:
     """What architecture a state dict looks like, in the words of ``create_model``."""
     if "vertex_token_embed.weight" not in state:

@@ -20,10 +20,11 @@ from fastmetro.evaluation.synthetic import HELD_OUT_SEED, evaluate_synthetic, fo
 from fastmetro.files import replacing
 from fastmetro.meshes.mesh import Mesh, load_mesh
 from fastmetro.models import create_model
-from fastmetro.models.checkpoints import load_checkpoint
+from fastmetro.models.checkpoints import load_checkpoint, weights_record
 from fastmetro.training.config import TrainConfig
 from fastmetro.training.export import SHIPPED_BYTES, export_weights
 from fastmetro.training.losses import MeshRecoveryLoss
+from fastmetro.training.state import TrainState
 from fastmetro.training.trainer import Source, Trainer
 
 
@@ -38,6 +39,7 @@ def train(config: TrainConfig) -> dict[str, object]:
         ``finished``, ``step``, ``weights`` (path) and, if it was evaluated, ``report``.
 
     Raises:
+        FileExistsError: if ``config.output`` holds a checkpoint and the run does not resume from it.
         TrainingDiverged: if the loss is no longer finite.
         ValueError: if the seed is the one of the held-out images, or a checkpoint does not fit the configuration.
     """
@@ -62,8 +64,18 @@ def train(config: TrainConfig) -> dict[str, object]:
 
     loss = MeshRecoveryLoss(mesh, config.loss).to(device)
     trainer = Trainer(config, model, loss, source, evaluate if config.eval_count else None, started)
+    if config.initialise is not None:
+        _take_over_history(trainer.state, config.initialise)
+    trainer.state.commands.append(shlex.join(["python", *sys.orig_argv[1:]]))
     finished = trainer.run()
     return _finish(trainer, mesh, finished)
+
+
+def _take_over_history(state: TrainState, initial: Path) -> None:
+    """Weights that a run starts from bring the commands and the number of images that made them."""
+    record = weights_record(initial)
+    state.commands = json.loads(record["commands"]) if "commands" in record else [record.get("command", str(initial))]
+    state.samples_before = int(record.get("samples", 0))
 
 
 def _finish(trainer: Trainer, mesh: Mesh, finished: bool) -> dict[str, object]:
@@ -74,9 +86,9 @@ def _finish(trainer: Trainer, mesh: Mesh, finished: bool) -> dict[str, object]:
         "model": config.model,
         "mesh": config.mesh,
         "step": trainer.state.step,
-        "samples": trainer.state.step * config.batch_size,
+        "samples": trainer.state.samples_before + trainer.state.step * config.batch_size,
         "seconds": round(trainer.state.seconds, 1),
-        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+        "commands": trainer.state.commands,
         "commit": config.commit or _commit(),
         "config": config.settings(),
         "device": torch.cuda.get_device_name(trainer.device) if trainer.device.type == "cuda" else "cpu",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastmetro.files import replacing
 
-FORMAT = 1
+FORMAT = 2
 """Version of the checkpoint's layout."""
 
 
@@ -52,13 +52,19 @@ def _state_tensors(model: nn.Module) -> Iterator[Tensor]:
 
 @dataclass
 class TrainState:
-    """Model, average, optimizer and position of a run. The next batch starts at sample ``step * batch_size``."""
+    """Model, average, optimizer and position of a run. The next batch starts at sample ``step * batch_size``.
+
+    ``commands`` are all that led here, in order, and ``samples_before`` counts the images of earlier runs whose weights
+    this one started from.
+    """
 
     model: nn.Module
     average: ExponentialAverage
     optimizer: torch.optim.Optimizer
     step: int = 0
     seconds: float = 0.0
+    commands: list[str] = field(default_factory=list)
+    samples_before: int = 0
 
     def save(self, path: Path, settings: dict[str, Any]) -> None:
         """Write everything atomically; ``settings`` are the plain values that another start must share."""
@@ -68,6 +74,8 @@ class TrainState:
             "settings": settings,
             "step": self.step,
             "seconds": self.seconds,
+            "commands": self.commands,
+            "samples_before": self.samples_before,
             "model": self.model.state_dict(),
             "average": self.average.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -101,6 +109,7 @@ class TrainState:
         self.average.model.load_state_dict(content["average"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.step, self.seconds = content["step"], content["seconds"]
+        self.commands, self.samples_before = content["commands"], content["samples_before"]
         torch.set_rng_state(content["rng_cpu"])
         device = next(self.model.parameters()).device
         if device.type == "cuda" and content["rng_device"] is not None:

@@ -58,6 +58,10 @@ class Trainer:
         self.checkpoint = Path(config.output) / "checkpoint.pt"
         if config.resume:
             self.state.load(self.checkpoint, self.settings)
+        elif self.checkpoint.exists():
+            raise FileExistsError(
+                f"{self.checkpoint} would be overwritten: resume it, remove it, or choose another output"
+            )
         self.log = CsvLog(Path(config.output) / "log.csv", LOG_COLUMNS, self.state.step)
         self._network = torch.compile(self.model) if config.compile_model else self.model
         self._sums: dict[str, Tensor] = {}

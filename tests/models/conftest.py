@@ -76,6 +76,12 @@ def body_sized() -> StandInMesh:
 
 
 @pytest.fixture(scope="session")
+def hand_sized() -> StandInMesh:
+    """The sizes of the published hand without its data: 21 joints, 195 -> 778 vertices."""
+    return strip_mesh(21, 195, 778)
+
+
+@pytest.fixture(scope="session")
 def recipe(shared: Path) -> ModuleType:
     """The module that fills state dicts with values that depend on names only."""
     spec = importlib.util.spec_from_file_location("golden_recipe", shared / "golden/recipe.py")

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from fastmetro.models import create_model
-from fastmetro.models.backbones import ResNet50Trunk
+from fastmetro.models.backbones import HRNetW64, ResNet50Trunk
 
 RESNET50 = 23_508_032
 
@@ -22,6 +23,15 @@ def count(module: nn.Module) -> int:
 )
 def test_transformer_variants(name: str, expected: int, body_sized: Any) -> None:
     assert count(create_model(name, nn.Identity(), body_sized)) == expected
+
+
+@pytest.mark.parametrize(("name", "layers"), [("fastmetro-s", 1), ("fastmetro-m", 2), ("fastmetro-l", 3)])
+def test_hand_variants(name: str, layers: int, hand_sized: Any) -> None:
+    """A hand differs from a body by its tokens alone: 21 + 195 of them instead of 14 + 431."""
+    body = {"fastmetro-s": 9_297_030, "fastmetro-m": 17_116_294, "fastmetro-l": 24_935_558}[name]
+    model = create_model(name, nn.Identity(), hand_sized)
+    assert count(model) == body - 512 * (14 + 431 - 21 - 195)
+    assert len(model.transformer_1.encoder.layers) == len(model.transformer_2.decoder.layers) == layers
 
 
 @pytest.mark.parametrize(
@@ -45,6 +55,11 @@ def test_released_upsampling_adds_one_linear_layer(body_sized: Any) -> None:
 
 def test_resnet50_trunk() -> None:
     assert count(ResNet50Trunk()) == RESNET50
+
+
+def test_hrnet_w64() -> None:
+    with torch.device("meta"):
+        assert count(HRNetW64()) == 128_059_944  # with the classifier that the published file brings
 
 
 def test_compact_fits_16_mib_of_bfloat16(body_sized: Any) -> None:

@@ -208,6 +208,15 @@ def test_copies_and_pickles(tiny: Any) -> None:
     assert copy.deepcopy(model).token_attention.topology is not model.token_attention.topology
 
 
+def test_smpl_head_sends_no_gradient_to_the_mesh(tiny: Any) -> None:
+    model = small(tiny, smpl_head=True).train()
+    out = model(images())
+    assert out["pred_rotmat"].shape == (2, 24, 3, 3) and out["pred_betas"].shape == (2, 10)
+    (out["pred_rotmat"].sum() + out["pred_betas"].sum()).backward()
+    reached = {name.partition(".")[0] for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert reached == {"smpl_parameter_regressor"}
+
+
 def test_state_dict_holds_parameters_and_batch_norm_only(tiny: Any) -> None:
     model = small(tiny, attention="dense", smpl_head=True)
     parameters = {name for name, _ in model.named_parameters()}

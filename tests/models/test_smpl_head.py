@@ -30,11 +30,13 @@ def test_names_of_released_checkpoints() -> None:
     assert names == expected
 
 
-def test_shapes_and_rotations() -> None:
-    head = SMPLParameterRegressor(20).eval()
-    rotations, betas = head(torch.randn(5, 20, 3))
+def test_shapes_and_rotations(device: torch.device) -> None:
+    head = SMPLParameterRegressor(20).eval().to(device)
+    rotations, betas = head(torch.randn(5, 20, 3, device=device))
     assert rotations.shape == (5, 24, 3, 3)
     assert betas.shape == (5, 10)
+    assert rotations.device.type == device.type
+    rotations = rotations.cpu()
     torch.testing.assert_close(rotations @ rotations.mT, torch.eye(3).expand(5, 24, 3, 3), rtol=0, atol=1e-5)
     torch.testing.assert_close(torch.linalg.det(rotations), torch.ones(5, 24), rtol=0, atol=1e-5)
 
@@ -54,6 +56,11 @@ def test_projection_is_the_nearest_rotation() -> None:
     published = torch.linalg.det(u @ vh)[:, None, None] * (u @ vh)
     torch.testing.assert_close(nearest_rotation(m, compat=True), published)
     torch.testing.assert_close(nearest_rotation(m)[~flipped], published[~flipped])
+
+
+def test_devices_agree(device: torch.device) -> None:
+    m = matrices(50, seed=4)
+    torch.testing.assert_close(nearest_rotation(m.to(device)).cpu(), nearest_rotation(m), rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("compat", [False, True])

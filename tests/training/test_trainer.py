@@ -113,6 +113,15 @@ def test_other_settings_are_refused_on_resume(tmp_path):
         trainer(tmp_path / "elsewhere", resume=True)
 
 
+def test_a_checkpoint_is_never_overwritten_by_another_run(tmp_path):
+    run = trainer(tmp_path)
+    run.run()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(FileExistsError, match=r"checkpoint\.pt would be overwritten: resume it"):
+        trainer(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_a_nan_stops_the_run_and_keeps_the_last_good_state(tmp_path):
     def breaking(indices):
         images, labels = source(indices)
