@@ -215,8 +215,10 @@ def test_cuda_graph_replay(runner: Runner) -> None:
     seed = torch.tensor([1], device="cuda")
 
     def run() -> list[Tensor]:
-        out = topology_attention(*inputs, topology, dropout_p=0.2, seed=seed, backend=runner.backend)
-        return [out, *torch.autograd.grad(out.sum(), inputs)]
+        options = {"dropout_p": 0.2, "seed": seed, "return_weights": True, "return_lse": True}
+        out, weights, lse = topology_attention(*inputs, topology, backend=runner.backend, **options)
+        returned = [out, lse, weights.hub_rows, weights.vertex_hubs, weights.vertex_neighbors]
+        return [*returned, *torch.autograd.grad(out.sum() + lse.sum(), inputs)]
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -253,6 +255,19 @@ def test_no_synchronisation(runner: Runner) -> None:
             torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("runner", [r for r in FLOAT32_RUNNERS if r.device == "cuda"], ids=str)
+def test_device_that_is_not_the_current_one(runner: Runner) -> None:
+    inputs, topology = small(runner)
+    found = []
+    for device in ("cuda:0", "cuda:1"):
+        leaves = [x.detach().to(device).requires_grad_() for x in inputs]
+        out = topology_attention(*leaves, topology.to(device), dropout_p=0.2, seed=5, backend=runner.backend)
+        found.append([x.cpu() for x in (out, *torch.autograd.grad(out.square().sum(), leaves))])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 # ---- autocast -------------------------------------------------------------------------------------------------
 
 
@@ -273,6 +288,18 @@ def test_autocast_casts_as_sdpa(runner: Runner, dtype: torch.dtype) -> None:
     assert torch.equal(out, topology_attention(*cast, topology, backend=runner.backend)), "nothing else is cast"
     gradients = torch.autograd.grad(out.float().sum(), inputs)
     assert all(g.dtype == dtype and torch.isfinite(g).all() for g in gradients)
+
+
+@pytest.mark.parametrize("runner", FLOAT32_RUNNERS, ids=str)
+def test_autocast_makes_mixed_inputs_one_dtype(runner: Runner) -> None:
+    inputs, topology = small(runner)
+    mixed = [x.detach().to(t) for x, t in zip(inputs, (torch.float32, torch.float16, torch.float32), strict=True)]
+    with pytest.raises(TypeError, match="k must have the dtype of q"):
+        topology_attention(*mixed, topology, backend=runner.backend)
+    with torch.autocast(runner.device, dtype=torch.float16):
+        out = topology_attention(*mixed, topology, backend=runner.backend)
+    assert out.dtype == torch.float16
+    assert torch.equal(out, topology_attention(*(x.half() for x in mixed), topology, backend=runner.backend))
 
 
 # ---- backends -------------------------------------------------------------------------------------------------

@@ -227,3 +227,30 @@ def test_cuda_graph() -> None:
         static.copy_(scene)
         graph.replay()
         assert_same(captured, rasterize(scene, faces, 200, 220, backend="reference"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_more_large_triangles_than_the_work_list_holds() -> None:
+    """65,536 triangles whose boxes fill the image fit the list; warps keep the rest, here the nearest ones."""
+    count = 70_000
+    corners = torch.tensor([[-5.0, -5.0], [101.0, 101.0], [0.0, 0.0]]).repeat(count, 1, 1)
+    corners[:, 2] = torch.rand(count, 2, generator=torch.Generator().manual_seed(0)) * 96
+    depth = torch.linspace(2, 1, count).view(count, 1, 1).expand(count, 3, 1)
+    vertices = torch.cat([corners, depth], 2).view(1, 3 * count, 3)
+    faces = torch.arange(3 * count).view(count, 3)
+    expected = rasterize(vertices, faces, 96, 96, backend="native")
+    visible = expected.face_index.unique()
+    assert len(visible) > 10 and (visible > 65_536).any()
+    actual = run(vertices.cuda(), faces.cuda(), 96, 96, "native")
+    assert_same(RasterOutput(*(field.cpu() for field in actual)), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_device_that_is_not_the_current_one(backend: str) -> None:
+    vertices, faces = random_scene(1, "cpu")
+    actual = run(vertices.to("cuda:1"), faces.to("cuda:1"), 37, 53, backend)
+    assert actual.depth.device.index == 1
+    assert_same(RasterOutput(*(field.cpu() for field in actual)), run(vertices, faces, 37, 53, "reference"))
