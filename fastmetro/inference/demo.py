@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -43,21 +44,30 @@ def demo_errors(people: SyntheticPeople, predictions: dict[str, Prediction]) -> 
     return dict(zip(names, errors.tolist(), strict=True))
 
 
-def median_milliseconds(call: Callable[[], object], device: torch.device, seconds: float = 2.0) -> float:
-    """Median wall-clock time of ``call`` with the device synchronised, over about ``seconds``, after a warm-up."""
-    for _ in range(3):
-        call()
-    times: list[float] = []
+def median_milliseconds(
+    calls: Sequence[Callable[[], object]], device: torch.device, seconds: float = 4.0
+) -> list[float]:
+    """Median wall-clock time of each call with the device synchronised.
+
+    The calls take turns for about ``seconds``, after a warm-up, so that whatever else the machine does meets all alike.
+    """
+    for call in calls:
+        for _ in range(3):
+            call()
+    times: list[list[float]] = [[] for _ in calls]
     end = time.perf_counter() + seconds
-    while len(times) < 5 or time.perf_counter() < end:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(1000 * (time.perf_counter() - start))
-    return statistics.median(times)
+    while len(times[0]) < 5 or time.perf_counter() < end:
+        for call, mine in zip(calls, times, strict=True):
+            mine.append(_milliseconds(call, device))
+    return [statistics.median(mine) for mine in times]
+
+
+def _milliseconds(call: Callable[[], object], device: torch.device) -> float:
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return 1000 * (time.perf_counter() - start)
 
 
 def run_demo(out: Path, device: str | None = None) -> None:
@@ -90,9 +100,10 @@ def run_demo(out: Path, device: str | None = None) -> None:
 def print_times(pixels: np.ndarray, device: torch.device) -> None:
     """Time one image, pixels to vertices, on the plain and on the fused path."""
     print(f"time per image, pixels to vertices, batch 1, float32, {_device_name(device)}:")
-    for title, attention in PATHS.items():
-        predictor = Predictor(attention=attention, device=device)
-        print(f"  {title:24} {median_milliseconds(lambda: predictor(pixels), device):8.2f} ms")  # noqa: B023
+    predictors = [Predictor(attention=attention, device=device) for attention in PATHS.values()]
+    calls = [functools.partial(predictor, pixels) for predictor in predictors]
+    for title, milliseconds in zip(PATHS, median_milliseconds(calls, device), strict=True):
+        print(f"  {title:24} {milliseconds:8.2f} ms")
 
 
 def _device_name(device: torch.device) -> str:
