@@ -19,6 +19,9 @@ OPS = {
 }
 """The public ops: the operator whose presence tells of native kernels, and the backends that exist."""
 
+SIMD_LEVELS = ("baseline", "avx2", "avx512")
+"""Values of the environment variable FASTMETRO_SIMD (`csrc/common/simd.h`)."""
+
 
 def _version(package: str) -> str:
     try:
@@ -84,8 +87,10 @@ def report() -> str:
                 lines.append(f"  {device.type:5} {name:10} {'yes' if not reasons else 'no: ' + '; '.join(reasons)}")
     command = remedy()
     lines += ["", f"to mend: {command}" if command else "nothing is missing"]
-    if os.environ.get("FASTMETRO_SIMD"):
-        lines.append(f"FASTMETRO_SIMD={os.environ['FASTMETRO_SIMD']} caps the CPU kernels' instruction set")
+    if cap := os.environ.get("FASTMETRO_SIMD"):
+        known = cap in SIMD_LEVELS
+        effect = "caps the CPU kernels' instruction set" if known else f"is ignored; accepted: {', '.join(SIMD_LEVELS)}"
+        lines.append(f"FASTMETRO_SIMD={cap} {effect}")
     return "\n".join(lines)
 
 

@@ -40,3 +40,9 @@ def test_the_remedy_fits_the_place(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(backends, "_PACKAGE", tmp_path / "site-packages" / "fastmetro_kernels")
     assert (info.remedy() or "").startswith("pip install .")
     assert "build it with `pip install .`" in (backends._load.__wrapped__("_native_cpu.abi3.so") or "")
+
+
+@pytest.mark.parametrize(("value", "words"), [("avx2", "avx2 caps"), ("sse", "sse is ignored; accepted: baseline")])
+def test_the_report_tells_what_a_cap_does(value: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTMETRO_SIMD", value)
+    assert words in info.report()
