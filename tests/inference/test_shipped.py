@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 
 from fastmetro.cli import main
-from fastmetro.data.synthetic.dataset import SyntheticPeople
 from fastmetro.evaluation import synthetic
 from fastmetro.inference import demo
 from fastmetro.inference.pretrained import SHIPPED, load_pretrained, weights_record
