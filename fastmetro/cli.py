@@ -109,7 +109,7 @@ class Eval:
 class Train:
     """Train on synthetic images."""
 
-    config: tyro.conf.OmitArgPrefixes[TrainConfig]
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
 
     def run(self) -> int:
         """Train; a run that was stopped goes on with --resume."""
@@ -124,10 +124,10 @@ COMMANDS: dict[str, Callable[..., Any]] = {"predict": Predict, "demo": Demo, "ev
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; the return value is the exit status (2 for unusable arguments, 1 for an error)."""
-    command = tyro.extras.subcommand_cli_from_dict(
-        COMMANDS, args=arguments, prog="fastmetro", description="3D human and hand meshes from one image."
-    )
     try:
+        command = tyro.extras.subcommand_cli_from_dict(
+            COMMANDS, args=arguments, prog="fastmetro", description="3D human and hand meshes from one image."
+        )
         return command.run()
     except (OSError, ValueError, RuntimeError) as error:
         print(f"fastmetro: error: {error}", file=sys.stderr)

@@ -200,6 +200,24 @@ def test_compiles_as_one_graph(attention: str, tiny: Any, device: torch.device) 
         torch.testing.assert_close(compiled(images(device=device)), model(images(device=device)), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("attention", ["dense", "native", "triton"])
+def test_a_compiled_training_step_has_the_same_gradients(attention: str, tiny: Any, device: torch.device) -> None:
+    need(attention, device)
+    if attention == "triton" and device.type == "cpu":
+        pytest.skip("Triton's interpreter cannot be traced")
+    model = small(tiny, device, attention=attention, dropout=0.0).train()
+    x = images(device=device)
+    expected = {name: gradient.clone() for name, gradient in gradients(model, x).items()}
+    model.zero_grad()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    out = compiled(x)
+    sum(
+        (value * torch.linspace(-1, 1, value.numel(), device=x.device).view_as(value)).sum() for value in out.values()
+    ).backward()
+    actual = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert worst(actual, expected) < 1e-4
+
+
 def test_copies_and_pickles(tiny: Any) -> None:
     model = small(tiny, smpl_head=True).eval()
     expected = model(images())

@@ -1,0 +1,47 @@
+"""`fastmetro train`, from the command line to weights that `fastmetro predict` takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastmetro.cli import main
+from fastmetro.inference.predictor import Predictor
+
+SMALL = ["--batch-size", "2", "--image-size", "32", "--no-photographs", "--eval-count", "0", "--device", "cpu"]
+
+
+def test_train_and_predict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = str(tmp_path / "run")
+    assert main(["train", "--output", run, "--steps", "1", "--loss.vertices", "2.0", *SMALL]) == 0
+    assert "finished at step 1" in capsys.readouterr().out
+    weights = tmp_path / "run" / "weights.safetensors"
+    result = Predictor(weights, device="cpu")(np.zeros((50, 40, 3), np.uint8))
+    assert result.vertices.shape == (13348, 3) and np.isfinite(result.vertices).all()
+    assert main(["train", "--output", run, "--steps", "1", *SMALL]) == 1
+    assert "would be overwritten" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model", "fastmetro-xl"], "'fastmetro-compact', got 'fastmetro-xl'"),
+        (["--mesh", "anny-hand"], "mesh must be anny-body, got 'anny-hand'"),
+        (["--capture-images"], "must be on a CUDA device to be captured"),
+        (["--learning-rate", "0"], "learning_rate must be positive"),
+        (["--initialise", "absent.safetensors"], "no checkpoint at absent.safetensors"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_bad_options_are_one_line(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        status = main(["train", "--output", str(tmp_path / "run"), *SMALL, *options])
+    except SystemExit as stop:  # what the parser itself refuses
+        status = stop.code
+    assert status in (1, 2)
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
