@@ -115,8 +115,8 @@ def _measure(
     network: nn.Module, config: TrainConfig, mesh: Mesh, count: int, baselines: bool = True, progress: bool = False
 ) -> dict[str, object]:
     return evaluate_synthetic(
-        network, count, mesh=mesh, training_seed=config.seed, photographs=config.photographs, size=config.image_size,
-        baselines=baselines, progress=progress,
+        network, count, mesh=mesh, photographs=config.photographs, size=config.image_size, baselines=baselines,
+        progress=progress,
     )  # fmt: skip
 
 
