@@ -21,7 +21,7 @@ test: build lint
 # The same test files on a machine with a GPU. Nothing is installed or compiled: the extension is used as built.
 test-gpu:
 	$(PY) -m fastmetro_kernels.info
-	$(PY) -m pytest -p no:cacheprovider tests
+	$(PY) -m pytest -p no:cacheprovider -n 8 tests
 
 lint: setup
 	$(PY) -m ruff check .
@@ -33,7 +33,7 @@ build: setup
 info:
 	$(PY) -m fastmetro_kernels.info
 
-setup: $(PY)
+setup: $(filter .venv/bin/python,$(PY))
 	@$(PY) tools/install.py
 
 .venv/bin/python:

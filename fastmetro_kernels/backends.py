@@ -7,6 +7,7 @@ C++ for CPU tensors, CUDA C++ for CUDA tensors. A backend that cannot run says w
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib.util
 import os
@@ -69,8 +70,36 @@ def native_cuda_reasons() -> list[str]:
         return [f"PyTorch {torch.__version__} is built without CUDA"]
     if not torch.cuda.is_available():
         return ["no CUDA device is visible"]
-    problem = _load(_CUDA_LIBRARY)
+    problem = _load(_CUDA_LIBRARY) or _driver_problem()
     return [problem] if problem else []
+
+
+def cuda_versions() -> tuple[int, int]:
+    """The CUDA major versions that the extension's CUDA part was built with and that the driver supports (0: none).
+
+    Raises:
+        OSError: the CUDA part is not built, or does not load.
+    """
+    built, driver = ctypes.c_int(), ctypes.c_int()
+    library = ctypes.CDLL(str(_PACKAGE / _CUDA_LIBRARY))
+    if error := library.fastmetro_cuda_versions(ctypes.byref(built), ctypes.byref(driver)):
+        raise OSError(f"the CUDA runtime answers with error {error}")
+    return built.value // 1000, driver.value // 1000
+
+
+@functools.cache
+def _driver_problem() -> str | None:
+    """Why the driver cannot run the CUDA part, which brings its own CUDA runtime; None when it can."""
+    try:
+        built, driver = cuda_versions()
+    except OSError as error:
+        return f"{_CUDA_LIBRARY}: {error}"
+    if driver >= built:
+        return None
+    return (
+        f"{_CUDA_LIBRARY} was built with CUDA {built}, newer than this driver supports (CUDA {driver}); rebuild it "
+        f"with `{build_command()}` and an nvcc of CUDA {driver}"
+    )
 
 
 @torch.compiler.assume_constant_result

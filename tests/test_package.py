@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,7 @@ def run_python(code: str, **environment: str) -> str:
 def test_kernels_and_network_need_only_the_base_packages() -> None:
     code = f"""
 import sys
+import zipfile
 for name in {EXTRAS!r}:
     sys.modules[name] = None   # any import of it raises
 import torch, fastmetro_kernels, fastmetro
@@ -49,6 +51,7 @@ def test_import_compiles_nothing() -> None:
     """No compiler is started by importing: an audit hook sees every process that Python would start."""
     code = """
 import sys
+import zipfile
 def hook(event, args):
     if event in ("subprocess.Popen", "os.system", "os.posix_spawn", "os.exec"):
         print("STARTED", event, args)
@@ -69,6 +72,7 @@ def test_everything_works_without_the_extension(tmp_path: Path) -> None:
         target.write_text(source.read_text())
     code = f"""
 import sys
+import zipfile
 sys.path.insert(0, {str(tmp_path)!r})
 import torch, fastmetro_kernels as fk
 assert fk.__file__.startswith({str(tmp_path)!r})
@@ -126,3 +130,18 @@ def test_extension_uses_only_the_stable_abi() -> None:
         names = [line.split()[-1] for line in symbols.stdout.splitlines()]
         foreign = [n for n in names if n.startswith(("_ZN2at", "_ZN3c10", "_ZN5torch", "_Py", "Py"))]
         assert foreign == []
+
+
+def test_one_wheel_serves_every_python(tmp_path: Path) -> None:
+    """The wheel is tagged for the limited API, and holds the libraries, the assets and no compiler's leftovers."""
+    command = [sys.executable, "setup.py", "-q", "bdist_wheel", "--dist-dir", str(tmp_path)]
+    done = subprocess.run([*command, "--bdist-dir", str(tmp_path / "tree")], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert "-cp310-abi3-linux_" in wheel.name
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "fastmetro_kernels/_native_cpu.abi3.so" in names
+    assert {"fastmetro/assets/anny_body.npz", "fastmetro/assets/fastmetro_compact.safetensors"} <= set(names)
+    assert any(name.endswith("licenses/NOTICE") for name in names)
+    assert not [name for name in names if name.endswith((".o", ".cpp", ".cu", ".pyc"))]
+    assert {name.split("/")[0] for name in names if "dist-info" not in name} == {"fastmetro", "fastmetro_kernels"}

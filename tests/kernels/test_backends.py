@@ -46,3 +46,15 @@ def test_the_remedy_fits_the_place(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_the_report_tells_what_a_cap_does(value: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTMETRO_SIMD", value)
     assert words in info.report()
+
+
+@pytest.mark.parametrize(
+    ("driver", "words"), [(12, "newer than this driver supports (CUDA 12)"), (13, None), (14, None)]
+)
+def test_a_driver_older_than_the_build_is_a_reason(
+    driver: int, words: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a library loads and then fails at its first launch."""
+    monkeypatch.setattr(backends, "cuda_versions", lambda: (13, driver))
+    problem = backends._driver_problem.__wrapped__()
+    assert problem is None if words is None else words in (problem or "")
