@@ -1,5 +1,6 @@
 // What both devices require of the arguments of upsample_native. The Python layer has checked shapes and values for
-// users; this guards memory against direct calls of the op.
+// users; this guards direct calls of the op against lists of wrong shapes. The indices themselves are SparseMatrix's
+// to check, once, at construction: here that would wait for the device.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

@@ -141,7 +141,7 @@ def test_many_small_components_take_no_time() -> None:
     partner = torch.arange(count) ^ 1
     start = time.perf_counter()
     order = locality_order(torch.arange(count + 1), partner)
-    assert time.perf_counter() - start < 5
+    assert time.perf_counter() - start < 60  # a second or two; an eigensolver per component would take minutes
     assert (order.view(-1, 2)[:, 0] ^ 1).equal(order.view(-1, 2)[:, 1])
 
 
