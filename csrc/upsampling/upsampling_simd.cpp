@@ -3,6 +3,8 @@
 // their inline functions would be compiled for one instruction set and might be linked into code for another.
 #include "upsampling.h"
 
+#include "common/half.h"
+
 #include <string.h>
 
 #if defined(__AVX2__)
@@ -22,60 +24,15 @@ struct bfloat16_t {
   uint16_t bits;
 };
 
-inline float bits_to_float(uint32_t bits) {
-  float value;
-  memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-inline uint32_t float_to_bits(float value) {
-  uint32_t bits;
-  memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
 inline float load(const float* p) { return *p; }
 inline double load(const double* p) { return *p; }
-inline float load(const bfloat16_t* p) { return bits_to_float(static_cast<uint32_t>(p->bits) << 16); }
+inline float load(const bfloat16_t* p) { return from_bfloat16(p->bits); }
+inline float load(const half_t* p) { return from_float16(p->bits); }
 
 inline void store(float* p, float value) { *p = value; }
 inline void store(double* p, double value) { *p = value; }
-
-// Rounds to nearest, ties to even; NaN stays NaN.
-inline void store(bfloat16_t* p, float value) {
-  const uint32_t bits = float_to_bits(value);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  p->bits = static_cast<uint16_t>(value == value ? rounded : 0x7fc0u);
-}
-
-#if defined(__F16C__)
-inline float load(const half_t* p) { return _cvtsh_ss(p->bits); }
-inline void store(half_t* p, float value) { p->bits = _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT); }
-#else
-// IEEE half to float by moving the fields; a multiplication normalises the subnormals.
-inline float load(const half_t* p) {
-  const uint32_t sign = static_cast<uint32_t>(p->bits & 0x8000u) << 16;
-  const uint32_t magnitude = p->bits & 0x7fffu;
-  const float scaled = bits_to_float(magnitude << 13) * bits_to_float(0x77800000u);  // 2^112
-  const uint32_t finite = float_to_bits(scaled);
-  const uint32_t special = 0x7f800000u | (magnitude << 13);  // infinity and NaN keep their payload
-  return bits_to_float(sign | (magnitude >= 0x7c00u ? special : finite));
-}
-
-// Float to IEEE half, to nearest with ties to even. Subnormal halves are rounded by adding 0.5 in float: the unit in
-// the last place of a float near 0.5 is that of a subnormal half.
-inline void store(half_t* p, float value) {
-  const uint32_t bits = float_to_bits(value);
-  const uint32_t sign = (bits >> 16) & 0x8000u;
-  const uint32_t magnitude = bits & 0x7fffffffu;
-  const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-  const uint32_t subnormal = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u;
-  uint32_t result = magnitude < 0x38800000u ? subnormal : normal;
-  if (magnitude >= 0x477ff000u) result = 0x7c00u;  // rounds to infinity
-  if (magnitude > 0x7f800000u) result = 0x7e00u;   // NaN
-  p->bits = static_cast<uint16_t>(sign | result);
-}
-#endif
+inline void store(bfloat16_t* p, float value) { p->bits = to_bfloat16(value); }
+inline void store(half_t* p, float value) { p->bits = to_float16(value); }
 
 template <typename T>
 struct Accumulator {

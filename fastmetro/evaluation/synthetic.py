@@ -104,8 +104,8 @@ def evaluate_synthetic(
         mesh: the body the model predicts, or its name.
         batch_size: images at a time; it changes the numbers by rounding only.
         baselines: also measure the two mean meshes.
-        training_seed: seed of the people whose labels are averaged. One seed for all, so that networks trained on others
-            are held against the same mean mesh.
+        training_seed: seed of the people whose labels are averaged. One seed for all, so that networks trained on
+            others are held against the same mean mesh.
         photographs, size: as in :class:`SyntheticPeople`.
         progress: show a bar.
 
