@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -132,6 +133,17 @@ def _triton_import_problem() -> str | None:
     return None
 
 
+def _interpreter_problem(triton_version: str, numpy_version: str) -> str | None:
+    """Why this Triton's interpreter cannot run, or None: before 3.7 it relies on what NumPy 2.4 removed."""
+
+    def numbers(version: str) -> tuple[int, ...]:
+        return tuple(int(part) for part in version.split(".")[:2])
+
+    if numbers(triton_version) < (3, 7) and numbers(numpy_version) >= (2, 4):
+        return f"the interpreter of Triton {triton_version} does not work with NumPy {numpy_version}: install numpy<2.4"
+    return None
+
+
 def triton_interpreted() -> bool:
     """Whether Triton runs in its CPU interpreter (environment variable ``TRITON_INTERPRET``)."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in {"1", "true", "yes", "on"}
@@ -145,7 +157,8 @@ def triton_reasons(device: torch.device) -> list[str]:
         return [problem]
     if device.type == "cpu":
         if triton_interpreted():
-            return []
+            problem = _interpreter_problem(importlib.metadata.version("triton"), importlib.metadata.version("numpy"))
+            return [problem] if problem else []
         return ["Triton kernels take CPU tensors only in the interpreter (set TRITON_INTERPRET=1 before importing)"]
     if device.type != "cuda":
         return [f"there are no Triton kernels for {device.type} tensors"]

@@ -58,3 +58,11 @@ def test_a_driver_older_than_the_build_is_a_reason(
     monkeypatch.setattr(backends, "cuda_versions", lambda: (13, driver))
     problem = backends._driver_problem.__wrapped__()
     assert problem is None if words is None else words in (problem or "")
+
+
+@pytest.mark.parametrize(
+    ("triton", "numpy", "works"), [("3.6.0", "2.4.6", False), ("3.6.0", "2.3.5", True), ("3.7.1", "2.4.6", True)]
+)
+def test_an_interpreter_that_numpy_broke_is_a_reason(triton: str, numpy: str, works: bool) -> None:
+    problem = backends._interpreter_problem(triton, numpy)
+    assert problem is None if works else "numpy<2.4" in (problem or "")
