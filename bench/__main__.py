@@ -1,4 +1,4 @@
-"""`python -m bench <name> [options]` runs `bench/<name>.py`."""
+"""`python -m bench <name> [options]` runs `bench/<name>.py` or the package `bench/<name>/`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 def main() -> None:
     """Hand the rest of the command line to the module that is named first."""
     folder = Path(__file__).parent
-    names = sorted(p.stem for p in folder.glob("*.py") if p.stem not in {"__init__", "__main__", "common"})
-    names = [name for name in names if not name.startswith("test_")]
+    found = {path.stem for path in folder.glob("*.py")} | {path.parent.name for path in folder.glob("*/__init__.py")}
+    names = sorted(name for name in found - {"common"} if not name.startswith(("_", "test_")))
     if len(sys.argv) < 2 or sys.argv[1] not in names:
         raise SystemExit(f"usage: python -m bench {{{','.join(names)}}} [options]")
     name = sys.argv.pop(1)

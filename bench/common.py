@@ -1,8 +1,10 @@
-"""What all benchmarks share: the record of where a figure was taken, paired timing, and whole CSV files."""
+"""What all benchmarks share: the record of where a figure was taken, timing, CUDA graphs, and whole CSV files."""
 
 from __future__ import annotations
 
+import collections
 import csv
+import importlib.metadata
 import os
 import platform
 import statistics
@@ -61,6 +63,85 @@ def environment(device: torch.device) -> dict[str, str]:
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "command": " ".join(["python -m", *sys.argv]),
     }
+
+
+def versions() -> dict[str, str]:
+    """Versions beside torch's that decide how fast a GPU runs: Triton and the CUDA that torch was built with."""
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = ""
+    return {"triton": triton, "cuda": torch.version.cuda or ""}
+
+
+def clocks(device: torch.device) -> tuple[str, str]:
+    """Clocks of the multiprocessors and of the memory in MHz, now; empty where nvidia-smi cannot tell."""
+    if device.type != "cuda":
+        return "", ""
+    name = str(getattr(torch.cuda.get_device_properties(device), "uuid", ""))
+    chosen = ["-i", name if name.startswith("GPU-") else f"GPU-{name}"] if name else []
+    query = ["nvidia-smi", *chosen, "--query-gpu=clocks.sm,clocks.mem", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return "", ""
+    values = answer.stdout.partition("\n")[0].split(",")
+    if answer.returncode or len(values) != 2:
+        return "", ""
+    sm, memory = (value.strip() if value.strip().isdigit() else "" for value in values)
+    return sm, memory
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A captured CUDA graph of several calls."""
+
+    graph: torch.cuda.CUDAGraph
+    calls: int
+
+    def milliseconds(self, settle: bool = True) -> float:
+        """Device time of one call in one replay.
+
+        With `settle`, an untimed replay runs right before the timed one, so that the time between submitting and
+        starting the graph is not counted.
+        """
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if settle:
+            self.graph.replay()
+        start.record()
+        self.graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / self.calls
+
+
+def capture(calls: Sequence[Callable[[], Any]], keep: int = 1) -> Graph:
+    """Captures the calls into one CUDA graph. The first must have run before, so that everything is compiled.
+
+    The last `keep` results stay alive while capturing, so that as many calls in a row write to different memory.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        calls[0]()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    kept: collections.deque[Any] = collections.deque(maxlen=keep)
+    with torch.cuda.graph(graph):
+        for call in calls:
+            kept.append(call())
+    return Graph(graph, len(calls))
+
+
+def copy_bandwidth(device: torch.device, size: int = 1 << 30, copies: int = 10, repeats: int = 5) -> float:
+    """Bytes per second, read plus written, of copying `size` bytes (far more than L2) within a CUDA device."""
+    size = min(size, torch.cuda.mem_get_info(device)[0] // 8)
+    source = torch.zeros(size // 4, dtype=torch.int32, device=device)
+    target = torch.empty_like(source)
+    with torch.cuda.device(device):
+        graph = capture([lambda: target.copy_(source)] * copies)
+        seconds = statistics.median(graph.milliseconds() for _ in range(repeats)) / 1e3
+    return 2 * source.numel() * 4 / seconds
 
 
 @dataclass(frozen=True)
