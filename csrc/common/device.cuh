@@ -9,6 +9,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #ifdef FM_EMULATED
 #include "cuda_emulation.h"
@@ -64,7 +65,7 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], Share
 // c += a b for a 16 x 16 (row major), b 16 x 8 (column major), T = __half or __nv_bfloat16.
 template <typename T>
 __device__ __forceinline__ void multiply_add_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  if constexpr (sizeof(T) == 2 && __is_same(T, __half)) {
+  if constexpr (std::is_same_v<T, __half>) {
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
@@ -117,3 +118,13 @@ __device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float low, float high) {
 }  // namespace fm
 
 #endif
+
+namespace fm {
+
+template <typename T>
+__device__ __forceinline__ float2 unpack(uint32_t pair) {
+  if constexpr (std::is_same_v<T, __half>) return __half22float2(*reinterpret_cast<const __half2*>(&pair));
+  else return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&pair));
+}
+
+}  // namespace fm

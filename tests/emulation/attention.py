@@ -1,0 +1,171 @@
+"""The attention kernels of ``csrc/attention`` on CPU tensors, through the emulator."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emulation import build
+from fastmetro_kernels import TokenTopology
+from fastmetro_kernels.attention import dropout
+from fastmetro_kernels.attention.plan import Plan, build_plan
+
+
+class _Plan(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("steps", "loads", "restarts", "rows", "row_slots", "extras", "lists")),
+        ("masks", ctypes.c_void_p),
+        *((name, ctypes.c_int32) for name in ("slots", "windows", "steps_count", "steps_per_segment", "segments")),
+    ]
+
+
+class _Sizes(ctypes.Structure):
+    _fields_ = [("batch", ctypes.c_int64), *((name, ctypes.c_int32) for name in ("tokens", "heads", "dim", "hubs"))]
+
+
+class _Strided(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("batch", "token", "head"))]
+
+
+class _Dropout(ctypes.Structure):
+    _fields_ = [("seed", ctypes.c_void_p), ("threshold", ctypes.c_uint32), ("keep_scale", ctypes.c_float)]
+
+
+class _Forward(ctypes.Structure):
+    _fields_ = [
+        ("plan", _Plan),
+        ("sizes", _Sizes),
+        ("q", _Strided),
+        ("kv", _Strided * 2),
+        *((name, ctypes.c_void_p) for name in ("out", "lse", "partial_out", "partial_sums")),
+        ("scale", ctypes.c_float),
+        ("sign", ctypes.c_uint32),
+        ("dropout", _Dropout),
+    ]
+
+
+class _Backward(ctypes.Structure):
+    _fields_ = [
+        ("plan", _Plan),
+        ("transposed", _Plan),
+        ("sizes", _Sizes),
+        ("inputs", _Strided * 4),
+        ("out", _Strided),
+        ("lse", ctypes.c_void_p),
+        ("grad_lse", ctypes.c_void_p),
+        ("grads", ctypes.c_void_p * 3),
+        ("partials", ctypes.c_void_p),
+        ("scale", ctypes.c_float),
+        ("scale_log2e", ctypes.c_float),
+        ("dropout", _Dropout),
+    ]
+
+
+@functools.cache
+def _harness() -> build.Harness:
+    return build.build_harness(Path(__file__).with_name("attention_harness.cpp"))
+
+
+def _padded_dim(dim: int) -> int:
+    return next(size for size in (16, 32, 64, 128) if dim <= size)
+
+
+def _plan(plan: Plan, steps_per_segment: int, transposed: bool) -> _Plan:
+    lists = (plan.t_extras, plan.t_lists, plan.t_masks) if transposed else (plan.extras, plan.lists, plan.masks)
+    tensors = (plan.steps, plan.loads, plan.restarts, plan.rows, plan.row_slots, *lists)
+    steps = len(plan.steps)
+    per_segment = steps_per_segment or steps
+    return _Plan(
+        *(tensor.data_ptr() for tensor in tensors), plan.slots, len(plan.rows), steps, per_segment,
+        -(-steps // per_segment),
+    )  # fmt: skip
+
+
+def _strided(tensor: Tensor) -> _Strided:
+    return _Strided(tensor.data_ptr(), *tensor.stride()[:3])
+
+
+def _dropout(dropout_p: float, seed: Tensor | None) -> _Dropout:
+    pointer = seed.data_ptr() if seed is not None and dropout_p > 0 else None
+    return _Dropout(pointer, dropout.threshold(dropout_p), 1 / (1 - dropout_p))
+
+
+class EmulatedAttention:
+    """Forward and backward of one call.
+
+    Args:
+        topology: the pattern.
+        steps_per_segment: 0 lets one block walk over the whole mesh.
+        options: of ``Harness.run``: schedule, races, seed.
+    """
+
+    def __init__(self, topology: TokenTopology, steps_per_segment: int = 0, **options: Any) -> None:
+        plan = build_plan(topology.schedule, topology.t_schedule, topology.num_hubs)
+        if plan is None:
+            raise ValueError("the topology has no plan")
+        self.plan, self.topology, self.options = plan, topology, options
+        self.plans = [_plan(plan, steps_per_segment, transposed) for transposed in (False, True)]
+        self.statistics: list[build.Statistics] = []
+
+    def _sizes(self, q: Tensor) -> _Sizes:
+        batch, tokens, heads, dim = q.shape
+        return _Sizes(batch, tokens, heads, dim, self.topology.num_hubs)
+
+    def _run(
+        self, name: str, arguments: ctypes.Structure, reads: Sequence[Tensor | None], writes: Sequence[Tensor]
+    ) -> None:
+        plan = [tensor for tensor in self.plan if isinstance(tensor, Tensor)]
+        inputs = [*plan, *(tensor for tensor in reads if tensor is not None)]
+        self.statistics.append(
+            _harness().run(
+                name,
+                arguments,
+                int(writes[0].dtype == torch.bfloat16),
+                reads={f"read{i}": tensor for i, tensor in enumerate(inputs) if tensor.numel()},
+                writes={f"write{i}": tensor for i, tensor in enumerate(writes) if tensor.numel()},
+                **self.options,
+            )  # fmt: skip
+        )
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float = 0.0, seed: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Output and log-sum-exp."""
+        batch, tokens, heads, dim = q.shape
+        hubs, segments = self.topology.num_hubs, self.plans[0].segments
+        out = torch.full((batch, tokens, heads, dim), math.nan, dtype=q.dtype)
+        lse = torch.full((batch, heads, tokens), math.nan)
+        partial_out = torch.full((batch, heads, segments, hubs, _padded_dim(dim)), math.nan)
+        partial_sums = torch.full((batch, heads, segments, hubs, 2), math.nan)
+        arguments = _Forward(
+            self.plans[0], self._sizes(q), _strided(q), (_Strided * 2)(_strided(k), _strided(v)), out.data_ptr(),
+            lse.data_ptr(), partial_out.data_ptr(), partial_sums.data_ptr(), abs(scale) * math.log2(math.e),
+            0x80008000 if scale < 0 else 0, _dropout(dropout_p, seed),
+        )  # fmt: skip
+        self._run("attention_forward", arguments, [q, k, v, seed], [out, lse, partial_out, partial_sums])
+        return out, lse
+
+    def backward(
+        self, grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+        scale: float, dropout_p: float = 0.0, seed: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """Gradients of q, k, v."""
+        batch, tokens, heads, dim = q.shape
+        hubs, segments = self.topology.num_hubs, self.plans[0].segments
+        grads = [torch.full((batch, tokens, heads, dim), math.nan, dtype=q.dtype) for _ in range(3)]
+        partials = torch.full((3, batch, heads, segments, hubs, _padded_dim(dim)), math.nan)
+        arguments = _Backward(
+            *self.plans, self._sizes(q), (_Strided * 4)(*map(_strided, (k, v, q, grad))), _strided(out), lse.data_ptr(),
+            grad_lse.data_ptr() if grad_lse is not None else None,
+            (ctypes.c_void_p * 3)(*(g.data_ptr() for g in grads)), partials.data_ptr(), scale,
+            scale * math.log2(math.e), _dropout(dropout_p, seed),
+        )  # fmt: skip
+        self._run("attention_backward", arguments, [grad, grad_lse, q, k, v, out, lse, seed], [*grads, partials])
+        return grads[0], grads[1], grads[2]
