@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmetro_kernels import adjacency as lists
+from fastmetro_kernels.plan import Plan, build_plan
 from fastmetro_kernels.schedule import Schedule, build_schedule, locality_order
 
 ORDERS = ("natural", "locality")
@@ -81,6 +82,7 @@ class TokenTopology(nn.Module):
         self._set_lists("t_", *_transposed(offsets, indices))
         self._set_groups(offsets)
         self._set_schedules()
+        self._plan_slots: int | None = None  # None: not built, 0: the pattern has no plan
 
     def _set_lists(self, prefix: str, offsets: np.ndarray, indices: np.ndarray) -> None:
         for name, array in (("row_offsets", offsets), ("columns", indices)):
@@ -133,6 +135,35 @@ class TokenTopology(nn.Module):
     def t_schedule(self) -> Schedule:
         """The same for the transposed pattern (windows of keys with the rows that use them)."""
         return self._schedule("schedule_" if self.symmetric else "t_schedule_")
+
+    def make_plan(self) -> Plan | None:
+        """The plan by which the CUDA kernels walk over this pattern, on the CPU, or None where there is none.
+
+        It always follows the locality order: the order of processing never changes results.
+        """
+        order = self.locality_order()
+        offsets, columns = self.row_offsets, self.columns
+        forward = self.schedule if self.order == "locality" else build_schedule(offsets, columns, order)
+        if self.symmetric:
+            return build_plan(forward, forward, self.num_hubs)
+        return build_plan(forward, build_schedule(self.t_row_offsets, self.t_columns, order), self.num_hubs)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> TokenTopology:
+        """Moving to a CUDA device also makes the plan of its kernels, which nothing else needs."""
+        super()._apply(fn, recurse)
+        if self.columns.is_cuda and self._plan_slots is None:
+            plan = self.make_plan()
+            self._plan_slots = 0 if plan is None else plan.slots
+            for name, tensor in zip(Plan._fields[:-1], plan[:-1] if plan is not None else (), strict=plan is not None):
+                self.register_buffer(f"plan_{name}", tensor.to(self.columns.device), persistent=False)
+        return self
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan on the device of the topology, or None: on other devices than CUDA, or where the pattern has none."""
+        if not self._plan_slots:
+            return None
+        return Plan(**{name: getattr(self, f"plan_{name}") for name in Plan._fields[:-1]}, slots=self._plan_slots)
 
     @classmethod
     def from_faces(

@@ -302,10 +302,14 @@ constexpr int backward_memory(int slots, bool dropout) {
 }
 
 constexpr int backward_threads(int hub_tiles) { return (kWindowsPerStep + 2 * hub_tiles) * kWarp; }
-constexpr int backward_blocks(int dim, int hub_tiles) { return hub_tiles > 1 || dim == 128 ? 1 : 2; }
 
-template <typename T, int DIM, int HUB_TILES, bool DROPOUT>
-__global__ void __launch_bounds__(backward_threads(HUB_TILES), backward_blocks(DIM, HUB_TILES))
+// Tiles of hubs that fit: wide heads need all registers of a multiprocessor for six warps.
+template <int DIM>
+constexpr int kBackwardHubTiles = DIM == 128 ? 1 : 4;
+
+// The bounds leave 168 registers, enough for two blocks of one tile of hubs.
+template <typename T, int DIM, bool DROPOUT>
+__global__ void __launch_bounds__(backward_threads(kBackwardHubTiles<DIM>), 1)
     backward_kernel(const __grid_constant__ BackwardArguments p) {
   using L = Layout<DIM>;
   unsigned char* memory = dynamic_shared();

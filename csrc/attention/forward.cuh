@@ -327,11 +327,9 @@ constexpr int forward_memory(int slots, bool dropout) {
 
 constexpr int forward_threads(int hub_tiles) { return (kWindowsPerStep + hub_tiles) * kWarp; }
 
-// Blocks of the common shapes that shall share a multiprocessor: bounds the registers.
-constexpr int forward_blocks(int dim, int hub_tiles) { return hub_tiles > 1 || dim == 128 ? 1 : 3; }
-
-template <typename T, int DIM, int HUB_TILES, bool DROPOUT>
-__global__ void __launch_bounds__(forward_threads(HUB_TILES), forward_blocks(DIM, HUB_TILES))
+// The bounds allow for four tiles of hubs, the most there are, and 128 registers: enough for three blocks of one tile.
+template <typename T, int DIM, bool DROPOUT>
+__global__ void __launch_bounds__(forward_threads(4), DIM == 128 ? 1 : 2)
     forward_kernel(const __grid_constant__ ForwardArguments p) {
   using L = Layout<DIM>;
   unsigned char* memory = dynamic_shared();

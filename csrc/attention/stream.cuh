@@ -2,7 +2,7 @@
 // copies that keep it filled, and tiles of 16 rows x 64 gathered keys on tensor cores.
 //
 // A block works for one batch element and a group of heads whose rows make up 128 (or 256) bytes; a row of that width
-// is one slot. fastmetro_kernels/attention/plan.py decides which token lies in which slot at which step.
+// is one slot. fastmetro_kernels/plan.py decides which token lies in which slot at which step.
 
 #pragma once
 
@@ -64,6 +64,9 @@ struct Sizes {
   int64_t batch;
   int tokens, heads, dim, hubs;
 };
+
+// Tiles of 16 that the hubs make up.
+__host__ __device__ constexpr int hub_tiles(const Sizes& sizes) { return (sizes.hubs + kRows - 1) / kRows; }
 
 struct Dropout {
   const int64_t* seed;  // null without dropout
@@ -249,7 +252,7 @@ __device__ __forceinline__ void read_all_heads(uint32_t (*a)[4], SharedAddress r
   }
 }
 
-// One warp copies the 16 rows of a window of one tensor to a buffer of its own; a missing row repeats the first one.
+// One warp copies the 16 rows of a window of one tensor to a buffer of its own; missing rows are zero.
 template <typename T, int DIM>
 __device__ __forceinline__ void copy_window(const Plan& plan, const Sizes& sizes, const Strided& tensor, int64_t batch,
                                             int first_head, int window, SharedAddress buffer) {
@@ -263,8 +266,8 @@ __device__ __forceinline__ void copy_window(const Plan& plan, const Sizes& sizes
   for (int first = 0; first < kRows; first += kRowsAtOnce) {
     const int row = first + lane / L::kPieces;
     const int listed = __ldg(plan.rows + window * kRows + row);
-    const int token = listed >= 0 ? listed : __ldg(plan.rows + window * kRows);
-    copy_async_16(buffer + L::offset(row, piece), base + token * tensor.token, valid);
+    const int token = max(listed, 0);
+    copy_async_16(buffer + L::offset(row, piece), base + token * tensor.token, valid && listed >= 0);
   }
 }
 

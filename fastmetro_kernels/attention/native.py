@@ -1,4 +1,4 @@
-"""Attention by the compiled extension (`csrc/attention/`): C++ on CPU tensors; there are no CUDA kernels of it."""
+"""Attention by the compiled extension (`csrc/attention/`): C++ on CPU tensors, CUDA C++ on CUDA tensors."""
 
 from __future__ import annotations
 
@@ -7,28 +7,83 @@ from torch import Tensor
 
 from fastmetro_kernels import backends
 from fastmetro_kernels.attention import ops  # noqa: F401  (declares the ops)
+from fastmetro_kernels.plan import Plan
 from fastmetro_kernels.topology import TokenTopology
 
 MAX_HEAD_DIM = 256
-"""The widest head of the native kernels (`kMaxDim` in `csrc/attention/problem.h`)."""
+"""The widest head of the CPU kernels (`kMaxDim` in `csrc/attention/problem.h`)."""
 
-_forward = torch.ops.fastmetro_kernels.attention_forward_native.default
-_backward = torch.ops.fastmetro_kernels.attention_backward_native.default
+CUDA_DTYPES = (torch.float16, torch.bfloat16)
+CUDA_MAX_HEAD_DIM = 128
+_SHARED_MEMORY = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227}
+_SMALLEST_SHARED_MEMORY = 99
+"""KiB of shared memory that a block may have, by compute capability (CUDA C++ Programming Guide, table of technical
+specifications); of others at least so much."""
+
+_ops = torch.ops.fastmetro_kernels
 
 
 def reasons(q: Tensor, k: Tensor, v: Tensor, topology: TokenTopology) -> list[str]:
     """Why the extension cannot take this input; empty when it can."""
+    if q.device.type == "cuda":
+        return backends.native_reasons("attention_forward_cuda", q.device) or _cuda_reasons(q, topology)
     missing = backends.native_reasons("attention_forward_native", q.device)
     if not missing and q.shape[-1] > MAX_HEAD_DIM:
         missing = [f"native kernels take head dims up to {MAX_HEAD_DIM}, got {q.shape[-1]}"]
     return missing
 
 
+def _cuda_reasons(q: Tensor, topology: TokenTopology) -> list[str]:
+    found = []
+    dim = q.shape[-1]
+    if q.dtype not in CUDA_DTYPES:
+        found.append(f"the CUDA kernels take float16 and bfloat16, not {q.dtype}")
+    if dim % 8 != 0 or not 8 <= dim <= CUDA_MAX_HEAD_DIM:
+        found.append(f"the CUDA kernels take head dims 8, 16, ... {CUDA_MAX_HEAD_DIM}, not {dim}")
+    if dim > 64 and topology.num_hubs > 16:
+        found.append(f"the CUDA kernels take up to 16 hubs for head dims above 64, not {topology.num_hubs}")
+    plan = topology.plan
+    if plan is None:
+        found.append("a window of 16 vertices has too many neighbours for the cache of the CUDA kernels")
+    elif not found:
+        needed, available = shared_memory(plan.slots, dim), _shared_memory(q.device)
+        if needed > available:
+            found.append(f"the CUDA kernels need {needed} bytes of shared memory, this device has {available}")
+    return found
+
+
+def shared_memory(slots: int, dim: int) -> int:
+    """Bytes that a block needs, of forward and backward the larger (see `backward_memory` in `backward.cuh`)."""
+    padded = next(size for size in (16, 32, 64, 128) if dim <= size)
+    heads = max(64 // padded, 1)
+    return slots * (4 * heads * padded * 2 + 8 * heads + 4)
+
+
+@torch.compiler.assume_constant_result
+def _shared_memory(device: torch.device) -> int:
+    capability = torch.cuda.get_device_capability(device)
+    return 1024 * _SHARED_MEMORY.get(capability, _SMALLEST_SHARED_MEMORY)
+
+
+def _plan(topology: TokenTopology) -> Plan:
+    plan = topology.plan
+    assert plan is not None  # reasons() looked
+    return plan
+
+
 def forward(
     q: Tensor, k: Tensor, v: Tensor, topology: TokenTopology, scale: float, dropout_p: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """(out, lse); see `topology_attention`."""
-    return _forward(q, k, v, topology.row_offsets, topology.columns, topology.num_hubs, scale, dropout_p, seed)
+    if q.device.type == "cuda":
+        plan = _plan(topology)
+        return _ops.attention_forward_cuda(
+            q, k, v, plan.steps, plan.loads, plan.restarts, plan.rows, plan.row_slots, plan.extras, plan.lists,
+            plan.masks, plan.slots, topology.num_hubs, scale, dropout_p, seed, 0,
+        )  # fmt: skip
+    return _ops.attention_forward_native(
+        q, k, v, topology.row_offsets, topology.columns, topology.num_hubs, scale, dropout_p, seed
+    )
 
 
 def backward(
@@ -45,20 +100,14 @@ def backward(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv), contiguous."""
-    return _backward(
-        grad_out,
-        grad_lse,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        topology.row_offsets,
-        topology.columns,
-        topology.t_row_offsets,
-        topology.t_columns,
-        topology.num_hubs,
-        scale,
-        dropout_p,
-        seed,
-    )
+    if q.device.type == "cuda":
+        plan = _plan(topology)
+        return _ops.attention_backward_cuda(
+            grad_out, grad_lse, q, k, v, out, lse, plan.steps, plan.loads, plan.restarts, plan.rows, plan.row_slots,
+            plan.extras, plan.lists, plan.masks, plan.t_extras, plan.t_lists, plan.t_masks, plan.slots,
+            topology.num_hubs, scale, dropout_p, seed, 0,
+        )  # fmt: skip
+    return _ops.attention_backward_native(
+        grad_out, grad_lse, q, k, v, out, lse, topology.row_offsets, topology.columns, topology.t_row_offsets,
+        topology.t_columns, topology.num_hubs, scale, dropout_p, seed,
+    )  # fmt: skip

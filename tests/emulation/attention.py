@@ -15,7 +15,7 @@ from torch import Tensor
 from emulation import build
 from fastmetro_kernels import TokenTopology
 from fastmetro_kernels.attention import dropout
-from fastmetro_kernels.attention.plan import Plan, build_plan
+from fastmetro_kernels.plan import Plan
 
 
 class _Plan(ctypes.Structure):
@@ -107,7 +107,7 @@ class EmulatedAttention:
     """
 
     def __init__(self, topology: TokenTopology, steps_per_segment: int = 0, **options: Any) -> None:
-        plan = build_plan(topology.schedule, topology.t_schedule, topology.num_hubs)
+        plan = topology.make_plan()
         if plan is None:
             raise ValueError("the topology has no plan")
         self.plan, self.topology, self.options = plan, topology, options

@@ -13,22 +13,22 @@ int64_t blocks(const Plan& plan, const Sizes& sizes, int heads_of_group) {
 
 unsigned combine_blocks(int64_t threads) { return static_cast<unsigned>((threads + 127) / 128); }
 
-template <typename T, int DIM, int HUB_TILES, bool DROPOUT>
+template <typename T, int DIM, bool DROPOUT>
 void forward(const ForwardArguments p) {  // by value: the emulator knows the stack of its caller
-  fm_emulation::launch([&] { forward_kernel<T, DIM, HUB_TILES, DROPOUT>(p); },
+  fm_emulation::launch([&] { forward_kernel<T, DIM, DROPOUT>(p); },
                        dim3(static_cast<unsigned>(blocks(p.plan, p.sizes, Layout<DIM>::kHeads))),
-                       forward_threads(HUB_TILES), forward_memory<DIM>(p.plan.slots, DROPOUT));
+                       forward_threads(hub_tiles(p.sizes)), forward_memory<DIM>(p.plan.slots, DROPOUT));
   if (p.plan.num_segments > 1 && p.sizes.hubs > 0) {
     fm_emulation::launch([&] { combine_forward_kernel<T, DIM>(p); },
                          dim3(combine_blocks(p.sizes.batch * p.sizes.heads * p.sizes.hubs * (DIM / 4))), 128, 0);
   }
 }
 
-template <typename T, int DIM, int HUB_TILES, bool DROPOUT>
+template <typename T, int DIM, bool DROPOUT>
 void backward(const BackwardArguments p) {
-  fm_emulation::launch([&] { backward_kernel<T, DIM, HUB_TILES, DROPOUT>(p); },
+  fm_emulation::launch([&] { backward_kernel<T, DIM, DROPOUT>(p); },
                        dim3(static_cast<unsigned>(blocks(p.plan, p.sizes, Layout<DIM>::kHeads))),
-                       backward_threads(HUB_TILES), backward_memory<DIM>(p.plan.slots, DROPOUT));
+                       backward_threads(hub_tiles(p.sizes)), backward_memory<DIM>(p.plan.slots, DROPOUT));
   if (p.plan.num_segments > 1 && p.sizes.hubs > 0) {
     fm_emulation::launch([&] { combine_backward_kernel<T, DIM>(p); },
                          dim3(combine_blocks(3 * p.sizes.batch * p.sizes.heads * p.sizes.hubs * (DIM / 4))), 128, 0);
@@ -41,10 +41,9 @@ void select(const Arguments& p, bool bfloat, Run run) {
   const int dim = p.sizes.dim;
   const bool dropout = p.dropout.seed != nullptr;
   const auto sized = [&]<int DIM>() {
-    if (bfloat) return run.template operator()<__nv_bfloat16, DIM, 1, false>(p);
-    if (p.sizes.hubs > kRows) return run.template operator()<__half, DIM, 4, false>(p);
-    if (dropout) return run.template operator()<__half, DIM, 1, true>(p);
-    run.template operator()<__half, DIM, 1, false>(p);
+    if (bfloat) return run.template operator()<__nv_bfloat16, DIM, false>(p);
+    if (dropout) return run.template operator()<__half, DIM, true>(p);
+    run.template operator()<__half, DIM, false>(p);
   };
   if (dim <= 16) return sized.template operator()<16>();
   if (dim <= 32) return sized.template operator()<32>();
@@ -56,16 +55,16 @@ void select(const Arguments& p, bool bfloat, Run run) {
 
 FM_EMULATION_EXPORT int32_t attention_forward(const ForwardArguments* p, int64_t bfloat) {
   return fm_emulation::reported([&] {
-    select(*p, bfloat, []<typename T, int DIM, int TILES, bool DROPOUT>(const ForwardArguments& arguments) {
-      forward<T, DIM, TILES, DROPOUT>(arguments);
+    select(*p, bfloat, []<typename T, int DIM, bool DROPOUT>(const ForwardArguments& arguments) {
+      forward<T, DIM, DROPOUT>(arguments);
     });
   });
 }
 
 FM_EMULATION_EXPORT int32_t attention_backward(const BackwardArguments* p, int64_t bfloat) {
   return fm_emulation::reported([&] {
-    select(*p, bfloat, []<typename T, int DIM, int TILES, bool DROPOUT>(const BackwardArguments& arguments) {
-      backward<T, DIM, TILES, DROPOUT>(arguments);
+    select(*p, bfloat, []<typename T, int DIM, bool DROPOUT>(const BackwardArguments& arguments) {
+      backward<T, DIM, DROPOUT>(arguments);
     });
   });
 }

@@ -1,10 +1,10 @@
-"""How the CUDA kernels walk over a mesh: windows in processing order, and a cache of rows managed in advance.
+"""How the CUDA kernels of attention walk over a mesh: windows in processing order, and a cache of rows managed in advance.
 
 A block of threads works through the windows (16 rows each, see `schedule.py`) in steps of up to four. The rows of k
 and v that a step needs (in the backward also q and the gradient) lie in slots of shared memory. Which row enters which
 slot at which step is decided here, once per topology: the access pattern is known, so the cache can be the best one
 possible (Belady, "A study of replacement algorithms for a virtual-storage computer", 1966: evict what is needed
-latest). On the published body meshes every row is read 1.0 to 1.1 times, with 224 slots.
+latest). On the published body meshes every row is read 1.0 to 1.1 times, with 208 slots.
 
 The rows of step s + 1 are copied while step s is computed, so a slot may be filled again only when neither needs it.
 A block may begin at any step: `restarts` lists what the cache would hold there.
@@ -28,8 +28,9 @@ CHUNK_KEYS = 64
 
 _BANK_COLUMNS = 8  # shared memory is read 128 bytes at a time: eight pieces of 16 bytes
 
-PREFERRED_SLOTS = 224
-"""Slots for vertices beside those of the hubs: few rows are read twice, and three blocks fit on a multiprocessor."""
+PREFERRED_SLOTS = 208
+"""Slots for vertices beside those of the hubs: few rows are read twice, and with 14 hubs three blocks of the forward and
+two of the backward fit on a multiprocessor of 228 KiB (heads of up to 64)."""
 
 MAX_SLOTS = 416
 """Largest cache, hubs included: the backward keeps 520 bytes per slot in 227 KiB of shared memory."""
@@ -91,11 +92,15 @@ def build_plan(schedule: Schedule, t_schedule: Schedule, num_hubs: int) -> Plan 
     groups = _steps(needs, limit)
     if groups is None:
         return None
+    groups = groups or [(0, 0)]  # hubs alone still meet each other
     step_needs = [set().union(*(needs[w] for w in range(first, end))) for first, end in groups]
     pairs = [len(a | b) for a, b in itertools.pairwise(step_needs)]
     capacity = max(pairs + [len(need) for need in step_needs] + [min(PREFERRED_SLOTS, limit)])
     cache = _Cache(step_needs, capacity, num_hubs)
     step_of_window = np.repeat(np.arange(len(groups)), [end - first for first, end in groups])
+    orders = _row_orders(windows, step_of_window, cache)
+    windows = np.take_along_axis(windows, orders, axis=1)
+    bits, t_bits = _permuted_bits(bits, orders), _permuted_bits(t_bits, orders)
     hub_lists = [_hub_keys(windows[first:end], s, num_hubs, cache) for s, (first, end) in enumerate(groups)]
     extras, lists, masks = _chunk_tensors(keys, bits, step_of_window, cache, num_hubs, windows)
     if t_schedule is schedule:
@@ -159,12 +164,15 @@ def _steps(needs: list[set[int]], limit: int) -> list[tuple[int, int]] | None:
     """Consecutive windows, at most four, such that two neighbouring steps fit into the cache together."""
     if any(len(need) > limit // 2 for need in needs):
         return None
+    preferred = min(PREFERRED_SLOTS, limit)
     groups: list[tuple[int, int]] = []
-    begin, held = 0, set[int]()
+    begin, held, before = 0, set[int](), set[int]()
     for window, need in enumerate(needs):
-        if window > begin and (window - begin == WINDOWS_PER_STEP or len(held | need) > limit // 2):
+        together = len(held | need)
+        full = window - begin == WINDOWS_PER_STEP or 2 * together > limit or len(before | held | need) > preferred
+        if window > begin and full:
             groups.append((begin, window))
-            begin, held = window, set()
+            begin, held, before = window, set(), held
         held = held | need
     if needs:
         groups.append((begin, len(needs)))
@@ -254,13 +262,13 @@ def _hub_keys(windows: _Array, step: int, num_hubs: int, cache: _Cache) -> _Arra
     return np.concatenate([np.arange(num_hubs), own]) if step == 0 else own
 
 
-def _spread(slots: _Array) -> _Array:
-    """int64 [chunks * 64]: which key stands at each place of the chunks, -1 where none does.
+def _spread(slots: _Array, multiple: int) -> _Array:
+    """int64, a multiple long: which of the slots stands at each place, -1 where none does.
 
-    Eight keys in a row are read together, one 16-byte column of shared memory each: keys whose slots fall into the
-    same column go to different groups of eight, the most frequent columns and the emptiest groups first.
+    Eight in a row are read together, one 16-byte column of shared memory each: slots that fall into the same column
+    go to different groups of eight, the most frequent columns and the emptiest groups first.
     """
-    groups = -(-len(slots) // CHUNK_KEYS) * (CHUNK_KEYS // _BANK_COLUMNS)
+    groups = -(-len(slots) // multiple) * (multiple // _BANK_COLUMNS)
     places = np.full((groups, _BANK_COLUMNS), -1, np.int64)
     filled = np.zeros(groups, np.int64)
     columns = slots % _BANK_COLUMNS
@@ -310,8 +318,8 @@ def _chunk_tensors(
         slots = np.concatenate([np.arange(num_hubs), cache.slots(step, tokens)])
         seen = np.concatenate([every_row, row_bits.astype(np.uint64)])
         if len(slots) == 0:
-            slots, seen = cache.slots(step, windows[window, :1]), np.zeros(1, np.uint64)
-        places = _spread(slots)
+            slots, seen = cache.slots(step, windows[window].max(keepdims=True)), np.zeros(1, np.uint64)
+        places = _spread(slots, CHUNK_KEYS)
         columns = np.where(places >= 0, seen[places], 0).astype(np.uint64).reshape(-1, 1, CHUNK_KEYS)
         one_bit = (columns >> row_shifts) & np.uint64(1)
         words = (one_bit << np.arange(CHUNK_KEYS, dtype=np.uint64)).sum(axis=-1, dtype=np.uint64).view(np.int64)
@@ -323,10 +331,29 @@ def _chunk_tensors(
     return np.array(extras), np.concatenate(lists[0] + lists[1]), np.concatenate(masks[0] + masks[1])
 
 
+def _row_orders(windows: _Array, step_of_window: _Array, cache: _Cache) -> _Array:
+    """int64 [W, 16]: the row of the schedule's window that stands at each place, such that eight can be read at once."""
+    orders = np.zeros_like(windows)
+    for window, rows in enumerate(windows):
+        present = np.flatnonzero(rows >= 0)
+        places = _spread(cache.slots(int(step_of_window[window]), rows[present]), WINDOW_ROWS)
+        orders[window] = np.where(places >= 0, present[places], -1)
+        orders[window][places < 0] = np.flatnonzero(rows < 0)
+    return orders
+
+
+def _permuted_bits(bits: list[_Array], orders: _Array) -> list[_Array]:
+    """Row bits of the listed keys for windows whose rows stand in another order."""
+    shifts = np.arange(WINDOW_ROWS)
+    return [
+        (((one[:, None] >> order[None, :]) & 1) << shifts).sum(axis=1) for one, order in zip(bits, orders, strict=True)
+    ]
+
+
 def _row_slots(windows: _Array, step_of_window: _Array, cache: _Cache) -> _Array:
-    """int64 [W, 16]: slots of the windows' rows; where there is no row, that of the first one."""
+    """int64 [W, 16]: slots of the windows' rows; where there is no row, that of another one."""
     slots = np.zeros_like(windows)
     for window, rows in enumerate(windows):
         step = int(step_of_window[window])
-        slots[window] = cache.slots(step, np.where(rows >= 0, rows, rows[0]))
+        slots[window] = cache.slots(step, np.where(rows >= 0, rows, rows.max()))
     return slots

@@ -1,0 +1,79 @@
+// attention_backward_cuda: one launch, and a small one that adds up the hubs' gradients where the mesh is cut into
+// segments.
+#include "attention/backward.cuh"
+
+#include "attention/cuda_arguments.h"
+
+namespace fm::attention {
+namespace {
+
+template <typename T, int DIM, bool DROPOUT>
+void run(BackwardArguments& p, int64_t steps_per_segment, const Tensor& q) {
+  constexpr int kBlocksPerMultiprocessor = DIM == 128 ? 1 : 2;
+  STD_TORCH_CHECK(hub_tiles(p.sizes) <= kBackwardHubTiles<DIM>, "topology_attention: the CUDA backward takes up to ",
+                  kRows * kBackwardHubTiles<DIM>, " hubs for head dims above 64, got ", p.sizes.hubs);
+  set_segments(p.plan, steps_per_segment, chains<DIM>(p.sizes), kBlocksPerMultiprocessor, q);
+  const int64_t heads = p.sizes.batch * p.sizes.heads;
+  const bool partial = p.plan.num_segments > 1 && p.sizes.hubs > 0;
+  const int64_t partial_rows = partial ? 3 * heads * p.plan.num_segments * p.sizes.hubs : 0;
+  Tensor scratch = torch::stable::new_empty(q, {partial_rows * DIM}, ScalarType::Float);
+  p.partials = static_cast<float*>(scratch.mutable_data_ptr());
+  const cudaStream_t stream = fm::current_stream(q);
+  launch<BackwardArguments>(backward_kernel<T, DIM, DROPOUT>, p, chains<DIM>(p.sizes) * p.plan.num_segments,
+                            backward_threads(hub_tiles(p.sizes)), backward_memory<DIM>(p.plan.slots, DROPOUT), stream);
+  if (!partial) return;
+  const int64_t threads = 3 * heads * p.sizes.hubs * (DIM / 4);
+  launch<BackwardArguments>(combine_backward_kernel<T, DIM>, p, (threads + 127) / 128, 128, 0, stream);
+}
+
+void check_per_row(const Tensor& tensor, const char* name, const Tensor& q) {
+  STD_TORCH_CHECK(tensor.device() == q.device() && tensor.scalar_type() == ScalarType::Float && tensor.dim() == 3 &&
+                      tensor.size(0) == q.size(0) && tensor.size(1) == q.size(2) && tensor.size(2) == q.size(1),
+                  "topology_attention: ", name, " must be float32 [B, H, L] on the device of q");
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_out, std::optional<Tensor> grad_lse, Tensor q, Tensor k,
+                                            Tensor v, Tensor out, Tensor lse, Tensor steps, Tensor loads,
+                                            Tensor restarts, Tensor rows, Tensor row_slots, Tensor extras,
+                                            Tensor lists, Tensor masks, Tensor t_extras, Tensor t_lists,
+                                            Tensor t_masks, int64_t slots, int64_t num_hubs, double scale,
+                                            double dropout_p, std::optional<Tensor> seed, int64_t steps_per_segment) {
+  check_input(q, "q", q);
+  check_input(k, "k", q);
+  check_input(v, "v", q);
+  check_input(out, "out", q);
+  check_input(grad_out, "grad_out", q);
+  check_per_row(lse, "lse", q);
+  if (grad_lse.has_value()) check_per_row(*grad_lse, "grad_lse", q);
+  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+  Tensor grads[3];
+  for (Tensor& grad : grads) grad = torch::stable::new_empty(q, q.sizes());
+  if (q.numel() == 0) return {grads[0], grads[1], grads[2]};
+  const Tensor inputs[4] = {readable(k), readable(v), readable(q), readable(grad_out)};
+  const Tensor readable_out = readable(out), row_lse = torch::stable::contiguous(lse);
+  std::optional<Tensor> row_grads;
+  if (grad_lse.has_value()) row_grads = torch::stable::contiguous(*grad_lse);
+  BackwardArguments p{};
+  const PlanTensors plan{steps, loads, restarts, rows, row_slots};
+  p.plan = plan_of(plan, {extras, lists, masks}, slots, q);
+  p.transposed = plan_of(plan, {t_extras, t_lists, t_masks}, slots, q);
+  p.sizes = sizes_of(q, num_hubs);
+  for (int i = 0; i < 4; ++i) p.inputs[i] = strided(inputs[i]);
+  p.out = strided(readable_out);
+  p.lse = row_lse.const_data_ptr<float>();
+  p.grad_lse = row_grads.has_value() ? row_grads->const_data_ptr<float>() : nullptr;
+  for (int i = 0; i < 3; ++i) p.grads[i] = grads[i].mutable_data_ptr();
+  p.scale = static_cast<float>(scale);
+  p.scale_log2e = static_cast<float>(scale) * kLog2e;
+  p.dropout = dropout_of(dropout_p, seed, q);
+  select_kernel(q, dropout_p > 0,
+                [&]<typename T, int DIM, bool DROPOUT>() { run<T, DIM, DROPOUT>(p, steps_per_segment, q); });
+  return {grads[0], grads[1], grads[2]};
+}
+
+}  // namespace
+}  // namespace fm::attention
+
+STABLE_TORCH_LIBRARY_IMPL(fastmetro_kernels, CUDA, m) {
+  m.impl("attention_backward_cuda", TORCH_BOX(&fm::attention::backward));
+}

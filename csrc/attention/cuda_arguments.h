@@ -1,0 +1,178 @@
+// What the CUDA ops require of their arguments, and the arguments as the kernels want them. The Python layer has
+// explained shapes and values to users; this guards memory against direct calls of the ops. What the plan's tensors
+// contain is `build_plan`'s to get right, once per topology: looking here would wait for the device.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <limits>
+#include <optional>
+#include <vector>
+
+#include "attention/stream.cuh"
+#include "common/cuda.h"
+
+namespace fm::attention {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int kSharedLimit = 227 * 1024;  // of one block, on the largest devices
+
+inline int device_attribute(cudaDeviceAttr which, const Tensor& tensor) {
+  int value = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, tensor.get_device_index()));
+  return value;
+}
+
+inline void check_plan_tensor(const Tensor& tensor, const char* name, int64_t size, ScalarType type, const Tensor& q) {
+  STD_TORCH_CHECK(tensor.device() == q.device() && tensor.scalar_type() == type && tensor.is_contiguous() &&
+                      (size < 0 || tensor.numel() == size),
+                  "topology_attention: ", name, " is not a tensor of a plan for these inputs");
+}
+
+inline void check_input(const Tensor& tensor, const char* name, const Tensor& q) {
+  STD_TORCH_CHECK(tensor.dim() == 4 && tensor.device() == q.device() && tensor.scalar_type() == q.scalar_type(),
+                  "topology_attention: ", name, " must be [B, L, H, D] with the dtype and device of q");
+  for (int axis = 0; axis < 4; ++axis) {
+    STD_TORCH_CHECK(tensor.size(axis) == q.size(axis), "topology_attention: ", name, " must have the shape of q; axis ",
+                    axis, " is ", tensor.size(axis), ", not ", q.size(axis));
+  }
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Half || tensor.scalar_type() == ScalarType::BFloat16,
+                  "topology_attention: the CUDA kernels take float16 and bfloat16, got ",
+                  torch::headeronly::toString(tensor.scalar_type()));
+  STD_TORCH_CHECK(q.size(3) % 8 == 0 && q.size(3) >= 8 && q.size(3) <= 128,
+                  "topology_attention: the CUDA kernels take head dims 8, 16, ... 128, got ", q.size(3));
+}
+
+// The tensor itself where the kernels can read it in pieces of 16 bytes, else a contiguous copy.
+inline Tensor readable(const Tensor& tensor) {
+  bool aligned = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0 && tensor.stride(3) == 1;
+  for (int axis = 0; axis < 3; ++axis) aligned = aligned && (tensor.stride(axis) % 8 == 0 || tensor.size(axis) == 1);
+  if (aligned) return tensor;
+  Tensor copy = torch::stable::new_empty(tensor, tensor.sizes());
+  torch::stable::copy_(copy, tensor);
+  return copy;
+}
+
+inline Strided strided(const Tensor& tensor) {
+  return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+}
+
+inline Sizes sizes_of(const Tensor& q, int64_t hubs) {
+  STD_TORCH_CHECK(hubs >= 0 && hubs <= 64 && hubs <= q.size(1), "topology_attention: num_hubs must be 0 to 64, got ",
+                  hubs);
+  STD_TORCH_CHECK(q.size(1) <= std::numeric_limits<int32_t>::max() && q.size(2) <= std::numeric_limits<int32_t>::max(),
+                  "topology_attention: too many tokens or heads: ", q.size(1), " and ", q.size(2));
+  return {q.size(0), static_cast<int>(q.size(1)), static_cast<int>(q.size(2)), static_cast<int>(q.size(3)),
+          static_cast<int>(hubs)};
+}
+
+inline Dropout dropout_of(double dropout_p, const std::optional<Tensor>& seed, const Tensor& q) {
+  STD_TORCH_CHECK(dropout_p >= 0 && dropout_p < 1, "topology_attention: dropout_p must be in [0, 1), got ", dropout_p);
+  if (dropout_p == 0) return {nullptr, 0, 1.f};
+  STD_TORCH_CHECK(seed.has_value() && seed->device() == q.device() && seed->scalar_type() == ScalarType::Long &&
+                      seed->numel() == 1,
+                  "topology_attention: dropout needs a seed, an int64 tensor of one element on the device of q");
+  return {seed->const_data_ptr<int64_t>(), static_cast<uint32_t>(dropout_p * 4294967296.0),
+          static_cast<float>(1.0 / (1.0 - dropout_p))};
+}
+
+// The tensors of a Plan, in the order of the op's schema.
+struct PlanTensors {
+  const Tensor &steps, &loads, &restarts, &rows, &row_slots;
+};
+
+struct ListTensors {
+  const Tensor &extras, &lists, &masks;
+};
+
+inline Plan plan_of(const PlanTensors& plan, const ListTensors& lists, int64_t slots, const Tensor& q) {
+  const int64_t steps = plan.steps.numel() / 8, windows = plan.rows.numel() / 16;
+  check_plan_tensor(plan.steps, "steps", 8 * steps, ScalarType::Int, q);
+  check_plan_tensor(plan.loads, "loads", -1, ScalarType::Int, q);
+  check_plan_tensor(plan.restarts, "restarts", -1, ScalarType::Int, q);
+  check_plan_tensor(plan.rows, "rows", 16 * windows, ScalarType::Int, q);
+  check_plan_tensor(plan.row_slots, "row_slots", 16 * windows, ScalarType::Int, q);
+  check_plan_tensor(lists.extras, "extras", windows + 1, ScalarType::Int, q);
+  check_plan_tensor(lists.lists, "lists", -1, ScalarType::Short, q);
+  check_plan_tensor(lists.masks, "masks", -1, ScalarType::Long, q);
+  STD_TORCH_CHECK(slots > 0 && slots < 32768, "topology_attention: slots must be 1 to 32767, got ", slots);
+  return {plan.steps.const_data_ptr<int32_t>(),
+          static_cast<const int2*>(plan.loads.const_data_ptr()),
+          static_cast<const int4*>(plan.restarts.const_data_ptr()),
+          plan.rows.const_data_ptr<int32_t>(),
+          plan.row_slots.const_data_ptr<int32_t>(),
+          lists.extras.const_data_ptr<int32_t>(),
+          static_cast<const uint2*>(lists.lists.const_data_ptr()),
+          static_cast<const unsigned long long*>(lists.masks.const_data_ptr()),
+          static_cast<int>(slots),
+          static_cast<int>(windows),
+          static_cast<int>(steps),
+          static_cast<int>(steps),
+          1};
+}
+
+// Cuts the steps into segments, `wanted` steps each; 0: so many that one wave of blocks fills the device.
+inline void set_segments(Plan& plan, int64_t wanted, int64_t chains, int blocks_per_multiprocessor, const Tensor& q) {
+  STD_TORCH_CHECK(wanted >= 0, "topology_attention: steps_per_segment must not be negative, got ", wanted);
+  int64_t per_segment = wanted;
+  if (wanted == 0) {
+    const int64_t places = int64_t{blocks_per_multiprocessor} *
+                           device_attribute(cudaDevAttrMultiProcessorCount, q);
+    const int64_t segments = std::clamp<int64_t>(places / std::max<int64_t>(chains, 1), 1, plan.num_steps);
+    per_segment = (plan.num_steps + segments - 1) / segments;
+  }
+  plan.steps_per_segment = static_cast<int>(std::clamp<int64_t>(per_segment, 1, plan.num_steps));
+  plan.num_segments = (plan.num_steps + plan.steps_per_segment - 1) / plan.steps_per_segment;
+}
+
+inline unsigned grid_size(int64_t blocks) {
+  STD_TORCH_CHECK(blocks <= std::numeric_limits<int32_t>::max(), "topology_attention: the inputs are too large, they ",
+                  "need ", blocks, " blocks");
+  return static_cast<unsigned>(blocks);
+}
+
+// Launches a kernel that may need more shared memory than a block gets without asking.
+template <typename Arguments>
+void launch(void (*kernel)(Arguments), const Arguments& arguments, int64_t blocks, int threads, int memory,
+            cudaStream_t stream) {
+  STD_TORCH_CHECK(memory <= kSharedLimit, "topology_attention: the topology needs ", memory,
+                  " bytes of shared memory for this head dim, at most ", kSharedLimit, " are there");
+  if (memory > 48 * 1024) {
+    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, memory));
+  }
+  kernel<<<grid_size(blocks), threads, memory, stream>>>(arguments);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+// Calls run.operator()<T, DIM, DROPOUT>() for the inputs at hand.
+template <typename Run>
+void select_kernel(const Tensor& q, bool dropout, Run run) {
+  const auto typed = [&]<typename T, int DIM>() {
+    if (dropout) run.template operator()<T, DIM, true>();
+    else run.template operator()<T, DIM, false>();
+  };
+  const auto sized = [&]<typename T>() {
+    const int64_t dim = q.size(3);
+    if (dim <= 16) typed.template operator()<T, 16>();
+    else if (dim <= 32) typed.template operator()<T, 32>();
+    else if (dim <= 64) typed.template operator()<T, 64>();
+    else typed.template operator()<T, 128>();
+  };
+  if (q.scalar_type() == ScalarType::Half) sized.template operator()<__half>();
+  else sized.template operator()<__nv_bfloat16>();
+}
+
+// Blocks that walk over the mesh side by side: one per batch element and group of heads.
+template <int DIM>
+int64_t chains(const Sizes& sizes) {
+  constexpr int heads = Layout<DIM>::kHeads;
+  return sizes.batch * ((sizes.heads + heads - 1) / heads);
+}
+
+}  // namespace fm::attention
