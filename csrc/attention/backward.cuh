@@ -264,33 +264,34 @@ struct HubGradients {
 };
 
 // Statistics of the rows that have just arrived: the gradient is in shared memory, the output is read here.
-template <typename T, int DIM, typename EntryOf>
+template <typename T, int DIM>
 __device__ __forceinline__ void write_statistics(const BackwardArguments& p, const BlockPlace& place,
-                                                 const unsigned char* grads, RowStatistics* statistics, int begin,
-                                                 int end, EntryOf entry_of) {
+                                                 const unsigned char* grads, RowStatistics* statistics,
+                                                 const RowRange& range, int end_step) {
   using L = Layout<DIM>;
   const int piece = threadIdx.x % L::kPieces, head_in_group = piece / L::kHeadPieces;
   const int head = place.first_head + head_in_group, column = piece % L::kHeadPieces * 8;
   const bool there = head < p.sizes.heads, valid = there && column < p.sizes.dim;
   const int rows = blockDim.x / L::kPieces;
   // Lanes leave the loop together: the sums over pieces need all lanes of a row, and warps hold whole rows.
-  for (int first = begin; first < end; first += rows) {
+  for (int first = range.begin; first < range.end; first += rows) {
     const int i = first + threadIdx.x / L::kPieces;
-    const int2 entry = entry_of(min(i, end - 1));
+    const RowEntry entry = read_entry(p.plan, range, min(i, range.end - 1));
+    const bool copied = i < range.end && entry.step < end_step;
     float sum = 0.f;
-    if (valid) {
-      const uint4 mine = *reinterpret_cast<const uint4*>(grads + L::offset(entry.y, piece));
-      const T* row = head_base<T>(p.out, place.batch, head) + entry.x * p.out.token + column;
+    if (valid && copied) {
+      const uint4 mine = *reinterpret_cast<const uint4*>(grads + L::offset(entry.slot, piece));
+      const T* row = head_base<T>(p.out, place.batch, head) + entry.token * p.out.token + column;
       sum = dot_pieces<T>(mine, __ldg(reinterpret_cast<const uint4*>(row)));
     }
 #pragma unroll
     for (int distance = 1; distance < L::kHeadPieces; distance *= 2) {
       sum += __shfl_xor_sync(0xffffffffu, sum, distance);
     }
-    if (i < end && column == 0 && there) {
-      const int64_t number = (place.batch * p.sizes.heads + head) * p.sizes.tokens + entry.x;
+    if (copied && column == 0 && there) {
+      const int64_t number = (place.batch * p.sizes.heads + head) * p.sizes.tokens + entry.token;
       const float grad_lse = p.grad_lse ? __ldg(p.grad_lse + number) : 0.f;
-      statistics[entry.y * L::kHeads + head_in_group] = make_float2(__ldg(p.lse + number) * kLog2e, sum - grad_lse);
+      statistics[entry.slot * L::kHeads + head_in_group] = make_float2(__ldg(p.lse + number) * kLog2e, sum - grad_lse);
     }
   }
 }
@@ -331,17 +332,8 @@ __global__ void __launch_bounds__(backward_threads(kBackwardHubTiles<DIM>), 1)
   const RowCopier<T, DIM, 4> copier(p.inputs, p.sizes, place.batch, place.first_head, p.plan.slots, base);
   // Everybody's part of a step before its rows can be used.
   const auto arrive = [&](const Step& step, int number) {
-    const unsigned char* grads = memory + 3 * tensor_bytes;
-    if (number == first_step) {
-      const int end = restart_end(p.plan, step, end_step);
-      write_statistics<T, DIM>(p, place, grads, statistics, step.restart_begin, end, [&](int i) {
-        const int4 entry = __ldg(p.plan.restarts + i);
-        return make_int2(entry.x, entry.y);
-      });
-    } else {
-      write_statistics<T, DIM>(p, place, grads, statistics, step.load_begin, step.load_end,
-                               [&](int i) { return __ldg(p.plan.loads + i); });
-    }
+    const RowRange range = rows_to_copy(step, number == first_step);
+    write_statistics<T, DIM>(p, place, memory + 3 * tensor_bytes, statistics, range, end_step);
     __syncthreads();
   };
   const auto stream = [&](auto compute) {

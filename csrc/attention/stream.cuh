@@ -42,16 +42,29 @@ __device__ __forceinline__ Step read_step(const Plan& plan, int step) {
   return {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
 }
 
-// Where the rows end that a block needs which begins at this step and stops before `end_step`: they are sorted by the
-// step that needs them first.
-__device__ __forceinline__ int restart_end(const Plan& plan, const Step& step, int end_step) {
-  int low = step.restart_begin, high = step.restart_end;
-  while (low < high) {
-    const int middle = (low + high) / 2;
-    if (__ldg(plan.restarts + middle).z < end_step) low = middle + 1;
-    else high = middle;
+// A row to copy: token and slot, and the first step that needs it.
+struct RowEntry {
+  int token, slot, step;
+};
+
+// The rows of shared memory that hold a step's tokens when a block begins there (`restart`), or goes on to it.
+struct RowRange {
+  int begin, end;
+  bool restart;
+};
+
+__device__ __forceinline__ RowRange rows_to_copy(const Step& step, bool restart) {
+  if (restart) return {step.restart_begin, step.restart_end, true};
+  return {step.load_begin, step.load_end, false};
+}
+
+__device__ __forceinline__ RowEntry read_entry(const Plan& plan, const RowRange& range, int number) {
+  if (range.restart) {
+    const int4 entry = __ldg(plan.restarts + number);
+    return {entry.x, entry.y, entry.z};
   }
-  return low;
+  const int2 entry = __ldg(plan.loads + number);
+  return {entry.x, entry.y, 0};
 }
 
 // A [B, L, H, D] tensor of 16-bit numbers, strides in elements, unit stride along D.
@@ -146,26 +159,22 @@ struct RowCopier {
     }
   }
 
-  // Calls with_row(token, slot) for the rows that this thread helps to copy when a segment begins at a step ...
+  // Starts to copy the rows of a range that are needed before `end_step`, and calls with_row(token, slot) for those
+  // that this thread helps with. Four list entries are read at once: each takes its time to come.
   template <typename F>
-  __device__ __forceinline__ void restart(const Plan& plan, const Step& step, int end_step, F with_row) const {
+  __device__ __forceinline__ void copy_rows(const Plan& plan, const RowRange& range, int end_step, F with_row) const {
+    constexpr int kAtOnce = 4;
     const int row = threadIdx.x / L::kPieces, rows = blockDim.x / L::kPieces;
-    const int end = restart_end(plan, step, end_step);
-    for (int i = step.restart_begin + row; i < end; i += rows) {
-      const int4 entry = __ldg(plan.restarts + i);
-      copy(entry.x, entry.y);
-      with_row(entry.x, entry.y);
-    }
-  }
-
-  // ... and when it goes on to a step.
-  template <typename F>
-  __device__ __forceinline__ void advance(const Plan& plan, const Step& step, F with_row) const {
-    const int row = threadIdx.x / L::kPieces, rows = blockDim.x / L::kPieces;
-    for (int i = step.load_begin + row; i < step.load_end; i += rows) {
-      const int2 entry = __ldg(plan.loads + i);
-      copy(entry.x, entry.y);
-      with_row(entry.x, entry.y);
+    for (int first = range.begin + row; first < range.end; first += kAtOnce * rows) {
+      RowEntry entries[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) entries[i] = read_entry(plan, range, min(first + i * rows, range.end - 1));
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (first + i * rows >= range.end || entries[i].step >= end_step) continue;
+        copy(entries[i].token, entries[i].slot);
+        with_row(entries[i].token, entries[i].slot);
+      }
     }
   }
 };
@@ -179,7 +188,7 @@ __device__ __forceinline__ void stream_segment(const Plan& plan, int segment, co
   const int first = segment * plan.steps_per_segment;
   const int end = min(first + plan.steps_per_segment, plan.num_steps);
   Step step = read_step(plan, first);
-  copier.restart(plan, step, end, with_row);
+  copier.copy_rows(plan, rows_to_copy(step, true), end, with_row);
   copy_async_commit();
   prepare(step);
   for (int number = first; number < end; ++number) {
@@ -187,7 +196,7 @@ __device__ __forceinline__ void stream_segment(const Plan& plan, int segment, co
     __syncthreads();  // the rows of this step are there for all, and nobody needs those of the step before
     const bool goes_on = number + 1 < end;
     const Step next = goes_on ? read_step(plan, number + 1) : step;
-    if (goes_on) copier.advance(plan, next, with_row);
+    if (goes_on) copier.copy_rows(plan, rows_to_copy(next, false), end, with_row);
     copy_async_commit();
     arrive(step, number);
     compute(step, next, goes_on);
