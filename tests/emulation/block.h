@@ -88,11 +88,19 @@ extern Block block;
 [[noreturn]] void fail_at(const std::string& what, const Lane* lane, const Place& place);
 std::string name_of(const Lane& lane);
 std::string text_of(const Place& place);
+bool same(const Place& a, const Place& b);
+// Leaves the thread until its state says that it may go on.
+void switch_to_scheduler(Lane& self);
+
+// warp.cpp: nobody may leave for elsewhere while others of the warp count on it.
+void check_nobody_waits_for(const Lane& self, const std::string& doing);
 
 // memory.cpp
 void start_launch_memory(const void* stacks, size_t stack_bytes);
 void start_block_memory();
 // 16 bytes for a matrix load.
 const unsigned char* read_matrix_row(const Lane& lane, uint32_t address, const Place& place);
+// A plain access by the code at `instruction`; `aligned`: to a multiple of its size.
+void access(const void* pointer, size_t bytes, bool write, bool aligned, const void* instruction);
 
 }  // namespace fm_emulation

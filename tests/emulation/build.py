@@ -46,8 +46,16 @@ FLAGS = [
     "-Wno-unknown-pragmas",
     "-Wno-unused-variable",
 ]
-INSTRUMENTED = ["-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0", "-ftrivial-auto-var-init=pattern"]
-"""Of harnesses: accesses are announced, and variables that were never set hold nonsense instead of what was there."""
+INSTRUMENTED = [
+    "-fsanitize=thread",
+    "--param=tsan-instrument-func-entry-exit=0",
+    "-fsanitize=bounds,shift,signed-integer-overflow,integer-divide-by-zero",
+    "-ftrivial-auto-var-init=pattern",
+]
+"""Of harnesses: accesses and undefined arithmetic are announced (see hooks.cpp), and variables that were never set hold
+nonsense instead of what happened to be there."""
+RUNTIME = ("emulator.cpp", "warp.cpp", "memory.cpp", "hooks.cpp")
+OLDEST_COMPILER = 12
 MARGIN = 1024
 SCHEDULES = ("forward", "reverse", "random")
 RACES = ("ignored", "between_warps", "between_lanes")
@@ -70,7 +78,7 @@ class Statistics(ctypes.Structure):
     zero_fills: int
     global_read_bytes: int
     global_write_bytes: int
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         (name, ctypes.c_int64)
         for name in (
             "blocks",
@@ -88,7 +96,7 @@ class Statistics(ctypes.Structure):
 
     @property
     def conflict_rate(self) -> float:
-        """Extra passes over the banks of shared memory per pass that matrix loads need anyway; 0 is free of conflicts."""
+        """Passes over the banks of shared memory that matrix loads need only because of conflicts, per other pass."""
         needed = 4 * self.matrix_loads
         return (self.matrix_wavefronts - needed) / needed if needed else 0.0
 
@@ -107,17 +115,24 @@ def find_compiler() -> str | None:
     return shutil.which("g++")
 
 
+@functools.cache
 def reasons() -> list[str]:
     """Why kernels cannot be emulated here; empty if they can."""
     found = []
     if find_cuda_headers() is None:
         found.append("cuda_fp16.h of a CUDA toolkit was not found (set CUDA_HOME)")
-    if find_compiler() is None:
+    compiler = find_compiler()
+    if compiler is None:
         found.append("g++ was not found")
+    else:
+        version = subprocess.run([compiler, "-dumpversion"], capture_output=True, text=True, check=True).stdout.strip()
+        if int(version.split(".")[0]) < OLDEST_COMPILER:
+            found.append(f"g++ {version} is too old, {OLDEST_COMPILER} is needed")
     return found
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
+    """Where compiled files are kept; made on demand, for this user only."""
     default = Path(tempfile.gettempdir()) / f"fastmetro-emulation-{os.getuid()}"
     folder = Path(os.environ.get("FASTMETRO_EMULATION_CACHE") or default)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -125,22 +140,18 @@ def _cache() -> Path:
 
 
 @functools.cache
-def _sources_digest() -> str:
-    """Of every file that a harness can include, and of the compiler."""
-    digest = hashlib.sha256()
-    for path in sorted([*CSRC.rglob("*.cuh"), *CSRC.rglob("*.h"), *HERE.glob("*.h"), *HERE.glob("*.cuh")]):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+def _toolchain() -> str:
+    """What the output depends on beside sources and flags."""
     version = subprocess.run([str(find_compiler()), "--version"], capture_output=True, text=True, check=True)
-    digest.update(f"{version.stdout} {find_cuda_headers()}".encode())
-    return digest.hexdigest()
+    return f"{version.stdout} {find_cuda_headers()}"
 
 
-def _made(source: Path, suffix: str, flags: list[str], inputs: list[Path]) -> Path:
+def _made(source: Path, suffix: str, flags: list[str], inputs: list[Path], headers: list[Path]) -> Path:
     """Runs the compiler unless the same inputs and flags have been through it; returns the output."""
-    digest = hashlib.sha256(_sources_digest().encode() + " ".join(flags).encode())
-    for path in inputs:
-        digest.update(path.read_bytes())
-    target = _cache() / f"{source.stem}-{digest.hexdigest()[:20]}{suffix}"
+    digest = hashlib.sha256((_toolchain() + " ".join(flags)).encode())
+    for path in [*inputs, *sorted(headers)]:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    target = cache_folder() / f"{source.stem}-{digest.hexdigest()[:20]}{suffix}"
     if not target.exists():
         # Several test processes may want it at once: each writes its own file, the last rename wins.
         partial = target.with_suffix(f".{os.getpid()}{suffix}")
@@ -152,10 +163,11 @@ def _made(source: Path, suffix: str, flags: list[str], inputs: list[Path]) -> Pa
     return target
 
 
-def _object(source: Path, instrumented: bool) -> Path:
-    includes = [f"-I{CSRC}", f"-I{HERE}", f"-I{source.parent}", "-isystem", str(find_cuda_headers())]
-    flags = [*FLAGS, *(INSTRUMENTED if instrumented else []), *includes, "-c"]
-    return _made(source, ".o", flags, [source])
+def _object(source: Path) -> Path:
+    runtime = source.name in RUNTIME
+    headers = [*HERE.glob("*.h"), *([] if runtime else [*HERE.glob("*.cuh"), *CSRC.rglob("*.cuh"), *CSRC.rglob("*.h")])]
+    includes = [f"-I{CSRC}", f"-I{HERE}", "-isystem", str(find_cuda_headers())]
+    return _made(source, ".o", [*FLAGS, *([] if runtime else INSTRUMENTED), *includes, "-c"], [source], headers)
 
 
 def build_harness(source: Path) -> Harness:
@@ -164,10 +176,9 @@ def build_harness(source: Path) -> Harness:
     Raises:
         RuntimeError: with the compiler's messages, if it does not compile.
     """
-    parts = [(source, True), (HERE / "emulator.cpp", False), (HERE / "memory.cpp", False)]
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(lambda part: _object(*part), parts))
-    library = _made(source, ".so", ["-shared", "-ldl", "-pthread"], objects)
+        objects = list(pool.map(_object, [source, *(HERE / name for name in RUNTIME)]))
+    library = _made(source, ".so", ["-shared", "-ldl", "-pthread"], objects, [])
     return Harness(ctypes.CDLL(str(library)))
 
 

@@ -1,8 +1,7 @@
 // Shared and global memory: bounds, poison, asynchronous copies, races.
 //
-// Harnesses are compiled with -fsanitize=thread, but without its library: the compiler then calls a function before
-// every access to memory that others can see, and those functions are here. What the compiler keeps in registers, or
-// proves to be one thread's own, it does not announce.
+// The compiler announces every access to memory that others can see (hooks.cpp). What it keeps in registers, or proves
+// to be one thread's own, it does not announce.
 #include <link.h>
 #include <pthread.h>
 
@@ -202,6 +201,24 @@ void access_global(const Lane& lane, uintptr_t address, uint32_t bytes, bool wri
   note_global(lane, *buffer, address, bytes, write, origin);
 }
 
+void poison(unsigned char* to, size_t bytes) {
+  // All ones and 0x7FFF are NaN in every float format; as indices they are -1 and very large.
+  const uint16_t pattern = (block.number + block.epoch) % 2 ? 0xFFFF : 0x7FFF;
+  for (size_t i = 0; i < bytes; ++i) to[i] = static_cast<unsigned char>(pattern >> 8 * (i % 2));
+}
+
+void perform(Lane& lane, const Copy& copy, const Place& place) {
+  for (uint32_t i = 0; i < 16 / kGranule; ++i) cells[copy.to / kGranule + i].pending = 0;
+  access_shared(lane, copy.to, 16, true, Origin{&place, nullptr});
+  if (copy.valid) {
+    std::memcpy(shared + copy.to, copy.from, 16);
+  } else {
+    std::memset(shared + copy.to, 0, 16);
+  }
+}
+
+}  // namespace
+
 void access(const void* pointer, size_t bytes, bool write, bool aligned, const void* instruction) {
   const Lane* lane = block.running;
   if (!lane || bytes == 0) return;  // the harness itself
@@ -220,24 +237,6 @@ void access(const void* pointer, size_t bytes, bool write, bool aligned, const v
     access_global(*lane, address, size, write, origin);
   }
 }
-
-void poison(unsigned char* to, size_t bytes) {
-  // All ones and 0x7FFF are NaN in every float format; as indices they are -1 and very large.
-  const uint16_t pattern = (block.number + block.epoch) % 2 ? 0xFFFF : 0x7FFF;
-  for (size_t i = 0; i < bytes; ++i) to[i] = static_cast<unsigned char>(pattern >> 8 * (i % 2));
-}
-
-void perform(Lane& lane, const Copy& copy, const Place& place) {
-  for (uint32_t i = 0; i < 16 / kGranule; ++i) cells[copy.to / kGranule + i].pending = 0;
-  access_shared(lane, copy.to, 16, true, Origin{&place, nullptr});
-  if (copy.valid) {
-    std::memcpy(shared + copy.to, copy.from, 16);
-  } else {
-    std::memset(shared + copy.to, 0, 16);
-  }
-}
-
-}  // namespace
 
 void register_buffer(const std::string& name, const void* start, size_t bytes, bool writable) {
   const auto address = reinterpret_cast<uintptr_t>(start);
@@ -353,32 +352,3 @@ FM_EMULATION_EXPORT void fm_emulation_register_buffer(const char* name, const vo
 }
 
 FM_EMULATION_EXPORT void fm_emulation_forget_buffers() { fm_emulation::forget_buffers(); }
-
-// What the compiler calls before an access.
-extern "C" {
-#define FM_ACCESS(bytes)                                                                                          \
-  void __tsan_read##bytes(void* p) { fm_emulation::access(p, bytes, false, true, __builtin_return_address(0)); }  \
-  void __tsan_write##bytes(void* p) { fm_emulation::access(p, bytes, true, true, __builtin_return_address(0)); }  \
-  void __tsan_volatile_read##bytes(void* p) {                                                                     \
-    fm_emulation::access(p, bytes, false, true, __builtin_return_address(0));                                     \
-  }                                                                                                               \
-  void __tsan_volatile_write##bytes(void* p) {                                                                    \
-    fm_emulation::access(p, bytes, true, true, __builtin_return_address(0));                                      \
-  }
-FM_ACCESS(1)
-FM_ACCESS(2)
-FM_ACCESS(4)
-FM_ACCESS(8)
-FM_ACCESS(16)
-#undef FM_ACCESS
-void __tsan_read_range(void* p, size_t bytes) {
-  fm_emulation::access(p, bytes, false, false, __builtin_return_address(0));
-}
-void __tsan_write_range(void* p, size_t bytes) {
-  fm_emulation::access(p, bytes, true, false, __builtin_return_address(0));
-}
-void __tsan_vptr_update(void*, void*) {}
-void __tsan_func_entry(void*) {}
-void __tsan_func_exit() {}
-void __tsan_init() {}
-}

@@ -1,0 +1,39 @@
+// The kernels of the emulator's tests on a GPU, for test_emulation.py: what is emulated must agree with what is.
+#include <cuda_runtime.h>
+
+#include "checks.cuh"
+#include "example.cuh"
+
+namespace {
+
+template <typename T>
+void launch_example(const void* a, const int* rows, const void* b, float* c, float* sums, int m, int n, int k) {
+  const fm_example::Params<T> p{static_cast<const T*>(a), rows, static_cast<const T*>(b), c, sums, m, n, k};
+  const dim3 grid((n + fm_example::kColumns - 1) / fm_example::kColumns, (m + fm_example::kRows - 1) / fm_example::kRows);
+  fm_example::gathered_product_kernel<T, fm_example::Mistake::none>
+      <<<grid, fm_example::kThreads, fm_example::kSharedBytes>>>(p);
+}
+
+int finish() {
+  const cudaError_t error = cudaGetLastError();
+  return static_cast<int>(error != cudaSuccess ? error : cudaDeviceSynchronize());
+}
+
+}  // namespace
+
+extern "C" int example_on_gpu(const void* a, const int* rows, const void* b, float* c, float* sums, int m, int n, int k,
+                              int bfloat) {
+  if (bfloat) {
+    launch_example<__nv_bfloat16>(a, rows, b, c, sums, m, n, k);
+  } else {
+    launch_example<__half>(a, rows, b, c, sums, m, n, k);
+  }
+  return finish();
+}
+
+extern "C" int instructions_on_gpu(const uint32_t* words, const uint4* matrix, uint32_t* out) {
+  fm_checks::instructions_kernel<<<1, 32, 512>>>(words, matrix, out);
+  return finish();
+}
+
+extern "C" const char* error_text(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
