@@ -69,6 +69,13 @@ for _name in ("upsample_native", "upsample_triton"):
     torch.library.define(f"{NAMESPACE}::{_name}", f"{_ARGUMENTS} -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake)
 
+# upsample_native on CUDA in a configuration of the caller's instead of the pinned one, for benchmarks and tests; the
+# fields are those of Plan in csrc/upsampling/launch.h.
+torch.library.define(
+    f"{NAMESPACE}::upsample_native_as",
+    f"{_ARGUMENTS[:-1]}, bool staged, int batch_tile, int threads, bool early) -> Tensor",
+)
+
 
 def _upsample_triton(
     x: Tensor,
@@ -88,4 +95,5 @@ for _device in ("CPU", "CUDA"):
     torch.library.impl(f"{NAMESPACE}::upsample_triton", _device, _upsample_triton)
 
 upsample_native = torch.ops.fastmetro_kernels.upsample_native.default
+upsample_native_as = torch.ops.fastmetro_kernels.upsample_native_as.default
 upsample_triton = torch.ops.fastmetro_kernels.upsample_triton.default

@@ -1,0 +1,81 @@
+"""The CUDA kernels of ``csrc/upsampling`` on CPU tensors, through the emulator, with the arguments of the op."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from emulation import build
+
+KIB = 1024
+
+
+class Plan(NamedTuple):
+    """One configuration, as ``Plan`` in ``csrc/upsampling/launch.h``; ``threads`` 0 leaves the choice to the launch."""
+
+    staged: bool
+    batch_tile: int
+    threads: int = 0
+
+
+class _Arguments(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in (
+            *("batch", "tokens", "channels", "batch_stride", "token_stride", "channel_stride"),
+            *("rows", "entries", "three_each", "bytes_of_element"),
+            *("kernel", "batch_tile", "threads", "multiprocessors", "shared_limit"),
+        )
+    ]
+
+
+@functools.cache
+def harness() -> build.Harness:
+    """The compiled kernels for float32 and float16."""
+    return build.build_harness(Path(build.__file__).with_name("upsampling_harness.cpp"))
+
+
+def upsample(
+    x: Tensor,
+    row_offsets: Tensor,
+    columns: Tensor,
+    values: Tensor,
+    ell_columns: Tensor | None,
+    ell_values: Tensor | None,
+    rows: int,
+    *,
+    plan: Plan | None = None,
+    multiprocessors: int = 4,
+    shared_limit: int = 227 * KIB,
+    schedule: str = "forward",
+) -> Tensor:
+    """``upsample_native`` for float32 or float16; without a plan in the configuration that the op would choose.
+
+    Raises:
+        EmulationError: the kernel did something wrong, or there is none for this plan.
+    """
+    batch, tokens, channels = x.shape
+    storage = x.untyped_storage().nbytes() - x.storage_offset() * x.element_size()
+    source = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage(), x.storage_offset(), (storage // x.element_size(),))
+    out = torch.full((batch, rows, channels), torch.nan, dtype=x.dtype)
+    arguments = _Arguments(
+        *(batch, tokens, channels, *x.stride(), rows, columns.numel()),
+        ell_columns is not None and ell_columns.shape[1] == 3 and columns.numel() == 3 * rows,
+        x.element_size(),
+        *((-1, 0, 0) if plan is None else plan),
+        *(multiprocessors, shared_limit),
+    )
+    harness().run(
+        "run_upsampling",
+        *(arguments, source, out, row_offsets, columns, values),
+        reads={"x": source, "row_offsets": row_offsets, "columns": columns, "values": values},
+        writes={"out": out},
+        schedule=schedule,
+        shared_limit=shared_limit,
+    )
+    return out

@@ -1,0 +1,44 @@
+// Runs the upsampling kernels in the emulator, through the same choice of kernel and grid as the op takes.
+#include "upsampling/launch.h"
+
+namespace {
+
+struct EmulatedLaunch {
+  template <auto KERNEL, typename T, typename Index>
+  void operator()(const fm_upsampling::Problem<T>& problem, const fm_upsampling::Grid<Index>& grid, uint32_t blocks,
+                  uint32_t batch_tiles, int threads, uint32_t shared_bytes, bool) const {
+    fm_emulation::launch([&] { KERNEL(problem, grid); }, dim3(blocks, batch_tiles), dim3(threads), shared_bytes);
+  }
+};
+
+}  // namespace
+
+// Of x: batch, tokens, channels and their strides; of the matrix; of the plan (kernel -1: as the op chooses); of the
+// device. The fields are those of upsampling.py.
+struct Arguments {
+  int64_t batch, tokens, channels, batch_stride, token_stride, channel_stride;
+  int64_t rows, entries, three_each, bytes_of_element;
+  int64_t kernel, batch_tile, threads, multiprocessors, shared_limit;
+};
+
+template <typename T>
+void run(const Arguments& a, const void* x, void* out, const int32_t* row_offsets, const int32_t* columns,
+         const float* values) {
+  const fm_upsampling::Problem<T> problem{static_cast<const T*>(x), static_cast<T*>(out), row_offsets, columns, values,
+                                          a.batch, a.tokens, a.rows, a.channels, a.batch_stride, a.token_stride,
+                                          a.channel_stride};
+  const fm_upsampling::Device device{static_cast<int>(a.multiprocessors), static_cast<int>(a.shared_limit), true};
+  const fm_upsampling::Plan given{static_cast<fm_upsampling::Kernel>(a.kernel), static_cast<int>(a.batch_tile),
+                                  static_cast<int>(a.threads), true};
+  const fm_upsampling::Plan plan = a.kernel < 0 ? fm_upsampling::choose_plan(problem, device) : given;
+  const EmulatedLaunch launch;
+  fm_upsampling::Launcher(problem, a.entries, a.three_each != 0, plan, device, launch).run();
+}
+
+FM_EMULATION_EXPORT int32_t run_upsampling(const Arguments* a, const void* x, void* out, const int32_t* row_offsets,
+                                           const int32_t* columns, const float* values) {
+  return fm_emulation::reported([&] {
+    a->bytes_of_element == 4 ? run<float>(*a, x, out, row_offsets, columns, values)
+                             : run<__half>(*a, x, out, row_offsets, columns, values);
+  });
+}
