@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from emulation import build
 from torch import Tensor
 
-from emulation import build
 from fastmetro_kernels import TokenTopology
 from fastmetro_kernels.attention import dropout
 from fastmetro_kernels.plan import Plan
@@ -123,16 +123,15 @@ class EmulatedAttention:
     ) -> None:
         plan = [tensor for tensor in self.plan if isinstance(tensor, Tensor)]
         inputs = [*plan, *(tensor for tensor in reads if tensor is not None)]
-        self.statistics.append(
-            _harness().run(
-                name,
-                arguments,
-                int(writes[0].dtype == torch.bfloat16),
-                reads={f"read{i}": tensor for i, tensor in enumerate(inputs) if tensor.numel()},
-                writes={f"write{i}": tensor for i, tensor in enumerate(writes) if tensor.numel()},
-                **self.options,
-            )  # fmt: skip
+        statistics = _harness().run(
+            name,
+            arguments,
+            int(writes[0].dtype == torch.bfloat16),
+            reads={f"read{i}": tensor for i, tensor in enumerate(inputs) if tensor.numel()},
+            writes={f"write{i}": tensor for i, tensor in enumerate(writes) if tensor.numel()},
+            **self.options,
         )
+        self.statistics.append(statistics)
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float = 0.0, seed: Tensor | None = None

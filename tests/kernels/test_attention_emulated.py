@@ -7,11 +7,23 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_cases import Graph, Result, assert_within_budget, graphs, keep_mask, oracle, plain, random_mask, topology_of
-from torch import Tensor
-
+from attention_cases import (
+    Graph,
+    Result,
+    assert_within_budget,
+    graphs,
+    grid_faces,
+    keep_mask,
+    oracle,
+    plain,
+    random_mask,
+    topology_of,
+)
 from emulation import build
 from emulation.attention import EmulatedAttention
+from torch import Tensor
+
+from fastmetro_kernels import TokenTopology
 
 if build.reasons():
     pytest.skip(f"kernels cannot be emulated: {'; '.join(build.reasons())}", allow_module_level=True)
@@ -49,7 +61,8 @@ def _check(
     baseline = plain([q, k, v], graph.mask, grad, grad_lse)
     if keep is not None:  # what plain PyTorch gets wrong without dropout, carried over to numbers that are larger
         without = oracle([q, k, v], graph.mask, grad, grad_lse)
-        baseline = Result(*(e + (b.double() - w) / (1 - dropout_p) for e, b, w in zip(exact, baseline, without)))
+        errors = (b.double() - w for b, w in zip(baseline, without, strict=True))
+        baseline = Result(*(e + error / (1 - dropout_p) for e, error in zip(exact, errors, strict=True)))
     assert_within_budget(Result(out, lse, *grads), exact, baseline)
     return attention
 
@@ -122,10 +135,6 @@ def test_strides_and_shared_tokens() -> None:
 
 def test_few_bank_conflicts() -> None:
     """Lists are ordered so that most reads of eight rows need no second pass."""
-    from attention_cases import grid_faces
-
-    from fastmetro_kernels import TokenTopology
-
     topology = TokenTopology.from_faces(grid_faces(20, 21), num_hubs=14)
     attention = EmulatedAttention(topology)
     q, k, v, _ = _inputs(topology.num_tokens, 1, 64, torch.float16, batch=1)

@@ -1,0 +1,157 @@
+"""The plan of the CUDA kernels, replayed step by step: rows are where the lists say, and the pattern is the mask."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from attention_cases import grid_faces, random_mask
+
+from fastmetro_kernels import TokenTopology
+from fastmetro_kernels.plan import MAX_SLOTS, PREFERRED_SLOTS, WINDOWS_PER_STEP, Plan, build_plan
+
+MASKS = {
+    "mesh": TokenTopology.from_faces(grid_faces(17, 19), num_hubs=14).mask(),
+    "no_hubs": random_mask(120, 0, 0.03, True, True, 1),
+    "asymmetric": random_mask(100, 20, 0.02, False, False, 2),
+    "long_lists": random_mask(70, 5, 0.4, True, True, 3),
+    "hubs_only": torch.ones(6, 6, dtype=torch.bool),
+}
+
+
+def _topology(name: str) -> TokenTopology:
+    return TokenTopology.from_mask(MASKS[name])
+
+
+def _plan(topology: TokenTopology) -> Plan:
+    plan = topology.make_plan()
+    assert plan is not None
+    return plan
+
+
+def _cache_at(plan: Plan, begin: int, end: int) -> list[dict[int, int]]:
+    """Token of every slot during the steps of a block that works on steps begin to end - 1."""
+    steps, loads, restarts = plan.steps.numpy(), plan.loads.numpy(), plan.restarts.numpy()
+    first = restarts[steps[begin, 2] : steps[begin, 3]]
+    cache = {int(slot): int(token) for token, slot, need, _ in first if need < end}
+    states = [dict(cache)]
+    for step in range(begin + 1, end):
+        for token, slot in loads[steps[step, 0] : steps[step, 1]]:
+            cache[int(slot)] = int(token)
+        states.append(dict(cache))
+    return states
+
+
+def _slots_of_lists(lists: torch.Tensor, chunk: int) -> np.ndarray:
+    return lists[chunk].numpy().T.ravel()
+
+
+def _seen(plan: Plan, states: list[dict[int, int]], begin: int, transposed: bool, tokens: int) -> np.ndarray:
+    """bool [tokens, tokens]: the pairs that windows (rows) compute with the tokens that lie in the listed slots."""
+    extras, lists, masks = (
+        (plan.t_extras, plan.t_lists, plan.t_masks) if transposed else (plan.extras, plan.lists, plan.masks)
+    )
+    seen = np.zeros((tokens, tokens), bool)
+    for state, step in zip(states, plan.steps.numpy()[begin:], strict=False):
+        for window in range(step[4], step[5]):
+            rows = plan.rows[window].numpy()
+            for row, slot in zip(rows, plan.row_slots[window].numpy(), strict=True):
+                assert row < 0 or state[int(slot)] == row
+            chunks = [window, *(len(plan.rows) + extra for extra in range(extras[window], extras[window + 1]))]
+            for chunk in chunks:
+                for key, slot in enumerate(_slots_of_lists(lists, chunk)):
+                    token = state[int(slot)]  # also padding names a slot that holds a row
+                    for number, row in enumerate(rows):
+                        if row >= 0 and int(masks[chunk, number]) >> key & 1:
+                            assert not seen[row, token], "no pair is computed twice"
+                            seen[row, token] = True
+    return seen
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("per_segment", [1, 2, 1000])
+def test_replay(name: str, per_segment: int) -> None:
+    """However the steps are cut into segments, the listed slots hold the right tokens, and the pattern is complete."""
+    topology = _topology(name)
+    plan, mask, hubs = _plan(topology), MASKS[name].numpy(), topology.num_hubs
+    steps = plan.steps.numpy()
+    forward, transposed = np.zeros_like(mask), np.zeros_like(mask)
+    hub_keys: list[int] = []
+    for begin in range(0, len(steps), per_segment):
+        end = min(begin + per_segment, len(steps))
+        states = _cache_at(plan, begin, end)
+        forward |= _seen(plan, states, begin, False, len(mask))
+        transposed |= _seen(plan, states, begin, True, len(mask))
+        for state, step in zip(states, steps[begin:end], strict=True):
+            assert all(state[hub] == hub for hub in range(hubs))
+            slots = np.concatenate(
+                [np.zeros(0, int), *(_slots_of_lists(plan.lists, step[6] + i) for i in range(-(-step[7] // 64)))]
+            )
+            hub_keys += [state[int(slot)] for slot in slots[: step[7]]]
+    assert np.array_equal(forward[hubs:], mask[hubs:]), "rows of vertices"
+    assert np.array_equal(transposed[hubs:], mask.T[hubs:]), "columns of vertices"
+    assert sorted(hub_keys) == (list(range(len(mask))) if hubs else []), "hubs meet every token once"
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_rows_are_replaced_only_when_nobody_needs_them(name: str) -> None:
+    """The rows of a step are copied while the step before is computed: they go to slots that it does not use."""
+    plan = _plan(_topology(name))
+    steps, loads = plan.steps.numpy(), plan.loads.numpy()
+    for number in range(1, len(steps)):
+        used = {int(s) for w in range(*steps[number - 1, 4:6]) for s in plan.row_slots[w]}
+        for extras, lists in ((plan.extras, plan.lists), (plan.t_extras, plan.t_lists)):
+            for window in range(*steps[number - 1, 4:6]):
+                for chunk in [window, *(len(plan.rows) + e for e in range(extras[window], extras[window + 1]))]:
+                    used |= set(_slots_of_lists(lists, chunk).tolist())
+        written = {int(slot) for _, slot in loads[slice(*steps[number, :2])]}
+        assert not written & used
+        assert min(written, default=plan.slots - 1) >= 0 and max(written, default=0) < plan.slots
+
+
+def test_limits() -> None:
+    """Steps have at most four windows; the cache has its preferred size where the mesh allows it."""
+    topology = _topology("mesh")
+    plan = _plan(topology)
+    windows = plan.steps[:, 5] - plan.steps[:, 4]
+    assert int(windows.max()) <= WINDOWS_PER_STEP and int(windows.sum()) == len(plan.rows)
+    assert plan.slots == PREFERRED_SLOTS + topology.num_hubs
+
+
+def test_scattered_pattern_has_no_plan() -> None:
+    """A window that needs more rows than half the cache cannot be streamed; long lists of few tokens can."""
+    vertices = MAX_SLOTS
+    dense = torch.ones(vertices, vertices, dtype=torch.bool)
+    assert TokenTopology.from_mask(dense, num_hubs=0).make_plan() is None
+    assert _plan(_topology("long_lists")).slots <= MAX_SLOTS
+
+
+def test_plan_is_deterministic_and_ignores_the_order_of_processing() -> None:
+    """The plan follows the locality order, whatever order the topology asks Triton to take."""
+    faces = grid_faces(17, 19)
+    first, second = (
+        _plan(TokenTopology.from_faces(faces, num_hubs=3, order=order)) for order in ("natural", "locality")
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first[:-1], second[:-1], strict=True))
+
+
+def test_rows_are_read_hardly_more_than_once() -> None:
+    """On a mesh of 2,500 vertices in a scrambled numbering."""
+    faces = np.random.default_rng(0).permutation(2500)[grid_faces(50, 50)]
+    topology = TokenTopology.from_faces(faces, num_hubs=14)
+    assert len(_plan(topology).loads) < 1.15 * topology.num_vertices
+
+
+def test_conflicts_of_banks_are_rare() -> None:
+    """Eight keys that are read together mostly start in different 16-byte columns of shared memory."""
+    plan = _plan(_topology("mesh"))
+    groups = plan.lists[: len(plan.masks)].numpy().transpose(0, 2, 1).reshape(-1, 8)
+    passes = [np.bincount(np.unique(group) % 8, minlength=8).max() for group in groups]
+    assert np.mean(passes) < 1.25
+
+
+def test_asymmetric_schedules_are_used() -> None:
+    """Lists of queries come from the transposed schedule."""
+    topology = _topology("asymmetric")
+    plan = build_plan(topology.schedule, topology.t_schedule, topology.num_hubs)
+    assert plan is not None and not torch.equal(plan.masks, plan.t_masks)
