@@ -96,7 +96,7 @@ def build_plan(schedule: Schedule, t_schedule: Schedule, num_hubs: int) -> Plan 
     step_needs = [set().union(*(needs[w] for w in range(first, end))) for first, end in groups]
     pairs = [len(a | b) for a, b in itertools.pairwise(step_needs)]
     capacity = max(pairs + [len(need) for need in step_needs] + [min(PREFERRED_SLOTS, limit)])
-    cache = _Cache(step_needs, capacity, num_hubs)
+    cache = _Cache(step_needs, windows, capacity, num_hubs)
     step_of_window = np.repeat(np.arange(len(groups)), [end - first for first, end in groups])
     orders = _row_orders(windows, step_of_window, cache)
     windows = np.take_along_axis(windows, orders, axis=1)
@@ -187,8 +187,10 @@ class _Cache:
         restarts: (token, slot, step that needs it first, 0) that a block beginning at a step must load.
     """
 
-    def __init__(self, needs: list[set[int]], capacity: int, num_hubs: int) -> None:
+    def __init__(self, needs: list[set[int]], windows: _Array, capacity: int, num_hubs: int) -> None:
         self._needs, self._hubs = needs, num_hubs
+        rows = [window[window >= 0].tolist() for window in windows]
+        self._mates = {token: window for window in rows for token in window}  # the window that a token is a row of
         self._uses: dict[int, list[int]] = {}
         for step, need in enumerate(needs):
             for token in need:
@@ -232,11 +234,16 @@ class _Cache:
         self._restart_ends.append(len(self.restarts))
 
     def _place(self, new: list[int], need: set[int]) -> None:
-        """Slots for new tokens, spread evenly over the eight 16-byte columns of shared memory that rows start in."""
+        """Slots for new tokens, spread evenly over the eight 16-byte columns of shared memory that rows start in.
+
+        The rows of one window come first, since they are read together, then all that the step needs.
+        """
         places = [self._resident[token] for token in need if token in self._resident]
         used = np.bincount(np.array(places, np.int64) % _BANK_COLUMNS, minlength=_BANK_COLUMNS)
         for token in new:
-            slot = min(self._free, key=lambda s: (used[s % _BANK_COLUMNS], s))
+            mates = [self._resident[m] % _BANK_COLUMNS for m in self._mates[token] if m in self._resident]
+            own = np.bincount(np.array(mates, np.int64), minlength=_BANK_COLUMNS)
+            slot = min(self._free, key=lambda s: (own[s % _BANK_COLUMNS], used[s % _BANK_COLUMNS], s))
             self._free.remove(slot)
             self._resident[token] = slot
             used[slot % _BANK_COLUMNS] += 1
