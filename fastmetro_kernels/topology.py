@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastmetro_kernels import adjacency as lists
 from fastmetro_kernels.plan import Plan, build_plan
-from fastmetro_kernels.schedule import Schedule, build_schedule, locality_order
+from fastmetro_kernels.schedule import WINDOW_SIZES, Schedule, build_schedule, locality_order
 
 ORDERS = ("natural", "locality")
 
@@ -117,13 +117,17 @@ class TokenTopology(nn.Module):
         built = {"schedule_": build_schedule(self.row_offsets, self.columns, order)}
         if not self.symmetric:
             built["t_schedule_"] = build_schedule(self.t_row_offsets, self.t_columns, order)
+        for rows in WINDOW_SIZES[1:]:
+            built[f"schedule{rows}_"] = build_schedule(self.row_offsets, self.columns, order, rows)
+            if not self.symmetric:
+                built[f"t_schedule{rows}_"] = build_schedule(self.t_row_offsets, self.t_columns, order, rows)
         self._schedule_sizes = {prefix: (one.longest, one.mean) for prefix, one in built.items()}
         for prefix, one in built.items():
             for name, tensor in zip(Schedule._fields[:4], one[:4], strict=True):
                 self.register_buffer(prefix + name, tensor, persistent=False)
 
     def _schedule(self, prefix: str) -> Schedule:
-        row_order, key_offsets, keys, row_masks = (self.get_buffer(prefix + name) for name in Schedule._fields[:4])
+        row_order, key_offsets, keys, row_masks = (getattr(self, prefix + name) for name in Schedule._fields[:4])
         return Schedule(row_order, key_offsets, keys, row_masks, *self._schedule_sizes[prefix])
 
     @property
@@ -135,6 +139,17 @@ class TokenTopology(nn.Module):
     def t_schedule(self) -> Schedule:
         """The same for the transposed pattern (windows of keys with the rows that use them)."""
         return self._schedule("schedule_" if self.symmetric else "t_schedule_")
+
+    @property
+    def schedules(self) -> tuple[Schedule, ...]:
+        """`schedule`, and the same for windows of 32 and 64 rows."""
+        return (self.schedule, *(self._schedule(f"schedule{rows}_") for rows in WINDOW_SIZES[1:]))
+
+    @property
+    def t_schedules(self) -> tuple[Schedule, ...]:
+        """`t_schedule`, and the same for windows of 32 and 64 keys."""
+        prefix = "schedule" if self.symmetric else "t_schedule"
+        return (self.t_schedule, *(self._schedule(f"{prefix}{rows}_") for rows in WINDOW_SIZES[1:]))
 
     def make_plan(self) -> Plan | None:
         """The plan by which the CUDA kernels walk over this pattern, on the CPU, or None where there is none.

@@ -11,7 +11,7 @@ import scipy.sparse
 import torch
 from torch import Tensor
 
-from fastmetro_kernels.schedule import WINDOW_ROWS, Schedule, build_schedule, locality_order
+from fastmetro_kernels.schedule import WINDOW_ROWS, WINDOW_SIZES, Schedule, build_schedule, locality_order
 
 
 def csr(matrix: scipy.sparse.spmatrix | np.ndarray) -> tuple[Tensor, Tensor]:
@@ -30,16 +30,16 @@ def grid(height: int, width: int) -> scipy.sparse.csr_matrix:
     return ((half + half.T + scipy.sparse.eye(number.size)) != 0).tocsr()
 
 
-def pairs_of(schedule: Schedule) -> set[tuple[int, int]]:
-    """All (row, key) pairs of a schedule, read the way a kernel reads it."""
+def pairs_of(schedule: Schedule, size: int = WINDOW_ROWS) -> set[tuple[int, int]]:
+    """All (row, key) pairs of a schedule with windows of `size` rows, read the way a kernel reads it."""
     offsets = schedule.key_offsets.tolist()
     found = []
     for window in range(len(offsets) - 1):
-        rows = schedule.row_order[WINDOW_ROWS * window : WINDOW_ROWS * (window + 1)].tolist()
+        rows = schedule.row_order[size * window : size * (window + 1)].tolist()
         for slot in range(offsets[window], offsets[window + 1]):
             mask = int(schedule.row_masks[slot])
-            assert 0 <= mask < 2**WINDOW_ROWS
-            found += [(rows[bit], int(schedule.keys[slot])) for bit in range(WINDOW_ROWS) if mask >> bit & 1]
+            assert -(2 ** (size - 1)) <= mask < 2**size, "no bits beyond the rows; the last may be the sign"
+            found += [(rows[bit], int(schedule.keys[slot])) for bit in range(size) if mask >> bit & 1]
     assert len(found) == len(set(found))
     return set(found)
 
@@ -47,19 +47,21 @@ def pairs_of(schedule: Schedule) -> set[tuple[int, int]]:
 @pytest.mark.parametrize("count", [0, 1, 15, 16, 17, 100])
 @pytest.mark.parametrize("density", [0.0, 0.05, 0.5])
 @pytest.mark.parametrize("ordered", [False, True])
-def test_schedule_holds_exactly_the_pairs_of_the_graph(count: int, density: float, ordered: bool) -> None:
+@pytest.mark.parametrize("size", WINDOW_SIZES)
+def test_schedule_holds_exactly_the_pairs_of_the_graph(count: int, density: float, ordered: bool, size: int) -> None:
     rng = np.random.default_rng(count)
     dense = rng.random((count, count)) < density
     order = torch.from_numpy(rng.permutation(count)) if ordered else None
-    schedule = build_schedule(*csr(dense), order)
-    assert pairs_of(schedule) == set(zip(*(axis.tolist() for axis in np.nonzero(dense)), strict=True))
+    schedule = build_schedule(*csr(dense), order, size)
+    assert pairs_of(schedule, size) == set(zip(*(axis.tolist() for axis in np.nonzero(dense)), strict=True))
 
-    windows = -(-count // WINDOW_ROWS)
+    windows = -(-count // size)
     expected = order if ordered else torch.arange(count)
-    assert schedule.row_order.shape == (windows * WINDOW_ROWS,)
+    assert schedule.row_order.shape == (windows * size,)
     assert torch.equal(schedule.row_order[:count].long(), expected.long())
     assert (schedule.row_order[count:] == -1).all()
-    assert all(tensor.dtype == torch.int32 for tensor in schedule[:4])
+    assert all(tensor.dtype == torch.int32 for tensor in schedule[:3])
+    assert schedule.row_masks.dtype == (torch.int64 if size == 64 else torch.int32)
     assert (schedule.key_offsets % 16 == 0).all() and len(schedule.key_offsets) == windows + 1
     lengths = []
     for begin, end in zip(schedule.key_offsets[:-1].tolist(), schedule.key_offsets[1:].tolist(), strict=True):
@@ -70,6 +72,11 @@ def test_schedule_holds_exactly_the_pairs_of_the_graph(count: int, density: floa
         lengths.append(len(listed))
     assert schedule.longest == max(lengths, default=0)
     assert schedule.mean == pytest.approx(np.mean(lengths) if lengths else 0.0)
+
+
+def test_window_sizes_that_no_kernel_takes() -> None:
+    with pytest.raises(ValueError, match="window_rows must be 16, 32 or 64, got 48"):
+        build_schedule(*csr(np.eye(3)), window_rows=48)
 
 
 def test_symmetric_graph_has_one_schedule_for_rows_and_columns() -> None:
