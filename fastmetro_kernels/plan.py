@@ -1,4 +1,4 @@
-"""How the CUDA kernels of attention walk over a mesh: windows in processing order, and a cache of rows managed in advance.
+"""How the CUDA attention kernels walk over a mesh: windows in processing order, a cache of rows managed in advance.
 
 A block of threads works through the windows (16 rows each, see `schedule.py`) in steps of up to four. The rows of k
 and v that a step needs (in the backward also q and the gradient) lie in slots of shared memory. Which row enters which
@@ -29,8 +29,8 @@ CHUNK_KEYS = 64
 _BANK_COLUMNS = 8  # shared memory is read 128 bytes at a time: eight pieces of 16 bytes
 
 PREFERRED_SLOTS = 208
-"""Slots for vertices beside those of the hubs: few rows are read twice, and with 14 hubs three blocks of the forward and
-two of the backward fit on a multiprocessor of 228 KiB (heads of up to 64)."""
+"""Slots for vertices beside those of the hubs: few rows are read twice, and with 14 hubs three blocks of the forward
+and two of the backward fit on a multiprocessor of 228 KiB (heads of up to 64)."""
 
 MAX_SLOTS = 416
 """Largest cache, hubs included: the backward keeps 520 bytes per slot in 227 KiB of shared memory."""
@@ -339,7 +339,7 @@ def _chunk_tensors(
 
 
 def _row_orders(windows: _Array, step_of_window: _Array, cache: _Cache) -> _Array:
-    """int64 [W, 16]: the row of the schedule's window that stands at each place, such that eight can be read at once."""
+    """int64 [W, 16]: which row of the schedule's window stands at each place, so that eight can be read at once."""
     orders = np.zeros_like(windows)
     for window, rows in enumerate(windows):
         present = np.flatnonzero(rows >= 0)
