@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
@@ -17,28 +18,48 @@ from fastmetro.inference.pretrained import SHIPPED, load_pretrained, weights_rec
 from fastmetro.meshes.mesh import load_mesh
 from fastmetro.training.export import SHIPPED_BYTES
 
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "bench" / "results"
+
 
 def test_shipped_weights_fit_and_say_how_they_were_made() -> None:
     path = SHIPPED["fastmetro-compact"]
     assert path.stat().st_size <= SHIPPED_BYTES
     record = weights_record(path)
     assert record["model"] == "fastmetro-compact" and record["mesh"] == "anny-body"
-    commands = record.get("commands") or record["command"]  # the first weights record only the last call
-    assert "fastmetro train" in commands and int(record["samples"]) > 10**6 and record["commit"]
+    commands = json.loads(record["commands"])
+    assert commands and all("fastmetro train" in command for command in commands)
+    assert int(record["samples"]) > 10**6 and record["commit"]
     config = json.loads(record["config"])
     assert config["seed"] != synthetic.HELD_OUT_SEED and config["image_size"] == 224
 
 
+def test_published_report_is_of_the_shipped_weights() -> None:
+    """The numbers of the README were measured on these weights, and the log is that of the runs that made them."""
+    record = weights_record(SHIPPED["fastmetro-compact"])
+    report = json.loads((RESULTS / "compact_training.json").read_text())
+    assert report["commands"] == json.loads(record["commands"]) and report["config"] == json.loads(record["config"])
+    assert str(report["samples"]) == record["samples"] and report["commit"] == record["commit"]
+    with (RESULTS / "compact_training.csv").open() as file:
+        images = {row["run"]: int(row["samples"]) for row in csv.DictReader(file)}  # the last row of each run
+    assert len(images) == len(report["commands"]) and sum(images.values()) == report["samples"]
+    errors = report["report"]
+    assert errors["pa_mpjpe"] <= 0.5 * errors["mean_mesh"]["pa_mpjpe"]
+    readme = (ROOT / "README.md").read_text()
+    for measured in (errors, errors["mean_mesh"], errors["mean_mesh_facing"]):
+        assert " | ".join(f"{measured[name]:.1f}" for name in ("mpjpe", "pa_mpjpe", "mpvpe")) in readme
+
+
 def test_shipped_weights_beat_the_mean_mesh_on_held_out_images(device: torch.device) -> None:
-    """A few images, with room for chance: `fastmetro eval` measures a thousand."""
+    """A few images, with room for rounding: `fastmetro eval` measures a thousand."""
     model = load_pretrained("fastmetro-compact").to(device)
     report = synthetic.evaluate_synthetic(model, 16, baselines=False, batch_size=8)
     people = synthetic.SyntheticPeople(model.mesh, synthetic.HELD_OUT_SEED, photographs=False)
     mean = synthetic.mean_meshes(synthetic.SyntheticPeople(model.mesh, 0, photographs=False), 64, 16)
     truth = people.labels(torch.arange(16)).vertices
-    for constant in (mean.camera, mean.facing):
+    for constant, pa_limit in ((mean.camera, 0.42), (mean.facing, 0.49)):
         errors = synthetic.mesh_errors(constant.expand_as(truth), truth, people.joint_regressor, people.root_joints)
-        for name, limit in (("mpjpe", 0.6), ("pa_mpjpe", 0.7)):
+        for name, limit in (("mpjpe", 0.43), ("pa_mpjpe", pa_limit)):
             assert float(str(report[name])) < limit * float(errors[name].mean()), name
 
 
