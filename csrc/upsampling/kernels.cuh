@@ -134,18 +134,6 @@ __device__ __forceinline__ void add_row(const Problem<T>& p, Index row, int part
   }
 }
 
-// The batch elements of a block, from `first`. Those past the last one repeat it, so that no read needs a condition.
-template <typename T, int BATCH>
-struct Elements {
-  const T* start;
-  int64_t strides[BATCH];  // from each to the next
-
-  __device__ __forceinline__ Elements(const Problem<T>& p, int64_t first) : start(p.x + first * p.batch_stride) {
-#pragma unroll
-    for (int i = 0; i < BATCH; ++i) strides[i] = first + i + 1 < p.batch ? p.batch_stride : 0;
-  }
-};
-
 // Adds the sums of PARTS neighbouring lanes, always in the same tree. Each lane is left with its own share of the batch
 // elements, in sums[0] and following: the first is returned. All lanes of the warp must take part.
 template <int PARTS, int VEC, int BATCH>
@@ -172,19 +160,18 @@ __device__ __forceinline__ int add_parts(float (&sums)[BATCH][VEC], int part) {
   return first;
 }
 
-// Adds up the parts and writes position `position` of the batch elements first_element + i for i < BATCH.
-template <int PARTS, typename T, int VEC, int BATCH, typename Index>
-__device__ __forceinline__ void finish(const Problem<T>& p, float (&sums)[BATCH][VEC], int part, bool active,
-                                       int64_t first_element, Index position) {
-  constexpr int kept = BATCH > PARTS ? BATCH / PARTS : 1;       // batch elements that a lane is left with
-  constexpr int copies = PARTS > BATCH ? PARTS / BATCH : 1;     // lanes that are left with the same one
-  first_element += add_parts<PARTS>(sums, part);
+// Adds up the parts and writes a position of `left` batch elements, the first of them at `out`.
+template <int PARTS, typename T, int VEC, int BATCH>
+__device__ __forceinline__ void finish(float (&sums)[BATCH][VEC], int part, bool active, T* out, int64_t stride,
+                                       int left) {
+  constexpr int kept = BATCH > PARTS ? BATCH / PARTS : 1;    // batch elements that a lane is left with
+  constexpr int copies = PARTS > BATCH ? PARTS / BATCH : 1;  // lanes that are left with the same one
+  const int first = add_parts<PARTS>(sums, part);
   if (!active || part % copies != 0) return;
-  const int64_t stride = p.rows * p.channels;
-  T* out = p.out + first_element * stride + position * VEC;
+  out += first * stride;
 #pragma unroll
   for (int i = 0; i < kept; ++i) {
-    if (BATCH > 1 && first_element + i >= p.batch) break;
+    if (first + i >= left) break;
     Pack<T, VEC> pack;
 #pragma unroll
     for (int c = 0; c < VEC; ++c) pack.item[c] = from_float<T>(sums[i][c]);
@@ -194,35 +181,48 @@ __device__ __forceinline__ void finish(const Problem<T>& p, float (&sums)[BATCH]
 }
 
 constexpr int kMaxThreads = 1024;
-constexpr int kPackThreads = 256;  // at most, where VEC > 1: such a thread needs many registers
+
+// Of a block of gather_kernel: where a thread has much under way, it needs more registers than 64.
+constexpr int max_threads(int vec, int batch) { return vec > 1 ? 256 : batch > 4 ? 512 : kMaxThreads; }
+
+// One position of the batch elements first to first + BATCH - 1.
+template <int LENGTH, int PARTS, int VEC, int BATCH, typename T, typename Index>
+__device__ __forceinline__ void gather_elements(const Problem<T>& p, const Grid<Index>& grid, int first, Index position,
+                                                int part, bool active) {
+  float sums[BATCH][VEC] = {};
+  if (active) {
+    const Index row = grid.packs.divide(position);
+    const Index channel = (position - row * grid.packs.divisor) * VEC;
+    const T* const source = p.x + first * p.batch_stride + channel * static_cast<Index>(p.channel_stride);
+    const auto read = [&](int32_t column, Pack<T, VEC>(&items)[BATCH]) {
+      const T* from = source + static_cast<Index>(column) * static_cast<Index>(p.token_stride);
+#pragma unroll
+      for (int i = 0; i < BATCH; ++i) {
+        items[i] = *reinterpret_cast<const Pack<T, VEC>*>(from);
+        from += p.batch_stride;
+      }
+    };
+    add_row<LENGTH, PARTS>(p, row, part, read, sums);
+  }
+  const int64_t stride = p.rows * p.channels;
+  finish<PARTS>(sums, part, active, p.out + first * stride + position * VEC, stride, BATCH);
+}
 
 template <typename T, int VEC, int LENGTH, int PARTS, int BATCH, typename Index>
-__global__ void __launch_bounds__(VEC > 1 ? kPackThreads : kMaxThreads)
-    gather_kernel(const Problem<T> p, const Grid<Index> grid) {
+__global__ void __launch_bounds__(max_threads(VEC, BATCH)) gather_kernel(const Problem<T> p, const Grid<Index> grid) {
   wait_for_previous_kernel();
   const Index position = static_cast<Index>(blockIdx.x) * grid.block_positions + threadIdx.x / PARTS;
   const int part = threadIdx.x % PARTS;
   const bool active = position < grid.positions;
   if (PARTS == 1 && !active) return;
 
-  const int64_t first = static_cast<int64_t>(blockIdx.y) * BATCH;
-  float sums[BATCH][VEC] = {};
-  if (active) {
-    const Index row = grid.packs.divide(position);
-    const Index channel = (position - row * grid.packs.divisor) * VEC;
-    const Elements<T, BATCH> elements(p, first);
-    const Index channel_offset = channel * static_cast<Index>(p.channel_stride);
-    const auto read = [&](int32_t column, Pack<T, VEC>(&items)[BATCH]) {
-      const T* from = elements.start + (static_cast<Index>(column) * static_cast<Index>(p.token_stride) + channel_offset);
-#pragma unroll
-      for (int i = 0; i < BATCH; ++i) {
-        items[i] = *reinterpret_cast<const Pack<T, VEC>*>(from);
-        from += elements.strides[i];
-      }
-    };
-    add_row<LENGTH, PARTS>(p, row, part, read, sums);
+  int first = blockIdx.y * BATCH;
+  if (first + BATCH <= static_cast<int>(p.batch)) {
+    return gather_elements<LENGTH, PARTS, VEC, BATCH>(p, grid, first, position, part, active);
   }
-  finish<PARTS>(p, sums, part, active, first, position);
+  for (; first < static_cast<int>(p.batch); ++first) {  // what is left at the end of the batch
+    gather_elements<LENGTH, PARTS, VEC, 1>(p, grid, first, position, part, active);
+  }
 }
 
 // The batch elements of a block lie interleaved in shared memory, so that one read serves them all. x must be
@@ -230,26 +230,32 @@ __global__ void __launch_bounds__(VEC > 1 ? kPackThreads : kMaxThreads)
 template <typename T, int LENGTH, int PARTS, int BATCH>
 __global__ void __launch_bounds__(kMaxThreads) staged_kernel(const Problem<T> p, const Grid<uint32_t> grid) {
   wait_for_previous_kernel();
-  const int64_t first = static_cast<int64_t>(blockIdx.y) * BATCH;
+  const int first = blockIdx.y * BATCH;
+  const int left = min(BATCH, static_cast<int>(p.batch) - first);
   auto* const stage = reinterpret_cast<Pack<T, BATCH>*>(fm::dynamic_shared());
-  const Elements<T, BATCH> elements(p, first);
+  const T* const source = p.x + first * p.batch_stride;
   const uint32_t count = static_cast<uint32_t>(p.tokens * p.channels);
-#pragma unroll 4
-  for (uint32_t e = threadIdx.x; e < count; e += blockDim.x) {
-    const T* from = elements.start + e;
-    Pack<T, BATCH> pack;
+  constexpr int copies = 4;  // under way at once
+  for (uint32_t start = threadIdx.x; start < count; start += copies * blockDim.x) {
+    Pack<T, BATCH> packs[copies];
 #pragma unroll
-    for (int i = 0; i < BATCH; ++i) {
-      pack.item[i] = *from;
-      from += elements.strides[i];
+    for (int k = 0; k < copies; ++k) {
+      const uint32_t e = min(start + k * blockDim.x, count - 1);
+#pragma unroll
+      for (int i = 0; i < BATCH; ++i) packs[k].item[i] = i < left ? source[i * p.batch_stride + e] : T(0.0f);
     }
-    stage[e] = pack;
+#pragma unroll
+    for (int k = 0; k < copies; ++k) {
+      if (start + k * blockDim.x < count) stage[start + k * blockDim.x] = packs[k];
+    }
   }
   __syncthreads();
 
   const uint32_t begin = blockIdx.x * grid.block_positions;
   const uint32_t end = min(begin + grid.block_positions, grid.positions);
   const int part = threadIdx.x % PARTS;
+  const int64_t stride = p.rows * p.channels;
+  T* const out = p.out + first * stride;
   for (uint32_t start = begin; start < end; start += blockDim.x / PARTS) {
     const uint32_t position = start + threadIdx.x / PARTS;
     const bool active = position < end;
@@ -264,7 +270,7 @@ __global__ void __launch_bounds__(kMaxThreads) staged_kernel(const Problem<T> p,
       };
       add_row<LENGTH, PARTS>(p, row, part, read, sums);
     }
-    finish<PARTS>(p, sums, part, active, first, position);
+    finish<PARTS>(sums, part, active, out + position, stride, left);
   }
 }
 

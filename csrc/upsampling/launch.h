@@ -73,17 +73,18 @@ Plan choose_plan(const Problem<T>& p, const Device& device) {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Threads of a block of gather_kernel, where `lanes` lanes are needed for each of `tiles` tiles of batch elements:
-// large blocks share more of what they read; but where all work is resident at once, no multiprocessor may get more
-// of it than another.
-inline int gather_threads(int64_t lanes, int64_t tiles, const Device& device) {
-  constexpr int resident = 1024;  // threads of a multiprocessor, with 64 registers each
-  if (lanes * tiles > static_cast<int64_t>(resident) * device.multiprocessors) return 512;
-  for (int rounds = 1; rounds <= 8; ++rounds) {
-    const int64_t blocks = std::max<int64_t>(1, rounds * device.multiprocessors / tiles);
-    const int64_t threads = ceil_div(ceil_div(lanes, blocks), 32) * 32;
-    if (threads <= resident) return static_cast<int>(std::max<int64_t>(threads, 64));
+// large blocks share more of what they read; but where there are only a few, no multiprocessor may get more of them than
+// another.
+inline int gather_threads(int64_t lanes, int64_t tiles, int most, const Device& device) {
+  constexpr int64_t few = 2048;  // lanes per multiprocessor
+  if (lanes * tiles <= few * device.multiprocessors) {
+    for (int rounds = 1; rounds <= 8; ++rounds) {
+      const int64_t blocks = std::max<int64_t>(1, rounds * device.multiprocessors / tiles);
+      const int64_t threads = ceil_div(ceil_div(lanes, blocks), 32) * 32;
+      if (threads <= most) return static_cast<int>(std::max<int64_t>(threads, 64));
+    }
   }
-  return 256;
+  return std::min(most, 512);
 }
 
 // Into how many pieces staged_kernel cuts the positions: each piece copies x again, but idle multiprocessors cost more.
@@ -147,9 +148,9 @@ class Launcher {
   void gather() const {
     const int64_t packs = p_.channels / VEC;
     const int64_t lanes = p_.rows * packs * PARTS;
-    const int threads = VEC > 1             ? kPackThreads
-                        : plan_.threads > 0 ? plan_.threads
-                                            : gather_threads(lanes, ceil_div(p_.batch, BATCH), device_);
+    constexpr int most = max_threads(VEC, BATCH);
+    const int threads =
+        plan_.threads > 0 ? std::min(plan_.threads, most) : gather_threads(lanes, ceil_div(p_.batch, BATCH), most, device_);
     start<gather_kernel<T, VEC, LENGTH, PARTS, BATCH, Index>, Index>(p_.rows * packs, packs, threads / PARTS, BATCH,
                                                                      threads, 0);
   }
