@@ -1,0 +1,5 @@
+"""`python -m bench upsampling`: see `command.py`."""
+
+from bench.upsampling.command import main
+
+__all__ = ["main"]
