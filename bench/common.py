@@ -94,10 +94,11 @@ def clocks(device: torch.device) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Graph:
-    """A captured CUDA graph of several calls."""
+    """A captured CUDA graph of several calls; `last` is what the last of them returned, written by every replay."""
 
     graph: torch.cuda.CUDAGraph
     calls: int
+    last: Any
 
     def milliseconds(self, settle: bool = True) -> float:
         """Device time of one call in one replay.
@@ -130,7 +131,7 @@ def capture(calls: Sequence[Callable[[], Any]], keep: int = 1) -> Graph:
     with torch.cuda.graph(graph):
         for call in calls:
             kept.append(call())
-    return Graph(graph, len(calls))
+    return Graph(graph, len(calls), kept[-1])
 
 
 def copy_bandwidth(device: torch.device, size: int = 1 << 30, copies: int = 10, repeats: int = 5) -> float:

@@ -7,29 +7,26 @@ from typing import Any
 import pytest
 import torch
 
-from bench.attention import Case, make_case
+from bench.attention.cases import Case, Shape, Unavailable
+from bench.attention.contenders import NAMES, variants
+
+CONTENDERS = [name for name in NAMES if name != "triton"]  # interpreted, it would take minutes
 
 
 @pytest.fixture(scope="module", params=[64, 16], ids=lambda dim: f"d{dim}")
 def case(request: pytest.FixtureRequest) -> Case:
     """14 + 431 tokens, 8 heads."""
     torch.set_num_threads(2)
-    return make_case(431, request.param, torch.float32, torch.device("cpu"))
+    return Case(Shape(431, request.param, 1), torch.float32, torch.device("cpu"))
 
 
-def test_forward(benchmark: Any, case: Case) -> None:
-    with torch.no_grad():
-        benchmark(case.ours)
-
-
-def test_forward_sdpa(benchmark: Any, case: Case) -> None:
-    with torch.no_grad():
-        benchmark(case.sdpa)
-
-
-def test_forward_backward(benchmark: Any, case: Case) -> None:
-    benchmark(case.ours_with_gradients)
-
-
-def test_forward_backward_sdpa(benchmark: Any, case: Case) -> None:
-    benchmark(case.sdpa_with_gradients)
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward_backward"])
+@pytest.mark.parametrize("name", CONTENDERS)
+def test_attention(benchmark: Any, case: Case, name: str, backward: bool) -> None:
+    try:
+        variant = next(variants(name, case, backward))
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+    tensors = case.inputs(variant.layout, backward)[0]
+    with torch.set_grad_enabled(backward):
+        benchmark(variant.run, tensors)

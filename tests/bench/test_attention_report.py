@@ -1,0 +1,85 @@
+"""The attention benchmark without a GPU: a tiny run on the CPU, the targets, and the pictures, on made-up rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bench import plots
+from bench.attention import command, report
+from bench.attention.cases import Shape
+from bench.common import write_csv
+
+
+def _rows(speed: float) -> list[report.Row]:
+    """Rows as of a GPU on which everything of ours is `speed` times as fast as the targets ask."""
+    rows = []
+    for shape in report.MUST_SHOW:
+        for mode in plots.MODES:
+            base = shape.vertices * shape.dim * shape.batch * 1e-6 * (3 if mode != "forward" else 1)
+            for number, name in enumerate(plots.LABELS):
+                row = dict.fromkeys(report.COLUMNS, "")
+                row |= {"vertices": str(shape.vertices), "dim": str(shape.dim), "batch": str(shape.batch), "hubs": "14"}
+                row |= {"heads": "8", "dtype": "float16", "mode": mode, "contender": name, "status": "ok"}
+                row |= {"counted": "cold", "cold_ms": str(base * 1.6**number), "floor_ms": str(base / 2)}
+                row |= {"floor_share": str(0.5 / 1.6**number), "device": "made up"}
+                rows.append(row)
+            ours = dict(rows[-len(plots.LABELS)], contender="auto")
+            for target in report.TARGETS:
+                if target.shape == shape and target.mode == mode:
+                    ours[target.column] = str(speed * target.least)
+            rows.append(ours)
+    return rows
+
+
+def test_targets_are_met_or_missed() -> None:
+    """Every target of the table is judged by the row of "auto" in float16."""
+    assert all(verdict.met for verdict in report.evaluate(_rows(1.01)))
+    assert not any(verdict.met for verdict in report.evaluate(_rows(0.99)))
+    assert len(report.evaluate(_rows(1.0))) == 4 * len(report.MUST_SHOW) + 2
+    text = report.must_show_table(_rows(0.99))
+    assert "NO" in text and "0 of 26 met, 26 missed, 0 not measured" in text
+
+
+def test_times_of_single_calls_prove_nothing() -> None:
+    """Ratios count only inside CUDA graphs, and only in float16."""
+    rows = [dict(row, counted="wall") for row in _rows(2.0)]
+    assert all(verdict.met is None for verdict in report.evaluate(rows))
+    assert report.must_show_table([dict(row, dtype="float32") for row in _rows(2.0)]) == ""
+
+
+def test_pictures(tmp_path: Path) -> None:
+    """Both are drawn from a CSV that was written and read again; without times there is an error, and no picture."""
+    write_csv(tmp_path / "rows.csv", _rows(1.0))
+    rows = report.read_rows(tmp_path / "rows.csv")
+    plots.draw_times(rows, tmp_path / "time.png")
+    plots.draw_shares(rows, tmp_path / "floor.png")
+    assert all((tmp_path / name).stat().st_size > 10_000 for name in ("time.png", "floor.png"))
+    with pytest.raises(ValueError, match="no times inside CUDA graphs"):
+        plots.draw_times([dict(row, counted="wall") for row in rows], tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_a_csv_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="lacks vertices"):
+        report.read_rows(tmp_path / "other.csv")
+
+
+def test_run_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A small case from the command line: checked against float64, printed, written with all columns."""
+    csv = tmp_path / "cpu.csv"
+    arguments = ["--device", "cpu", "--threads", "1", "--cases", "40x16", "--repeats", "2", "--csv", str(csv)]
+    monkeypatch.setattr("sys.argv", ["bench attention", *arguments])
+    command.main()
+    rows = report.read_rows(csv)
+    assert {row["contender"] for row in rows} == {"auto", "sdpa_bool"} and len(rows) == 4
+    assert all(row["status"] == "ok" and float(row["wall_ms"]) > 0 and row["commit"] for row in rows)
+    assert "14+40, d 16" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["431", "0x64", "431x64x0", "431x64x1x1", "x"])
+def test_bad_cases_are_named(text: str) -> None:
+    with pytest.raises(ValueError, match="no case; accepted"):
+        Shape.parse(text)
