@@ -84,9 +84,7 @@ def _error(results: Sequence[Tensor], oracles: Sequence[Tensor]) -> float:
     return worst.max().item()  # NaN, which unwritten memory holds, wins over every number
 
 
-def _check(
-    entry: Entry, run: Run, tensors: tuple[Tensor, Tensor], oracles: Sequence[Tensor], limit: float
-) -> None:
+def _check(entry: Entry, run: Run, tensors: tuple[Tensor, Tensor], oracles: Sequence[Tensor], limit: float) -> None:
     """Sets the error, and `wrong` where one of ours exceeds the limit."""
     if entry.name in WRITES:
         run(*tensors)
@@ -103,9 +101,7 @@ def _check(
         entry.note = f"error above the {limit:.2g} allowed to ours"
 
 
-def _capture(
-    entry: Entry, run: Run, case: Case, which: str, sets: list[tuple[Tensor, Tensor]], limit: float
-) -> None:
+def _capture(entry: Entry, run: Run, case: Case, which: str, sets: list[tuple[Tensor, Tensor]], limit: float) -> None:
     """Graphs of as many calls as fill half a millisecond; what a graph computes is checked too."""
     trial = common.capture([functools.partial(run, *sets[0])] * 4)
     calls = max(2, min(GRAPH_CALLS, round(GRAPH_MS / min(trial.milliseconds() for _ in range(3)))))
@@ -144,5 +140,3 @@ def fastest(entries: Sequence[Entry], names: Sequence[str], kind: str) -> float 
     """The shortest median among the entries of these names."""
     found = [time for entry in entries if entry.name in names and (time := entry.median(kind)) is not None]
     return min(found, default=None)
-
-

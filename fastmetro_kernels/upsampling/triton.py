@@ -1,7 +1,8 @@
 """The Triton backend: CUDA devices, or CPU tensors in Triton's interpreter. Implements ``upsample_triton``.
 
-A program makes a tile of output rows and channels: for matrices with the padded table also of batch elements, which
-share the indices; for the others of entries, which are summed by a tree of fixed shape. Nothing is tuned at run time.
+A program makes a tile of output positions (a row and a channel each, in the order of memory, so that 3 channels are
+written without gaps) of several batch elements, which share the indices. Matrices without the padded table are walked
+through a tile of entries at a time, which a tree of fixed shape sums up. Nothing is tuned at run time.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -15,80 +16,85 @@ from torch import Tensor
 
 from fastmetro_kernels.upsampling import ops
 
-_MAX_CHANNEL_TILE = 128
+_INT32_POSITIONS = 2**31 - 2**13
+"""So many positions, and those of a tile after them, can be counted in 32 bits."""
 
 
 @triton.jit
 def ell_kernel(
     x_ptr, columns_ptr, values_ptr, out_ptr,
-    batch, rows, channels, batch_stride, token_stride, channel_stride,
-    WIDTH: tl.constexpr, BATCH_TILE: tl.constexpr, ROW_TILE: tl.constexpr, CHANNEL_TILE: tl.constexpr,
+    batch, positions, channels, batch_stride, token_stride, channel_stride,
+    WIDTH: tl.constexpr, BATCH_TILE: tl.constexpr, POSITION_TILE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One tile [BATCH_TILE, ROW_TILE, CHANNEL_TILE] of the output, from the padded table."""
-    row_tiles = tl.cdiv(rows, ROW_TILE)
-    channel_tiles = tl.cdiv(channels, CHANNEL_TILE)
+    """One tile [BATCH_TILE, POSITION_TILE] of the output, from the padded table."""
+    tiles = tl.cdiv(positions, POSITION_TILE)
     program = tl.program_id(0)
-    b = (program // (row_tiles * channel_tiles)).to(tl.int64) * BATCH_TILE + tl.arange(0, BATCH_TILE)
-    m = (program // channel_tiles % row_tiles) * ROW_TILE + tl.arange(0, ROW_TILE)
-    c = (program % channel_tiles) * CHANNEL_TILE + tl.arange(0, CHANNEL_TILE)
-    row_mask = m < rows
-    outer_mask = (b < batch)[:, None, None] & (c < channels)[None, None, :]
-    source = x_ptr + b[:, None, None] * batch_stride + (c.to(tl.int64) * channel_stride)[None, None, :]
-    sums = tl.zeros([BATCH_TILE, ROW_TILE, CHANNEL_TILE], dtype=tl.float32)
+    b = (program // tiles).to(tl.int64) * BATCH_TILE + tl.arange(0, BATCH_TILE)
+    tile = program % tiles
+    if WIDE:
+        tile = tile.to(tl.int64)
+    position = tile * POSITION_TILE + tl.arange(0, POSITION_TILE)
+    position_mask = position < positions
+    row = (position // channels).to(tl.int64)
+    channel = (position % channels).to(tl.int64)
+    mask = (b < batch)[:, None] & position_mask[None, :]
+    source = x_ptr + b[:, None] * batch_stride + (channel * channel_stride)[None, :]
+    sums = tl.zeros([BATCH_TILE, POSITION_TILE], dtype=tl.float32)
     for slot in tl.static_range(WIDTH):
-        entry = m.to(tl.int64) * WIDTH + slot
-        column = tl.load(columns_ptr + entry, mask=row_mask, other=-1)
-        value = tl.load(values_ptr + entry, mask=row_mask, other=0.0)
-        mask = outer_mask & (column >= 0)[None, :, None]
-        x = tl.load(source + (column.to(tl.int64) * token_stride)[None, :, None], mask=mask, other=0.0)
-        sums += value[None, :, None] * x.to(tl.float32)
-    target = (b[:, None, None] * rows + m.to(tl.int64)[None, :, None]) * channels + c[None, None, :]
-    tl.store(out_ptr + target, sums.to(out_ptr.dtype.element_ty), mask=outer_mask & row_mask[None, :, None])
+        column = tl.load(columns_ptr + row * WIDTH + slot, mask=position_mask, other=-1)
+        value = tl.load(values_ptr + row * WIDTH + slot, mask=position_mask, other=0.0)
+        x_mask = mask & (column >= 0)[None, :]
+        x = tl.load(source + (column.to(tl.int64) * token_stride)[None, :], mask=x_mask, other=0.0)
+        sums += value[None, :] * x.to(tl.float32)
+    target = b[:, None] * positions + position[None, :]
+    tl.store(out_ptr + target, sums.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def csr_kernel(
     x_ptr, row_offsets_ptr, columns_ptr, values_ptr, out_ptr,
-    rows, channels, batch_stride, token_stride, channel_stride,
-    ROW_TILE: tl.constexpr, ENTRY_TILE: tl.constexpr, CHANNEL_TILE: tl.constexpr,
+    batch, positions, channels, batch_stride, token_stride, channel_stride,
+    BATCH_TILE: tl.constexpr, POSITION_TILE: tl.constexpr, ENTRY_TILE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One tile [ROW_TILE, CHANNEL_TILE] of the output of one batch element, ENTRY_TILE entries of a row at a time."""
-    row_tiles = tl.cdiv(rows, ROW_TILE)
-    channel_tiles = tl.cdiv(channels, CHANNEL_TILE)
+    """One tile [BATCH_TILE, POSITION_TILE] of the output, ENTRY_TILE entries of a row at a time."""
+    tiles = tl.cdiv(positions, POSITION_TILE)
     program = tl.program_id(0)
-    b = (program // (row_tiles * channel_tiles)).to(tl.int64)
-    m = (program // channel_tiles % row_tiles) * ROW_TILE + tl.arange(0, ROW_TILE)
-    c = (program % channel_tiles) * CHANNEL_TILE + tl.arange(0, CHANNEL_TILE)
+    b = (program // tiles).to(tl.int64) * BATCH_TILE + tl.arange(0, BATCH_TILE)
+    tile = program % tiles
+    if WIDE:
+        tile = tile.to(tl.int64)
+    position = tile * POSITION_TILE + tl.arange(0, POSITION_TILE)
     slot = tl.arange(0, ENTRY_TILE)
-    row_mask = m < rows
-    channel_mask = c < channels
-    first = tl.load(row_offsets_ptr + m, mask=row_mask, other=0).to(tl.int64)
-    last = tl.load(row_offsets_ptr + m + 1, mask=row_mask, other=0).to(tl.int64)
-    source = x_ptr + b * batch_stride + (c.to(tl.int64) * channel_stride)[None, None, :]
-    sums = tl.zeros([ROW_TILE, CHANNEL_TILE], dtype=tl.float32)
+    position_mask = position < positions
+    row = position // channels
+    channel = (position % channels).to(tl.int64)
+    mask = (b < batch)[:, None] & position_mask[None, :]
+    first = tl.load(row_offsets_ptr + row, mask=position_mask, other=0).to(tl.int64)
+    last = tl.load(row_offsets_ptr + row + 1, mask=position_mask, other=0).to(tl.int64)
+    source = x_ptr + (b[:, None] * batch_stride + (channel * channel_stride)[None, :])[:, :, None]
+    sums = tl.zeros([BATCH_TILE, POSITION_TILE], dtype=tl.float32)
     for start in range(0, tl.max(last - first), ENTRY_TILE):
         entry = first[:, None] + start + slot[None, :]
         entry_mask = entry < last[:, None]
         column = tl.load(columns_ptr + entry, mask=entry_mask, other=0)
         value = tl.load(values_ptr + entry, mask=entry_mask, other=0.0)
-        mask = entry_mask[:, :, None] & channel_mask[None, None, :]
-        x = tl.load(source + (column.to(tl.int64) * token_stride)[:, :, None], mask=mask, other=0.0)
-        sums += tl.sum(value[:, :, None] * x.to(tl.float32), axis=1)
-    target = (b * rows + m.to(tl.int64)[:, None]) * channels + c[None, :]
-    tl.store(out_ptr + target, sums.to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & channel_mask[None, :])
+        x_mask = mask[:, :, None] & entry_mask[None, :, :]
+        x = tl.load(source + (column.to(tl.int64) * token_stride)[None, :, :], mask=x_mask, other=0.0)
+        sums += tl.sum(value[None, :, :] * x.to(tl.float32), axis=2)
+    target = b[:, None] * positions + position[None, :]
+    tl.store(out_ptr + target, sums.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def ell_tiles(batch: int, channels: int) -> tuple[int, int, int]:
-    """BATCH_TILE, ROW_TILE and CHANNEL_TILE of :func:`ell_kernel`."""
-    channel_tile = min(triton.next_power_of_2(channels), _MAX_CHANNEL_TILE)
-    return min(triton.next_power_of_2(batch), 8), max(1, 256 // channel_tile), channel_tile
+def ell_tiles(batch: int) -> tuple[int, int]:
+    """BATCH_TILE and POSITION_TILE of :func:`ell_kernel`."""
+    return min(triton.next_power_of_2(batch), 8), 256
 
 
-def csr_tiles(rows: int, entries: int, channels: int) -> tuple[int, int, int]:
-    """ROW_TILE, ENTRY_TILE and CHANNEL_TILE of :func:`csr_kernel`."""
-    channel_tile = min(triton.next_power_of_2(channels), _MAX_CHANNEL_TILE)
+def csr_tiles(batch: int, rows: int, entries: int) -> tuple[int, int, int]:
+    """BATCH_TILE, POSITION_TILE and ENTRY_TILE of :func:`csr_kernel`. The entries depend on the matrix alone."""
+    batch_tile = min(triton.next_power_of_2(batch), 4)
     entry_tile = min(triton.next_power_of_2(max(1, entries // rows)), 16)
-    return max(1, 1024 // (channel_tile * entry_tile)), entry_tile, channel_tile
+    return batch_tile, 1024 // (batch_tile * entry_tile), entry_tile
 
 
 def upsample(
@@ -107,20 +113,20 @@ def upsample(
     out = x.new_empty((batch, rows, channels))
     if out.numel() == 0:
         return out
-    sizes = (rows, channels, *x.stride())
+    positions = rows * channels
+    sizes = (batch, positions, channels, *x.stride())
+    wide = positions > _INT32_POSITIONS
     with torch.cuda.device_of(x):
         if ell_columns is not None:
-            batch_tile, row_tile, channel_tile = ell_tiles(batch, channels)
-            tiles = triton.cdiv(batch, batch_tile) * triton.cdiv(rows, row_tile) * triton.cdiv(channels, channel_tile)
-            ell_kernel[(tiles,)](
-                x, ell_columns, ell_values, out, batch, *sizes,
-                ell_columns.size(1), batch_tile, row_tile, channel_tile,
+            batch_tile, position_tile = ell_tiles(batch)
+            programs = triton.cdiv(batch, batch_tile) * triton.cdiv(positions, position_tile)
+            ell_kernel[(programs,)](
+                x, ell_columns, ell_values, out, *sizes, ell_columns.size(1), batch_tile, position_tile, wide
             )  # fmt: skip
         else:
-            row_tile, entry_tile, channel_tile = csr_tiles(rows, columns.numel(), channels)
-            tiles = batch * triton.cdiv(rows, row_tile) * triton.cdiv(channels, channel_tile)
-            csr_kernel[(tiles,)](
-                x, row_offsets, columns, values, out, *sizes, row_tile, entry_tile, channel_tile
+            batch_tile, position_tile, entry_tile = csr_tiles(batch, rows, columns.numel())
+            programs = triton.cdiv(batch, batch_tile) * triton.cdiv(positions, position_tile)
+            csr_kernel[(programs,)](
+                x, row_offsets, columns, values, out, *sizes, batch_tile, position_tile, entry_tile, wide
             )  # fmt: skip
     return out
-

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
-
 from emulation import build
+from torch import Tensor
 
 KIB = 1024
 

@@ -194,13 +194,12 @@ def compile_kernels() -> None:
         source = ASTSource(kernel, signature, constants)
         assert "ptx" in triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm
 
-    cases = (("fp32", 1, 3, 5), ("bf16", 32, 3, 74), ("fp16", 8, 512, 12))
-    for element, batch, channels, entries in cases:
-        tiles = kernels.ell_tiles(batch, channels)
-        names = ("WIDTH", "BATCH_TILE", "ROW_TILE", "CHANNEL_TILE")
-        build(kernels.ell_kernel, element, dict(zip(names, (3, *tiles), strict=True)))
-        tiles = kernels.csr_tiles(1, entries, channels)
-        build(kernels.csr_kernel, element, dict(zip(("ROW_TILE", "ENTRY_TILE", "CHANNEL_TILE"), tiles, strict=True)))
+    for element, batch, entries, wide in (("fp32", 1, 5, False), ("bf16", 32, 74, False), ("fp16", 8, 12, True)):
+        constants = dict(zip(("BATCH_TILE", "POSITION_TILE"), kernels.ell_tiles(batch), strict=True))
+        build(kernels.ell_kernel, element, {**constants, "WIDTH": 3, "WIDE": wide})
+        names = ("BATCH_TILE", "POSITION_TILE", "ENTRY_TILE")
+        constants = dict(zip(names, kernels.csr_tiles(batch, 1, entries), strict=True))
+        build(kernels.csr_kernel, element, {**constants, "WIDE": wide})
 
 
 def test_triton_kernels_compile_for_hopper(tmp_path: Path) -> None:
