@@ -4,8 +4,8 @@ The rest pose is Anny's reference pose, not a T-pose: arms about 45 degrees belo
 slightly bent, legs slightly apart, feet forward. All angles are measured from it. The ranges are those of common
 goniometry tables, rounded, shared out where Anny splits a joint over several bones (spine, neck) and narrowed where the
 skin would fold; forearm rotation lies in the second half of the forearm, as in the skeleton. Toes, eyes and the
-second halves of upper arm and leg stay at rest. `fastmetro.data.synthetic.poses` has ranges too: of whole joints from the
-upright position, to draw activities with; these here are per bone, to test and pose any body or hand. They agree roughly.
+second halves of upper arm and leg stay at rest. `fastmetro.data.synthetic.poses` has ranges too, which agree roughly:
+of whole joints from the upright position, to draw activities with; these are per bone, to pose a body or a hand.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Random poses as anatomical angles: kinds of activity, their spread, and the range of every joint.
 
-All angles are degrees from the upright position with hanging arms and straight limbs. They are angles of whole joints, for
-poses as people take them; `fastmetro.meshes.anatomy` limits single bones from the rest pose, for any body or hand.
+All angles are degrees from the upright position with hanging arms and straight limbs. They are angles of whole joints,
+for poses as people take them; `fastmetro.meshes.anatomy` limits single bones from the rest pose, for random ones.
 """
 
 from __future__ import annotations
