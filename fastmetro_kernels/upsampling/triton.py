@@ -87,7 +87,7 @@ def csr_kernel(
 
 def ell_tiles(batch: int) -> tuple[int, int]:
     """BATCH_TILE and POSITION_TILE of :func:`ell_kernel`."""
-    return min(triton.next_power_of_2(batch), 8), 256
+    return min(triton.next_power_of_2(batch), 8), 128
 
 
 def csr_tiles(batch: int, rows: int, entries: int) -> tuple[int, int, int]:
