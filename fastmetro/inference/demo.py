@@ -22,7 +22,7 @@ from fastmetro.visualization.figures import overlay_picture, side_picture
 from fastmetro.visualization.overlay import contact_sheet
 
 HELD_OUT = (6, 10)
-"""Indices of the two synthetic people: a whole figure in good light, and a harder one of about the median error."""
+"""Indices of the two synthetic people: a whole figure in good light, and a dark one in poor light."""
 PATHS = {"plain (dense PyTorch)": "dense", "fused (sparse kernels)": "auto"}
 
 
