@@ -175,7 +175,7 @@ class TokenTopology(nn.Module):
 
     @property
     def plan(self) -> Plan | None:
-        """The plan on the device of the topology, or None: on other devices than CUDA, or where the pattern has none."""
+        """The plan on the device of the topology; None on other devices than CUDA, and where the pattern has none."""
         if not self._plan_slots:
             return None
         return Plan(**{name: getattr(self, f"plan_{name}") for name in Plan._fields[:-1]}, slots=self._plan_slots)
