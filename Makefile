@@ -10,7 +10,7 @@ else
 endif
 OUT ?= out
 
-.PHONY: demo test test-gpu lint build setup info clean
+.PHONY: demo test test-gpu sanitize lint build setup info clean
 
 demo: build
 	$(PY) -m fastmetro demo --out $(OUT)/demo
@@ -22,6 +22,10 @@ test: build lint
 test-gpu:
 	$(PY) -m fastmetro_kernels.info
 	$(PY) -m pytest -p no:cacheprovider -n 8 tests
+
+# compute-sanitizer over small cases of every CUDA op, on a machine with a GPU; the extension is used as built.
+sanitize:
+	$(PY) tools/sanitize.py --out $(OUT)/sanitize
 
 lint: setup
 	$(PY) -m ruff check .

@@ -1,0 +1,107 @@
+"""`make sanitize` without a GPU: its cases are right, its reading of what the tools print, its exit status."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from fastmetro_kernels import backends
+
+TOOLS = Path(__file__).resolve().parents[1] / "tools"
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+sanitize, cases = load("sanitize"), load("sanitize_cases")
+CLEAN = "cases: 4\n========= ERROR SUMMARY: 0 errors\n"
+
+
+def test_every_group_of_cases_is_run() -> None:
+    assert set(sanitize.GROUPS) == set(cases.GROUPS)
+
+
+@pytest.mark.parametrize("group", [g for g in cases.GROUPS if g.endswith("native")])
+def test_cases_are_right(group: str) -> None:
+    if backends.native_cpu_reasons():
+        pytest.skip("; ".join(backends.native_cpu_reasons()))
+    count, left_out = cases.run_group(group, "cpu")
+    assert count == len(list(cases.GROUPS[group]())) and not left_out
+
+
+@pytest.mark.parametrize(
+    ("output", "status", "line"),
+    [
+        (CLEAN, 0, "clean        4 cases, 1.0 s"),
+        ("left out: a\n" + CLEAN, 0, "clean        4 cases (1 left out), 1.0 s"),
+        ("cases: 4\n========= ERROR SUMMARY: 2 errors\n", 66, "2 FINDINGS   4 cases, 1.0 s"),
+        ("cases: 4\n========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n", 0, "clean        4"),
+        ("cases: 4\n========= RACECHECK SUMMARY: 1 hazard displayed (0 errors, 1 warning)\n", 0, "1 FINDINGS   4"),
+        ("========= ERROR SUMMARY: 1 error\n", 66, "1 FINDINGS   did not run to its end"),
+        ("========= ERROR SUMMARY: 0 errors\n", 0, "FAILED       did not run to its end"),  # nothing was run
+        (CLEAN, 1, "FAILED       did not run to its end"),
+        (CLEAN, 66, "FAILED       4 cases"),
+        ("cases: 4\n", 0, "FAILED       4 cases"),  # the tool was not there
+        ("cases: 0\n========= ERROR SUMMARY: 0 errors\n", 0, "FAILED       0 cases"),
+        ("========= Error: Target application terminated before first instrumented API call\n", 255, "FAILED   "),
+    ],
+)  # fmt: skip
+def test_output_is_understood(output: str, status: int, line: str) -> None:
+    result = sanitize.outcome(output, status, True, 1.0)
+    assert str(result).startswith(line)
+    assert result.clean == line.startswith("clean")
+
+
+def fake_tool(folder: Path, output: str, status: int) -> str:
+    """A compute-sanitizer that prints its arguments and what it is told to."""
+    script = folder / "compute-sanitizer"
+    (folder / "text").write_text(output)
+    script.write_text(f'#!/bin/sh\necho "$@"\ncat {folder / "text"}\nexit {status}\n')
+    script.chmod(0o755)
+    return str(script)
+
+
+def test_a_clean_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    tool = fake_tool(tmp_path, CLEAN, 0)
+    monkeypatch.setattr(sanitize, "find_tool", lambda: tool)
+    assert sanitize.check_sanitized(list(sanitize.TOOLS), list(sanitize.GROUPS), 2, tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(sanitize.TOOLS) * len(sanitize.GROUPS)
+    assert sum("clean" in line for line in lines) == len(lines) - len(sanitize.LEFT_OUT)
+    log = (tmp_path / sanitize.LOG).read_text()
+    for tool in sanitize.TOOLS:
+        assert re.search(rf"^--tool {tool} .*{re.escape(str(sanitize.CASES))} upsampling-native$", log, re.MULTILINE)
+
+
+def test_findings_are_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "cases: 4\n========= Invalid __global__ read of size 4 bytes\n========= ERROR SUMMARY: 1 error\n"
+    tool = fake_tool(tmp_path, text, sanitize.FOUND_STATUS)
+    monkeypatch.setattr(sanitize, "find_tool", lambda: tool)
+    assert not sanitize.check_sanitized(["memcheck"], ["upsampling-native"], 1, tmp_path)
+    shown = capsys.readouterr().out
+    assert "1 FINDINGS" in shown and "Invalid __global__ read" in shown
+
+
+def test_a_machine_that_cannot_run_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sanitize, "find_tool", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["sanitize.py"])
+    assert sanitize.main() == sanitize.CANNOT_RUN
+    assert "no compute-sanitizer: install the CUDA toolkit" in capsys.readouterr().out
+
+
+def test_a_process_that_fails_is_a_finding(tmp_path: Path) -> None:
+    result = sanitize.run([sys.executable, "-c", "print('cases: 1'); raise SystemExit(5)"], False, tmp_path)
+    assert result.cases is None and not result.clean
