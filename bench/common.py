@@ -92,7 +92,7 @@ def clocks(device: torch.device) -> tuple[str, str]:
     return sm, memory
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Graph:
     """A captured CUDA graph of several calls; `last` is what the last of them returned, written by every replay."""
 

@@ -36,7 +36,7 @@ SETTLED_MS = 25.0  # replays longer than this need no untimed replay before them
 Say = Callable[[str], None]
 
 
-@dataclass
+@dataclass(eq=False)
 class Entry:
     """A contender's variant: whether it was timed, and if not why.
 
@@ -102,11 +102,11 @@ class Stage:
 
     def measure(self, names: list[str]) -> list[Entry]:
         """Checks and times the contenders; entries in the order of `names`, the timed variant of each first."""
+        entries: list[Entry] = []
         with torch.set_grad_enabled(self.backward):
-            oracles = {True: checks.oracle(self.case, self.backward, masked=True)}
+            oracles = {True: self._oracle(masked=True)}
             if DENSE in names:
-                oracles[False] = checks.oracle(self.case, self.backward, masked=False)
-            entries = []
+                oracles[False] = self._oracle(masked=False)
             for name in names:
                 start = time.monotonic()
                 found = self._prepare(name, oracles)
@@ -120,7 +120,14 @@ class Stage:
         torch.cuda.empty_cache()
         return entries
 
-    def _prepare(self, name: str, oracles: dict[bool, checks.Oracle]) -> list[Entry]:
+    def _oracle(self, masked: bool) -> checks.Oracle | Exception:
+        """The float64 results; what prevents them fails the contenders that need them, not the stages to come."""
+        try:
+            return checks.oracle(self.case, self.backward, masked)
+        except Exception as error:
+            return error
+
+    def _prepare(self, name: str, oracles: dict[bool, checks.Oracle | Exception]) -> list[Entry]:
         """All variants of a contender, the fastest right one first and ready to be timed."""
         entries: list[Entry] = []
         choices = variants(name, self.case, self.backward, self.autotune)
@@ -148,8 +155,10 @@ class Stage:
                 entry.status, entry.reason = failed.status, failed.reason
         return right + [entry for entry in entries if entry not in right]
 
-    def _try(self, name: str, variant: Variant, truth: checks.Oracle) -> Entry:
+    def _try(self, name: str, variant: Variant, truth: checks.Oracle | Exception) -> Entry:
         """Checks one variant and takes its time roughly."""
+        if isinstance(truth, Exception):
+            return _problem(name, variant, truth)
         try:
             found, problem = checks.check(variant, self.case, self.backward, truth)
             if problem:
@@ -206,8 +215,9 @@ class Stage:
             settle = graph.calls * entry.trial_ms < SETTLED_MS
             entry.samples.setdefault(kind, []).append(graph.milliseconds(settle))
         tensors = case.inputs(variant.layout, self.backward)[0]
-        # on a CPU the baselines take long, and one call is enough
-        inner = 5 if entry.name in OURS else 1 if not case.on_gpu or entry.trial_ms > SETTLED_MS else 3
+        inner = 3 if entry.trial_ms < SETTLED_MS else 1
+        if not case.on_gpu:  # the baselines take long there, and one call of them is enough
+            inner = 5 if entry.name in OURS else 1
         times = [common.milliseconds(lambda: variant.run(tensors), case.device) for _ in range(inner)]
         entry.samples.setdefault("wall", []).append(statistics.median(times))
         entry.fastest_wall = min([entry.fastest_wall or times[0], *times])

@@ -1,4 +1,4 @@
-"""The attention benchmark without a GPU: a tiny run on the CPU, the targets, and the pictures, on made-up rows."""
+"""Targets, tables and pictures of the attention benchmark, on made-up rows."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from bench import plots
-from bench.attention import command, report
+from bench.attention import report
 from bench.attention.cases import Shape
+from bench.attention.contenders import DEFAULT_CUDA
 from bench.common import write_csv
 
 
@@ -16,16 +16,16 @@ def _rows(speed: float) -> list[report.Row]:
     """Rows as of a GPU on which everything of ours is `speed` times as fast as the targets ask."""
     rows = []
     for shape in report.MUST_SHOW:
-        for mode in plots.MODES:
+        for mode in report.PASSES:
             base = shape.vertices * shape.dim * shape.batch * 1e-6 * (3 if mode != "forward" else 1)
-            for number, name in enumerate(plots.LABELS):
+            for number, name in enumerate(DEFAULT_CUDA[1:]):
                 row = dict.fromkeys(report.COLUMNS, "")
                 row |= {"vertices": str(shape.vertices), "dim": str(shape.dim), "batch": str(shape.batch), "hubs": "14"}
                 row |= {"heads": "8", "dtype": "float16", "mode": mode, "contender": name, "status": "ok"}
                 row |= {"counted": "cold", "cold_ms": str(base * 1.6**number), "floor_ms": str(base / 2)}
                 row |= {"floor_share": str(0.5 / 1.6**number), "device": "made up"}
                 rows.append(row)
-            ours = dict(rows[-len(plots.LABELS)], contender="auto")
+            ours = dict(rows[1 - len(DEFAULT_CUDA)], contender="auto")
             for target in report.TARGETS:
                 if target.shape == shape and target.mode == mode:
                     ours[target.column] = str(speed * target.least)
@@ -51,32 +51,39 @@ def test_times_of_single_calls_prove_nothing() -> None:
 
 def test_pictures(tmp_path: Path) -> None:
     """Both are drawn from a CSV that was written and read again; without times there is an error, and no picture."""
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    from bench import plots
+
     write_csv(tmp_path / "rows.csv", _rows(1.0))
-    rows = report.read_rows(tmp_path / "rows.csv")
+    rows = plots.selected(report.read_rows(tmp_path / "rows.csv"), "float16", 32)
     plots.draw_times(rows, tmp_path / "time.png")
     plots.draw_shares(rows, tmp_path / "floor.png")
     assert all((tmp_path / name).stat().st_size > 10_000 for name in ("time.png", "floor.png"))
-    with pytest.raises(ValueError, match="no times inside CUDA graphs"):
-        plots.draw_times([dict(row, counted="wall") for row in rows], tmp_path / "none.png")
+    with pytest.raises(ValueError, match="no times inside CUDA graphs in float16 at batch 32"):
+        plots.selected([dict(row, counted="wall") for row in rows], "float16", 32)
+    with pytest.raises(ValueError, match="no shares of the memory floor"):
+        plots.draw_shares([dict(row, floor_share="") for row in rows], tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
+
+
+def test_masked_sdpa_is_drawn_at_its_fastest() -> None:
+    """The boolean and the additive mask are one line, of whichever is faster at that size."""
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    from bench import plots
+
+    rows = [row for row in _rows(1.0) if row["mode"] == "forward" and row["dim"] == "64" and row["batch"] == "32"]
+    series = next(series for series in plots.SERIES if series.label == "SDPA + mask")
+    for row in rows:
+        if row["contender"] == "sdpa_additive" and row["vertices"] == "1723":
+            row["cold_ms"] = "1e-9"
+    chosen = {vertices: row["contender"] for vertices, row in plots.fastest_rows(rows, series).items()}
+    assert chosen == {431: "sdpa_bool", 1723: "sdpa_additive", 6890: "sdpa_bool"}
 
 
 def test_a_csv_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="lacks vertices"):
         report.read_rows(tmp_path / "other.csv")
-
-
-def test_run_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """A small case from the command line: checked against float64, printed, written with all columns."""
-    csv = tmp_path / "cpu.csv"
-    arguments = ["--device", "cpu", "--threads", "1", "--cases", "40x16", "--repeats", "2", "--csv", str(csv)]
-    monkeypatch.setattr("sys.argv", ["bench attention", *arguments])
-    command.main()
-    rows = report.read_rows(csv)
-    assert {row["contender"] for row in rows} == {"auto", "sdpa_bool"} and len(rows) == 4
-    assert all(row["status"] == "ok" and float(row["wall_ms"]) > 0 and row["commit"] for row in rows)
-    assert "14+40, d 16" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", ["431", "0x64", "431x64x0", "431x64x1x1", "x"])
