@@ -2,8 +2,8 @@
 //
 // A thread makes one output position (a row and a channel, or 16 bytes of channels) of several batch elements, which
 // share the loads of the row's indices and values. Neighbouring threads take neighbouring positions, so that 3 channels
-// are written without gaps. Long rows are split over PARTS neighbouring lanes and added up by shuffles. Sums are float32
-// and their order depends on the matrix alone: not on the batch, on strides, or on which kernel runs.
+// are written without gaps. Long rows are split over PARTS neighbouring lanes and added up by shuffles. Sums are in
+// float32, and their order depends on the matrix alone: not on the batch, on strides, or on which kernel runs.
 //
 //   gather_kernel  reads x where it lies; the rows of a block share what they read through L1
 //   staged_kernel  first copies whole batch elements of x to shared memory, where scattered reads are cheaper
@@ -26,8 +26,8 @@ struct Problem {
   int64_t batch_stride, token_stride, channel_stride;
 };
 
-// Division by a number that is known at the launch. For 32 bits: Granlund and Montgomery, "Division by invariant integers using
-// multiplication", 1994. For numerators below 2^31.
+// Division by a number that is known at the launch. With 32 bits, for numerators below 2^31, by a multiplication:
+// Granlund and Montgomery, "Division by invariant integers using multiplication", 1994.
 template <typename Index>
 struct Divisor {
   uint32_t divisor, multiplier, shift;
@@ -153,7 +153,8 @@ __device__ __forceinline__ int add_parts(float (&sums)[BATCH][VEC], int part) {
       for (int c = 0; c < VEC; ++c) {
         const float mine = sums[i][c];
         const float other = split ? sums[(i + count) % BATCH][c] : mine;
-        sums[i][c] = (split && upper ? other : mine) + __shfl_xor_sync(0xffffffffu, split && !upper ? other : mine, lanes);
+        const float given = split && !upper ? other : mine;
+        sums[i][c] = (split && upper ? other : mine) + __shfl_xor_sync(0xffffffffu, given, lanes);
       }
     }
   }
@@ -182,8 +183,12 @@ __device__ __forceinline__ void finish(float (&sums)[BATCH][VEC], int part, bool
 
 constexpr int kMaxThreads = 1024;
 
-// Of a block of gather_kernel: where a thread has much under way, it needs more registers than 64.
-constexpr int max_threads(int vec, int batch) { return vec > 1 ? 256 : batch > 4 ? 512 : kMaxThreads; }
+// Of a block of gather_kernel: where a thread has much under way, it needs registers.
+constexpr int max_threads(int vec, int batch) { return vec > 1 ? 256 : batch > 1 ? 512 : kMaxThreads; }
+
+// Blocks that must fit on a multiprocessor. Without this the compiler saves registers to fit more, and does it by
+// waiting for the first reads before it asks for the last.
+constexpr int min_blocks(int vec, int batch) { return vec > 1 || batch > 1 ? 2 : 1; }
 
 // One position of the batch elements first to first + BATCH - 1.
 template <int LENGTH, int PARTS, int VEC, int BATCH, typename T, typename Index>
@@ -208,21 +213,29 @@ __device__ __forceinline__ void gather_elements(const Problem<T>& p, const Grid<
   finish<PARTS>(sums, part, active, p.out + first * stride + position * VEC, stride, BATCH);
 }
 
+// The same for `left` batch elements, less than 2 BATCH: at the end of the batch 4, 2, 1 at a time.
+template <int LENGTH, int PARTS, int VEC, int BATCH, typename T, typename Index>
+__device__ __forceinline__ void gather_rest(const Problem<T>& p, const Grid<Index>& grid, int first, int left,
+                                            Index position, int part, bool active) {
+  if (left & BATCH) {
+    gather_elements<LENGTH, PARTS, VEC, BATCH>(p, grid, first, position, part, active);
+    first += BATCH;
+  }
+  if constexpr (BATCH > 1) gather_rest<LENGTH, PARTS, VEC, BATCH / 2>(p, grid, first, left, position, part, active);
+}
+
 template <typename T, int VEC, int LENGTH, int PARTS, int BATCH, typename Index>
-__global__ void __launch_bounds__(max_threads(VEC, BATCH)) gather_kernel(const Problem<T> p, const Grid<Index> grid) {
+__global__ void __launch_bounds__(max_threads(VEC, BATCH), min_blocks(VEC, BATCH))
+    gather_kernel(const Problem<T> p, const Grid<Index> grid) {
   wait_for_previous_kernel();
   const Index position = static_cast<Index>(blockIdx.x) * grid.block_positions + threadIdx.x / PARTS;
   const int part = threadIdx.x % PARTS;
   const bool active = position < grid.positions;
   if (PARTS == 1 && !active) return;
 
-  int first = blockIdx.y * BATCH;
-  if (first + BATCH <= static_cast<int>(p.batch)) {
-    return gather_elements<LENGTH, PARTS, VEC, BATCH>(p, grid, first, position, part, active);
-  }
-  for (; first < static_cast<int>(p.batch); ++first) {  // what is left at the end of the batch
-    gather_elements<LENGTH, PARTS, VEC, 1>(p, grid, first, position, part, active);
-  }
+  const int first = blockIdx.y * BATCH;
+  const int left = min(BATCH, static_cast<int>(p.batch) - first);
+  gather_rest<LENGTH, PARTS, VEC, BATCH>(p, grid, first, left, position, part, active);
 }
 
 // The batch elements of a block lie interleaved in shared memory, so that one read serves them all. x must be

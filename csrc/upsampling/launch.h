@@ -73,8 +73,8 @@ Plan choose_plan(const Problem<T>& p, const Device& device) {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Threads of a block of gather_kernel, where `lanes` lanes are needed for each of `tiles` tiles of batch elements:
-// large blocks share more of what they read; but where there are only a few, no multiprocessor may get more of them than
-// another.
+// large blocks share more of what they read; but where there are only a few, no multiprocessor may get more of them
+// than another.
 inline int gather_threads(int64_t lanes, int64_t tiles, int most, const Device& device) {
   constexpr int64_t few = 2048;  // lanes per multiprocessor
   if (lanes * tiles <= few * device.multiprocessors) {
@@ -149,8 +149,9 @@ class Launcher {
     const int64_t packs = p_.channels / VEC;
     const int64_t lanes = p_.rows * packs * PARTS;
     constexpr int most = max_threads(VEC, BATCH);
+    const int64_t tiles = ceil_div(p_.batch, BATCH);
     const int threads =
-        plan_.threads > 0 ? std::min(plan_.threads, most) : gather_threads(lanes, ceil_div(p_.batch, BATCH), most, device_);
+        plan_.threads > 0 ? std::min(plan_.threads, most) : gather_threads(lanes, tiles, most, device_);
     start<gather_kernel<T, VEC, LENGTH, PARTS, BATCH, Index>, Index>(p_.rows * packs, packs, threads / PARTS, BATCH,
                                                                      threads, 0);
   }

@@ -24,8 +24,8 @@ struct CudaLaunch {
   cudaStream_t stream;
 
   template <auto KERNEL, typename T, typename Index>
-  void operator()(const Problem<T>& problem, const Grid<Index>& grid, uint32_t blocks, uint32_t batch_tiles, int threads,
-                  uint32_t shared_bytes, bool early) const {
+  void operator()(const Problem<T>& problem, const Grid<Index>& grid, uint32_t blocks, uint32_t batch_tiles,
+                  int threads, uint32_t shared_bytes, bool early) const {
     if (shared_bytes > 48 * 1024) {  // what every block may have without asking
       STD_CUDA_CHECK(cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                           static_cast<int>(shared_bytes)));
