@@ -136,6 +136,8 @@ def cache_folder() -> Path:
     default = Path(tempfile.gettempdir()) / f"fastmetro-emulation-{os.getuid()}"
     folder = Path(os.environ.get("FASTMETRO_EMULATION_CACHE") or default)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if folder.stat().st_uid != os.getuid():
+        raise RuntimeError(f"{folder} belongs to somebody else; set FASTMETRO_EMULATION_CACHE to a folder of your own")
     return folder
 
 
