@@ -55,19 +55,20 @@ inline int parts_of(int64_t entries, int64_t rows) {
   return per_row <= 4 ? 1 : per_row <= 8 ? 2 : per_row <= 32 ? 4 : 16;
 }
 
-// The table of configurations, by batch size. To be confirmed by `python -m bench upsampling --variants` on an H200.
+// The table of configurations. Not measured yet: the fastest of `python -m bench upsampling --variants` on an H200 is
+// to go here. Reasons for these: a staged block fills a multiprocessor, so that it takes about one tile of batch
+// elements for each; rows of three entries leave room for eight elements under way in a thread, longer ones for four.
 template <typename T>
-Plan choose_plan(const Problem<T>& p, const Device& device) {
+Plan choose_plan(const Problem<T>& p, bool three_each, const Device& device) {
   const bool early = device.early_launch;
   constexpr int word = 4 / sizeof(T);  // batch elements in 4 bytes
-  if (p.batch >= 2 * device.multiprocessors / 3 * word) {
+  if (p.batch >= 2 * device.multiprocessors / 3 * word && !packs_fit(p)) {
     for (const int batch_tile : {4 * word, 2 * word, word}) {
-      if (can_stage(p, batch_tile, device) && !packs_fit(p)) return {Kernel::staged, batch_tile, 1024, early};
+      if (can_stage(p, batch_tile, device)) return {Kernel::staged, batch_tile, kMaxThreads, early};
     }
   }
   if (p.batch == 1) return {Kernel::gather, 1, 0, early};
-  if (p.batch < 16) return {Kernel::gather, 4, 0, early};
-  return {Kernel::gather, 8, 0, early};
+  return {Kernel::gather, three_each && p.batch >= 16 ? 8 : 4, 0, early};
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

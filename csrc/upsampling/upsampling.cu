@@ -63,7 +63,7 @@ Tensor product(const Tensor& x, const Tensor& row_offsets, const Tensor& columns
                              row_offsets.const_data_ptr<int32_t>(), columns.const_data_ptr<int32_t>(),
                              values.const_data_ptr<float>(), x.size(0), x.size(1), rows, x.size(2), x.stride(0),
                              x.stride(1), x.stride(2)};
-    const Plan plan = wanted != nullptr ? *wanted : fm_upsampling::choose_plan(problem, device);
+    const Plan plan = wanted != nullptr ? *wanted : fm_upsampling::choose_plan(problem, three_each, device);
     const CudaLaunch launch{fm::current_stream(x)};
     fm_upsampling::Launcher(problem, columns.size(0), three_each, plan, device, launch).run();
   };

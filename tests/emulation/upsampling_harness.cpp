@@ -30,9 +30,10 @@ void run(const Arguments& a, const void* x, void* out, const int32_t* row_offset
   const fm_upsampling::Device device{static_cast<int>(a.multiprocessors), static_cast<int>(a.shared_limit), true};
   const fm_upsampling::Plan given{static_cast<fm_upsampling::Kernel>(a.kernel), static_cast<int>(a.batch_tile),
                                   static_cast<int>(a.threads), true};
-  const fm_upsampling::Plan plan = a.kernel < 0 ? fm_upsampling::choose_plan(problem, device) : given;
+  const bool three_each = a.three_each != 0;
+  const fm_upsampling::Plan plan = a.kernel < 0 ? fm_upsampling::choose_plan(problem, three_each, device) : given;
   const EmulatedLaunch launch;
-  fm_upsampling::Launcher(problem, a.entries, a.three_each != 0, plan, device, launch).run();
+  fm_upsampling::Launcher(problem, a.entries, three_each, plan, device, launch).run();
 }
 
 FM_EMULATION_EXPORT int32_t run_upsampling(const Arguments* a, const void* x, void* out, const int32_t* row_offsets,
