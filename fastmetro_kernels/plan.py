@@ -1,10 +1,11 @@
 """How the CUDA attention kernels walk over a mesh: windows in processing order, a cache of rows managed in advance.
 
-A block of threads works through the windows (16 rows each, see `schedule.py`) in steps of up to four. The rows of k
-and v that a step needs (in the backward also q and the gradient) lie in slots of shared memory. Which row enters which
-slot at which step is decided here, once per topology: the access pattern is known, so the cache can be the best one
+A block of threads works through the windows (16 rows each, see `schedule.py`) in steps of a few. The rows of k and v
+that a step needs (in the backward also q and the gradient) lie in slots of shared memory. Which row enters which slot
+at which step is decided here, once per topology: the access pattern is known, so the cache can be the best one
 possible (Belady, "A study of replacement algorithms for a virtual-storage computer", 1966: evict what is needed
-latest). On the published body meshes every row is read 1.0 to 1.1 times, with 208 slots.
+latest). On the published body meshes every row is read 1.0 to 1.15 times. `packing.py` lays the plan out as the kernels
+read it.
 
 The rows of step s + 1 are copied while step s is computed, so a slot may be filled again only when neither needs it.
 A block may begin at any step: `restarts` lists what the cache would hold there.
@@ -22,18 +23,28 @@ from torch import Tensor
 
 from fastmetro_kernels.schedule import WINDOW_ROWS, Schedule
 
-WINDOWS_PER_STEP = 4
 CHUNK_KEYS = 64
 """Keys of one tile of scores; lists are cut into chunks of so many."""
 
 _BANK_COLUMNS = 8  # shared memory is read 128 bytes at a time: eight pieces of 16 bytes
 
-PREFERRED_SLOTS = 208
-"""Slots for vertices beside those of the hubs: few rows are read twice, and with 14 hubs three blocks of the forward
-and two of the backward fit on a multiprocessor of 228 KiB (heads of up to 64)."""
+MAX_SLOTS = 400
+"""Largest cache, hubs included: the backward keeps 536 bytes per slot in 227 KiB of shared memory."""
 
-MAX_SLOTS = 416
-"""Largest cache, hubs included: the backward keeps 520 bytes per slot in 227 KiB of shared memory."""
+
+class Shape(NamedTuple):
+    """How a kernel wants to walk: windows of a step (one warp each), and slots for vertices beside those of the hubs.
+
+    Few rows are read twice with so many slots, and with 14 hubs two blocks fit on a multiprocessor of 228 KiB (heads
+    of up to 64). More are taken where the lists of two steps in a row need them.
+    """
+
+    windows: int
+    slots: int
+
+
+FORWARD = Shape(7, 302)
+BACKWARD = Shape(4, 190)
 
 _Array = npt.NDArray[np.int64]
 
@@ -55,8 +66,10 @@ class Plan(NamedTuple):
         lists: int16 [C + hub chunks, 16, 4]: slots of the 64 keys of a chunk, key 16 i + j at [j, i]; padding repeats
             a key. Hub chunks, the keys that the hubs meet in a step, come last.
         masks: int64 [C, 16]: bit n of row r tells whether row r of the window may use key n of the chunk.
-        t_extras, t_lists, t_masks: the same for the transposed pattern (windows of keys, lists of queries).
+        t_extras, t_lists, t_masks: the same for the transposed pattern (windows of keys, lists of queries); `t_masks`
+            is `masks` itself where the pattern is symmetric.
         slots: size of the cache in rows.
+        windows: most windows of a step.
     """
 
     steps: Tensor
@@ -71,15 +84,17 @@ class Plan(NamedTuple):
     t_lists: Tensor
     t_masks: Tensor
     slots: int
+    windows: int
 
 
-def build_plan(schedule: Schedule, t_schedule: Schedule, num_hubs: int) -> Plan | None:
+def build_plan(schedule: Schedule, t_schedule: Schedule, num_hubs: int, shape: Shape = FORWARD) -> Plan | None:
     """The plan of a topology, or None where a window needs more rows than the cache can hold.
 
     Args:
         schedule, t_schedule: of the rows and of the transposed pattern, with the same windows; the same object where
             the pattern is symmetric.
         num_hubs: 0 to 64.
+        shape: of the kernel that is to follow the plan.
     """
     windows = _windows(schedule, num_hubs)
     keys, bits = _keys(schedule, num_hubs)
@@ -89,13 +104,13 @@ def build_plan(schedule: Schedule, t_schedule: Schedule, num_hubs: int) -> Plan 
         for rows, own, other in zip(windows, keys, t_keys, strict=True)
     ]
     limit = MAX_SLOTS - num_hubs
-    groups = _steps(needs, limit)
+    groups = _steps(needs, limit, shape)
     if groups is None:
         return None
     groups = groups or [(0, 0)]  # hubs alone still meet each other
     step_needs = [set().union(*(needs[w] for w in range(first, end))) for first, end in groups]
     pairs = [len(a | b) for a, b in itertools.pairwise(step_needs)]
-    capacity = max(pairs + [len(need) for need in step_needs] + [min(PREFERRED_SLOTS, limit)])
+    capacity = max(pairs + [len(need) for need in step_needs] + [min(shape.slots, limit)])
     cache = _Cache(step_needs, windows, capacity, num_hubs)
     step_of_window = np.repeat(np.arange(len(groups)), [end - first for first, end in groups])
     orders = _row_orders(windows, step_of_window, cache)
@@ -117,6 +132,7 @@ def build_plan(schedule: Schedule, t_schedule: Schedule, num_hubs: int) -> Plan 
     steps[:, 4:6] = np.array(groups).reshape(-1, 2)
     steps[:, 6] = first_hub_chunk[:-1]
     steps[:, 7] = [len(slots) for slots in hub_lists]
+    mask_words, t_mask_words = torch.from_numpy(masks), torch.from_numpy(t_masks)
     return Plan(
         steps=_int32(steps),
         loads=_int32(np.array(cache.loads).reshape(-1, 2)),
@@ -125,11 +141,12 @@ def build_plan(schedule: Schedule, t_schedule: Schedule, num_hubs: int) -> Plan 
         row_slots=_int32(_row_slots(windows, step_of_window, cache)),
         extras=_int32(extras),
         lists=_int16(np.concatenate([lists, *hub_chunks])),
-        masks=torch.from_numpy(masks),
+        masks=mask_words,
         t_extras=_int32(t_extras),
         t_lists=_int16(t_lists),
-        t_masks=torch.from_numpy(t_masks),
+        t_masks=mask_words if t_schedule is schedule else t_mask_words,
         slots=capacity + num_hubs,
+        windows=shape.windows,
     )
 
 
@@ -160,16 +177,16 @@ def _keys(schedule: Schedule, num_hubs: int) -> tuple[list[_Array], list[_Array]
     return tokens, bits
 
 
-def _steps(needs: list[set[int]], limit: int) -> list[tuple[int, int]] | None:
-    """Consecutive windows, at most four, such that two neighbouring steps fit into the cache together."""
+def _steps(needs: list[set[int]], limit: int, shape: Shape) -> list[tuple[int, int]] | None:
+    """Consecutive windows, as many as the shape allows while two neighbouring steps fit into the cache together."""
     if any(len(need) > limit // 2 for need in needs):
         return None
-    preferred = min(PREFERRED_SLOTS, limit)
+    preferred = min(shape.slots, limit)
     groups: list[tuple[int, int]] = []
     begin, held, before = 0, set[int](), set[int]()
     for window, need in enumerate(needs):
         together = len(held | need)
-        full = window - begin == WINDOWS_PER_STEP or 2 * together > limit or len(before | held | need) > preferred
+        full = window - begin == shape.windows or 2 * together > limit or len(before | held | need) > preferred
         if window > begin and full:
             groups.append((begin, window))
             begin, held, before = window, set(), held

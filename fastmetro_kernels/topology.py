@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fastmetro_kernels import adjacency as lists
-from fastmetro_kernels.plan import Plan, build_plan
+from fastmetro_kernels.packing import PackedPlan, pack
+from fastmetro_kernels.plan import BACKWARD, FORWARD, Plan, Shape, build_plan
 from fastmetro_kernels.schedule import WINDOW_SIZES, Schedule, build_schedule, locality_order
 
 ORDERS = ("natural", "locality")
@@ -82,7 +83,7 @@ class TokenTopology(nn.Module):
         self._set_lists("t_", *_transposed(offsets, indices))
         self._set_groups(offsets)
         self._set_schedules()
-        self._plan_slots: int | None = None  # None: not built, 0: the pattern has no plan
+        self._plan_sizes: dict[str, tuple[int, int]] | None = None  # None: not built, {}: the pattern has no plan
 
     def _set_lists(self, prefix: str, offsets: np.ndarray, indices: np.ndarray) -> None:
         for name, array in (("row_offsets", offsets), ("columns", indices)):
@@ -151,34 +152,53 @@ class TokenTopology(nn.Module):
         prefix = "schedule" if self.symmetric else "t_schedule"
         return (self.t_schedule, *(self._schedule(f"{prefix}{rows}_") for rows in WINDOW_SIZES[1:]))
 
-    def make_plan(self) -> Plan | None:
-        """The plan by which the CUDA kernels walk over this pattern, on the CPU, or None where there is none.
+    def make_plan(self, shape: Shape = FORWARD) -> Plan | None:
+        """The plan by which a CUDA kernel walks over this pattern, on the CPU, or None where there is none.
 
         It always follows the locality order: the order of processing never changes results.
         """
+        return build_plan(*self._plan_schedules(), self.num_hubs, shape)
+
+    def _plan_schedules(self) -> tuple[Schedule, Schedule]:
+        if self.order == "locality":
+            return self.schedule, self.t_schedule
         order = self.locality_order()
-        offsets, columns = self.row_offsets, self.columns
-        forward = self.schedule if self.order == "locality" else build_schedule(offsets, columns, order)
-        if self.symmetric:
-            return build_plan(forward, forward, self.num_hubs)
-        return build_plan(forward, build_schedule(self.t_row_offsets, self.t_columns, order), self.num_hubs)
+        forward = build_schedule(self.row_offsets, self.columns, order)
+        return forward, forward if self.symmetric else build_schedule(self.t_row_offsets, self.t_columns, order)
 
     def _apply(self, fn: Any, recurse: bool = True) -> TokenTopology:
-        """Moving to a CUDA device also makes the plan of its kernels, which nothing else needs."""
+        """Moving to a CUDA device also makes the plans of its kernels, which nothing else needs."""
         super()._apply(fn, recurse)
-        if self.columns.is_cuda and self._plan_slots is None:
-            plan = self.make_plan()
-            self._plan_slots = 0 if plan is None else plan.slots
-            for name, tensor in zip(Plan._fields[:-1], plan[:-1] if plan is not None else (), strict=plan is not None):
-                self.register_buffer(f"plan_{name}", tensor.to(self.columns.device), persistent=False)
+        if self.columns.is_cuda and self._plan_sizes is None:
+            self._set_plans()
         return self
 
+    def _set_plans(self) -> None:
+        self._plan_sizes = {}
+        schedules = self._plan_schedules()
+        plans = [build_plan(*schedules, self.num_hubs, shape) for shape in (FORWARD, BACKWARD)]
+        for prefix, plan in zip(("forward_plan_", "backward_plan_"), plans, strict=True):
+            if plan is None:
+                self._plan_sizes = {}
+                return
+            packed = pack(plan, backward=prefix == "backward_plan_")
+            self._plan_sizes[prefix] = (packed.slots, packed.windows)
+            for name, tensor in zip(PackedPlan._fields[:-2], packed[:-2], strict=True):
+                self.register_buffer(prefix + name, tensor.to(self.columns.device), persistent=False)
+
     @property
-    def plan(self) -> Plan | None:
-        """The plan on the device of the topology; None on other devices than CUDA, and where the pattern has none."""
-        if not self._plan_slots:
+    def plans(self) -> tuple[PackedPlan, PackedPlan] | None:
+        """Of the forward and the backward kernel, on the device of the topology.
+
+        None on other devices than CUDA, and where the pattern has none.
+        """
+        if not self._plan_sizes:
             return None
-        return Plan(**{name: getattr(self, f"plan_{name}") for name in Plan._fields[:-1]}, slots=self._plan_slots)
+        forward, backward = (
+            PackedPlan(*(getattr(self, prefix + name) for name in PackedPlan._fields[:-2]), *sizes)
+            for prefix, sizes in self._plan_sizes.items()
+        )
+        return forward, backward
 
     @classmethod
     def from_faces(

@@ -14,16 +14,16 @@ void run(BackwardArguments& p, int64_t steps_per_segment, const Tensor& q) {
                   kRows * kBackwardHubTiles<DIM>, " hubs for head dims above 64, got ", p.sizes.hubs);
   set_segments(p.plan, steps_per_segment, chains<DIM>(p.sizes), kBlocksPerMultiprocessor, q);
   const int64_t heads = p.sizes.batch * p.sizes.heads;
-  const bool partial = p.plan.num_segments > 1 && p.sizes.hubs > 0;
-  const int64_t partial_rows = partial ? 3 * heads * p.plan.num_segments * p.sizes.hubs : 0;
-  Tensor scratch = torch::stable::new_empty(q, {partial_rows * DIM}, ScalarType::Float);
-  p.partials = static_cast<float*>(scratch.mutable_data_ptr());
-  const cudaStream_t stream = fm::current_stream(q);
-  launch<BackwardArguments>(backward_kernel<T, DIM, DROPOUT>, p, chains<DIM>(p.sizes) * p.plan.num_segments,
-                            backward_threads(hub_tiles(p.sizes)), backward_memory<DIM>(p.plan.slots, DROPOUT), stream);
-  if (!partial) return;
-  const int64_t threads = 3 * heads * p.sizes.hubs * (DIM / 4);
-  launch<BackwardArguments>(combine_backward_kernel<T, DIM>, p, (threads + 127) / 128, 128, 0, stream);
+  const int cluster_size = cluster_size_of(p.plan, p.sizes, q);
+  const bool combined = combined_by_kernel(p.plan, p.sizes, cluster_size);
+  const int64_t rows = combined ? 3 * heads * p.plan.num_segments * p.sizes.hubs : 0;
+  Tensor scratch = torch::stable::new_empty(q, {rows * (DIM + 4)}, ScalarType::Float);
+  p.partials = combined ? static_cast<float*>(scratch.mutable_data_ptr()) : nullptr;
+  const int windows = p.plan.windows_per_step;
+  launch<BackwardArguments>(backward_kernel<T, DIM, DROPOUT>, combined ? combine_backward_kernel<T, DIM> : nullptr, p,
+                            chains<DIM>(p.sizes) * p.plan.num_segments, backward_threads(p.sizes, windows),
+                            BackwardShared<DIM>(p.plan.slots, windows, p.plan.record_bytes, DROPOUT).bytes,
+                            cluster_size, 3 * heads * p.sizes.hubs * (DIM / 4), q);
 }
 
 void check_per_row(const Tensor& tensor, const char* name, const Tensor& q) {
@@ -34,9 +34,8 @@ void check_per_row(const Tensor& tensor, const char* name, const Tensor& q) {
 
 std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_out, std::optional<Tensor> grad_lse, Tensor q, Tensor k,
                                             Tensor v, Tensor out, Tensor lse, Tensor steps, Tensor loads,
-                                            Tensor restarts, Tensor rows, Tensor row_slots, Tensor extras,
-                                            Tensor lists, Tensor masks, Tensor t_extras, Tensor t_lists,
-                                            Tensor t_masks, int64_t slots, int64_t num_hubs, double scale,
+                                            Tensor restarts, Tensor records, Tensor hub_chunks, Tensor extra_chunks,
+                                            int64_t slots, int64_t windows, int64_t num_hubs, double scale,
                                             double dropout_p, std::optional<Tensor> seed, int64_t steps_per_segment) {
   check_input(q, "q", q);
   check_input(k, "k", q);
@@ -54,10 +53,13 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_out, std::optional<Tenso
   std::optional<Tensor> row_grads;
   if (grad_lse.has_value()) row_grads = torch::stable::contiguous(*grad_lse);
   BackwardArguments p{};
-  const PlanTensors plan{steps, loads, restarts, rows, row_slots};
-  p.plan = plan_of(plan, {extras, lists, masks}, slots, q);
-  p.transposed = plan_of(plan, {t_extras, t_lists, t_masks}, slots, q);
   p.sizes = sizes_of(q, num_hubs);
+  p.plan = plan_of({steps, loads, restarts, records, hub_chunks, extra_chunks, slots, windows}, q, num_hubs);
+  const bool symmetric = p.plan.record_bytes == kBackwardRecordBytes;
+  STD_TORCH_CHECK(symmetric || p.plan.record_bytes == kAsymmetricRecordBytes, "topology_attention: records of ",
+                  p.plan.record_bytes, " bytes are not those of a backward plan");
+  p.transposed = symmetric ? 0 : kRecordTransposed;
+  p.transposed_extras = symmetric ? kRecordExtras : kRecordTransposedExtras;
   for (int i = 0; i < 4; ++i) p.inputs[i] = strided(inputs[i]);
   p.out = strided(readable_out);
   p.lse = row_lse.const_data_ptr<float>();

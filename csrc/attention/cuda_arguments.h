@@ -53,14 +53,15 @@ inline void check_input(const Tensor& tensor, const char* name, const Tensor& q)
 inline Tensor readable(const Tensor& tensor) {
   bool aligned = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0 && tensor.stride(3) == 1;
   for (int axis = 0; axis < 3; ++axis) aligned = aligned && (tensor.stride(axis) % 8 == 0 || tensor.size(axis) == 1);
-  if (aligned) return tensor;
+  const bool near = std::abs(tensor.stride(1)) <= std::numeric_limits<int32_t>::max() / 2;  // in bytes an int
+  if (aligned && near) return tensor;
   Tensor copy = torch::stable::new_empty(tensor, tensor.sizes());
   torch::stable::copy_(copy, tensor);
   return copy;
 }
 
 inline Strided strided(const Tensor& tensor) {
-  return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+  return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(2), static_cast<int>(2 * tensor.stride(1))};
 }
 
 inline Sizes sizes_of(const Tensor& q, int64_t hubs) {
@@ -82,36 +83,34 @@ inline Dropout dropout_of(double dropout_p, const std::optional<Tensor>& seed, c
           static_cast<float>(1.0 / (1.0 - dropout_p))};
 }
 
-// The tensors of a Plan, in the order of the op's schema.
+// The arguments of a plan, in the order of the op's schema.
 struct PlanTensors {
-  const Tensor &steps, &loads, &restarts, &rows, &row_slots;
+  const Tensor &steps, &loads, &restarts, &records, &hub_chunks, &extra_chunks;
+  int64_t slots, windows;
 };
 
-struct ListTensors {
-  const Tensor &extras, &lists, &masks;
-};
-
-inline Plan plan_of(const PlanTensors& plan, const ListTensors& lists, int64_t slots, const Tensor& q) {
-  const int64_t steps = plan.steps.numel() / 8, windows = plan.rows.numel() / 16;
+inline Plan plan_of(const PlanTensors& plan, const Tensor& q, int64_t hubs) {
+  const int64_t steps = plan.steps.numel() / 8, windows = (q.size(1) - hubs + kRows - 1) / kRows;
+  STD_TORCH_CHECK(plan.records.dim() == 2 && plan.records.size(0) == windows,
+                  "topology_attention: records are not those of a plan for these inputs");
   check_plan_tensor(plan.steps, "steps", 8 * steps, ScalarType::Int, q);
   check_plan_tensor(plan.loads, "loads", -1, ScalarType::Int, q);
   check_plan_tensor(plan.restarts, "restarts", -1, ScalarType::Int, q);
-  check_plan_tensor(plan.rows, "rows", 16 * windows, ScalarType::Int, q);
-  check_plan_tensor(plan.row_slots, "row_slots", 16 * windows, ScalarType::Int, q);
-  check_plan_tensor(lists.extras, "extras", windows + 1, ScalarType::Int, q);
-  check_plan_tensor(lists.lists, "lists", -1, ScalarType::Short, q);
-  check_plan_tensor(lists.masks, "masks", -1, ScalarType::Long, q);
-  STD_TORCH_CHECK(slots > 0 && slots < 32768, "topology_attention: slots must be 1 to 32767, got ", slots);
+  check_plan_tensor(plan.records, "records", -1, ScalarType::Byte, q);
+  check_plan_tensor(plan.hub_chunks, "hub_chunks", -1, ScalarType::Byte, q);
+  check_plan_tensor(plan.extra_chunks, "extra_chunks", -1, ScalarType::Byte, q);
+  STD_TORCH_CHECK(steps > 0 && plan.slots > 0 && plan.slots < 32768 && plan.windows > 0 && plan.windows <= 16,
+                  "topology_attention: a plan has at least one step, up to 32767 slots and 16 windows per step, got ",
+                  steps, ", ", plan.slots, " and ", plan.windows);
   return {plan.steps.const_data_ptr<int32_t>(),
           static_cast<const int2*>(plan.loads.const_data_ptr()),
           static_cast<const int4*>(plan.restarts.const_data_ptr()),
-          plan.rows.const_data_ptr<int32_t>(),
-          plan.row_slots.const_data_ptr<int32_t>(),
-          lists.extras.const_data_ptr<int32_t>(),
-          static_cast<const uint2*>(lists.lists.const_data_ptr()),
-          static_cast<const unsigned long long*>(lists.masks.const_data_ptr()),
-          static_cast<int>(slots),
-          static_cast<int>(windows),
+          static_cast<const unsigned char*>(plan.records.const_data_ptr()),
+          static_cast<const unsigned char*>(plan.hub_chunks.const_data_ptr()),
+          static_cast<const unsigned char*>(plan.extra_chunks.const_data_ptr()),
+          static_cast<int>(plan.records.size(1)),
+          static_cast<int>(plan.slots),
+          static_cast<int>(plan.windows),
           static_cast<int>(steps),
           static_cast<int>(steps),
           1};
@@ -131,23 +130,36 @@ inline void set_segments(Plan& plan, int64_t wanted, int64_t chains, int blocks_
   plan.num_segments = (plan.num_steps + plan.steps_per_segment - 1) / plan.steps_per_segment;
 }
 
+// Blocks of one batch element and group of heads that combine their hub rows in a cluster; 1: there is one segment, or
+// there are too many of them for a cluster, and a kernel combines them.
+inline int cluster_size_of(const Plan& plan, const Sizes& sizes, const Tensor& q) {
+  constexpr int kLargest = 8;
+  const bool fits = sizes.hubs > 0 && plan.num_segments <= kLargest && fm::has_clusters(q.get_device_index());
+  return fits ? plan.num_segments : 1;
+}
+
+// Whether a kernel of its own must combine the hub rows.
+inline bool combined_by_kernel(const Plan& plan, const Sizes& sizes, int cluster_size) {
+  return sizes.hubs > 0 && plan.num_segments > cluster_size;
+}
+
 inline unsigned grid_size(int64_t blocks) {
   STD_TORCH_CHECK(blocks <= std::numeric_limits<int32_t>::max(), "topology_attention: the inputs are too large, they ",
                   "need ", blocks, " blocks");
   return static_cast<unsigned>(blocks);
 }
 
-// Launches a kernel that may need more shared memory than a block gets without asking.
+// Launches the kernel that streams, and where it is not null the one that combines hub rows afterwards.
 template <typename Arguments>
-void launch(void (*kernel)(Arguments), const Arguments& arguments, int64_t blocks, int threads, int memory,
-            cudaStream_t stream) {
+void launch(void (*kernel)(Arguments), void (*combine)(Arguments), const Arguments& arguments, int64_t blocks,
+            int threads, int memory, int cluster_size, int64_t combine_threads, const Tensor& q) {
   STD_TORCH_CHECK(memory <= kSharedLimit, "topology_attention: the topology needs ", memory,
                   " bytes of shared memory for this head dim, at most ", kSharedLimit, " are there");
-  if (memory > 48 * 1024) {
-    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, memory));
-  }
-  kernel<<<grid_size(blocks), threads, memory, stream>>>(arguments);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  const cudaStream_t stream = fm::current_stream(q);
+  fm::launch_kernel(kernel, dim3(grid_size(blocks)), threads, memory, cluster_size, false, stream, arguments);
+  if (combine == nullptr) return;
+  const dim3 grid(grid_size((combine_threads + 127) / 128));
+  fm::launch_kernel(combine, grid, 128, 0, 1, fm::has_clusters(q.get_device_index()), stream, arguments);
 }
 
 // Calls run.operator()<T, DIM, DROPOUT>() for the inputs at hand.

@@ -1,4 +1,5 @@
-// attention_forward_cuda: one launch, and a small one that adds up the hub rows where the mesh is cut into segments.
+// attention_forward_cuda: one launch, and a small one that combines the hub rows where the mesh is cut into more segments
+// than a cluster has blocks.
 #include "attention/forward.cuh"
 
 #include "attention/cuda_arguments.h"
@@ -8,26 +9,24 @@ namespace {
 
 template <typename T, int DIM, bool DROPOUT>
 void run(ForwardArguments& p, int64_t steps_per_segment, const Tensor& q) {
-  constexpr int kBlocksPerMultiprocessor = DIM == 128 ? 1 : 3;
+  constexpr int kBlocksPerMultiprocessor = DIM == 128 ? 1 : 2;
   set_segments(p.plan, steps_per_segment, chains<DIM>(p.sizes), kBlocksPerMultiprocessor, q);
   const int64_t heads = p.sizes.batch * p.sizes.heads;
-  const bool partial = p.plan.num_segments > 1 && p.sizes.hubs > 0;
-  const int64_t partial_rows = partial ? heads * p.plan.num_segments * p.sizes.hubs : 0;
-  // One buffer: the sums (two numbers per row), then the rows.
-  Tensor scratch = torch::stable::new_empty(q, {partial_rows * (DIM + 4)}, ScalarType::Float);
-  p.partial_sums = static_cast<float2*>(scratch.mutable_data_ptr());
-  p.partial_out = static_cast<float*>(scratch.mutable_data_ptr()) + 4 * partial_rows;
-  const cudaStream_t stream = fm::current_stream(q);
-  launch<ForwardArguments>(forward_kernel<T, DIM, DROPOUT>, p, chains<DIM>(p.sizes) * p.plan.num_segments,
-                           forward_threads(hub_tiles(p.sizes)), forward_memory<DIM>(p.plan.slots, DROPOUT), stream);
-  if (!partial) return;
-  const int64_t threads = heads * p.sizes.hubs * (DIM / 4);
-  launch<ForwardArguments>(combine_forward_kernel<T, DIM>, p, (threads + 127) / 128, 128, 0, stream);
+  const int cluster_size = cluster_size_of(p.plan, p.sizes, q);
+  const bool combined = combined_by_kernel(p.plan, p.sizes, cluster_size);
+  const int64_t rows = combined ? heads * p.plan.num_segments * hub_split(p.sizes) * p.sizes.hubs : 0;
+  Tensor scratch = torch::stable::new_empty(q, {rows * (DIM + 4)}, ScalarType::Float);
+  p.partials = combined ? static_cast<float*>(scratch.mutable_data_ptr()) : nullptr;
+  const int windows = p.plan.windows_per_step;
+  launch<ForwardArguments>(forward_kernel<T, DIM, DROPOUT>, combined ? combine_forward_kernel<T, DIM> : nullptr, p,
+                           chains<DIM>(p.sizes) * p.plan.num_segments, forward_threads(p.sizes, windows),
+                           ForwardShared<DIM>(p.plan.slots, windows, DROPOUT).bytes, cluster_size,
+                           heads * p.sizes.hubs * (DIM / 4), q);
 }
 
 std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, Tensor steps, Tensor loads, Tensor restarts,
-                                   Tensor rows, Tensor row_slots, Tensor extras, Tensor lists, Tensor masks,
-                                   int64_t slots, int64_t num_hubs, double scale, double dropout_p,
+                                   Tensor records, Tensor hub_chunks, Tensor extra_chunks, int64_t slots,
+                                   int64_t windows, int64_t num_hubs, double scale, double dropout_p,
                                    std::optional<Tensor> seed, int64_t steps_per_segment) {
   check_input(q, "q", q);
   check_input(k, "k", q);
@@ -38,8 +37,10 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, Tensor steps, T
   if (q.numel() == 0) return {out, lse};
   const Tensor readable_q = readable(q), readable_k = readable(k), readable_v = readable(v);
   ForwardArguments p{};
-  p.plan = plan_of({steps, loads, restarts, rows, row_slots}, {extras, lists, masks}, slots, q);
   p.sizes = sizes_of(q, num_hubs);
+  p.plan = plan_of({steps, loads, restarts, records, hub_chunks, extra_chunks, slots, windows}, q, num_hubs);
+  STD_TORCH_CHECK(p.plan.record_bytes == kForwardRecordBytes, "topology_attention: records of ", p.plan.record_bytes,
+                  " bytes are not those of a forward plan");
   p.q = strided(readable_q);
   p.kv[0] = strided(readable_k);
   p.kv[1] = strided(readable_v);

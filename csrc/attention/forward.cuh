@@ -1,10 +1,10 @@
-// Forward pass: a block streams the windows of a segment; four warps attend for one window each while one warp per
-// tile of 16 hubs (and head) goes over the keys of the step. See docs/kernels.md.
+// Forward pass: a block streams the windows of a segment. A warp per window attends for its 16 vertices, warps of the
+// hubs go over the keys of the step, and one warp copies the rows of the next step. See docs/kernels.md.
 
 #pragma once
 
 #include "attention/dropout.cuh"
-#include "attention/stream.cuh"
+#include "attention/softmax.cuh"
 
 namespace fm::attention {
 
@@ -12,397 +12,306 @@ struct ForwardArguments {
   Plan plan;
   Sizes sizes;
   Strided q, kv[2];
-  void* out;             // [B, L, H, D] contiguous
-  float* lse;            // [B, H, L]
-  float* partial_out;    // [B, H, segments, hubs, DIM], where there are several segments
-  float2* partial_sums;  // [B, H, segments, hubs]: maximum (base 2) and sum
-  float scale;           // |scale| log2(e)
-  uint32_t sign;         // flips q where the scale is negative
+  void* out;        // [B, L, H, D] contiguous
+  float* lse;       // [B, H, L]
+  float* partials;  // [B, H, partials, hubs, DIM + 4]; null where the blocks of a cluster combine their hub rows
+  float scale;      // |scale| log2(e)
+  uint32_t sign;    // flips q where the scale is negative
   Dropout dropout;
 };
 
-// The online softmax of 16 rows; every lane keeps its two rows.
+// Warps that share a tile of hubs, each with a part of the keys.
+__host__ __device__ constexpr int hub_split(const Sizes& sizes) { return hub_tiles(sizes) == 1 ? 2 : 1; }
+__host__ __device__ constexpr int hub_warps(const Sizes& sizes) { return hub_tiles(sizes) * hub_split(sizes); }
+
+constexpr int kForwardTables = 3;  // of the step, of the next one, and one on its way
+
+// Shared memory: k and v of the slots, the queries of the windows, tables, with dropout the tokens of the slots.
 template <int DIM>
-struct SoftmaxState {
-  float peak_low, peak_high;  // base 2
-  float sum_low, sum_high;    // over this lane's keys only
-  float out[DIM / 8][4];
+struct ForwardShared {
+  Tables tables;
+  int queries, first_table, tokens, bytes;
 
-  __device__ __forceinline__ void clear() {
-    peak_low = peak_high = kLowest;
-    sum_low = sum_high = 0.f;
-#pragma unroll
-    for (int i = 0; i < DIM / 8; ++i) out[i][0] = out[i][1] = out[i][2] = out[i][3] = 0.f;
-  }
-
-  // New maxima: what was summed up so far shrinks.
-  template <bool FIRST>
-  __device__ __forceinline__ void raise(float low, float high) {
-    if constexpr (FIRST) {
-      clear();
-    } else {
-      const float decay_low = exp2_fast(peak_low - low), decay_high = exp2_fast(peak_high - high);
-      sum_low *= decay_low;
-      sum_high *= decay_high;
-#pragma unroll
-      for (int i = 0; i < DIM / 8; ++i) {
-        out[i][0] *= decay_low;
-        out[i][1] *= decay_low;
-        out[i][2] *= decay_high;
-        out[i][3] *= decay_high;
-      }
-    }
-    peak_low = low;
-    peak_high = high;
-  }
+  __host__ __device__ constexpr ForwardShared(int slots, int windows, bool dropout)
+      : tables{kForwardRecordBytes, windows},
+        queries(slots * slot_bytes<DIM>(2)),
+        first_table(queries + windows * kRows * slot_bytes<DIM>(1)),
+        tokens(first_table + kForwardTables * tables.bytes()),
+        bytes(tokens + (dropout ? 4 * slots : 0)) {}
 };
 
-// What dropout needs to know about a tile of scores.
-struct DropoutTile {
-  const int* slot_tokens;  // in shared memory
-  uint32_t key, threshold;
-  int token_low, token_high;  // queries
-};
+constexpr int forward_threads(const Sizes& sizes, int windows) { return (windows + hub_warps(sizes) + 1) * kWarp; }
 
-// The keys of the tile are those of the chunk from `first_key` on.
-template <int GROUPS>
-__device__ __forceinline__ void drop_weights(float (*scores)[4], const Plan& plan, int chunk, int first_key,
-                                             const DropoutTile& tile) {
-#pragma unroll
-  for (int j = 0; j < 2 * GROUPS; ++j) {
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const int key = first_key + 8 * j + 2 * (threadIdx.x % 4) + e;
-      const int token = tile.slot_tokens[slot_of_key(plan, chunk, key)];
-      if (dropout_bits(tile.key, tile.token_low, token) < tile.threshold) scores[j][e] = 0.f;
-      if (dropout_bits(tile.key, tile.token_high, token) < tile.threshold) scores[j][2 + e] = 0.f;
-    }
-  }
-}
-
-// 16 rows see 16 GROUPS keys of a chunk, from `first_key` on. The masks are shifted so that this lane's keys are bits
-// 8 j and 8 j + 1. FIRST: the rows have not seen any key yet.
-template <typename T, int DIM, int GROUPS, bool DROPOUT, bool FIRST>
-__device__ __forceinline__ void attend_keys(SoftmaxState<DIM>& state, const uint32_t (*q)[4], SharedAddress keys,
-                                            SharedAddress values, const Plan& plan, int chunk, int first_key,
-                                            const KeySlots& slots, int head, unsigned long long mask_low,
-                                            unsigned long long mask_high, float scale, const DropoutTile& dropout) {
-  float scores[2 * GROUPS][4];
-  float peak_low = -INFINITY, peak_high = -INFINITY;
-#pragma unroll
-  for (int group = 0; group < GROUPS; ++group) {
-    float(*pair)[4] = scores + 2 * group;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) pair[0][i] = pair[1][i] = 0.f;
-    multiply_keys<T, DIM>(pair, q, keys, lane_offset<DIM>(slots[group], head));
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int bit = 16 * group + 8 * j + e;
-        pair[j][e] = mask_low >> bit & 1 ? pair[j][e] : -INFINITY;
-        pair[j][2 + e] = mask_high >> bit & 1 ? pair[j][2 + e] : -INFINITY;
-        peak_low = fmaxf(peak_low, pair[j][e]);
-        peak_high = fmaxf(peak_high, pair[j][2 + e]);
-      }
-    }
-  }
-  peak_low = fmaxf(quad_max(peak_low) * scale, FIRST ? kLowest : state.peak_low);
-  peak_high = fmaxf(quad_max(peak_high) * scale, FIRST ? kLowest : state.peak_high);
-  state.template raise<FIRST>(peak_low, peak_high);
-#pragma unroll
-  for (int j = 0; j < 2 * GROUPS; ++j) {
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      scores[j][e] = exp2_fast(fmaf(scores[j][e], scale, -peak_low));
-      scores[j][2 + e] = exp2_fast(fmaf(scores[j][2 + e], scale, -peak_high));
-      state.sum_low += scores[j][e];
-      state.sum_high += scores[j][2 + e];
-    }
-  }
-  if constexpr (DROPOUT) drop_weights<GROUPS>(scores, plan, chunk, first_key, dropout);
-#pragma unroll
-  for (int group = 0; group < GROUPS; ++group) {
-    uint32_t weights[4];
-    as_weights<T>(weights, scores + 2 * group);
-    multiply_values<T, DIM>(state.out, weights, values, lane_offset<DIM>(slots[group], head));
-  }
-}
-
-// A whole chunk for rows that have seen keys before. In halves: their sums leave fewer registers for scores.
-template <typename T, int DIM, bool DROPOUT>
-__device__ __forceinline__ void attend_halves(SoftmaxState<DIM>& state, const uint32_t (*q)[4], SharedAddress keys,
-                                              SharedAddress values, const Plan& plan, int chunk, KeySlots slots,
-                                              int head, unsigned long long mask_low, unsigned long long mask_high,
-                                              float scale, const DropoutTile& dropout) {
-#pragma unroll 1
-  for (int first_key = 0; first_key < kKeys; first_key += kKeys / 2) {
-    attend_keys<T, DIM, kGroups / 2, DROPOUT, false>(state, q, keys, values, plan, chunk, first_key, slots, head,
-                                                     mask_low, mask_high, scale, dropout);
-    slots.low = slots.high;
-    mask_low >>= kKeys / 2;
-    mask_high >>= kKeys / 2;
-  }
-}
-
-// What one warp needs for a window of queries, fetched while it still computes the window before. The queries go to a
-// buffer of the warp in shared memory.
+// One warp copies the queries of its window to a buffer of its own; missing rows are zero.
 template <typename T, int DIM>
-struct WindowInputs {
-  int window;  // -1 where there is none
-  KeySlots slots;
-  unsigned long long mask_low, mask_high;
-
-  __device__ __forceinline__ void fetch(const ForwardArguments& p, const BlockPlace& place, int number, bool exists,
-                                        SharedAddress buffer) {
-    window = exists ? number : -1;
-    if (!exists) return;
-    copy_window<T, DIM>(p.plan, p.sizes, p.q, place.batch, place.first_head, number, buffer);
-    copy_async_commit();
-    fetch_chunk(p.plan, number);
-  }
-
-  __device__ __forceinline__ void fetch_chunk(const Plan& plan, int chunk) {
-    const LaneRows lane = lane_rows();
-    slots = read_slots(plan, chunk);
-    mask_low = __ldg(plan.masks + chunk * kRows + lane.low) >> (2 * (threadIdx.x % 4));
-    mask_high = __ldg(plan.masks + chunk * kRows + lane.high) >> (2 * (threadIdx.x % 4));
-  }
-};
-
-// log-sum-exp of a row, or -inf where it has seen no key.
-__device__ __forceinline__ float log_sum_exp(float peak, float sum) {
-  return sum > 0.f ? (peak + log2_fast(sum)) * kLn2 : -INFINITY;
-}
-
-// Factor that turns an accumulated row into the output; NaN stays NaN.
-__device__ __forceinline__ float normaliser(float sum, float keep_scale) {
-  return sum == 0.f ? 0.f : keep_scale * reciprocal_fast(sum);
-}
-
-// Writes two finished rows of one head: outputs and log-sum-exp. Tokens below 0 do not exist.
-template <typename T, int DIM>
-__device__ __forceinline__ void store_results(const ForwardArguments& p, int64_t batch, int head,
-                                              const SoftmaxState<DIM>& state, float sum_low, float sum_high,
-                                              int token_low, int token_high) {
-  const Sizes& sizes = p.sizes;
-  store_rows<T, DIM>(state.out, normaliser(sum_low, p.dropout.keep_scale), normaliser(sum_high, p.dropout.keep_scale),
-                     output_row<T>(p.out, sizes, batch, head, token_low),
-                     output_row<T>(p.out, sizes, batch, head, token_high), token_low >= 0, token_high >= 0, sizes.dim);
-  if (threadIdx.x % 4 == 0) {
-    float* lse = p.lse + (batch * sizes.heads + head) * sizes.tokens;
-    if (token_low >= 0) lse[token_low] = log_sum_exp(state.peak_low, sum_low);
-    if (token_high >= 0) lse[token_high] = log_sum_exp(state.peak_high, sum_high);
+__device__ __forceinline__ void copy_queries(const ForwardArguments& p, const BlockPlace& place, const int* tokens,
+                                             SharedAddress buffer) {
+  using L = Layout<DIM>;
+  constexpr int kRowsAtOnce = kWarp / L::kPieces;
+  const RowCopier<T, DIM, 1, 1> copier(&p.q, p.sizes, place, buffer);
+#pragma unroll
+  for (int first = 0; first < kRows; first += kRowsAtOnce) {
+    const int row = first + threadIdx.x % kWarp / L::kPieces, token = tokens[row];
+    copy_async_16(copier.target + row * slot_bytes<DIM>(1),
+                  copier.source[0] + static_cast<int64_t>(max(token, 0)) * copier.token_bytes[0],
+                  copier.valid && token >= 0);
   }
 }
 
-// Computes the window that `in` describes; its queries, fragments head * (DIM / 16) + depth, are in q.
+// A window of queries, whose fragments (head * (DIM / 16) + depth) are in q.
 template <typename T, int DIM, bool DROPOUT>
 __device__ __forceinline__ void attend_window(const ForwardArguments& p, const BlockPlace& place,
-                                              WindowInputs<T, DIM>& in, const uint32_t (*q)[4], SharedAddress keys,
-                                              SharedAddress values, const int* slot_tokens) {
+                                              const unsigned char* record, const uint32_t (*q)[4], SharedAddress slots,
+                                              const int* slot_tokens) {
   using L = Layout<DIM>;
   const LaneRows lane = lane_rows();
-  const int window = in.window;
-  const int extra_begin = __ldg(p.plan.extras + window), extra_end = __ldg(p.plan.extras + window + 1);
-  const int token_low = __ldg(p.plan.rows + window * kRows + lane.low);
-  const int token_high = __ldg(p.plan.rows + window * kRows + lane.high);
+  const int* tokens = reinterpret_cast<const int*>(record + kRecordTokens);
+  const int token_low = tokens[lane.low], token_high = tokens[lane.high];
+  const int2 extras = *reinterpret_cast<const int2*>(record + kRecordExtras);
 #pragma unroll
   for (int head = 0; head < L::kHeads; ++head) {
     SoftmaxState<DIM> state;
     const int64_t batch_head = place.batch * p.sizes.heads + place.first_head + head;
     const DropoutTile dropout{slot_tokens, DROPOUT ? dropout_key(*p.dropout.seed, batch_head) : 0u,
                               p.dropout.threshold, token_low, token_high};
-    if (head > 0 && extra_begin < extra_end) in.fetch_chunk(p.plan, window);
-    attend_keys<T, DIM, kGroups, DROPOUT, true>(state, q + head * L::kDepth, keys, values, p.plan, window, 0, in.slots,
-                                                head, in.mask_low, in.mask_high, p.scale, dropout);
-    for (int extra = extra_begin; extra < extra_end; ++extra) {
-      const int chunk = p.plan.num_windows + extra;
-      in.fetch_chunk(p.plan, chunk);
-      attend_halves<T, DIM, DROPOUT>(state, q + head * L::kDepth, keys, values, p.plan, chunk, in.slots, head,
-                                     in.mask_low, in.mask_high, p.scale, dropout);
+    const SharedAddress rows = slots + lane_piece<DIM>(head);
+    attend_keys<T, DIM, kGroups, DROPOUT, true>(state, q + head * L::kDepth, rows, Chunk(record), 0, p.scale, dropout);
+    for (int extra = extras.x; extra < extras.y; ++extra) {
+      attend_halves<T, DIM, DROPOUT>(state, q + head * L::kDepth, rows,
+                                     Chunk(p.plan.extra_chunks + static_cast<int64_t>(extra) * kChunkBytes), p.scale,
+                                     dropout);
     }
     const float sum_low = quad_sum(state.sum_low), sum_high = quad_sum(state.sum_high);
-    if (place.first_head + head < p.sizes.heads) {
-      store_results<T, DIM>(p, place.batch, place.first_head + head, state, sum_low, sum_high, token_low, token_high);
+    if (place.first_head + head >= p.sizes.heads) continue;
+    store_rows<T, DIM>(state.out, normaliser(sum_low, p.dropout.keep_scale), normaliser(sum_high, p.dropout.keep_scale),
+                       output_row<T>(p.out, p.sizes, place.batch, place.first_head + head, token_low),
+                       output_row<T>(p.out, p.sizes, place.batch, place.first_head + head, token_high), token_low >= 0,
+                       token_high >= 0, p.sizes.dim);
+    if (threadIdx.x % 4 == 0) {
+      float* lse = p.lse + batch_head * p.sizes.tokens;
+      if (token_low >= 0) lse[token_low] = log_sum_exp(state.peak_low, sum_low);
+      if (token_high >= 0) lse[token_high] = log_sum_exp(state.peak_high, sum_high);
     }
   }
 }
 
-// A tile of 16 hubs: what its warp keeps over all steps, for every head of the group.
+// A tile of 16 hubs and a part of the keys: what its warp keeps over all steps, for every head of the group.
 template <typename T, int DIM>
 struct HubQueries {
   using L = Layout<DIM>;
   uint32_t q[L::kPieces / 2][4];  // fragment head * (DIM / 16) + depth
   SoftmaxState<DIM> state[L::kHeads];
-  int tile;
-  bool active;
+  int tile, part;
 
   __device__ __forceinline__ void begin(const ForwardArguments& p, const BlockPlace& place, int number) {
-    tile = number;
-    active = tile * kRows < p.sizes.hubs;
-    if (!active) return;
+    tile = number / hub_split(p.sizes);
+    part = number % hub_split(p.sizes);
     const LaneRows lane = lane_rows();
     const int last = p.sizes.hubs - 1;
-    const int64_t low = min(tile * kRows + lane.low, last) * p.q.token;
-    const int64_t high = min(tile * kRows + lane.high, last) * p.q.token;
+    const int64_t low = token_offset(p.q, min(tile * kRows + lane.low, last));
+    const int64_t high = token_offset(p.q, min(tile * kRows + lane.high, last));
 #pragma unroll
     for (int head = 0; head < L::kHeads; ++head) {
       state[head].clear();
       const bool there = place.first_head + head < p.sizes.heads;
-      const T* base = head_base<T>(p.q, place.batch, there ? place.first_head + head : place.first_head);
+      const unsigned char* base = head_base<T>(p.q, place.batch, there ? place.first_head + head : place.first_head);
 #pragma unroll
       for (int half = 0; half < 2 * L::kDepth; ++half) {  // of 8 columns
         const int column = 8 * half + 2 * (threadIdx.x % 4);
         const bool valid = there && column < p.sizes.dim;
         uint32_t* fragment = q[head * L::kDepth + half / 2] + 2 * (half % 2);
-        fragment[0] = valid ? __ldg(reinterpret_cast<const uint32_t*>(base + low + column)) ^ p.sign : 0u;
-        fragment[1] = valid ? __ldg(reinterpret_cast<const uint32_t*>(base + high + column)) ^ p.sign : 0u;
+        fragment[0] = valid ? __ldg(reinterpret_cast<const uint32_t*>(base + low + 2 * column)) ^ p.sign : 0u;
+        fragment[1] = valid ? __ldg(reinterpret_cast<const uint32_t*>(base + high + 2 * column)) ^ p.sign : 0u;
       }
     }
   }
 
   template <bool DROPOUT>
   __device__ __forceinline__ void attend(const ForwardArguments& p, const BlockPlace& place, const Step& step,
-                                         SharedAddress keys, SharedAddress values, const int* slot_tokens) {
+                                         const unsigned char* chunks, SharedAddress slots, const int* slot_tokens) {
     const LaneRows lane = lane_rows();
     const int64_t batch_head = place.batch * p.sizes.heads + place.first_head;
-    for (int first = 0, chunk = step.hub_chunk; first < step.hub_keys; first += kKeys, ++chunk) {
-      const int count = step.hub_keys - first;
-      const unsigned long long all = ~0ull >> (count < kKeys ? kKeys - count : 0);
-      const unsigned long long mask = all >> (2 * (threadIdx.x % 4));
-      const KeySlots slots = read_slots(p.plan, chunk);
+    for (int chunk = part; chunk < step.hub_chunks; chunk += hub_split(p.sizes)) {
 #pragma unroll
       for (int head = 0; head < L::kHeads; ++head) {
         const DropoutTile dropout{slot_tokens, DROPOUT ? dropout_key(*p.dropout.seed, batch_head + head) : 0u,
                                   p.dropout.threshold, tile * kRows + lane.low, tile * kRows + lane.high};
-        attend_halves<T, DIM, DROPOUT>(state[head], q + head * L::kDepth, keys, values, p.plan, chunk, slots, head,
-                                       mask, mask, p.scale, dropout);
+        attend_halves<T, DIM, DROPOUT>(state[head], q + head * L::kDepth, slots + lane_piece<DIM>(head),
+                                       Chunk(chunks + chunk * kChunkBytes), p.scale, dropout);
       }
     }
   }
 
-  __device__ __forceinline__ void finish(const ForwardArguments& p, const BlockPlace& place) {
+  // `partials` is that of this part, [heads, hubs, DIM + 4]; heads are `head_pitch` floats apart.
+  __device__ __forceinline__ void store(const ForwardArguments& p, int heads, float* partials, int64_t head_pitch) {
+    constexpr int kPitch = DIM + 4;
     const LaneRows lane = lane_rows();
-    const int low = tile * kRows + lane.low, high = tile * kRows + lane.high;
-    const int row_low = low < p.sizes.hubs ? low : -1, row_high = high < p.sizes.hubs ? high : -1;
+    const bool low = tile * kRows + lane.low < p.sizes.hubs, high = tile * kRows + lane.high < p.sizes.hubs;
 #pragma unroll
-    for (int i = 0; i < L::kHeads; ++i) {
-      const int head = place.first_head + i;
-      const float sum_low = quad_sum(state[i].sum_low), sum_high = quad_sum(state[i].sum_high);
-      if (head >= p.sizes.heads) continue;
-      if (p.plan.num_segments == 1) {
-        store_results<T, DIM>(p, place.batch, head, state[i], sum_low, sum_high, row_low, row_high);
-      } else {
-        store_partial(p, place, head, state[i], sum_low, sum_high, row_low, row_high);
-      }
-    }
-  }
-
-  __device__ __forceinline__ void store_partial(const ForwardArguments& p, const BlockPlace& place, int head,
-                                                const SoftmaxState<DIM>& sums, float sum_low, float sum_high,
-                                                int row_low, int row_high) {
-    const int64_t batch_head = place.batch * p.sizes.heads + head;
-    const int64_t first = (batch_head * p.plan.num_segments + place.segment) * p.sizes.hubs;
-    if (threadIdx.x % 4 == 0) {
-      if (row_low >= 0) p.partial_sums[first + row_low] = make_float2(sums.peak_low, sum_low);
-      if (row_high >= 0) p.partial_sums[first + row_high] = make_float2(sums.peak_high, sum_high);
-    }
-#pragma unroll
-    for (int i = 0; i < DIM / 8; ++i) {
-      const int column = 8 * i + 2 * (threadIdx.x % 4);
-      float* low = p.partial_out + (first + row_low) * DIM + column;
-      float* high = p.partial_out + (first + row_high) * DIM + column;
-      if (row_low >= 0) *reinterpret_cast<float2*>(low) = make_float2(sums.out[i][0], sums.out[i][1]);
-      if (row_high >= 0) *reinterpret_cast<float2*>(high) = make_float2(sums.out[i][2], sums.out[i][3]);
+    for (int head = 0; head < L::kHeads; ++head) {
+      const float sum_low = quad_sum(state[head].sum_low), sum_high = quad_sum(state[head].sum_high);
+      if (head >= heads) continue;
+      float* rows = partials + head * head_pitch + tile * kRows * kPitch;
+      store_partial_rows<DIM>(state[head].out, 1.f, rows, kPitch, low, high);
+      if (threadIdx.x % 4 != 0) continue;
+      float2* sums_low = reinterpret_cast<float2*>(rows + lane.low * kPitch + DIM);
+      float2* sums_high = reinterpret_cast<float2*>(rows + lane.high * kPitch + DIM);
+      if (low) *sums_low = make_float2(state[head].peak_low, sum_low);
+      if (high) *sums_high = make_float2(state[head].peak_high, sum_high);
     }
   }
 };
 
-// Bytes of shared memory: k and v of the slots, the queries of the step's windows, with dropout the tokens.
-template <int DIM>
-constexpr int forward_memory(int slots, bool dropout) {
-  return (2 * slots + kWindowsPerStep * kRows) * Layout<DIM>::kBytes + (dropout ? slots * 4 : 0);
+// Four columns of a hub row, from `count` partial rows in fixed order; values(i) and sums(i) read of the i-th.
+template <typename T, int DIM, typename Values, typename Sums>
+__device__ __forceinline__ void combine_row(const ForwardArguments& p, int64_t batch, int head, int row, int column,
+                                            int count, Values values, Sums sums) {
+  float peak = kLowest;
+  for (int i = 0; i < count; ++i) peak = fmaxf(peak, sums(i).x);
+  float sum = 0.f, total[4] = {};
+  for (int i = 0; i < count; ++i) {
+    const float2 part = sums(i);
+    const float4 columns = values(i);
+    const float weight = exp2_fast(part.x - peak);
+    sum = fmaf(weight, part.y, sum);
+    total[0] = fmaf(weight, columns.x, total[0]);
+    total[1] = fmaf(weight, columns.y, total[1]);
+    total[2] = fmaf(weight, columns.z, total[2]);
+    total[3] = fmaf(weight, columns.w, total[3]);
+  }
+  if (column == 0) p.lse[(batch * p.sizes.heads + head) * p.sizes.tokens + row] = log_sum_exp(peak, sum);
+  if (column >= p.sizes.dim) return;
+  const float factor = normaliser(sum, p.dropout.keep_scale);
+  *reinterpret_cast<uint2*>(output_row<T>(p.out, p.sizes, batch, head, row) + column) = make_uint2(
+      pack<T>(total[0] * factor, total[1] * factor), pack<T>(total[2] * factor, total[3] * factor));
 }
 
-constexpr int forward_threads(int hub_tiles) { return (kWindowsPerStep + hub_tiles) * kWarp; }
-
-// The bounds allow for four tiles of hubs, the most there are, and 128 registers: enough for three blocks of one tile.
-template <typename T, int DIM, bool DROPOUT>
-__global__ void __launch_bounds__(forward_threads(4), DIM == 128 ? 1 : 2)
-    forward_kernel(const __grid_constant__ ForwardArguments p) {
-  using L = Layout<DIM>;
-  unsigned char* memory = dynamic_shared();
-  const SharedAddress keys = shared_address(memory), values = keys + p.plan.slots * L::kBytes;
-  int* slot_tokens = reinterpret_cast<int*>(memory + (2 * p.plan.slots + kWindowsPerStep * kRows) * L::kBytes);
-  const auto note_token = [&](int token, int slot) {
-    if (DROPOUT && threadIdx.x % L::kPieces == 0) slot_tokens[slot] = token;
-  };
-  const auto nothing = [](const Step&, auto...) {};
-  const BlockPlace place = block_place<DIM>(p.plan, p.sizes);
-  const int warp = threadIdx.x / kWarp;
-  const RowCopier<T, DIM, 2> copier(p.kv, p.sizes, place.batch, place.first_head, p.plan.slots, keys);
-  // The two kinds of warps have loops of their own, so that none keeps registers for the other's work.
-  if (warp < kWindowsPerStep) {
-    WindowInputs<T, DIM> inputs;
-    const SharedAddress buffer = keys + (2 * p.plan.slots + warp * kRows) * L::kBytes;
-    const auto fetch = [&](const Step& step, bool exists) {
-      const int window = step.window_begin + warp;
-      inputs.fetch(p, place, window, exists && window < step.window_end, buffer);
-    };
-    const auto compute = [&](const Step&, const Step& next, bool goes_on) {
-      WindowInputs<T, DIM> current = inputs;
-      uint32_t q[L::kPieces / 2][4];
-      read_all_heads<T, DIM>(q, buffer, p.sign);
-      __syncwarp();
-      fetch(next, goes_on);
-      if (current.window >= 0) attend_window<T, DIM, DROPOUT>(p, place, current, q, keys, values, slot_tokens);
-    };
-    stream_segment(p.plan, place.segment, copier, note_token, [&](const Step& step) { fetch(step, true); }, nothing,
-                   compute);
-  } else {
-    HubQueries<T, DIM> hubs;
-    hubs.begin(p, place, warp - kWindowsPerStep);
-    const auto compute = [&](const Step& step, const Step&, bool) {
-      if (hubs.active) hubs.template attend<DROPOUT>(p, place, step, keys, values, slot_tokens);
-    };
-    stream_segment(p.plan, place.segment, copier, note_token, nothing, nothing, compute);
-    if (hubs.active) hubs.finish(p, place);
+// All threads of a cluster: combines the partial rows that lie at `partials` in the shared memory of its blocks.
+template <typename T, int DIM>
+__device__ __forceinline__ void combine_in_cluster(const ForwardArguments& p, const BlockPlace& place,
+                                                   SharedAddress partials) {
+  constexpr int kHeads = Layout<DIM>::kHeads, kPerRow = DIM / 4, kPitchBytes = (DIM + 4) * 4;
+  const int blocks = static_cast<int>(cluster_size()), split = hub_split(p.sizes);
+  const int elements = kHeads * p.sizes.hubs * kPerRow;
+  const int part_bytes = kHeads * p.sizes.hubs * kPitchBytes;
+  for (int e = threadIdx.x * blocks + cluster_rank(); e < elements; e += blockDim.x * blocks) {
+    const int row = e / kPerRow, column = e % kPerRow * 4, head = place.first_head + row / p.sizes.hubs;
+    if (head >= p.sizes.heads) continue;
+    const SharedAddress first = partials + row * kPitchBytes;
+    combine_row<T, DIM>(
+        p, place.batch, head, row % p.sizes.hubs, column, blocks * split,
+        [&](int i) { return load_cluster_float4(first + i % split * part_bytes + 4 * column, i / split); },
+        [&](int i) { return load_cluster_float2(first + i % split * part_bytes + 4 * DIM, i / split); });
   }
 }
 
-// The hub rows of several segments: one thread adds up four columns of a row, in the order of the segments.
+// With 96 registers two blocks of ten warps share a multiprocessor; heads of 128 have one to themselves.
+template <typename T, int DIM, bool DROPOUT>
+__global__ void __launch_bounds__(DIM == 128 ? 384 : 640, 1)
+    forward_kernel(const __grid_constant__ ForwardArguments p) {
+  using L = Layout<DIM>;
+  unsigned char* memory = dynamic_shared();
+  const ForwardShared<DIM> shared(p.plan.slots, p.plan.windows_per_step, DROPOUT);
+  const SharedAddress slots = shared_address(memory), tables = slots + shared.first_table;
+  const int table_bytes = shared.tables.bytes();
+  int* slot_tokens = reinterpret_cast<int*>(memory + shared.tokens);
+  const BlockPlace place = block_place<DIM>(p.plan, p.sizes);
+  const int warp = threadIdx.x / kWarp, windows = p.plan.windows_per_step;
+  const RowCopier<T, DIM, 2, 2> copier(p.kv, p.sizes, place, slots);
+  const auto copy = [&](int token, int slot) {
+    copier.copy(token, slot);
+    if (DROPOUT && threadIdx.x % L::kPieces == 0) slot_tokens[slot] = token;
+  };
+  const SharedAddress buffer = slots + shared.queries + warp * kRows * slot_bytes<DIM>(1);
+
+  const Step first = read_step(p.plan, place.first_step);
+  copy_restart<DIM>(p.plan, first, place.end_step, copy);
+  if (warp < 2 && place.first_step + warp < place.end_step) {
+    shared.tables.copy(p.plan, read_step(p.plan, place.first_step + warp), tables + warp * table_bytes);
+  }
+  if (warp < windows && first.window_begin + warp < first.window_end) {
+    const unsigned char* record = p.plan.records + static_cast<int64_t>(first.window_begin + warp) * kForwardRecordBytes;
+    copy_queries<T, DIM>(p, place, reinterpret_cast<const int*>(record + kRecordTokens), buffer);
+  }
+  copy_async_commit();
+  const auto table = [&](int number) {
+    return memory + shared.first_table + (number - place.first_step) % kForwardTables * table_bytes;
+  };
+
+  // Every kind of warp has a loop of its own, so that none keeps registers for the others' work.
+  if (warp < windows) {
+    copy_async_wait<0>();
+    each_step(p.plan, place, first, [&](const Step& step, const Step& next, int number) {
+      uint32_t q[L::kPieces / 2][4];
+      read_all_heads<T, DIM>(q, buffer, p.sign);
+      __syncwarp();
+      if (number + 1 < place.end_step && next.window_begin + warp < next.window_end) {
+        const unsigned char* record = table(number + 1) + warp * kForwardRecordBytes;
+        copy_queries<T, DIM>(p, place, reinterpret_cast<const int*>(record + kRecordTokens), buffer);
+      }
+      copy_async_commit();
+      if (step.window_begin + warp < step.window_end) {
+        attend_window<T, DIM, DROPOUT>(p, place, table(number) + warp * kForwardRecordBytes, q, slots, slot_tokens);
+      }
+      copy_async_wait<0>();
+    });
+  } else if (warp < windows + hub_warps(p.sizes)) {
+    HubQueries<T, DIM> hubs;
+    hubs.begin(p, place, warp - windows);
+    copy_async_wait<0>();
+    each_step(p.plan, place, first, [&](const Step& step, const Step&, int number) {
+      hubs.template attend<DROPOUT>(p, place, step, table(number) + shared.tables.hub_offset(), slots, slot_tokens);
+    });
+    const int split = hub_split(p.sizes), heads = min(L::kHeads, p.sizes.heads - place.first_head);
+    const int64_t rows = p.sizes.hubs * (DIM + 4);
+    if (p.partials != nullptr) {
+      const int64_t parts = p.plan.num_segments * split;
+      const int64_t part = (place.batch * p.sizes.heads + place.first_head) * parts + place.segment * split + hubs.part;
+      hubs.store(p, heads, p.partials + part * rows, parts * rows);
+      return;
+    }
+    leave_slots();
+    hubs.store(p, heads, reinterpret_cast<float*>(memory) + hubs.part * L::kHeads * rows, rows);
+  } else {
+    const auto copy_batch_of_list = [&](int token, int slot) { copy_batch<DIM, kWarp>(token, slot, copy); };
+    LoadList list;
+    list.begin(p.plan, first.load_end, read_step(p.plan, place.end_step - 1).load_end);
+    copy_async_wait<0>();
+    each_step(p.plan, place, first, [&](const Step&, const Step& next, int number) {
+      if (number + 1 < place.end_step) list.copy_rows(next.load_end, copy_batch_of_list);
+      if (number + 2 < place.end_step) {
+        shared.tables.copy(p.plan, read_step(p.plan, number + 2),
+                           tables + (number + 2 - place.first_step) % kForwardTables * table_bytes);
+      }
+      copy_async_commit();
+      copy_async_wait<0>();
+    });
+  }
+  if (p.partials != nullptr || p.sizes.hubs == 0) return;
+  const bool is_hub_warp = warp >= windows && warp < windows + hub_warps(p.sizes);
+  if (!is_hub_warp) leave_slots();
+  cluster_sync();
+  combine_in_cluster<T, DIM>(p, place, slots);
+  if (p.plan.num_segments > 1) cluster_sync();  // the others may still read this block's rows
+}
+
+// The hub rows where they are not combined within clusters: a thread adds up four columns of a row.
 template <typename T, int DIM>
 __global__ void __launch_bounds__(128) combine_forward_kernel(const __grid_constant__ ForwardArguments p) {
-  constexpr int kPerRow = DIM / 4;
+  constexpr int kPerRow = DIM / 4, kPitch = DIM + 4;
   const int64_t number = static_cast<int64_t>(blockIdx.x) * 128 + threadIdx.x;
   const int64_t batch_head = number / (p.sizes.hubs * kPerRow);
   const int rest = static_cast<int>(number % (p.sizes.hubs * kPerRow));
   const int row = rest / kPerRow, column = rest % kPerRow * 4;
+  wait_for_previous_grid();
   if (batch_head >= p.sizes.batch * p.sizes.heads) return;
-  const int segments = p.plan.num_segments;
-  const float2* sums = p.partial_sums + batch_head * segments * p.sizes.hubs + row;
-  const float* parts = p.partial_out + (batch_head * segments * p.sizes.hubs + row) * DIM + column;
-  float peak = kLowest;
-  for (int i = 0; i < segments; ++i) peak = fmaxf(peak, sums[i * p.sizes.hubs].x);
-  float sum = 0.f, total[4] = {};
-  for (int i = 0; i < segments; ++i) {
-    const float2 part = sums[i * p.sizes.hubs];
-    const float weight = exp2_fast(part.x - peak);
-    sum = fmaf(weight, part.y, sum);
-    const float4 values = *reinterpret_cast<const float4*>(parts + static_cast<int64_t>(i) * p.sizes.hubs * DIM);
-    total[0] = fmaf(weight, values.x, total[0]);
-    total[1] = fmaf(weight, values.y, total[1]);
-    total[2] = fmaf(weight, values.z, total[2]);
-    total[3] = fmaf(weight, values.w, total[3]);
-  }
-  if (column == 0) p.lse[batch_head * p.sizes.tokens + row] = log_sum_exp(peak, sum);
-  if (column >= p.sizes.dim) return;
-  const float factor = normaliser(sum, p.dropout.keep_scale);
-  const int64_t batch = batch_head / p.sizes.heads, head = batch_head % p.sizes.heads;
-  T* out = static_cast<T*>(p.out) + ((batch * p.sizes.tokens + row) * p.sizes.heads + head) * p.sizes.dim + column;
-  *reinterpret_cast<uint2*>(out) = make_uint2(pack<T>(total[0] * factor, total[1] * factor),
-                                              pack<T>(total[2] * factor, total[3] * factor));
+  const int parts = p.plan.num_segments * hub_split(p.sizes);
+  const int64_t part_pitch = p.sizes.hubs * kPitch;
+  const float* first = p.partials + batch_head * parts * part_pitch + row * kPitch;
+  combine_row<T, DIM>(
+      p, batch_head / p.sizes.heads, static_cast<int>(batch_head % p.sizes.heads), row, column, parts,
+      [&](int i) { return *reinterpret_cast<const float4*>(first + i * part_pitch + column); },
+      [&](int i) { return *reinterpret_cast<const float2*>(first + i * part_pitch + DIM); });
 }
 
 }  // namespace fm::attention

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastmetro_kernels import backends
 from fastmetro_kernels.attention import ops  # noqa: F401  (declares the ops)
-from fastmetro_kernels.plan import Plan
+from fastmetro_kernels.packing import PackedPlan
 from fastmetro_kernels.topology import TokenTopology
 
 MAX_HEAD_DIM = 256
@@ -42,21 +42,30 @@ def _cuda_reasons(q: Tensor, topology: TokenTopology) -> list[str]:
         found.append(f"the CUDA kernels take head dims 8, 16, ... {CUDA_MAX_HEAD_DIM}, not {dim}")
     if dim > 64 and topology.num_hubs > 16:
         found.append(f"the CUDA kernels take up to 16 hubs for head dims above 64, not {topology.num_hubs}")
-    plan = topology.plan
-    if plan is None:
+    plans = topology.plans
+    if plans is None:
         found.append("a window of 16 vertices has too many neighbours for the cache of the CUDA kernels")
     elif not found:
-        needed, available = shared_memory(plan.slots, dim), _shared_memory(q.device)
+        needed, available = max(map(shared_memory, plans, (2, 4), (dim, dim))), _shared_memory(q.device)
         if needed > available:
             found.append(f"the CUDA kernels need {needed} bytes of shared memory, this device has {available}")
     return found
 
 
-def shared_memory(slots: int, dim: int) -> int:
-    """Bytes that a block needs, of forward and backward the larger (see `backward_memory` in `backward.cuh`)."""
+def shared_memory(plan: PackedPlan, tensors: int, dim: int) -> int:
+    """Bytes that a block needs at most, with dropout: `forward_memory` of forward.cuh, `backward_memory` of backward.cuh.
+
+    Args:
+        tensors: rows that a slot holds, 2 in the forward and 4 in the backward.
+    """
     padded = next(size for size in (16, 32, 64, 128) if dim <= size)
     heads = max(64 // padded, 1)
-    return slots * (4 * heads * padded * 2 + 8 * heads + 4)
+    row = heads * padded * 2
+    hub_chunks = -(-(16 * plan.windows + 64) // 64)
+    forward = tensors == 2
+    tables = plan.windows * (336 if forward else plan.records.shape[1]) + 256 * hub_chunks
+    own = 16 * plan.windows * (row + 16) if forward else 8 * heads * plan.slots
+    return plan.slots * (tensors * row + 16 + 4) + own + (3 if forward else 2) * tables
 
 
 @torch.compiler.assume_constant_result
@@ -65,10 +74,10 @@ def _shared_memory(device: torch.device) -> int:
     return 1024 * _SHARED_MEMORY.get(capability, _SMALLEST_SHARED_MEMORY)
 
 
-def _plan(topology: TokenTopology) -> Plan:
-    plan = topology.plan
-    assert plan is not None  # reasons() looked
-    return plan
+def _plans(topology: TokenTopology) -> tuple[PackedPlan, PackedPlan]:
+    plans = topology.plans
+    assert plans is not None  # reasons() looked
+    return plans
 
 
 def forward(
@@ -76,11 +85,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(out, lse); see `topology_attention`."""
     if q.device.type == "cuda":
-        plan = _plan(topology)
-        return _ops.attention_forward_cuda(
-            q, k, v, plan.steps, plan.loads, plan.restarts, plan.rows, plan.row_slots, plan.extras, plan.lists,
-            plan.masks, plan.slots, topology.num_hubs, scale, dropout_p, seed, 0,
-        )  # fmt: skip
+        plan, _ = _plans(topology)
+        return _ops.attention_forward_cuda(q, k, v, *plan, topology.num_hubs, scale, dropout_p, seed, 0)
     return _ops.attention_forward_native(
         q, k, v, topology.row_offsets, topology.columns, topology.num_hubs, scale, dropout_p, seed
     )
@@ -101,12 +107,10 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv), contiguous."""
     if q.device.type == "cuda":
-        plan = _plan(topology)
+        _, plan = _plans(topology)
         return _ops.attention_backward_cuda(
-            grad_out, grad_lse, q, k, v, out, lse, plan.steps, plan.loads, plan.restarts, plan.rows, plan.row_slots,
-            plan.extras, plan.lists, plan.masks, plan.t_extras, plan.t_lists, plan.t_masks, plan.slots,
-            topology.num_hubs, scale, dropout_p, seed, 0,
-        )  # fmt: skip
+            grad_out, grad_lse, q, k, v, out, lse, *plan, topology.num_hubs, scale, dropout_p, seed, 0
+        )
     return _ops.attention_backward_native(
         grad_out, grad_lse, q, k, v, out, lse, topology.row_offsets, topology.columns, topology.t_row_offsets,
         topology.t_columns, topology.num_hubs, scale, dropout_p, seed,

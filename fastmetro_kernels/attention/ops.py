@@ -144,25 +144,23 @@ def _backward_native_fake(
 
 # ---- native on CUDA (csrc/attention/*.cu) ----------------------------------------------------------------------
 
-_PLAN = "Tensor steps, Tensor loads, Tensor restarts, Tensor rows, Tensor row_slots, "
-define(
-    "attention_forward_cuda",
-    f"(Tensor q, Tensor k, Tensor v, {_PLAN}Tensor extras, Tensor lists, Tensor masks, int slots, int num_hubs, "
-    "float scale, float dropout_p, Tensor? seed, int steps_per_segment) -> (Tensor out, Tensor lse)",
+_PLAN = (
+    "Tensor steps, Tensor loads, Tensor restarts, Tensor records, Tensor hub_chunks, Tensor extra_chunks, int slots, "
+    "int windows, int num_hubs, float scale, float dropout_p, Tensor? seed, int steps_per_segment"
 )
+define("attention_forward_cuda", f"(Tensor q, Tensor k, Tensor v, {_PLAN}) -> (Tensor out, Tensor lse)")
 define(
     "attention_backward_cuda",
-    f"(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_PLAN}"
-    "Tensor extras, Tensor lists, Tensor masks, Tensor t_extras, Tensor t_lists, Tensor t_masks, int slots, "
-    "int num_hubs, float scale, float dropout_p, Tensor? seed, int steps_per_segment) -> (Tensor, Tensor, Tensor)",
+    "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{_PLAN}) -> (Tensor, Tensor, Tensor)",
 )
 
 
-def check_plan(q: Tensor, rows: Tensor, num_hubs: int) -> None:
-    """The windows of a `Plan` must be those of the L - num_hubs vertices of q."""
+def check_plan(q: Tensor, records: Tensor, num_hubs: int) -> None:
+    """The records of a `PackedPlan` must be those of the L - num_hubs vertices of q."""
     torch._check(0 <= num_hubs <= 64, lambda: f"num_hubs must be 0 to 64, got {num_hubs}")
     windows = -(-(q.size(1) - num_hubs) // WINDOW_ROWS)
-    _check_tensor("rows", rows, (windows, WINDOW_ROWS), torch.int32, q.device)
+    _check_tensor("records", records, (windows, records.size(1)), torch.uint8, q.device)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::attention_forward_cuda")
@@ -173,12 +171,11 @@ def _forward_cuda_fake(
     steps: Tensor,
     loads: Tensor,
     restarts: Tensor,
-    rows: Tensor,
-    row_slots: Tensor,
-    extras: Tensor,
-    lists: Tensor,
-    masks: Tensor,
+    records: Tensor,
+    hub_chunks: Tensor,
+    extra_chunks: Tensor,
     slots: int,
+    windows: int,
     num_hubs: int,
     scale: float,
     dropout_p: float,
@@ -186,7 +183,7 @@ def _forward_cuda_fake(
     steps_per_segment: int,
 ) -> tuple[Tensor, Tensor]:
     check_qkv(q, k, v)
-    check_plan(q, rows, num_hubs)
+    check_plan(q, records, num_hubs)
     check_dropout(q, dropout_p, seed)
     return empty_outputs(q)
 
@@ -203,15 +200,11 @@ def _backward_cuda_fake(
     steps: Tensor,
     loads: Tensor,
     restarts: Tensor,
-    rows: Tensor,
-    row_slots: Tensor,
-    extras: Tensor,
-    lists: Tensor,
-    masks: Tensor,
-    t_extras: Tensor,
-    t_lists: Tensor,
-    t_masks: Tensor,
+    records: Tensor,
+    hub_chunks: Tensor,
+    extra_chunks: Tensor,
     slots: int,
+    windows: int,
     num_hubs: int,
     scale: float,
     dropout_p: float,
@@ -219,7 +212,7 @@ def _backward_cuda_fake(
     steps_per_segment: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_qkv(q, k, v)
-    check_plan(q, rows, num_hubs)
+    check_plan(q, records, num_hubs)
     check_dropout(q, dropout_p, seed)
     check_saved(q, grad_out, grad_lse, out, lse)
     return empty_gradients(q)

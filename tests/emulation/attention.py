@@ -15,14 +15,15 @@ from torch import Tensor
 
 from fastmetro_kernels import TokenTopology
 from fastmetro_kernels.attention import dropout
-from fastmetro_kernels.plan import Plan
+from fastmetro_kernels.packing import PackedPlan, pack
+from fastmetro_kernels.plan import BACKWARD, FORWARD, Shape
 
 
 class _Plan(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("steps", "loads", "restarts", "rows", "row_slots", "extras", "lists")),
-        ("masks", ctypes.c_void_p),
-        *((name, ctypes.c_int32) for name in ("slots", "windows", "steps_count", "steps_per_segment", "segments")),
+        *((name, ctypes.c_void_p) for name in ("steps", "loads", "restarts", "records", "hub_chunks", "extra_chunks")),
+        *((name, ctypes.c_int32) for name in ("record_bytes", "slots", "windows", "steps_count")),
+        *((name, ctypes.c_int32) for name in ("steps_per_segment", "segments")),
     ]
 
 
@@ -31,7 +32,11 @@ class _Sizes(ctypes.Structure):
 
 
 class _Strided(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("batch", "token", "head"))]
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("batch", "head")),
+        ("token_bytes", ctypes.c_int32),
+    ]
 
 
 class _Dropout(ctypes.Structure):
@@ -44,7 +49,7 @@ class _Forward(ctypes.Structure):
         ("sizes", _Sizes),
         ("q", _Strided),
         ("kv", _Strided * 2),
-        *((name, ctypes.c_void_p) for name in ("out", "lse", "partial_out", "partial_sums")),
+        *((name, ctypes.c_void_p) for name in ("out", "lse", "partials")),
         ("scale", ctypes.c_float),
         ("sign", ctypes.c_uint32),
         ("dropout", _Dropout),
@@ -54,7 +59,6 @@ class _Forward(ctypes.Structure):
 class _Backward(ctypes.Structure):
     _fields_ = [
         ("plan", _Plan),
-        ("transposed", _Plan),
         ("sizes", _Sizes),
         ("inputs", _Strided * 4),
         ("out", _Strided),
@@ -64,6 +68,8 @@ class _Backward(ctypes.Structure):
         ("partials", ctypes.c_void_p),
         ("scale", ctypes.c_float),
         ("scale_log2e", ctypes.c_float),
+        ("transposed", ctypes.c_int32),
+        ("transposed_extras", ctypes.c_int32),
         ("dropout", _Dropout),
     ]
 
@@ -77,19 +83,18 @@ def _padded_dim(dim: int) -> int:
     return next(size for size in (16, 32, 64, 128) if dim <= size)
 
 
-def _plan(plan: Plan, steps_per_segment: int, transposed: bool) -> _Plan:
-    lists = (plan.t_extras, plan.t_lists, plan.t_masks) if transposed else (plan.extras, plan.lists, plan.masks)
-    tensors = (plan.steps, plan.loads, plan.restarts, plan.rows, plan.row_slots, *lists)
+def _plan(plan: PackedPlan, steps_per_segment: int) -> _Plan:
     steps = len(plan.steps)
     per_segment = steps_per_segment or steps
     return _Plan(
-        *(tensor.data_ptr() for tensor in tensors), plan.slots, len(plan.rows), steps, per_segment,
-        -(-steps // per_segment),
+        *(tensor.data_ptr() for tensor in plan[:-2]), plan.records.shape[1], plan.slots, plan.windows, steps,
+        per_segment, -(-steps // per_segment),
     )  # fmt: skip
 
 
 def _strided(tensor: Tensor) -> _Strided:
-    return _Strided(tensor.data_ptr(), *tensor.stride()[:3])
+    batch, token, head = tensor.stride()[:3]
+    return _Strided(tensor.data_ptr(), batch, head, token * tensor.element_size())
 
 
 def _dropout(dropout_p: float, seed: Tensor | None) -> _Dropout:
@@ -106,12 +111,19 @@ class EmulatedAttention:
         options: of ``Harness.run``: schedule, races, seed.
     """
 
-    def __init__(self, topology: TokenTopology, steps_per_segment: int = 0, **options: Any) -> None:
-        plan = topology.make_plan()
-        if plan is None:
+    def __init__(
+        self,
+        topology: TokenTopology,
+        steps_per_segment: int = 0,
+        shapes: tuple[Shape, Shape] = (FORWARD, BACKWARD),
+        **options: Any,
+    ) -> None:
+        plans = [topology.make_plan(shape) for shape in shapes]
+        self.packed = [pack(plan, backward) for plan, backward in zip(plans, (False, True), strict=True) if plan]
+        if len(self.packed) < len(plans):
             raise ValueError("the topology has no plan")
-        self.plan, self.topology, self.options = plan, topology, options
-        self.plans = [_plan(plan, steps_per_segment, transposed) for transposed in (False, True)]
+        self.topology, self.options = topology, options
+        self.plans = [_plan(plan, steps_per_segment) for plan in self.packed]
         self.statistics: list[build.Statistics] = []
 
     def _sizes(self, q: Tensor) -> _Sizes:
@@ -121,7 +133,7 @@ class EmulatedAttention:
     def _run(
         self, name: str, arguments: ctypes.Structure, reads: Sequence[Tensor | None], writes: Sequence[Tensor]
     ) -> None:
-        plan = [tensor for tensor in self.plan if isinstance(tensor, Tensor)]
+        plan = self.packed[name == "attention_backward"][:-2]
         inputs = [*plan, *(tensor for tensor in reads if tensor is not None)]
         statistics = _harness().run(
             name,
@@ -138,18 +150,22 @@ class EmulatedAttention:
     ) -> tuple[Tensor, Tensor]:
         """Output and log-sum-exp."""
         batch, tokens, heads, dim = q.shape
-        hubs, segments = self.topology.num_hubs, self.plans[0].segments
         out = torch.full((batch, tokens, heads, dim), math.nan, dtype=q.dtype)
         lse = torch.full((batch, heads, tokens), math.nan)
-        partial_out = torch.full((batch, heads, segments, hubs, _padded_dim(dim)), math.nan)
-        partial_sums = torch.full((batch, heads, segments, hubs, 2), math.nan)
+        parts = self.plans[0].segments * (2 if self.topology.num_hubs <= 16 else 1)
+        partials = self._partials(0, batch * heads * parts, dim)
         arguments = _Forward(
             self.plans[0], self._sizes(q), _strided(q), (_Strided * 2)(_strided(k), _strided(v)), out.data_ptr(),
-            lse.data_ptr(), partial_out.data_ptr(), partial_sums.data_ptr(), abs(scale) * math.log2(math.e),
+            lse.data_ptr(), partials.data_ptr() if partials.numel() else None, abs(scale) * math.log2(math.e),
             0x80008000 if scale < 0 else 0, _dropout(dropout_p, seed),
         )  # fmt: skip
-        self._run("attention_forward", arguments, [q, k, v, seed], [out, lse, partial_out, partial_sums])
+        self._run("attention_forward", arguments, [q, k, v, seed], [out, lse, partials])
         return out, lse
+
+    def _partials(self, which: int, parts: int, dim: int) -> Tensor:
+        """Where segments leave their sums of hub rows; empty where there is one segment, which needs none."""
+        hubs = self.topology.num_hubs if self.plans[which].segments > 1 else 0
+        return torch.full((parts, hubs, _padded_dim(dim) + 4), math.nan)
 
     def backward(
         self, grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
@@ -157,14 +173,14 @@ class EmulatedAttention:
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Gradients of q, k, v."""
         batch, tokens, heads, dim = q.shape
-        hubs, segments = self.topology.num_hubs, self.plans[0].segments
         grads = [torch.full((batch, tokens, heads, dim), math.nan, dtype=q.dtype) for _ in range(3)]
-        partials = torch.full((3, batch, heads, segments, hubs, _padded_dim(dim)), math.nan)
+        partials = self._partials(1, 3 * batch * heads * self.plans[1].segments, dim)
+        symmetric = self.plans[1].record_bytes == 368
         arguments = _Backward(
-            *self.plans, self._sizes(q), (_Strided * 4)(*map(_strided, (k, v, q, grad))), _strided(out), lse.data_ptr(),
+            self.plans[1], self._sizes(q), (_Strided * 4)(*map(_strided, (k, v, q, grad))), _strided(out), lse.data_ptr(),
             grad_lse.data_ptr() if grad_lse is not None else None,
-            (ctypes.c_void_p * 3)(*(g.data_ptr() for g in grads)), partials.data_ptr(), scale,
-            scale * math.log2(math.e), _dropout(dropout_p, seed),
+            (ctypes.c_void_p * 3)(*(g.data_ptr() for g in grads)), partials.data_ptr() if partials.numel() else None,
+            scale, scale * math.log2(math.e), *((0, 320) if symmetric else (368, 624)), _dropout(dropout_p, seed),
         )  # fmt: skip
         self._run("attention_backward", arguments, [grad, grad_lse, q, k, v, out, lse, seed], [*grads, partials])
         return grads[0], grads[1], grads[2]

@@ -15,10 +15,11 @@ unsigned combine_blocks(int64_t threads) { return static_cast<unsigned>((threads
 
 template <typename T, int DIM, bool DROPOUT>
 void forward(const ForwardArguments p) {  // by value: the emulator knows the stack of its caller
+  const int windows = p.plan.windows_per_step;
   fm_emulation::launch([&] { forward_kernel<T, DIM, DROPOUT>(p); },
                        dim3(static_cast<unsigned>(blocks(p.plan, p.sizes, Layout<DIM>::kHeads))),
-                       forward_threads(hub_tiles(p.sizes)), forward_memory<DIM>(p.plan.slots, DROPOUT));
-  if (p.plan.num_segments > 1 && p.sizes.hubs > 0) {
+                       forward_threads(p.sizes, windows), ForwardShared<DIM>(p.plan.slots, windows, DROPOUT).bytes);
+  if (p.partials != nullptr) {
     fm_emulation::launch([&] { combine_forward_kernel<T, DIM>(p); },
                          dim3(combine_blocks(p.sizes.batch * p.sizes.heads * p.sizes.hubs * (DIM / 4))), 128, 0);
   }
@@ -26,10 +27,12 @@ void forward(const ForwardArguments p) {  // by value: the emulator knows the st
 
 template <typename T, int DIM, bool DROPOUT>
 void backward(const BackwardArguments p) {
+  const int windows = p.plan.windows_per_step;
   fm_emulation::launch([&] { backward_kernel<T, DIM, DROPOUT>(p); },
                        dim3(static_cast<unsigned>(blocks(p.plan, p.sizes, Layout<DIM>::kHeads))),
-                       backward_threads(hub_tiles(p.sizes)), backward_memory<DIM>(p.plan.slots, DROPOUT));
-  if (p.plan.num_segments > 1 && p.sizes.hubs > 0) {
+                       backward_threads(p.sizes, windows),
+                       BackwardShared<DIM>(p.plan.slots, windows, p.plan.record_bytes, DROPOUT).bytes);
+  if (p.partials != nullptr) {
     fm_emulation::launch([&] { combine_backward_kernel<T, DIM>(p); },
                          dim3(combine_blocks(3 * p.sizes.batch * p.sizes.heads * p.sizes.hubs * (DIM / 4))), 128, 0);
   }

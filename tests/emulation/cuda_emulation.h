@@ -301,4 +301,16 @@ inline uint32_t pack(float low, float high) {
   return both;
 }
 
+inline uint32_t cluster_rank() { return 0; }
+inline uint32_t cluster_size() { return 1; }
+inline void cluster_sync(fm_emulation::Place place = fm_emulation::Place::current()) { fm_emulation::sync_threads(place); }
+inline float4 load_cluster_float4(SharedAddress address, uint32_t) {
+  return *reinterpret_cast<const float4*>(fm_emulation::shared_memory() + address - fm_emulation::shared_address(fm_emulation::shared_memory(), fm_emulation::Place::current()));
+}
+inline float2 load_cluster_float2(SharedAddress address, uint32_t) {
+  return *reinterpret_cast<const float2*>(fm_emulation::shared_memory() + address - fm_emulation::shared_address(fm_emulation::shared_memory(), fm_emulation::Place::current()));
+}
+inline void launch_dependents() {}
+inline void wait_for_previous_grid() {}
+
 }  // namespace fm

@@ -8,7 +8,7 @@ import torch
 from attention_cases import grid_faces, random_mask
 
 from fastmetro_kernels import TokenTopology
-from fastmetro_kernels.plan import MAX_SLOTS, PREFERRED_SLOTS, WINDOWS_PER_STEP, Plan, build_plan
+from fastmetro_kernels.plan import BACKWARD, FORWARD, MAX_SLOTS, Plan, Shape, build_plan
 
 MASKS = {
     "mesh": TokenTopology.from_faces(grid_faces(17, 19), num_hubs=14).mask(),
@@ -23,8 +23,11 @@ def _topology(name: str) -> TokenTopology:
     return TokenTopology.from_mask(MASKS[name])
 
 
-def _plan(topology: TokenTopology) -> Plan:
-    plan = topology.make_plan()
+SHAPES = {"forward": FORWARD, "backward": BACKWARD}
+
+
+def _plan(topology: TokenTopology, shape: Shape = FORWARD) -> Plan:
+    plan = topology.make_plan(shape)
     assert plan is not None
     return plan
 
@@ -70,10 +73,11 @@ def _seen(plan: Plan, states: list[dict[int, int]], begin: int, transposed: bool
 
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("per_segment", [1, 2, 1000])
-def test_replay(name: str, per_segment: int) -> None:
+@pytest.mark.parametrize("shape", SHAPES)
+def test_replay(name: str, per_segment: int, shape: str) -> None:
     """However the steps are cut into segments, the listed slots hold the right tokens, and the pattern is complete."""
     topology = _topology(name)
-    plan, mask, hubs = _plan(topology), MASKS[name].numpy(), topology.num_hubs
+    plan, mask, hubs = _plan(topology, SHAPES[shape]), MASKS[name].numpy(), topology.num_hubs
     steps = plan.steps.numpy()
     forward, transposed = np.zeros_like(mask), np.zeros_like(mask)
     hub_keys: list[int] = []
@@ -109,13 +113,14 @@ def test_rows_are_replaced_only_when_nobody_needs_them(name: str) -> None:
         assert min(written, default=plan.slots - 1) >= 0 and max(written, default=0) < plan.slots
 
 
-def test_limits() -> None:
-    """Steps have at most four windows; the cache has its preferred size where the mesh allows it."""
+@pytest.mark.parametrize("shape", SHAPES)
+def test_limits(shape: str) -> None:
+    """Steps have no more windows than the shape; the cache has its preferred size where the mesh allows it."""
     topology = _topology("mesh")
-    plan = _plan(topology)
+    plan = _plan(topology, SHAPES[shape])
     windows = plan.steps[:, 5] - plan.steps[:, 4]
-    assert int(windows.max()) <= WINDOWS_PER_STEP and int(windows.sum()) == len(plan.rows)
-    assert plan.slots == PREFERRED_SLOTS + topology.num_hubs
+    assert int(windows.max()) <= SHAPES[shape].windows == plan.windows and int(windows.sum()) == len(plan.rows)
+    assert plan.slots == SHAPES[shape].slots + topology.num_hubs
 
 
 def test_scattered_pattern_has_no_plan() -> None:

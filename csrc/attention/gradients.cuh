@@ -1,0 +1,230 @@
+// Gradients of 16 rows (a window, or a tile of hubs) from chunks of 64 partners, in one of two roles: as queries, whose
+// partners are keys (dq), or as keys, whose partners are queries (dk and dv).
+
+#pragma once
+
+#include "attention/dropout.cuh"
+#include "attention/tiles.cuh"
+
+namespace fm::attention {
+
+struct BackwardArguments {
+  Plan plan;
+  Sizes sizes;
+  Strided inputs[4];      // k, v, q, gradient of the output: the order in a slot
+  Strided out;            // contiguous
+  const float* lse;       // [B, H, L]
+  const float* grad_lse;  // the same shape, or null
+  void* grads[3];         // of q, k, v: [B, L, H, D], contiguous
+  float* partials;        // [3, B, H, segments, hubs, DIM + 4]; null where the blocks of a cluster add up their hub rows
+  float scale, scale_log2e;
+  int transposed, transposed_extras;  // where a record has the chunk of the transposed pattern, and its extra chunks
+  Dropout dropout;
+};
+
+// What the softmax of one query left behind: log-sum-exp (base 2), and sum(grad_out out) - grad_lse.
+using RowStatistics = float2;
+
+struct SharedRows {
+  SharedAddress slots;              // a slot holds k, v, q, gradient
+  const RowStatistics* statistics;  // [slots, heads of the group]
+  const int* slot_tokens;           // with dropout
+};
+
+// 16 rows of this warp: where this lane reads their two factors (of slot l % 16), statistics and tokens of its two.
+struct OwnedRows {
+  SharedAddress row;
+  RowStatistics low, high;
+  int token_low, token_high;
+};
+
+// From scores s and products p of the gradient with v (of one pair): the weight that multiplies the gradient (for dv)
+// and the gradient of the score. Both are 0 for pairs that do not see each other.
+template <bool DROPOUT>
+__device__ __forceinline__ void differentiate(float& s, float& p, bool seen, const RowStatistics& query, float scale,
+                                              const Dropout& dropout, uint32_t key, int query_token, int key_token) {
+  const float weight = seen ? exp2_fast(fmaf(s, scale, -query.x)) : 0.f;
+  float kept = weight;
+  if constexpr (DROPOUT) {
+    const bool keep = dropout_bits(key, query_token, key_token) >= dropout.threshold;
+    p = keep ? p * dropout.keep_scale : 0.f;
+    kept = keep ? weight * dropout.keep_scale : 0.f;
+  }
+  p = seen ? weight * (p - query.y) : 0.f;
+  s = kept;
+}
+
+// One chunk of 64 partners of the owned rows. Adds the gradients of the scores times the first partner tensor to
+// `first`, and for owned keys the weights times the gradient to `second`.
+template <typename T, int DIM, bool OWNS_KEYS, bool DROPOUT>
+__device__ __forceinline__ void accumulate_chunk(float (*first)[4], float (*second)[4], const BackwardArguments& p,
+                                                 const SharedRows& rows, const OwnedRows& owned,
+                                                 const unsigned char* chunk, int head, uint32_t dropout_key) {
+  using L = Layout<DIM>;
+  const SharedAddress partners = rows.slots + (OWNS_KEYS ? 2 * L::kBytes : 0) + lane_piece<DIM>(head);
+  const LaneRows lane = lane_rows();
+  const uint16_t* own_slot = reinterpret_cast<const uint16_t*>(chunk) + threadIdx.x % 16 * 4;
+  const uint16_t* column_slots = reinterpret_cast<const uint16_t*>(chunk) + threadIdx.x % 4 * 8;
+  const uint16_t* mask_low = reinterpret_cast<const uint16_t*>(chunk + kChunkMasks) + 4 * lane.low;
+  const uint16_t* mask_high = reinterpret_cast<const uint16_t*>(chunk + kChunkMasks) + 4 * lane.high;
+  // With two sums to keep, the owned rows are read again for every group instead of kept.
+  constexpr bool kKeep = !OWNS_KEYS;
+  uint32_t a[DIM / 16][4], b[DIM / 16][4];
+  if constexpr (kKeep) {
+    read_rows<T, DIM>(a, owned.row);
+    read_rows<T, DIM>(b, owned.row + L::kBytes);
+  }
+#pragma unroll 1
+  for (int group = 0; group < kGroups; ++group) {
+    const SharedAddress partner = partners + own_slot[group] * slot_bytes<DIM>(4);
+    const uint32_t seen_low = static_cast<uint32_t>(mask_low[group]) >> (2 * (threadIdx.x % 4));
+    const uint32_t seen_high = static_cast<uint32_t>(mask_high[group]) >> (2 * (threadIdx.x % 4));
+    float scores[2][4] = {}, products[2][4] = {};
+    if constexpr (!kKeep) read_rows<T, DIM>(a, owned.row);
+    multiply_keys<T, DIM>(scores, a, partner);
+    if constexpr (!kKeep) read_rows<T, DIM>(b, owned.row + L::kBytes);
+    multiply_keys<T, DIM>(products, b, partner + L::kBytes);
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int bit = 8 * j + e;
+        RowStatistics low = owned.low, high = owned.high;
+        int token = 0;
+        if constexpr (OWNS_KEYS || DROPOUT) {
+          const int slot = column_slots[4 * bit + group];
+          if constexpr (OWNS_KEYS) low = high = rows.statistics[slot * L::kHeads + head];
+          if constexpr (DROPOUT) token = rows.slot_tokens[slot];
+        }
+        differentiate<DROPOUT>(scores[j][e], products[j][e], seen_low >> bit & 1, low, p.scale_log2e, p.dropout,
+                               dropout_key, OWNS_KEYS ? token : owned.token_low, OWNS_KEYS ? owned.token_low : token);
+        differentiate<DROPOUT>(scores[j][2 + e], products[j][2 + e], seen_high >> bit & 1, high, p.scale_log2e,
+                               p.dropout, dropout_key, OWNS_KEYS ? token : owned.token_high,
+                               OWNS_KEYS ? owned.token_high : token);
+      }
+    }
+    uint32_t weights[4];
+    as_weights<T>(weights, products);
+    multiply_values<T, DIM>(first, weights, partner);
+    if constexpr (OWNS_KEYS) {
+      as_weights<T>(weights, scores);
+      multiply_values<T, DIM>(second, weights, partner + L::kBytes);
+    }
+  }
+}
+
+template <int DIM>
+__device__ __forceinline__ void clear(float (*acc)[4]) {
+#pragma unroll
+  for (int i = 0; i < DIM / 8; ++i) acc[i][0] = acc[i][1] = acc[i][2] = acc[i][3] = 0.f;
+}
+
+// All partners of a window's 16 vertices, in one of the two roles.
+template <typename T, int DIM, bool OWNS_KEYS, bool DROPOUT>
+__device__ __forceinline__ void backward_window(const BackwardArguments& p, const BlockPlace& place,
+                                                const SharedRows& rows, const unsigned char* record) {
+  using L = Layout<DIM>;
+  const LaneRows lane = lane_rows();
+  const int* tokens = reinterpret_cast<const int*>(record + kRecordTokens);
+  const int16_t* row_slots = reinterpret_cast<const int16_t*>(record + kRecordRowSlots);
+  const int token_low = tokens[lane.low], token_high = tokens[lane.high];
+  const int2 extras = *reinterpret_cast<const int2*>(record + (OWNS_KEYS ? p.transposed_extras : kRecordExtras));
+  const SharedAddress own = rows.slots + row_slots[threadIdx.x % kRows] * slot_bytes<DIM>(4) +
+                            (OWNS_KEYS ? 0 : 2 * L::kBytes);
+#pragma unroll 1
+  for (int head = 0; head < L::kHeads && place.first_head + head < p.sizes.heads; ++head) {
+    float first[DIM / 8][4], second[OWNS_KEYS ? DIM / 8 : 1][4];
+    clear<DIM>(first);
+    if constexpr (OWNS_KEYS) clear<DIM>(second);
+    const int64_t batch_head = place.batch * p.sizes.heads + place.first_head + head;
+    const uint32_t key = DROPOUT ? dropout_key(*p.dropout.seed, batch_head) : 0u;
+    const OwnedRows owned{own + lane_piece<DIM>(head), rows.statistics[row_slots[lane.low] * L::kHeads + head],
+                          rows.statistics[row_slots[lane.high] * L::kHeads + head], token_low, token_high};
+    accumulate_chunk<T, DIM, OWNS_KEYS, DROPOUT>(first, second, p, rows, owned, record + (OWNS_KEYS ? p.transposed : 0),
+                                                 head, key);
+    for (int extra = extras.x; extra < extras.y; ++extra) {
+      accumulate_chunk<T, DIM, OWNS_KEYS, DROPOUT>(
+          first, second, p, rows, owned, p.plan.extra_chunks + static_cast<int64_t>(extra) * kChunkBytes, head, key);
+    }
+    const auto store = [&](const float(*acc)[4], void* tensor, float factor) {
+      const int number = place.first_head + head;
+      store_rows<T, DIM>(acc, factor, factor, output_row<T>(tensor, p.sizes, place.batch, number, token_low),
+                         output_row<T>(tensor, p.sizes, place.batch, number, token_high), token_low >= 0,
+                         token_high >= 0, p.sizes.dim);
+    };
+    store(first, p.grads[OWNS_KEYS ? 1 : 0], p.scale);
+    if constexpr (OWNS_KEYS) store(second, p.grads[2], 1.f);
+  }
+}
+
+// A tile of 16 hubs in one of the two roles: what its warp adds up over all steps, for every head of the group.
+template <typename T, int DIM, bool OWNS_KEYS>
+struct HubGradients {
+  using L = Layout<DIM>;
+  float first[L::kHeads][DIM / 8][4], second[OWNS_KEYS ? L::kHeads : 1][DIM / 8][4];
+  int tile;
+
+  __device__ __forceinline__ void begin(int number) {
+    tile = number;
+#pragma unroll
+    for (int head = 0; head < L::kHeads; ++head) {
+      clear<DIM>(first[head]);
+      if constexpr (OWNS_KEYS) clear<DIM>(second[head]);
+    }
+  }
+
+  template <bool DROPOUT>
+  __device__ __forceinline__ void accumulate(const BackwardArguments& p, const BlockPlace& place,
+                                             const SharedRows& rows, const Step& step, const unsigned char* chunks) {
+    const LaneRows lane = lane_rows();
+    const int last = p.sizes.hubs - 1;  // slot and token of the last hub
+    const int low = min(tile * kRows + lane.low, last), high = min(tile * kRows + lane.high, last);
+    const int lane_slot = min(tile * kRows + static_cast<int>(threadIdx.x % kRows), last);
+    const SharedAddress own = rows.slots + lane_slot * slot_bytes<DIM>(4) + (OWNS_KEYS ? 0 : 2 * L::kBytes);
+    const int64_t batch_head = place.batch * p.sizes.heads + place.first_head;
+    for (int chunk = 0; chunk < step.hub_chunks; ++chunk) {
+#pragma unroll
+      for (int head = 0; head < L::kHeads; ++head) {
+        const uint32_t key = DROPOUT ? dropout_key(*p.dropout.seed, batch_head + head) : 0u;
+        const OwnedRows owned{own + lane_piece<DIM>(head), rows.statistics[low * L::kHeads + head],
+                              rows.statistics[high * L::kHeads + head], low, high};
+        accumulate_chunk<T, DIM, OWNS_KEYS, DROPOUT>(first[head], second[OWNS_KEYS ? head : 0], p, rows, owned,
+                                                     chunks + chunk * kChunkBytes, head, key);
+      }
+    }
+  }
+
+  // To float rows [heads, hubs, DIM + 4] per tensor: of dq, or of dk and behind it dv.
+  __device__ __forceinline__ void store(const BackwardArguments& p, const BlockPlace& place, float* partials,
+                                        int64_t head_pitch, int64_t tensor_pitch) {
+    constexpr int kPitch = DIM + 4;
+    const LaneRows lane = lane_rows();
+    const bool low = tile * kRows + lane.low < p.sizes.hubs, high = tile * kRows + lane.high < p.sizes.hubs;
+#pragma unroll
+    for (int head = 0; head < L::kHeads; ++head) {
+      if (place.first_head + head >= p.sizes.heads) continue;
+      float* rows = partials + head * head_pitch + tile * kRows * kPitch;
+      store_partial_rows<DIM>(first[head], p.scale, rows, kPitch, low, high);
+      if constexpr (OWNS_KEYS) store_partial_rows<DIM>(second[head], 1.f, rows + tensor_pitch, kPitch, low, high);
+    }
+  }
+};
+
+// Four columns of a hub row of a gradient, from `count` partial rows in fixed order; values(i) reads of the i-th.
+template <typename T, typename Values>
+__device__ __forceinline__ void add_up_row(const BackwardArguments& p, int tensor, int64_t batch, int head, int row,
+                                           int column, int count, Values values) {
+  if (column >= p.sizes.dim) return;
+  float total[4] = {};
+  for (int i = 0; i < count; ++i) {
+    const float4 part = values(i);
+    total[0] += part.x;
+    total[1] += part.y;
+    total[2] += part.z;
+    total[3] += part.w;
+  }
+  T* grad = output_row<T>(p.grads[tensor], p.sizes, batch, head, row) + column;
+  *reinterpret_cast<uint2*>(grad) = make_uint2(pack<T>(total[0], total[1]), pack<T>(total[2], total[3]));
+}
+
+}  // namespace fm::attention
