@@ -44,7 +44,7 @@ class Shape(NamedTuple):
 
 
 FORWARD = Shape(7, 302)
-BACKWARD = Shape(4, 190)
+BACKWARD = Shape(4, 184)
 
 _Array = npt.NDArray[np.int64]
 

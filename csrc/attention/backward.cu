@@ -14,7 +14,7 @@ void run(BackwardArguments& p, int64_t steps_per_segment, const Tensor& q) {
                   kRows * kBackwardHubTiles<DIM>, " hubs for head dims above 64, got ", p.sizes.hubs);
   set_segments(p.plan, steps_per_segment, chains<DIM>(p.sizes), kBlocksPerMultiprocessor, q);
   const int64_t heads = p.sizes.batch * p.sizes.heads;
-  const int cluster_size = cluster_size_of(p.plan, p.sizes, q);
+  const int cluster_size = cluster_size_of(p.plan, p.sizes, chains<DIM>(p.sizes), q);
   const bool combined = combined_by_kernel(p.plan, p.sizes, cluster_size);
   const int64_t rows = combined ? 3 * heads * p.plan.num_segments * p.sizes.hubs : 0;
   Tensor scratch = torch::stable::new_empty(q, {rows * (DIM + 4)}, ScalarType::Float);

@@ -1,7 +1,7 @@
 // Backward pass: the same stream as the forward, with q and the gradient of the output beside k and v. A warp computes
 // dq of the 16 queries of a window from its list of keys, then dk and dv of the same 16 vertices as keys from the list
 // of the queries that see them: every gradient is gathered by the warp that owns it. For every tile of hubs one warp
-// adds up dq and one dk and dv, over all steps. One warp copies the rows of the next step.
+// adds up dq and one dk and dv, over all steps. Two warps copy the rows of the next step.
 
 #pragma once
 
@@ -25,84 +25,87 @@ struct BackwardShared {
         bytes(tokens + (dropout ? 4 * slots : 0)) {}
 };
 
+constexpr int kCopyingWarps = 2;
+
 constexpr int backward_threads(const Sizes& sizes, int windows) {
-  return (windows + 2 * hub_tiles(sizes) + 1) * kWarp;
+  return (windows + 2 * hub_tiles(sizes) + kCopyingWarps) * kWarp;
 }
 
-// Tiles of hubs that fit: wide heads need most registers of a multiprocessor for seven warps.
+// Tiles of hubs that fit: wide heads need all registers of a multiprocessor for eight warps.
 template <int DIM>
 constexpr int kBackwardHubTiles = DIM == 128 ? 1 : 4;
 
-// Copies rows of k, v and q, and with them brings the gradient, and sum(grad_out out) - grad_lse, to their slots.
+// Copies rows of k, v, q and the gradient to their slots, and computes sum(grad_out out) - grad_lse of each.
 template <typename T, int DIM>
 struct BackwardCopier {
   using L = Layout<DIM>;
   static constexpr int kRowsAtOnce = kWarp / L::kPieces;
-  static constexpr int kDepth = 4;  // reads of this many rows are under way at once
-  RowCopier<T, DIM, 3, 4> rows;
-  const unsigned char *grad, *out;
+  static constexpr int kRounds = 10;  // a warp has so many reads of the output under way
+  RowCopier<T, DIM, 4, 4> rows;
+  const unsigned char* out;
   const float *lse, *grad_lse;  // of the head of this lane's piece
-  int grad_bytes, out_bytes, piece;
+  int out_bytes, piece;
   unsigned char* slots;
   RowStatistics* statistics;
   int* slot_tokens;  // null without dropout
-  bool first_piece;  // of its head: writes the statistics
 
   __device__ BackwardCopier(const BackwardArguments& p, const BlockPlace& place, unsigned char* memory,
                             RowStatistics* statistics, int* slot_tokens)
       : rows(p.inputs, p.sizes, place, shared_address(memory)),
-        grad_bytes(p.inputs[3].token_bytes),
         out_bytes(p.out.token_bytes),
         piece(threadIdx.x % L::kPieces),
         slots(memory),
         statistics(statistics + threadIdx.x % L::kPieces / L::kHeadPieces),
         slot_tokens(slot_tokens) {
     const int head = place.first_head + (rows.valid ? piece / L::kHeadPieces : 0);
-    const int column_bytes = rows.valid ? piece % L::kHeadPieces * 16 : 0;
-    grad = head_base<T>(p.inputs[3], place.batch, head) + column_bytes;
-    out = head_base<T>(p.out, place.batch, head) + column_bytes;
+    out = head_base<T>(p.out, place.batch, head) + (rows.valid ? piece % L::kHeadPieces * 16 : 0);
     const int64_t first = (place.batch * p.sizes.heads + head) * p.sizes.tokens;
     lse = p.lse + first;
     grad_lse = p.grad_lse == nullptr ? nullptr : p.grad_lse + first;
-    first_piece = piece % L::kHeadPieces == 0;
   }
 
-  // The rows of a batch, of which each lane holds one; tokens below 0 are left out.
-  template <int ROWS>
-  __device__ __forceinline__ void copy_batch(int token, int slot) const {
-    const uint4 zero = make_uint4(0u, 0u, 0u, 0u);
-#pragma unroll 1
-    for (int first = 0; first < ROWS; first += kDepth * kRowsAtOnce) {
-      int tokens[kDepth], to[kDepth];
-      uint4 grads[kDepth], outs[kDepth];
-      float2 sums[kDepth];
+  // The rows that entry(n) names (token, or below 0 for none, and slot) for n from `begin` on, together with the other
+  // warps that work on this range. They have arrived at the end.
+  template <typename Entry>
+  __device__ __forceinline__ void copy(int begin, int end, int warp, int warps, Entry entry) const {
+    const bool first_piece = piece % L::kHeadPieces == 0;  // of its head: writes the statistics
+    for (int first = begin + warp * kRowsAtOnce; first < end; first += kRounds * warps * kRowsAtOnce) {
+      int2 entries[kRounds];
+      uint4 outs[kRounds];
+      float row_lse[kRounds];
 #pragma unroll
-      for (int i = 0; i < kDepth; ++i) {
-        const int row = first + i * kRowsAtOnce + threadIdx.x % kWarp / L::kPieces;
-        tokens[i] = __shfl_sync(0xffffffffu, token, row);
-        to[i] = __shfl_sync(0xffffffffu, slot, row);
-        const bool there = tokens[i] >= 0, read = there && rows.valid;
-        const int64_t number = max(tokens[i], 0);
-        grads[i] = read ? __ldg(reinterpret_cast<const uint4*>(grad + number * grad_bytes)) : zero;
-        outs[i] = read ? __ldg(reinterpret_cast<const uint4*>(out + number * out_bytes)) : zero;
-        sums[i] = make_float2(0.f, 0.f);
-        if (read && first_piece) {
-          sums[i] = make_float2(__ldg(lse + number) * kLog2e, grad_lse == nullptr ? 0.f : -__ldg(grad_lse + number));
-        }
-        if (there) rows.copy(tokens[i], to[i]);
+      for (int i = 0; i < kRounds; ++i) {
+        const int number = first + i * warps * kRowsAtOnce + threadIdx.x % kWarp / L::kPieces;
+        entries[i] = number < end ? entry(number) : make_int2(-1, 0);
       }
 #pragma unroll
-      for (int i = 0; i < kDepth; ++i) {
-        float sum = dot_pieces<T>(grads[i], outs[i]);
+      for (int i = 0; i < kRounds; ++i) {
+        const int token = entries[i].x;
+        const bool read = token >= 0 && rows.valid;
+        if (token >= 0) rows.copy(token, entries[i].y);
+        outs[i] = make_uint4(0u, 0u, 0u, 0u);
+        if (read) outs[i] = __ldg(reinterpret_cast<const uint4*>(out + static_cast<int64_t>(token) * out_bytes));
+        row_lse[i] = read && first_piece ? __ldg(lse + token) : 0.f;
+      }
+      copy_async_commit();
+      copy_async_wait<0>();
+#pragma unroll
+      for (int i = 0; i < kRounds; ++i) {
+        const int token = entries[i].x, slot = entries[i].y;
+        uint4 grads = make_uint4(0u, 0u, 0u, 0u);
+        if (token >= 0) {  // this lane has copied this piece itself
+          grads = *reinterpret_cast<const uint4*>(slots + slot * slot_bytes<DIM>(4) + 3 * L::kBytes + 16 * piece);
+        }
+        float sum = dot_pieces<T>(grads, outs[i]);
 #pragma unroll
         for (int distance = 1; distance < L::kHeadPieces; distance *= 2) {
           sum += __shfl_xor_sync(0xffffffffu, sum, distance);
         }
-        if (tokens[i] < 0) continue;
-        unsigned char* target = slots + to[i] * slot_bytes<DIM>(4) + 3 * L::kBytes + 16 * piece;
-        *reinterpret_cast<uint4*>(target) = grads[i];
-        if (first_piece) statistics[to[i] * L::kHeads] = make_float2(sums[i].x, sums[i].y + sum);
-        if (slot_tokens != nullptr && piece == 0) slot_tokens[to[i]] = tokens[i];
+        if (token < 0) continue;
+        if (slot_tokens != nullptr && piece == 0) slot_tokens[slot] = token;
+        if (!first_piece) continue;
+        if (grad_lse != nullptr && rows.valid) sum -= __ldg(grad_lse + token);
+        statistics[slot * L::kHeads] = make_float2(row_lse[i] * kLog2e, sum);
       }
     }
   }
@@ -124,9 +127,9 @@ __device__ __forceinline__ void add_up_in_cluster(const BackwardArguments& p, co
   }
 }
 
-// With 144 registers two blocks of seven warps share a multiprocessor; heads of 128 have one to themselves.
+// With 128 registers two blocks of eight warps share a multiprocessor; heads of 128 have one to themselves.
 template <typename T, int DIM, bool DROPOUT>
-__global__ void __launch_bounds__(DIM == 128 ? 256 : 448, 1)
+__global__ void __launch_bounds__(DIM == 128 ? 256 : 512, 1)
     backward_kernel(const __grid_constant__ BackwardArguments p) {
   using L = Layout<DIM>;
   unsigned char* memory = dynamic_shared();
@@ -136,23 +139,17 @@ __global__ void __launch_bounds__(DIM == 128 ? 256 : 448, 1)
   RowStatistics* statistics = reinterpret_cast<RowStatistics*>(memory + shared.statistics);
   int* slot_tokens = DROPOUT ? reinterpret_cast<int*>(memory + shared.tokens) : nullptr;
   const BlockPlace place = block_place<DIM>(p.plan, p.sizes);
-  const int warp = threadIdx.x / kWarp, windows = p.plan.windows_per_step, lane = threadIdx.x % kWarp;
-  const SharedRows rows{slots, statistics, slot_tokens};
+  const int warp = threadIdx.x / kWarp, windows = p.plan.windows_per_step;
+  const SharedRows rows{slots, statistics, slot_tokens, in_register(p.scale_log2e)};
   const Step first = read_step(p.plan, place.first_step);
   const BackwardCopier<T, DIM> copier(p, place, memory, statistics, slot_tokens);
-  {
-    constexpr int kBatch = 4 * BackwardCopier<T, DIM>::kRowsAtOnce;
-    const int warps = blockDim.x / kWarp;
-    if (warp == warps - 1) shared.tables.copy(p.plan, first, tables);
-    for (int begin = first.restart_begin + warp * kBatch; begin < first.restart_end; begin += warps * kBatch) {
-      const int number = begin + lane % kBatch;
-      const int4 entry = __ldg(p.plan.restarts + min(number, first.restart_end - 1));
-      const bool needed = number < first.restart_end && entry.z < place.end_step;
-      copier.template copy_batch<kBatch>(needed ? entry.x : -1, entry.y);
-    }
-    copy_async_commit();
-    copy_async_wait<0>();
-  }
+  if (warp == 0) shared.tables.copy(p.plan, first, tables);
+  copier.copy(first.restart_begin, first.restart_end, warp, blockDim.x / kWarp, [&](int number) {
+    const int4 entry = __ldg(p.plan.restarts + number);
+    return make_int2(entry.z < place.end_step ? entry.x : -1, entry.y);
+  });
+  copy_async_commit();
+  copy_async_wait<0>();
   const auto table = [&](int number) {
     return memory + shared.first_table + (number - place.first_step) % kBackwardTables * table_bytes;
   };
@@ -195,21 +192,30 @@ __global__ void __launch_bounds__(DIM == 128 ? 256 : 448, 1)
       finish(gradients, 1);
     }
   } else {
-    LoadList list;
-    list.begin(p.plan, first.load_end, read_step(p.plan, place.end_step - 1).load_end);
+    const int number_of_copier = hub_role - 2 * hub_tiles(p.sizes);
     each_step(p.plan, place, first, [&](const Step&, const Step& next, int number) {
       if (number + 1 >= place.end_step) return;
-      shared.tables.copy(p.plan, next, tables + (number + 1 - place.first_step) % kBackwardTables * table_bytes);
-      list.copy_rows(next.load_end, [&](int token, int slot) { copier.template copy_batch<kWarp>(token, slot); });
+      if (number_of_copier == 0) {
+        shared.tables.copy(p.plan, next, tables + (number + 1 - place.first_step) % kBackwardTables * table_bytes);
+      }
+      copier.copy(next.load_begin, next.load_end, number_of_copier, kCopyingWarps,
+                  [&](int entry) { return __ldg(p.plan.loads + entry); });
       copy_async_commit();
       copy_async_wait<0>();
     });
   }
   if (p.partials != nullptr || p.sizes.hubs == 0) return;
-  if (hub_role < 0 || hub_role >= 2 * hub_tiles(p.sizes)) leave_slots();
-  cluster_sync();
+  if (hub_role >= 0 && hub_role < 2 * hub_tiles(p.sizes)) {
+    cluster_arrive<true>();
+  } else {
+    leave_slots();
+    cluster_arrive<false>();
+  }
+  cluster_wait();
   add_up_in_cluster<T, DIM>(p, place, slots);
-  if (p.plan.num_segments > 1) cluster_sync();  // the others may still read this block's rows
+  if (p.plan.num_segments == 1) return;
+  cluster_arrive<false>();  // the others may still read this block's rows
+  cluster_wait();
 }
 
 // The hubs' gradients where they are not added up within clusters: a thread adds up four columns of a row.

@@ -131,11 +131,13 @@ inline void set_segments(Plan& plan, int64_t wanted, int64_t chains, int blocks_
 }
 
 // Blocks of one batch element and group of heads that combine their hub rows in a cluster; 1: there is one segment, or
-// there are too many of them for a cluster, and a kernel combines them.
-inline int cluster_size_of(const Plan& plan, const Sizes& sizes, const Tensor& q) {
+// a kernel combines them. Clusters are for few blocks: where the device is full of them, the scheduler finds no place
+// for the last ones (measured: 1.5 times the time), and a launch more does not count.
+inline int cluster_size_of(const Plan& plan, const Sizes& sizes, int64_t chains, const Tensor& q) {
   constexpr int kLargest = 8;
-  const bool fits = sizes.hubs > 0 && plan.num_segments <= kLargest && fm::has_clusters(q.get_device_index());
-  return fits ? plan.num_segments : 1;
+  const bool fits = plan.num_segments <= kLargest &&
+                    chains * plan.num_segments <= device_attribute(cudaDevAttrMultiProcessorCount, q);
+  return sizes.hubs > 0 && fits && fm::has_clusters(q.get_device_index()) ? plan.num_segments : 1;
 }
 
 // Whether a kernel of its own must combine the hub rows.

@@ -12,7 +12,7 @@ void run(ForwardArguments& p, int64_t steps_per_segment, const Tensor& q) {
   constexpr int kBlocksPerMultiprocessor = DIM == 128 ? 1 : 2;
   set_segments(p.plan, steps_per_segment, chains<DIM>(p.sizes), kBlocksPerMultiprocessor, q);
   const int64_t heads = p.sizes.batch * p.sizes.heads;
-  const int cluster_size = cluster_size_of(p.plan, p.sizes, q);
+  const int cluster_size = cluster_size_of(p.plan, p.sizes, chains<DIM>(p.sizes), q);
   const bool combined = combined_by_kernel(p.plan, p.sizes, cluster_size);
   const int64_t rows = combined ? heads * p.plan.num_segments * hub_split(p.sizes) * p.sizes.hubs : 0;
   Tensor scratch = torch::stable::new_empty(q, {rows * (DIM + 4)}, ScalarType::Float);

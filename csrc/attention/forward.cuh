@@ -62,35 +62,38 @@ __device__ __forceinline__ void copy_queries(const ForwardArguments& p, const Bl
 template <typename T, int DIM, bool DROPOUT>
 __device__ __forceinline__ void attend_window(const ForwardArguments& p, const BlockPlace& place,
                                               const unsigned char* record, const uint32_t (*q)[4], SharedAddress slots,
-                                              const int* slot_tokens) {
+                                              const int* slot_tokens, float scale) {
   using L = Layout<DIM>;
   const LaneRows lane = lane_rows();
   const int* tokens = reinterpret_cast<const int*>(record + kRecordTokens);
   const int token_low = tokens[lane.low], token_high = tokens[lane.high];
   const int2 extras = *reinterpret_cast<const int2*>(record + kRecordExtras);
+  T* outs = output_row<T>(p.out, p.sizes, place.batch, place.first_head, 0);
+  const int row_elements = p.sizes.heads * p.sizes.dim;
+  float* lse = p.lse + (place.batch * p.sizes.heads + place.first_head) * p.sizes.tokens;
 #pragma unroll
   for (int head = 0; head < L::kHeads; ++head) {
     SoftmaxState<DIM> state;
     const int64_t batch_head = place.batch * p.sizes.heads + place.first_head + head;
     const DropoutTile dropout{slot_tokens, DROPOUT ? dropout_key(*p.dropout.seed, batch_head) : 0u,
                               p.dropout.threshold, token_low, token_high};
-    const SharedAddress rows = slots + lane_piece<DIM>(head);
-    attend_keys<T, DIM, kGroups, DROPOUT, true>(state, q + head * L::kDepth, rows, Chunk(record), 0, p.scale, dropout);
+    attend_keys<T, DIM, kGroups, DROPOUT, true>(state, q + head * L::kDepth, slots, head, Chunk(record), 0, scale,
+                                                dropout);
     for (int extra = extras.x; extra < extras.y; ++extra) {
-      attend_halves<T, DIM, DROPOUT>(state, q + head * L::kDepth, rows,
-                                     Chunk(p.plan.extra_chunks + static_cast<int64_t>(extra) * kChunkBytes), p.scale,
+      attend_halves<T, DIM, DROPOUT>(state, q + head * L::kDepth, slots, head,
+                                     Chunk(p.plan.extra_chunks + static_cast<int64_t>(extra) * kChunkBytes), scale,
                                      dropout);
     }
     const float sum_low = quad_sum(state.sum_low), sum_high = quad_sum(state.sum_high);
-    if (place.first_head + head >= p.sizes.heads) continue;
+    const bool there = place.first_head + head < p.sizes.heads;
+    const bool low = there && token_low >= 0, high = there && token_high >= 0;
     store_rows<T, DIM>(state.out, normaliser(sum_low, p.dropout.keep_scale), normaliser(sum_high, p.dropout.keep_scale),
-                       output_row<T>(p.out, p.sizes, place.batch, place.first_head + head, token_low),
-                       output_row<T>(p.out, p.sizes, place.batch, place.first_head + head, token_high), token_low >= 0,
-                       token_high >= 0, p.sizes.dim);
+                       outs + head * p.sizes.dim + static_cast<int64_t>(token_low) * row_elements,
+                       outs + head * p.sizes.dim + static_cast<int64_t>(token_high) * row_elements, low, high,
+                       p.sizes.dim);
     if (threadIdx.x % 4 == 0) {
-      float* lse = p.lse + batch_head * p.sizes.tokens;
-      if (token_low >= 0) lse[token_low] = log_sum_exp(state.peak_low, sum_low);
-      if (token_high >= 0) lse[token_high] = log_sum_exp(state.peak_high, sum_high);
+      if (low) lse[head * p.sizes.tokens + token_low] = log_sum_exp(state.peak_low, sum_low);
+      if (high) lse[head * p.sizes.tokens + token_high] = log_sum_exp(state.peak_high, sum_high);
     }
   }
 }
@@ -136,7 +139,7 @@ struct HubQueries {
       for (int head = 0; head < L::kHeads; ++head) {
         const DropoutTile dropout{slot_tokens, DROPOUT ? dropout_key(*p.dropout.seed, batch_head + head) : 0u,
                                   p.dropout.threshold, tile * kRows + lane.low, tile * kRows + lane.high};
-        attend_halves<T, DIM, DROPOUT>(state[head], q + head * L::kDepth, slots + lane_piece<DIM>(head),
+        attend_halves<T, DIM, DROPOUT>(state[head], q + head * L::kDepth, slots, head,
                                        Chunk(chunks + chunk * kChunkBytes), p.scale, dropout);
       }
     }
@@ -162,22 +165,39 @@ struct HubQueries {
   }
 };
 
-// Four columns of a hub row, from `count` partial rows in fixed order; values(i) and sums(i) read of the i-th.
+// Four columns of a hub row, from `count` partial rows in fixed order; values(i) and sums(i) read of the i-th. Several
+// are read at once: each read takes its time.
 template <typename T, int DIM, typename Values, typename Sums>
 __device__ __forceinline__ void combine_row(const ForwardArguments& p, int64_t batch, int head, int row, int column,
                                             int count, Values values, Sums sums) {
-  float peak = kLowest;
-  for (int i = 0; i < count; ++i) peak = fmaxf(peak, sums(i).x);
-  float sum = 0.f, total[4] = {};
-  for (int i = 0; i < count; ++i) {
-    const float2 part = sums(i);
-    const float4 columns = values(i);
-    const float weight = exp2_fast(part.x - peak);
-    sum = fmaf(weight, part.y, sum);
-    total[0] = fmaf(weight, columns.x, total[0]);
-    total[1] = fmaf(weight, columns.y, total[1]);
-    total[2] = fmaf(weight, columns.z, total[2]);
-    total[3] = fmaf(weight, columns.w, total[3]);
+  constexpr int kAtOnce = 8;
+  float peak = kLowest, sum = 0.f, total[4] = {};
+  for (int first = 0; first < count; first += kAtOnce) {
+    float2 part[kAtOnce];
+    float4 columns[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int number = min(first + i, count - 1);
+      part[i] = sums(number);
+      columns[i] = values(number);
+    }
+    float higher = peak;
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) higher = fmaxf(higher, part[i].x);
+    const float decay = exp2_fast(peak - higher);
+    peak = higher;
+    sum *= decay;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) total[j] *= decay;
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const float weight = first + i < count ? exp2_fast(part[i].x - peak) : 0.f;
+      sum = fmaf(weight, part[i].y, sum);
+      total[0] = fmaf(weight, columns[i].x, total[0]);
+      total[1] = fmaf(weight, columns[i].y, total[1]);
+      total[2] = fmaf(weight, columns[i].z, total[2]);
+      total[3] = fmaf(weight, columns[i].w, total[3]);
+    }
   }
   if (column == 0) p.lse[(batch * p.sizes.heads + head) * p.sizes.tokens + row] = log_sum_exp(peak, sum);
   if (column >= p.sizes.dim) return;
@@ -241,6 +261,7 @@ __global__ void __launch_bounds__(DIM == 128 ? 384 : 640, 1)
   // Every kind of warp has a loop of its own, so that none keeps registers for the others' work.
   if (warp < windows) {
     copy_async_wait<0>();
+    const float scale = in_register(p.scale);
     each_step(p.plan, place, first, [&](const Step& step, const Step& next, int number) {
       uint32_t q[L::kPieces / 2][4];
       read_all_heads<T, DIM>(q, buffer, p.sign);
@@ -251,7 +272,8 @@ __global__ void __launch_bounds__(DIM == 128 ? 384 : 640, 1)
       }
       copy_async_commit();
       if (step.window_begin + warp < step.window_end) {
-        attend_window<T, DIM, DROPOUT>(p, place, table(number) + warp * kForwardRecordBytes, q, slots, slot_tokens);
+        attend_window<T, DIM, DROPOUT>(p, place, table(number) + warp * kForwardRecordBytes, q, slots, slot_tokens,
+                                       scale);
       }
       copy_async_wait<0>();
     });
@@ -288,11 +310,17 @@ __global__ void __launch_bounds__(DIM == 128 ? 384 : 640, 1)
     });
   }
   if (p.partials != nullptr || p.sizes.hubs == 0) return;
-  const bool is_hub_warp = warp >= windows && warp < windows + hub_warps(p.sizes);
-  if (!is_hub_warp) leave_slots();
-  cluster_sync();
+  if (warp >= windows && warp < windows + hub_warps(p.sizes)) {
+    cluster_arrive<true>();
+  } else {
+    leave_slots();
+    cluster_arrive<false>();
+  }
+  cluster_wait();
   combine_in_cluster<T, DIM>(p, place, slots);
-  if (p.plan.num_segments > 1) cluster_sync();  // the others may still read this block's rows
+  if (p.plan.num_segments == 1) return;
+  cluster_arrive<false>();  // the others may still read this block's rows
+  cluster_wait();
 }
 
 // The hub rows where they are not combined within clusters: a thread adds up four columns of a row.

@@ -29,6 +29,7 @@ struct SharedRows {
   SharedAddress slots;              // a slot holds k, v, q, gradient
   const RowStatistics* statistics;  // [slots, heads of the group]
   const int* slot_tokens;           // with dropout
+  float scale_log2e;
 };
 
 // 16 rows of this warp: where this lane reads their two factors (of slot l % 16), statistics and tokens of its two.
@@ -61,9 +62,10 @@ __device__ __forceinline__ void accumulate_chunk(float (*first)[4], float (*seco
                                                  const SharedRows& rows, const OwnedRows& owned,
                                                  const unsigned char* chunk, int head, uint32_t dropout_key) {
   using L = Layout<DIM>;
-  const SharedAddress partners = rows.slots + (OWNS_KEYS ? 2 * L::kBytes : 0) + lane_piece<DIM>(head);
+  const SharedAddress partners = rows.slots + (OWNS_KEYS ? 2 * L::kBytes : 0);
   const LaneRows lane = lane_rows();
-  const uint16_t* own_slot = reinterpret_cast<const uint16_t*>(chunk) + threadIdx.x % 16 * 4;
+  const uint16_t* key_slot = reinterpret_cast<const uint16_t*>(chunk) + column_of_lane() * 4;
+  const uint16_t* value_slot = reinterpret_cast<const uint16_t*>(chunk) + row_of_lane() * 4;
   const uint16_t* column_slots = reinterpret_cast<const uint16_t*>(chunk) + threadIdx.x % 4 * 8;
   const uint16_t* mask_low = reinterpret_cast<const uint16_t*>(chunk + kChunkMasks) + 4 * lane.low;
   const uint16_t* mask_high = reinterpret_cast<const uint16_t*>(chunk + kChunkMasks) + 4 * lane.high;
@@ -76,14 +78,15 @@ __device__ __forceinline__ void accumulate_chunk(float (*first)[4], float (*seco
   }
 #pragma unroll 1
   for (int group = 0; group < kGroups; ++group) {
-    const SharedAddress partner = partners + own_slot[group] * slot_bytes<DIM>(4);
+    const SharedAddress key = partners + column_piece<DIM>(head) + key_slot[group] * slot_bytes<DIM>(4);
+    const SharedAddress value = partners + row_piece<DIM>(head) + value_slot[group] * slot_bytes<DIM>(4);
     const uint32_t seen_low = static_cast<uint32_t>(mask_low[group]) >> (2 * (threadIdx.x % 4));
     const uint32_t seen_high = static_cast<uint32_t>(mask_high[group]) >> (2 * (threadIdx.x % 4));
-    float scores[2][4] = {}, products[2][4] = {};
+    float scores[2][4], products[2][4];
     if constexpr (!kKeep) read_rows<T, DIM>(a, owned.row);
-    multiply_keys<T, DIM>(scores, a, partner);
+    multiply_keys<T, DIM>(scores, a, key);
     if constexpr (!kKeep) read_rows<T, DIM>(b, owned.row + L::kBytes);
-    multiply_keys<T, DIM>(products, b, partner + L::kBytes);
+    multiply_keys<T, DIM>(products, b, key + L::kBytes);
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
 #pragma unroll
@@ -96,19 +99,19 @@ __device__ __forceinline__ void accumulate_chunk(float (*first)[4], float (*seco
           if constexpr (OWNS_KEYS) low = high = rows.statistics[slot * L::kHeads + head];
           if constexpr (DROPOUT) token = rows.slot_tokens[slot];
         }
-        differentiate<DROPOUT>(scores[j][e], products[j][e], seen_low >> bit & 1, low, p.scale_log2e, p.dropout,
+        differentiate<DROPOUT>(scores[j][e], products[j][e], seen_low >> bit & 1, low, rows.scale_log2e, p.dropout,
                                dropout_key, OWNS_KEYS ? token : owned.token_low, OWNS_KEYS ? owned.token_low : token);
-        differentiate<DROPOUT>(scores[j][2 + e], products[j][2 + e], seen_high >> bit & 1, high, p.scale_log2e,
+        differentiate<DROPOUT>(scores[j][2 + e], products[j][2 + e], seen_high >> bit & 1, high, rows.scale_log2e,
                                p.dropout, dropout_key, OWNS_KEYS ? token : owned.token_high,
                                OWNS_KEYS ? owned.token_high : token);
       }
     }
     uint32_t weights[4];
     as_weights<T>(weights, products);
-    multiply_values<T, DIM>(first, weights, partner);
+    multiply_values<T, DIM>(first, weights, value);
     if constexpr (OWNS_KEYS) {
       as_weights<T>(weights, scores);
-      multiply_values<T, DIM>(second, weights, partner + L::kBytes);
+      multiply_values<T, DIM>(second, weights, value + L::kBytes);
     }
   }
 }
@@ -128,6 +131,7 @@ __device__ __forceinline__ void backward_window(const BackwardArguments& p, cons
   const int* tokens = reinterpret_cast<const int*>(record + kRecordTokens);
   const int16_t* row_slots = reinterpret_cast<const int16_t*>(record + kRecordRowSlots);
   const int token_low = tokens[lane.low], token_high = tokens[lane.high];
+  const int row_elements = p.sizes.heads * p.sizes.dim;
   const int2 extras = *reinterpret_cast<const int2*>(record + (OWNS_KEYS ? p.transposed_extras : kRecordExtras));
   const SharedAddress own = rows.slots + row_slots[threadIdx.x % kRows] * slot_bytes<DIM>(4) +
                             (OWNS_KEYS ? 0 : 2 * L::kBytes);
@@ -138,7 +142,7 @@ __device__ __forceinline__ void backward_window(const BackwardArguments& p, cons
     if constexpr (OWNS_KEYS) clear<DIM>(second);
     const int64_t batch_head = place.batch * p.sizes.heads + place.first_head + head;
     const uint32_t key = DROPOUT ? dropout_key(*p.dropout.seed, batch_head) : 0u;
-    const OwnedRows owned{own + lane_piece<DIM>(head), rows.statistics[row_slots[lane.low] * L::kHeads + head],
+    const OwnedRows owned{own + row_piece<DIM>(head), rows.statistics[row_slots[lane.low] * L::kHeads + head],
                           rows.statistics[row_slots[lane.high] * L::kHeads + head], token_low, token_high};
     accumulate_chunk<T, DIM, OWNS_KEYS, DROPOUT>(first, second, p, rows, owned, record + (OWNS_KEYS ? p.transposed : 0),
                                                  head, key);
@@ -147,10 +151,10 @@ __device__ __forceinline__ void backward_window(const BackwardArguments& p, cons
           first, second, p, rows, owned, p.plan.extra_chunks + static_cast<int64_t>(extra) * kChunkBytes, head, key);
     }
     const auto store = [&](const float(*acc)[4], void* tensor, float factor) {
-      const int number = place.first_head + head;
-      store_rows<T, DIM>(acc, factor, factor, output_row<T>(tensor, p.sizes, place.batch, number, token_low),
-                         output_row<T>(tensor, p.sizes, place.batch, number, token_high), token_low >= 0,
-                         token_high >= 0, p.sizes.dim);
+      T* rows = output_row<T>(tensor, p.sizes, place.batch, place.first_head + head, 0);
+      store_rows<T, DIM>(acc, factor, factor, rows + static_cast<int64_t>(token_low) * row_elements,
+                         rows + static_cast<int64_t>(token_high) * row_elements, token_low >= 0, token_high >= 0,
+                         p.sizes.dim);
     };
     store(first, p.grads[OWNS_KEYS ? 1 : 0], p.scale);
     if constexpr (OWNS_KEYS) store(second, p.grads[2], 1.f);
@@ -186,7 +190,7 @@ struct HubGradients {
 #pragma unroll
       for (int head = 0; head < L::kHeads; ++head) {
         const uint32_t key = DROPOUT ? dropout_key(*p.dropout.seed, batch_head + head) : 0u;
-        const OwnedRows owned{own + lane_piece<DIM>(head), rows.statistics[low * L::kHeads + head],
+        const OwnedRows owned{own + row_piece<DIM>(head), rows.statistics[low * L::kHeads + head],
                               rows.statistics[high * L::kHeads + head], low, high};
         accumulate_chunk<T, DIM, OWNS_KEYS, DROPOUT>(first[head], second[OWNS_KEYS ? head : 0], p, rows, owned,
                                                      chunks + chunk * kChunkBytes, head, key);
@@ -211,17 +215,25 @@ struct HubGradients {
 };
 
 // Four columns of a hub row of a gradient, from `count` partial rows in fixed order; values(i) reads of the i-th.
+// Several are read at once: each read takes its time.
 template <typename T, typename Values>
 __device__ __forceinline__ void add_up_row(const BackwardArguments& p, int tensor, int64_t batch, int head, int row,
                                            int column, int count, Values values) {
+  constexpr int kAtOnce = 8;
   if (column >= p.sizes.dim) return;
   float total[4] = {};
-  for (int i = 0; i < count; ++i) {
-    const float4 part = values(i);
-    total[0] += part.x;
-    total[1] += part.y;
-    total[2] += part.z;
-    total[3] += part.w;
+  for (int first = 0; first < count; first += kAtOnce) {
+    float4 parts[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) parts[i] = values(min(first + i, count - 1));
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (first + i >= count) break;
+      total[0] += parts[i].x;
+      total[1] += parts[i].y;
+      total[2] += parts[i].z;
+      total[3] += parts[i].w;
+    }
   }
   T* grad = output_row<T>(p.grads[tensor], p.sizes, batch, head, row) + column;
   *reinterpret_cast<uint2*>(grad) = make_uint2(pack<T>(total[0], total[1]), pack<T>(total[2], total[3]));

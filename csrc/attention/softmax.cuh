@@ -49,10 +49,8 @@ struct Chunk {
 
   __device__ explicit Chunk(const unsigned char* bytes) : bytes(bytes) {}
 
-  // The slots that the lane addresses for groups 0 to 3 of 16 keys, 16 bits each.
-  __device__ __forceinline__ uint2 slots() const {
-    return *reinterpret_cast<const uint2*>(bytes + threadIdx.x % 16 * 8);
-  }
+  // The slots of key n (0 to 15) of each of the groups 0 to 3 of 16 keys, 16 bits each.
+  __device__ __forceinline__ uint2 slots(int n) const { return *reinterpret_cast<const uint2*>(bytes + 8 * n); }
 
   // Which keys a row sees, shifted so that bits 8 j and 8 j + 1 are those that this lane holds scores of.
   __device__ __forceinline__ unsigned long long mask(int row) const {
@@ -72,10 +70,10 @@ __device__ __forceinline__ int slot_of_group(const uint2& slots, int group) {
 // Fragments of 16 rows that lie one after the other, for all heads of the group; `sign` flips them.
 template <typename T, int DIM>
 __device__ __forceinline__ void read_all_heads(uint32_t (*a)[4], SharedAddress rows, uint32_t sign) {
-  const SharedAddress row = rows + threadIdx.x % 16 * slot_bytes<DIM>(1);
+  const SharedAddress row = rows + row_of_lane() * slot_bytes<DIM>(1);
 #pragma unroll
   for (int head = 0; head < Layout<DIM>::kHeads; ++head) {
-    read_rows<T, DIM>(a + head * (DIM / 16), row + lane_piece<DIM>(head));
+    read_rows<T, DIM>(a + head * (DIM / 16), row + row_piece<DIM>(head));
   }
 #pragma unroll
   for (int i = 0; i < Layout<DIM>::kPieces / 2; ++i) {
@@ -106,27 +104,27 @@ __device__ __forceinline__ void drop_weights(float (*scores)[4], const Chunk& ch
   }
 }
 
-// 16 rows see 16 GROUPS keys of a chunk, from `first_key` on. `rows` is where this lane would read its piece of slot 0.
-// FIRST: the rows have not seen any key yet.
+// 16 rows see 16 GROUPS keys of a chunk, from `first_key` on, of one head. FIRST: the rows have not seen any key yet.
 template <typename T, int DIM, int GROUPS, bool DROPOUT, bool FIRST>
-__device__ __forceinline__ void attend_keys(SoftmaxState<DIM>& state, const uint32_t (*q)[4], SharedAddress rows,
-                                            const Chunk& chunk, int first_key, float scale,
+__device__ __forceinline__ void attend_keys(SoftmaxState<DIM>& state, const uint32_t (*q)[4], SharedAddress slots,
+                                            int head, const Chunk& chunk, int first_key, float scale,
                                             const DropoutTile& dropout) {
   const LaneRows lane = lane_rows();
-  uint2 slots = chunk.slots();
-  if (first_key != 0) slots.x = slots.y;  // only halves begin elsewhere
+  uint2 key_slots = chunk.slots(column_of_lane()), value_slots = chunk.slots(row_of_lane());
+  if (first_key != 0) {  // only halves begin elsewhere
+    key_slots.x = key_slots.y;
+    value_slots.x = value_slots.y;
+  }
+  const SharedAddress keys = slots + column_piece<DIM>(head);
+  const SharedAddress values = slots + Layout<DIM>::kBytes + row_piece<DIM>(head);
   const unsigned long long mask_low = chunk.mask(lane.low) >> first_key;
   const unsigned long long mask_high = chunk.mask(lane.high) >> first_key;
   float scores[2 * GROUPS][4];
-  SharedAddress keys[GROUPS];
   float peak_low = -INFINITY, peak_high = -INFINITY;
 #pragma unroll
   for (int group = 0; group < GROUPS; ++group) {
     float(*pair)[4] = scores + 2 * group;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) pair[0][i] = pair[1][i] = 0.f;
-    keys[group] = rows + slot_of_group(slots, group) * slot_bytes<DIM>(2);
-    multiply_keys<T, DIM>(pair, q, keys[group]);
+    multiply_keys<T, DIM>(pair, q, keys + slot_of_group(key_slots, group) * slot_bytes<DIM>(2));
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
 #pragma unroll
@@ -157,17 +155,17 @@ __device__ __forceinline__ void attend_keys(SoftmaxState<DIM>& state, const uint
   for (int group = 0; group < GROUPS; ++group) {
     uint32_t weights[4];
     as_weights<T>(weights, scores + 2 * group);
-    multiply_values<T, DIM>(state.out, weights, keys[group] + Layout<DIM>::kBytes);
+    multiply_values<T, DIM>(state.out, weights, values + slot_of_group(value_slots, group) * slot_bytes<DIM>(2));
   }
 }
 
 // A whole chunk for rows that have seen keys before. In halves: their sums leave fewer registers for scores.
 template <typename T, int DIM, bool DROPOUT>
-__device__ __forceinline__ void attend_halves(SoftmaxState<DIM>& state, const uint32_t (*q)[4], SharedAddress rows,
-                                              const Chunk& chunk, float scale, const DropoutTile& dropout) {
+__device__ __forceinline__ void attend_halves(SoftmaxState<DIM>& state, const uint32_t (*q)[4], SharedAddress slots,
+                                              int head, const Chunk& chunk, float scale, const DropoutTile& dropout) {
 #pragma unroll 1
   for (int first_key = 0; first_key < kKeys; first_key += kKeys / 2) {
-    attend_keys<T, DIM, kGroups / 2, DROPOUT, false>(state, q, rows, chunk, first_key, scale, dropout);
+    attend_keys<T, DIM, kGroups / 2, DROPOUT, false>(state, q, slots, head, chunk, first_key, scale, dropout);
   }
 }
 

@@ -221,18 +221,16 @@ struct Tables {
   __host__ __device__ constexpr int hub_offset() const { return windows * record_bytes; }
   __host__ __device__ constexpr int bytes() const { return hub_offset() + hub_chunks_per_step(windows) * kChunkBytes; }
 
-  // One warp copies them.
+  // One warp copies them: both parts lie in one piece.
   __device__ __forceinline__ void copy(const Plan& plan, const Step& step, SharedAddress to) const {
-    const int lane = threadIdx.x % kWarp;
-    const unsigned char* records = plan.records + static_cast<int64_t>(step.window_begin) * plan.record_bytes;
-    const int pieces = record_bytes / 16, all = (step.window_end - step.window_begin) * pieces;
-    for (int i = lane; i < all; i += kWarp) {
-      copy_async_16(to + 16 * i, records + i / pieces * plan.record_bytes + i % pieces * 16, true);
-    }
+    const unsigned char* records = plan.records + static_cast<int64_t>(step.window_begin) * record_bytes;
+    copy_bytes(to, records, (step.window_end - step.window_begin) * record_bytes);
     const unsigned char* chunks = plan.hub_chunks + static_cast<int64_t>(step.hub_chunk) * kChunkBytes;
-    for (int i = lane; i < step.hub_chunks * (kChunkBytes / 16); i += kWarp) {
-      copy_async_16(to + hub_offset() + 16 * i, chunks + 16 * i, true);
-    }
+    copy_bytes(to + hub_offset(), chunks, step.hub_chunks * kChunkBytes);
+  }
+
+  __device__ static __forceinline__ void copy_bytes(SharedAddress to, const unsigned char* from, int bytes) {
+    for (int i = threadIdx.x % kWarp * 16; i < bytes; i += kWarp * 16) copy_async_16(to + i, from + i, true);
   }
 };
 

@@ -21,10 +21,19 @@ __device__ __forceinline__ LaneRows lane_rows() {
   return {row, row + 8};
 }
 
-// What this lane adds to the address of its row (l % 16) to read fragments of a head: pieces from l / 16 on.
+// How a lane names the 16 rows that a matrix load reads: as rows (left factor, and transposed right factor) or as
+// columns (right factor), so that the registers of every fragment are neighbours.
+__device__ __forceinline__ int row_of_lane() { return threadIdx.x % 16; }
+__device__ __forceinline__ int column_of_lane() { return threadIdx.x % 8 + threadIdx.x % kWarp / 16 * 8; }
+
+// What the lane adds to the address of that row of a head.
 template <int DIM>
-__device__ __forceinline__ uint32_t lane_piece(int head) {
+__device__ __forceinline__ uint32_t row_piece(int head) {
   return head * (2 * DIM) + threadIdx.x % kWarp / 16 * 16;
+}
+template <int DIM>
+__device__ __forceinline__ uint32_t column_piece(int head) {
+  return head * (2 * DIM) + threadIdx.x % 16 / 8 * 16;
 }
 
 // Fragments of 16 rows as the left factor, for all of the head dim; `row` is where this lane reads.
@@ -34,19 +43,24 @@ __device__ __forceinline__ void read_rows(uint32_t (*a)[4], SharedAddress row) {
   for (int depth = 0; depth < DIM / 16; ++depth) load_matrices(a[depth], row + 32 * depth);
 }
 
-// scores[2], for 16 rows and 16 keys, += rows keys^T; `key` is where this lane reads.
+// scores[2], for 16 rows and 16 keys, = rows keys^T; `key` is where this lane reads as a column.
 template <typename T, int DIM>
 __device__ __forceinline__ void multiply_keys(float (*scores)[4], const uint32_t (*rows)[4], SharedAddress key) {
 #pragma unroll
   for (int depth = 0; depth < DIM / 16; ++depth) {
     uint32_t b[4];
     load_matrices(b, key + 32 * depth);
-    multiply_add_16x8x16<T>(scores[0], rows[depth], b[0], b[2]);
-    multiply_add_16x8x16<T>(scores[1], rows[depth], b[1], b[3]);
+    if (depth == 0) {
+      multiply_16x8x16<T>(scores[0], rows[depth], b[0], b[1]);
+      multiply_16x8x16<T>(scores[1], rows[depth], b[2], b[3]);
+    } else {
+      multiply_add_16x8x16<T>(scores[0], rows[depth], b[0], b[1]);
+      multiply_add_16x8x16<T>(scores[1], rows[depth], b[2], b[3]);
+    }
   }
 }
 
-// out, for 16 rows and the head dim, += weights (16 x 16 keys) values; `value` is where this lane reads.
+// out, for 16 rows and the head dim, += weights (16 x 16 keys) values; `value` is where this lane reads as a row.
 template <typename T, int DIM>
 __device__ __forceinline__ void multiply_values(float (*out)[4], const uint32_t (&weights)[4], SharedAddress value) {
 #pragma unroll
@@ -67,28 +81,6 @@ __device__ __forceinline__ void as_weights(uint32_t (&a)[4], const float (*score
   a[3] = pack<T>(scores[1][2], scores[1][3]);
 }
 
-// Transposes a 4 x 4 matrix of which each of four neighbouring lanes holds a row.
-__device__ __forceinline__ void transpose_quad(uint32_t (&r)[4]) {
-  const int lane = threadIdx.x;
-  const bool odd = lane & 1, upper = lane & 2;
-  uint32_t sent = odd ? r[0] : r[1];
-  uint32_t got = __shfl_xor_sync(0xffffffffu, sent, 1);
-  r[0] = odd ? got : r[0];
-  r[1] = odd ? r[1] : got;
-  sent = odd ? r[2] : r[3];
-  got = __shfl_xor_sync(0xffffffffu, sent, 1);
-  r[2] = odd ? got : r[2];
-  r[3] = odd ? r[3] : got;
-  sent = upper ? r[0] : r[2];
-  got = __shfl_xor_sync(0xffffffffu, sent, 2);
-  r[0] = upper ? got : r[0];
-  r[2] = upper ? r[2] : got;
-  sent = upper ? r[1] : r[3];
-  got = __shfl_xor_sync(0xffffffffu, sent, 2);
-  r[1] = upper ? got : r[1];
-  r[3] = upper ? r[3] : got;
-}
-
 // Sum and maximum over the four lanes that share a row.
 __device__ __forceinline__ float quad_sum(float x) {
   x += __shfl_xor_sync(0xffffffffu, x, 1);
@@ -100,41 +92,31 @@ __device__ __forceinline__ float quad_max(float x) {
   return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
 }
 
-// Stores rows l / 4 and l / 4 + 8 of an accumulator, times a factor each, as 16-bit numbers, 16 bytes per lane. The
-// pointers name the head's first element of a row; a row is left alone where its flag is false.
+// Stores one row of two neighbouring tiles of 8 columns, as 16-bit numbers: lanes swap so that each holds four columns
+// of one tile, and the four lanes of the row 32 bytes. `column` is that of this lane (see below).
+template <typename T>
+__device__ __forceinline__ void store_tiles(uint32_t first, uint32_t second, T* row, int column, bool has) {
+  const bool odd = threadIdx.x & 1;
+  const uint32_t got = __shfl_xor_sync(0xffffffffu, odd ? first : second, 1);
+  if (has) *reinterpret_cast<uint2*>(row + column) = make_uint2(odd ? got : first, odd ? second : got);
+}
+
+// Stores rows l / 4 and l / 4 + 8 of an accumulator, times a factor each, as 16-bit numbers. The pointers name the
+// head's first element of a row; a row is left alone where its flag is false.
 template <typename T, int DIM>
 __device__ __forceinline__ void store_rows(const float (*acc)[4], float factor_low, float factor_high, T* row_low,
                                            T* row_high, bool has_low, bool has_high, int dim) {
-  const int quad_lane = threadIdx.x % 4;
-  if constexpr (DIM == 16) {
-    // Two tiles of two rows: after the exchange the lanes hold low 0-7, low 8-15, high 0-7, high 8-15.
-    uint32_t r[4] = {pack<T>(acc[0][0] * factor_low, acc[0][1] * factor_low),
-                     pack<T>(acc[1][0] * factor_low, acc[1][1] * factor_low),
-                     pack<T>(acc[0][2] * factor_high, acc[0][3] * factor_high),
-                     pack<T>(acc[1][2] * factor_high, acc[1][3] * factor_high)};
-    transpose_quad(r);
-    const int column = quad_lane % 2 * 8;
-    T* row = quad_lane < 2 ? row_low : row_high;
-    const bool has = quad_lane < 2 ? has_low : has_high;
-    if (has && column < dim) *reinterpret_cast<uint4*>(row + column) = make_uint4(r[0], r[1], r[2], r[3]);
-  } else {
+  const int lane_column = threadIdx.x % 2 * 8 + threadIdx.x % 4 / 2 * 4;
 #pragma unroll
-    for (int part = 0; part < DIM / 32; ++part) {
-      uint32_t low[4], high[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float(&tile)[4] = acc[4 * part + i];
-        low[i] = pack<T>(tile[0] * factor_low, tile[1] * factor_low);
-        high[i] = pack<T>(tile[2] * factor_high, tile[3] * factor_high);
-      }
-      transpose_quad(low);
-      transpose_quad(high);
-      const int column = 32 * part + 8 * quad_lane;
-      if (column < dim) {
-        if (has_low) *reinterpret_cast<uint4*>(row_low + column) = make_uint4(low[0], low[1], low[2], low[3]);
-        if (has_high) *reinterpret_cast<uint4*>(row_high + column) = make_uint4(high[0], high[1], high[2], high[3]);
-      }
-    }
+  for (int i = 0; i < DIM / 8; i += 2) {
+    const float(&a)[4] = acc[i];
+    const float(&b)[4] = acc[i + 1];
+    const int column = 8 * i + lane_column;
+    const bool inside = column < dim;
+    store_tiles<T>(pack<T>(a[0] * factor_low, a[1] * factor_low), pack<T>(b[0] * factor_low, b[1] * factor_low),
+                   row_low, column, has_low && inside);
+    store_tiles<T>(pack<T>(a[2] * factor_high, a[3] * factor_high), pack<T>(b[2] * factor_high, b[3] * factor_high),
+                   row_high, column, has_high && inside);
   }
 }
 

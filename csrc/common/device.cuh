@@ -64,7 +64,8 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], Share
                : "memory");
 }
 
-// c += a b for a 16 x 16 (row major), b 16 x 8 (column major), T = __half or __nv_bfloat16.
+// c += a b for a 16 x 16 (row major), b 16 x 8 (column major), T = __half or __nv_bfloat16. b0 and b1 should come from
+// neighbouring registers: others are copied first.
 template <typename T>
 __device__ __forceinline__ void multiply_add_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   if constexpr (std::is_same_v<T, __half>) {
@@ -77,6 +78,22 @@ __device__ __forceinline__ void multiply_add_16x8x16(float (&c)[4], const uint32
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+}
+
+// c = a b, the same otherwise: saves clearing c.
+template <typename T>
+__device__ __forceinline__ void multiply_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  if constexpr (std::is_same_v<T, __half>) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
+        : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.f));
+  } else {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
+        : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.f));
   }
 }
 
@@ -108,6 +125,9 @@ __device__ __forceinline__ void prefetch_l2(const void* pointer) {
 __device__ __forceinline__ uint32_t cluster_rank() { return 0; }
 __device__ __forceinline__ uint32_t cluster_size() { return 1; }
 __device__ __forceinline__ void cluster_sync() { __syncthreads(); }
+template <bool WRITES>
+__device__ __forceinline__ void cluster_arrive() {}
+__device__ __forceinline__ void cluster_wait() { __syncthreads(); }
 
 __device__ __forceinline__ float4 load_cluster_float4(SharedAddress address, uint32_t) {
   float4 v;
@@ -148,6 +168,15 @@ __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
+
+// The two halves of cluster_sync. A thread that has written nothing that others are to see arrives without WRITES: it
+// then does not wait until its stores to global memory are done.
+template <bool WRITES>
+__device__ __forceinline__ void cluster_arrive() {
+  if constexpr (WRITES) asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  else asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
 // Where the shared memory of block `rank` of the cluster has what `address` names in our own.
 __device__ __forceinline__ uint32_t cluster_address(SharedAddress address, uint32_t rank) {
@@ -203,6 +232,10 @@ __device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float low, float high) {
 #endif
 
 namespace fm {
+
+// The same number, which all threads of the warp must ask for; but the compiler does not know where it came from. It
+// would read a kernel argument again and again, where it is used.
+__device__ __forceinline__ float in_register(float x) { return __shfl_sync(0xffffffffu, x, 0); }
 
 template <typename T>
 __device__ __forceinline__ float2 unpack(uint32_t pair) {

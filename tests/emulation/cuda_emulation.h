@@ -274,6 +274,13 @@ inline void multiply_add_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t
   fm_emulation::multiply_add(c, a, b0, b1, std::is_same_v<T, __nv_bfloat16>, place);
 }
 
+template <typename T>
+inline void multiply_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                             Place place = Place::current()) {
+  c[0] = c[1] = c[2] = c[3] = 0.0f;
+  multiply_add_16x8x16<T>(c, a, b0, b1, place);
+}
+
 inline float exp2_fast(float x) {
   return fm_emulation::flushed(std::exp2(fm_emulation::flushed(x)));
 }
@@ -304,6 +311,9 @@ inline uint32_t pack(float low, float high) {
 inline uint32_t cluster_rank() { return 0; }
 inline uint32_t cluster_size() { return 1; }
 inline void cluster_sync(fm_emulation::Place place = fm_emulation::Place::current()) { fm_emulation::sync_threads(place); }
+template <bool WRITES>
+inline void cluster_arrive() {}
+inline void cluster_wait(fm_emulation::Place place = fm_emulation::Place::current()) { cluster_sync(place); }
 inline float4 load_cluster_float4(SharedAddress address, uint32_t) {
   return *reinterpret_cast<const float4*>(fm_emulation::shared_memory() + address - fm_emulation::shared_address(fm_emulation::shared_memory(), fm_emulation::Place::current()));
 }
