@@ -156,12 +156,14 @@ class TokenTopology(nn.Module):
 
         It always follows the locality order: the order of processing never changes results.
         """
-        order = self.locality_order()
-        offsets, columns = self.row_offsets, self.columns
-        forward = self.schedule if self.order == "locality" else build_schedule(offsets, columns, order)
-        if self.symmetric:
-            return build_plan(forward, forward, self.num_hubs)
-        return build_plan(forward, build_schedule(self.t_row_offsets, self.t_columns, order), self.num_hubs)
+        if self.order == "locality":
+            forward, transposed = self.schedule, self.t_schedule
+        else:
+            order = self.locality_order()
+            forward = transposed = build_schedule(self.row_offsets, self.columns, order)
+            if not self.symmetric:
+                transposed = build_schedule(self.t_row_offsets, self.t_columns, order)
+        return build_plan(forward, forward if self.symmetric else transposed, self.num_hubs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> TokenTopology:
         """Moving to a CUDA device also makes the plan of its kernels, which nothing else needs."""
