@@ -135,12 +135,43 @@ def test_windows_of_a_shuffled_grid_are_compact(side: int) -> None:
     assert natural.mean > 2 * schedule.mean
 
 
-def test_parts_beyond_the_spectral_limit_are_ordered_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastmetro_kernels.schedule._SPECTRAL_LIMIT", 500)
-    lists = csr(grid(40, 40))
-    schedule = build_schedule(*lists, locality_order(*lists))
-    assert torch.equal(schedule.row_order.sort().values.long(), torch.arange(1600))
-    assert schedule.mean <= 38
+def test_large_mesh_is_ordered_in_little_time_and_well() -> None:
+    """An order that cost more per vertex on large meshes would need minutes here; it takes about a second."""
+    lists = csr(grid(150, 300))
+    start = time.perf_counter()
+    order = locality_order(*lists)
+    assert time.perf_counter() - start < 30
+    assert torch.equal(order.sort().values, torch.arange(45_000))
+    schedule = build_schedule(*lists, order)
+    assert schedule.mean <= 38 and schedule.longest <= 58
+
+
+def edges_of(pairs: np.ndarray, count: int) -> tuple[Tensor, Tensor]:
+    half = scipy.sparse.coo_matrix((np.ones(len(pairs)), pairs.T), shape=(count, count))
+    return csr((half + half.T + scipy.sparse.eye(count)) != 0)
+
+
+@pytest.mark.parametrize("kind", ["path", "isolated", "star", "stars", "pieces of all sizes"])
+def test_large_graphs_that_are_no_meshes_take_little_time(kind: str) -> None:
+    count = 50_000
+    number = np.arange(count)
+    path = np.stack([number[:-1], number[1:]], axis=1)
+    pairs = {
+        "path": path,
+        "isolated": np.zeros((0, 2), np.int64),
+        "star": np.stack([np.zeros(count - 1, np.int64), number[1:]], axis=1),
+        "stars": np.stack([number // 5000 * 5000, number], axis=1),
+        "pieces of all sizes": path[~np.isin(number[1:], np.cumsum(number[:310]))],
+    }[kind]
+    lists = edges_of(pairs, count)
+    start = time.perf_counter()
+    order = locality_order(*lists)
+    assert time.perf_counter() - start < 30
+    assert torch.equal(order.sort().values, torch.arange(count))
+    if kind in ("path", "pieces of all sizes"):
+        assert build_schedule(*lists, order).mean < 18.1, "consecutive vertices and a neighbour at either end"
+    if kind == "isolated":
+        assert torch.equal(order, torch.arange(count))
 
 
 def test_many_small_components_take_no_time() -> None:
