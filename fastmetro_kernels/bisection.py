@@ -22,7 +22,7 @@ import scipy.sparse
 import scipy.sparse.csgraph
 
 _KEPT = 4  # functions kept for every vertex
-_FRESH = 2  # random ones added in every round: along a new direction, what is kept may be constant on a part
+_FRESH = 1  # random one added in every round: along a new direction, what is kept may be constant on a part
 _GAIN = 6.0  # the filter amplifies what is smooth cosh(6) = 200 times
 _LONGEST_FILTER = 40  # most multiplications by the graph in a round; large parts are cut less precisely
 _WIDTH = 10.0  # on a mesh part of n vertices about four functions vary so slowly that 1 - eigenvalue < 10 / n
@@ -99,7 +99,7 @@ class _Bisection:
         self._functions = self._random.random((count, _KEPT)) - 0.5
         self._functions[:, 0] = np.arange(count) / max(count, 1)  # the distance from the start of the search, roughly
         self.begin = np.zeros(count, np.int64)
-        self._separate_components(np.arange(count))
+        self._separate_components()
 
     def cut_largest(self) -> bool:
         """Cut all parts that are at least half as large as the largest; False when there is nothing left to cut."""
@@ -122,12 +122,12 @@ class _Bisection:
         )
         functions = _smoothest(rows, columns, part, functions, largest)
         self._functions[vertices] = functions
-        values = self._oriented(functions[:, 0], part, number, local)
+        values = self._oriented(functions[:, 0], part, local)
         self._cut(vertices, part, values, parts, sizes[parts])
-        self._separate_components(vertices)
+        self._separate_components()
         return True
 
-    def _oriented(self, values: _Floats, part: _Ints, number: _Ints, local: _Ints) -> _Floats:
+    def _oriented(self, values: _Floats, part: _Ints, local: _Ints) -> _Floats:
         """`values` scaled to 1 and with the sign that makes the order continuous.
 
         The side that has more edges to what is before the part comes first; near neighbours in the order count more.
@@ -158,20 +158,18 @@ class _Bisection:
         second = order[place >= cut[part[order]]]
         self.begin[vertices[second]] += cut[part[second]]
 
-    def _separate_components(self, vertices: _Ints) -> None:
-        """Make the components of all parts that contain `vertices` parts of their own, the largest first."""
+    def _separate_components(self) -> None:
+        """Make the components of parts that are to be cut further parts of their own, the largest first."""
         inside = self.begin[self._rows] == self.begin[self._columns]
         self._rows, self._columns = self._rows[inside], self._columns[inside]
-        ones = np.ones(len(self._rows), np.int8)
-        pattern = _matrix(self._rows, self._columns, ones, self._count)
+        pattern = _matrix(self._rows, self._columns, np.ones(len(self._rows)), self._count)
         _, label = scipy.sparse.csgraph.connected_components(pattern, directed=False)
-        split = np.bincount(self.begin, minlength=1)[self.begin] > np.bincount(label, minlength=1)[label]
-        split &= np.bincount(self.begin, minlength=1)[self.begin] > self._leaf
-        members = np.flatnonzero(split)
+        of_part = np.bincount(self.begin, minlength=1)[self.begin]
+        of_component = np.bincount(label, minlength=1)[label]
+        members = np.flatnonzero((of_part > self._leaf) & (of_part > of_component))
         if len(members) == 0:
             return
-        sizes = np.bincount(label)[label[members]]
-        order = members[np.lexsort((label[members], -sizes, self.begin[members]))]
+        order = members[np.lexsort((label[members], -of_component[members], self.begin[members]))]
         begin = self.begin[order]
         new_part = np.concatenate([[True], begin[1:] != begin[:-1]])
         new_component = new_part | np.concatenate([[True], label[order[1:]] != label[order[:-1]]])
@@ -216,7 +214,9 @@ def _smoothest(rows: _Ints, columns: _Ints, part: _Ints, functions: _Floats, lar
     before = centred(functions)
     now = 0.5 * (double @ before)
     for _ in range(steps - 1):
-        now, before = double @ now - before, now
+        after = double @ now
+        after -= before
+        now, before = after, now
     functions = centred(now)
     return _ritz(functions, double @ functions, degrees, part)
 
@@ -238,7 +238,9 @@ def _ritz(functions: _Floats, images: _Floats, weights: _Floats, part: _Ints) ->
     # The ridge keeps functions that depend on each other from being divided by zero; they get the eigenvalue 0.
     inverse = np.linalg.inv(np.linalg.cholesky(gram / scales + 1e-10 * np.eye(width)))
     transposed = inverse.transpose(0, 2, 1)
-    vectors = np.linalg.eigh(inverse @ (energy / scales) @ transposed)[1][:, :, ::-1][:, :, :_KEPT]
+    # Where eigenvalues are equal, as on stars, rounding would choose among the functions: rather prefer the first ones.
+    preference = 1e-8 * np.diag(np.arange(width, 0, -1))
+    vectors = np.linalg.eigh(inverse @ (energy / scales) @ transposed + preference)[1][:, :, ::-1][:, :, :_KEPT]
     combinations = (transposed @ vectors) / norms[:, :, None]
     result = np.zeros((len(part), _KEPT))
     for i in range(width):

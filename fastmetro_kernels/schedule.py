@@ -3,8 +3,7 @@
 Two questions are answered here, once per topology and on the CPU:
 
 * In which order are the vertices worked on? :func:`locality_order` puts vertices that are close on the mesh next
-  to each other (recursive spectral bisection: Pothen, Simon and Liou 1990, with Fiedler's vector), so that the
-  neighbourhoods of consecutive rows overlap.
+  to each other (recursive spectral bisection), so that the neighbourhoods of consecutive rows overlap.
 * Which keys does a tile of 16, 32 or 64 consecutive rows need? :func:`build_schedule` lists them for every window,
   with one bit per row that tells which rows of the window may use the key.
 

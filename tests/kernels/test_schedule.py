@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -112,6 +116,34 @@ def test_order_is_the_same_every_time_and_needs_no_self_loops() -> None:
     graph.setdiag(0)
     graph.eliminate_zeros()
     assert torch.equal(first, locality_order(*csr(graph)))
+
+
+def _digest() -> str:
+    """Of the orders of a mesh whose symmetry makes many values equal, and of a star, whose leaves are all equal."""
+    height, width = np.divmod(np.arange(1024), 32)
+    near = (np.abs(height[:, None] - height) + np.abs(width[:, None] - width)) == 1
+    star = np.zeros((500, 500))
+    star[0] = star[:, 0] = 1
+    orders = [locality_order(*csr(matrix)).numpy() for matrix in (near, star, grid(60, 60))]
+    return hashlib.sha256(np.concatenate(orders).tobytes()).hexdigest()
+
+
+def test_order_depends_neither_on_threads_nor_on_the_processor() -> None:
+    """Another process takes OpenBLAS's kernels for an old processor, which round differently, and two threads."""
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", "import test_schedule; print(test_schedule._digest())"],
+        env={
+            **os.environ,
+            "OPENBLAS_CORETYPE": "Prescott",
+            "OPENBLAS_NUM_THREADS": "2",
+            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(root)]),
+        },
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == _digest()
 
 
 def test_components_stay_together() -> None:
