@@ -117,9 +117,15 @@ def _as_indices(name: str, value: Any, width: int, num_vertices: int | None) -> 
     return indices.astype(np.int64), count
 
 
+def sorted_unique(values: np.ndarray) -> np.ndarray:
+    """The different numbers among integers that are not negative, ascending (np.unique is slow on millions)."""
+    values = np.sort(values)
+    return values[np.diff(values, prepend=-1) != 0]
+
+
 def _from_pairs(rows: np.ndarray, columns: np.ndarray, count: int) -> Lists:
     """Sorted lists without duplicates from pairs in range."""
-    entries = np.unique(rows * count + columns) if count else np.zeros(0, np.int64)
+    entries = sorted_unique(rows * count + columns) if count else np.zeros(0, np.int64)
     check_entry_count(len(entries))
     degrees = np.bincount(entries // count, minlength=count) if count else np.zeros(0, np.int64)
     row_offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(degrees)])

@@ -4,8 +4,7 @@ A block of threads works through the windows (16 rows each, see `schedule.py`) i
 that a step needs (in the backward also q and the gradient) lie in slots of shared memory. Which row enters which slot
 at which step is decided here, once per topology: the access pattern is known, so the cache can be the best one
 possible (Belady, "A study of replacement algorithms for a virtual-storage computer", 1966: evict what is needed
-latest). On the published body meshes every row is read 1.0 to 1.15 times. `packing.py` lays the plan out as the kernels
-read it.
+latest; `residency.py` simulates it). `packing.py` lays the plan out as the kernels read it.
 
 The rows of step s + 1 are copied while step s is computed, so a slot may be filled again only when neither needs it.
 A block may begin at any step: `restarts` lists what the cache would hold there.
@@ -13,7 +12,7 @@ A block may begin at any step: `restarts` lists what the cache would hold there.
 
 from __future__ import annotations
 
-import itertools
+import dataclasses
 from typing import NamedTuple
 
 import numpy as np
@@ -21,12 +20,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fastmetro_kernels.residency import BANK_COLUMNS, Residency, Uses
 from fastmetro_kernels.schedule import WINDOW_ROWS, Schedule
 
 CHUNK_KEYS = 64
 """Keys of one tile of scores; lists are cut into chunks of so many."""
-
-_BANK_COLUMNS = 8  # shared memory is read 128 bytes at a time: eight pieces of 16 bytes
 
 MAX_SLOTS = 400
 """Largest cache, hubs included: the backward keeps 536 bytes per slot in 227 KiB of shared memory."""
@@ -97,54 +95,50 @@ def build_plan(schedule: Schedule, t_schedule: Schedule, num_hubs: int, shape: S
         shape: of the kernel that is to follow the plan.
     """
     windows = _windows(schedule, num_hubs)
-    keys, bits = _keys(schedule, num_hubs)
-    t_keys, t_bits = (keys, bits) if t_schedule is schedule else _keys(t_schedule, num_hubs)
-    needs = [
-        set(rows[rows >= 0].tolist()) | set(own.tolist()) | set(other.tolist())
-        for rows, own, other in zip(windows, keys, t_keys, strict=True)
-    ]
+    keys = _Keys.of(schedule, num_hubs)
+    t_keys = keys if t_schedule is schedule else _Keys.of(t_schedule, num_hubs)
     limit = MAX_SLOTS - num_hubs
-    groups = _steps(needs, limit, shape)
+    present = windows >= 0
+    window_of_need = np.concatenate([np.nonzero(present)[0], keys.windows(), t_keys.windows()])
+    needs = np.concatenate([windows[present], keys.tokens, t_keys.tokens])
+    groups = _steps(Uses.of(window_of_need, needs, len(windows)), limit, shape)
     if groups is None:
         return None
-    groups = groups or [(0, 0)]  # hubs alone still meet each other
-    step_needs = [set().union(*(needs[w] for w in range(first, end))) for first, end in groups]
-    pairs = [len(a | b) for a, b in itertools.pairwise(step_needs)]
-    capacity = max(pairs + [len(need) for need in step_needs] + [min(shape.slots, limit)])
-    cache = _Cache(step_needs, windows, capacity, num_hubs)
-    step_of_window = np.repeat(np.arange(len(groups)), [end - first for first, end in groups])
-    orders = _row_orders(windows, step_of_window, cache)
-    windows = np.take_along_axis(windows, orders, axis=1)
-    bits, t_bits = _permuted_bits(bits, orders), _permuted_bits(t_bits, orders)
-    hub_lists = [_hub_keys(windows[first:end], s, num_hubs, cache) for s, (first, end) in enumerate(groups)]
-    extras, lists, masks = _chunk_tensors(keys, bits, step_of_window, cache, num_hubs, windows)
-    if t_schedule is schedule:
-        t_extras, t_lists, t_masks = extras, lists, masks
-    else:
-        t_extras, t_lists, t_masks = _chunk_tensors(
-            t_keys, t_bits, step_of_window, cache, num_hubs, windows
-        )
-    hub_chunks = [_list_chunks(slots, _in_order(len(slots))) for slots in hub_lists]
-    first_hub_chunk = len(lists) + np.concatenate([[0], np.cumsum([len(c) for c in hub_chunks])]).astype(np.int64)
+    step_of_window = np.repeat(np.arange(len(groups)), np.diff(groups, axis=1)[:, 0])
+    uses = Uses.of(step_of_window[window_of_need], needs, len(groups))
+    capacity = max(uses.most_at_once(), min(shape.slots, limit))
+    cache = Residency(uses, windows, capacity, num_hubs)
+
+    some_row = windows.max(axis=1, initial=-1)
+    spare = cache.slots(step_of_window, some_row)  # named by places that have no row or no key
+    slots = cache.slots(step_of_window[:, None], np.where(present, windows, some_row[:, None]))
+    orders = _row_orders(np.where(present, slots, -1))
+    windows, row_slots = (np.take_along_axis(array, orders, axis=1) for array in (windows, slots))
+    extras, lists, masks = t_extras, t_lists, t_masks = _lists(keys, orders, step_of_window, cache, spare, num_hubs)
+    if t_schedule is not schedule:
+        t_extras, t_lists, t_masks = _lists(t_keys, orders, step_of_window, cache, spare, num_hubs)
+    rows_of_step = np.bincount(step_of_window, weights=present.sum(axis=1), minlength=len(groups)).astype(np.int64)
+    hub_keys, hub_lists = _hub_lists(row_slots[windows >= 0], rows_of_step, num_hubs)
+    hub_chunks = -(-hub_keys // CHUNK_KEYS)
     steps = np.zeros((len(groups), 8), np.int64)
-    steps[:, 0], steps[:, 1] = cache.load_ranges()
-    steps[:, 2], steps[:, 3] = cache.restart_ranges()
-    steps[:, 4:6] = np.array(groups).reshape(-1, 2)
-    steps[:, 6] = first_hub_chunk[:-1]
-    steps[:, 7] = [len(slots) for slots in hub_lists]
-    mask_words, t_mask_words = torch.from_numpy(masks), torch.from_numpy(t_masks)
+    steps[1:, 0], steps[:, 1] = cache.load_ends[:-1], cache.load_ends
+    steps[1:, 2], steps[:, 3] = cache.restart_ends[:-1], cache.restart_ends
+    steps[:, 4:6] = groups
+    steps[:, 6] = len(lists) + np.cumsum(hub_chunks) - hub_chunks
+    steps[:, 7] = hub_keys
+    row_bits = torch.from_numpy(masks)
     return Plan(
         steps=_int32(steps),
-        loads=_int32(np.array(cache.loads).reshape(-1, 2)),
-        restarts=_int32(np.array(cache.restarts).reshape(-1, 4)),
+        loads=_int32(cache.loads),
+        restarts=_int32(cache.restarts),
         rows=_int32(windows),
-        row_slots=_int32(_row_slots(windows, step_of_window, cache)),
+        row_slots=_int32(row_slots),
         extras=_int32(extras),
-        lists=_int16(np.concatenate([lists, *hub_chunks])),
-        masks=mask_words,
+        lists=_int16(np.concatenate([lists, hub_lists])),
+        masks=row_bits,
         t_extras=_int32(t_extras),
         t_lists=_int16(t_lists),
-        t_masks=mask_words if t_schedule is schedule else t_mask_words,
+        t_masks=row_bits if t_schedule is schedule else torch.from_numpy(t_masks),
         slots=capacity + num_hubs,
         windows=shape.windows,
     )
@@ -164,220 +158,171 @@ def _windows(schedule: Schedule, num_hubs: int) -> _Array:
     return np.where(rows >= 0, rows + num_hubs, -1)
 
 
-def _keys(schedule: Schedule, num_hubs: int) -> tuple[list[_Array], list[_Array]]:
-    """Per window the vertex tokens that it lists and their row bits, without padding."""
-    offsets = schedule.key_offsets.cpu().numpy()
-    vertices = schedule.keys.cpu().numpy().astype(np.int64)
-    row_bits = schedule.row_masks.cpu().numpy().astype(np.int64)
-    tokens, bits = [], []
-    for begin, end in itertools.pairwise(offsets):
-        valid = vertices[begin:end] >= 0
-        tokens.append(vertices[begin:end][valid] + num_hubs)
-        bits.append(row_bits[begin:end][valid])
-    return tokens, bits
+@dataclasses.dataclass(frozen=True)
+class _Keys:
+    """The vertex tokens that all windows list, one window after the other, and their row bits; `counts` [W]."""
+
+    tokens: _Array
+    bits: _Array
+    counts: _Array
+
+    @classmethod
+    def of(cls, schedule: Schedule, num_hubs: int) -> _Keys:
+        vertices = schedule.keys.cpu().numpy().astype(np.int64)
+        bits = schedule.row_masks.cpu().numpy().astype(np.int64)
+        padded = np.diff(schedule.key_offsets.cpu().numpy())
+        listed = vertices >= 0
+        windows = np.repeat(np.arange(len(padded)), padded)[listed]
+        return cls(vertices[listed] + num_hubs, bits[listed], np.bincount(windows, minlength=len(padded)))
+
+    def windows(self) -> _Array:
+        """The window of each token."""
+        return np.repeat(np.arange(len(self.counts)), self.counts)
 
 
-def _steps(needs: list[set[int]], limit: int, shape: Shape) -> list[tuple[int, int]] | None:
-    """Consecutive windows, as many as the shape allows while two neighbouring steps fit into the cache together."""
-    if any(len(need) > limit // 2 for need in needs):
+def _steps(needs: Uses, limit: int, shape: Shape) -> _Array | None:
+    """int64 [S, 2], first and end of consecutive windows, so few that two neighbouring steps fit together.
+
+    `needs` tells the tokens of every window.
+    """
+    offsets = needs.offsets()
+    if (np.diff(offsets) > limit // 2).any():
         return None
+    tokens = np.split(needs.keys % needs.tokens, offsets[1:-1]) if needs.steps else []
     preferred = min(shape.slots, limit)
     groups: list[tuple[int, int]] = []
     begin, held, before = 0, set[int](), set[int]()
-    for window, need in enumerate(needs):
-        together = len(held | need)
-        full = window - begin == shape.windows or 2 * together > limit or len(before | held | need) > preferred
+    for window, need in enumerate(tokens):
+        together = held.union(need.tolist())
+        full = window - begin == shape.windows or 2 * len(together) > limit or len(before | together) > preferred
         if window > begin and full:
             groups.append((begin, window))
-            begin, held, before = window, set(), held
-        held = held | need
-    if needs:
-        groups.append((begin, len(needs)))
-    return groups
+            begin, together, before = window, set(need.tolist()), held
+        held = together
+    groups.append((begin, len(tokens)))  # hubs alone have one step without windows: they still meet each other
+    return np.array(groups)
 
 
-class _Cache:
-    """Simulates the cache over all steps and records what it does.
-
-    Attributes:
-        loads: (token, slot) of all steps, one step after the other.
-        restarts: (token, slot, step that needs it first, 0) that a block beginning at a step must load.
-    """
-
-    def __init__(self, needs: list[set[int]], windows: _Array, capacity: int, num_hubs: int) -> None:
-        self._needs, self._hubs = needs, num_hubs
-        rows = [window[window >= 0].tolist() for window in windows]
-        self._mates = {token: window for window in rows for token in window}  # the window that a token is a row of
-        self._uses: dict[int, list[int]] = {}
-        for step, need in enumerate(needs):
-            for token in need:
-                self._uses.setdefault(token, []).append(step)
-        self._passed = dict.fromkeys(self._uses, 0)  # how many uses lie before the current step
-        self._slot_at: list[dict[int, int]] = []  # per step: where each needed token lies
-        self._resident: dict[int, int] = {}
-        self._free = [num_hubs + slot for slot in range(capacity)]
-        self.loads: list[tuple[int, int]] = []
-        self.restarts: list[tuple[int, int, int, int]] = []
-        self._load_ends: list[int] = []
-        self._restart_ends: list[int] = []
-        for step in range(len(needs)):
-            self._enter(step, capacity)
-
-    def _next_use(self, token: int, step: int) -> int:
-        uses, passed = self._uses[token], self._passed[token]
-        while passed < len(uses) and uses[passed] < step:
-            passed += 1
-        self._passed[token] = passed
-        return uses[passed] if passed < len(uses) else len(self._needs)
-
-    def _enter(self, step: int, capacity: int) -> None:
-        """Load what step needs, while the step before it is computed."""
-        need = self._needs[step]
-        new = sorted(need - self._resident.keys())
-        before = self._needs[step - 1] if step else set()
-        surplus = len(self._resident) + len(new) - capacity
-        if surplus > 0:
-            idle = self._resident.keys() - need - before
-            for token in sorted(idle, key=lambda t: (-self._next_use(t, step), t))[:surplus]:
-                self._free.append(self._resident.pop(token))
-        self._place(new, need)
-        self.loads += [(token, self._resident[token]) for token in new]
-        self._load_ends.append(len(self.loads))
-        self._slot_at.append({token: self._resident[token] for token in need})
-        hubs = [(hub, hub, step, 0) for hub in range(self._hubs)]
-        live = ((token, slot, self._next_use(token, step), 0) for token, slot in self._resident.items())
-        kept = sorted((entry for entry in live if entry[2] < len(self._needs)), key=lambda entry: (entry[2], entry[1]))
-        self.restarts += hubs + kept
-        self._restart_ends.append(len(self.restarts))
-
-    def _place(self, new: list[int], need: set[int]) -> None:
-        """Slots for new tokens, spread evenly over the eight 16-byte columns of shared memory that rows start in.
-
-        The rows of one window come first, since they are read together, then all that the step needs.
-        """
-        places = [self._resident[token] for token in need if token in self._resident]
-        used = np.bincount(np.array(places, np.int64) % _BANK_COLUMNS, minlength=_BANK_COLUMNS)
-        for token in new:
-            mates = [self._resident[m] % _BANK_COLUMNS for m in self._mates[token] if m in self._resident]
-            own = np.bincount(np.array(mates, np.int64), minlength=_BANK_COLUMNS)
-            slot = min(self._free, key=lambda s: (own[s % _BANK_COLUMNS], used[s % _BANK_COLUMNS], s))
-            self._free.remove(slot)
-            self._resident[token] = slot
-            used[slot % _BANK_COLUMNS] += 1
-
-    def slots(self, step: int, tokens: _Array) -> _Array:
-        """Where vertex tokens lie during a step that needs them."""
-        return np.array([self._slot_at[step][token] for token in tokens.tolist()], np.int64)
-
-    def load_ranges(self) -> tuple[list[int], list[int]]:
-        """Begin and end of the loads of every step."""
-        return [0, *self._load_ends[:-1]] if self._load_ends else [], self._load_ends
-
-    def restart_ranges(self) -> tuple[list[int], list[int]]:
-        """Begin and end of the restart list of every step."""
-        return [0, *self._restart_ends[:-1]] if self._restart_ends else [], self._restart_ends
+def _rectangle(values: _Array, counts: _Array, width: int) -> _Array:
+    """int64 [R, width]: `counts` [R] values per row, then -1."""
+    result = np.full((len(counts), width), -1)
+    result[np.arange(width) < counts[:, None]] = values
+    return result
 
 
-def _hub_keys(windows: _Array, step: int, num_hubs: int, cache: _Cache) -> _Array:
-    """Slots of the keys that the hubs meet in this step: its own rows, and in the first one the hubs themselves."""
-    if num_hubs == 0:
-        return np.zeros(0, np.int64)
-    own = cache.slots(step, windows[windows >= 0])
-    return np.concatenate([np.arange(num_hubs), own]) if step == 0 else own
-
-
-def _spread(slots: _Array, multiple: int) -> _Array:
-    """int64, a multiple long: which of the slots stands at each place, -1 where none does.
+def _spread(slots: _Array) -> _Array:
+    """int64 [R, P]: which of the slots [R, P] (-1 behind the last) of a row stands at each place, -1 where none does.
 
     Eight in a row are read together, one 16-byte column of shared memory each: slots that fall into the same column
     go to different groups of eight, the most frequent columns and the emptiest groups first.
     """
-    groups = -(-len(slots) // multiple) * (multiple // _BANK_COLUMNS)
-    places = np.full((groups, _BANK_COLUMNS), -1, np.int64)
-    filled = np.zeros(groups, np.int64)
-    columns = slots % _BANK_COLUMNS
-    for column in np.argsort(-np.bincount(columns, minlength=_BANK_COLUMNS), kind="stable"):
-        members = np.flatnonzero(columns == column)
-        while len(members):
-            targets = np.argsort(filled, kind="stable")[: len(members)]
-            targets = targets[filled[targets] < _BANK_COLUMNS]
-            places[targets, filled[targets]] = members[: len(targets)]
-            filled[targets] += 1
-            members = members[len(targets) :]
-    return places.ravel()
+    groups = slots.shape[1] // BANK_COLUMNS
+    columns = np.where(slots >= 0, slots % BANK_COLUMNS, BANK_COLUMNS)
+    members = np.argsort(columns, axis=1, kind="stable")  # by column
+    sizes = (columns[:, :, None] == np.arange(BANK_COLUMNS)).sum(axis=1)
+    begins = np.cumsum(sizes, axis=1) - sizes
+    by_size = np.argsort(-sizes, axis=1, kind="stable")
+    places = np.full((len(slots), groups, BANK_COLUMNS), -1)
+    filled = np.zeros((len(slots), groups), np.int64)
+    for column in by_size.T[:, :, None]:
+        left = np.take_along_axis(sizes, column, axis=1)
+        member = np.take_along_axis(begins, column, axis=1)
+        while left.any():
+            targets = np.argsort(filled, axis=1, kind="stable")
+            level = np.take_along_axis(filled, targets, axis=1)
+            chosen = (np.arange(groups) < left) & (level < BANK_COLUMNS)
+            row, rank = np.nonzero(chosen)
+            group = targets[chosen]
+            places[row, group, level[chosen]] = members[row, member[row, 0] + rank]
+            filled[row, group] += 1
+            taken = chosen.sum(axis=1, keepdims=True)
+            left, member = left - taken, member + taken
+    return places.reshape(slots.shape)
 
 
-def _in_order(count: int) -> _Array:
-    """The places of keys that keep their order, so that a count tells which of them are there."""
-    places = np.full(-(-count // CHUNK_KEYS) * CHUNK_KEYS, -1, np.int64)
-    places[:count] = np.arange(count)
-    return places
+def _list_chunks(slots: _Array, places: _Array, spare: _Array) -> _Array:
+    """int64 [R, chunks, 16, 4]: the slots [R, P] in the order in which the lanes of a warp read them.
 
-
-def _list_chunks(slots: _Array, places: _Array) -> _Array:
-    """int64 [chunks, 16, 4]: the slots in the order in which the lanes of a warp read them.
-
-    An empty place repeats a slot of its group of eight, which costs no extra read, or any slot of the list.
+    An empty place repeats a slot of its group of eight, which costs no extra read, or the first slot of the list, and
+    where there is none, `spare` [R].
     """
-    padded = np.where(places >= 0, slots[places], -1).reshape(-1, _BANK_COLUMNS)
-    first = np.where(padded[:, :1] >= 0, padded[:, :1], slots[0] if len(slots) else 0)
-    padded = np.where(padded >= 0, padded, first)
-    return padded.reshape(-1, CHUNK_KEYS // 16, 16).transpose(0, 2, 1)
+    placed = np.where(places >= 0, np.take_along_axis(slots, places, axis=1), -1)
+    groups = placed.reshape(len(slots), slots.shape[1] // BANK_COLUMNS, BANK_COLUMNS)
+    first = np.where(groups[:, :, :1] >= 0, groups[:, :, :1], np.where(slots >= 0, slots, spare[:, None])[:, :1, None])
+    groups = np.where(groups >= 0, groups, first)
+    return groups.reshape(len(slots), slots.shape[1] // CHUNK_KEYS, CHUNK_KEYS // 16, 16).transpose(0, 1, 3, 2)
 
 
-def _chunk_tensors(
-    keys: list[_Array], bits: list[_Array], step_of_window: _Array, cache: _Cache, num_hubs: int, windows: _Array
+def _hub_lists(row_slots: _Array, rows_of_step: _Array, num_hubs: int) -> tuple[_Array, _Array]:
+    """Number [S] and slots [C, 16, 4] of the keys that the hubs meet in each step.
+
+    They are the rows of the step, of which there are `rows_of_step` [S], and in the first one the hubs themselves.
+    """
+    if num_hubs == 0:
+        return np.zeros_like(rows_of_step), np.zeros((0, 16, 4), np.int64)
+    slots = np.concatenate([np.arange(num_hubs), row_slots])
+    counts = rows_of_step.copy()
+    counts[0] += num_hubs
+    chunks = -(-counts // CHUNK_KEYS)
+    rectangle = _rectangle(slots, counts, int(chunks.max()) * CHUNK_KEYS)
+    in_order = np.where(rectangle >= 0, np.arange(rectangle.shape[1]), -1)  # a count tells the kernel who is there
+    lists = _list_chunks(rectangle, in_order, rectangle[:, 0])
+    return counts, lists[np.arange(lists.shape[1]) < chunks[:, None]]
+
+
+def _lists(
+    keys: _Keys, orders: _Array, step_of_window: _Array, cache: Residency, spare: _Array, num_hubs: int
 ) -> tuple[_Array, _Array, _Array]:
     """Offsets of further chunks [W + 1], lists [C, 16, 4] and masks [C, 16] of all windows; lists begin with the hubs.
 
     A window with no key at all gets a chunk that no row may use.
     """
-    every_row = np.full(num_hubs, (1 << WINDOW_ROWS) - 1, np.uint64)
-    row_shifts = np.arange(WINDOW_ROWS, dtype=np.uint64)[None, :, None]
-    lists: tuple[list[_Array], list[_Array]] = ([np.zeros((0, 16, 4), np.int64)], [np.zeros((0, 16, 4), np.int64)])
-    masks: tuple[list[_Array], list[_Array]] = ([np.zeros((0, 16), np.int64)], [np.zeros((0, 16), np.int64)])
-    extras = [0]
-    for window, (tokens, row_bits) in enumerate(zip(keys, bits, strict=True)):
-        step = int(step_of_window[window])
-        slots = np.concatenate([np.arange(num_hubs), cache.slots(step, tokens)])
-        seen = np.concatenate([every_row, row_bits.astype(np.uint64)])
-        if len(slots) == 0:
-            slots, seen = cache.slots(step, windows[window].max(keepdims=True)), np.zeros(1, np.uint64)
-        places = _spread(slots, CHUNK_KEYS)
-        columns = np.where(places >= 0, seen[places], 0).astype(np.uint64).reshape(-1, 1, CHUNK_KEYS)
-        one_bit = (columns >> row_shifts) & np.uint64(1)
-        words = (one_bit << np.arange(CHUNK_KEYS, dtype=np.uint64)).sum(axis=-1, dtype=np.uint64).view(np.int64)
-        chunks = _list_chunks(slots, places)
-        for target, array in ((lists, chunks), (masks, words)):
-            target[0].append(array[:1])
-            target[1].append(array[1:])
-        extras.append(extras[-1] + len(chunks) - 1)
-    return np.array(extras), np.concatenate(lists[0] + lists[1]), np.concatenate(masks[0] + masks[1])
+    windows, window_of_key = len(keys.counts), keys.windows()
+    slots = cache.slots(step_of_window[window_of_key], keys.tokens)
+    counts = keys.counts + num_hubs
+    chunks = np.maximum(-(-counts // CHUNK_KEYS), 1)
+    lists = np.empty((int(chunks.sum()), 16, 4), np.int64)
+    masks = np.empty((int(chunks.sum()), WINDOW_ROWS), np.int64)
+    extras = np.concatenate([[0], np.cumsum(chunks - 1)])
+    for length in np.unique(chunks).tolist():
+        chosen = np.flatnonzero(chunks == length)
+        of_chosen = chunks[window_of_key] == length
+        width = length * CHUNK_KEYS
+        hubs = np.broadcast_to(np.arange(num_hubs), (len(chosen), num_hubs))
+        some = keys.counts[chosen]
+        own = _rectangle(slots[of_chosen], some, width - num_hubs)
+        listed = np.concatenate([hubs, own], axis=1)
+        places = _spread(listed)
+        chunk_slots = _list_chunks(listed, places, spare[chosen])
+        seen = _permuted_bits(keys.bits[of_chosen], np.repeat(orders[chosen], some, axis=0))
+        bits = np.zeros((len(chosen), width), np.int64)
+        bits[:, :num_hubs] = (1 << WINDOW_ROWS) - 1
+        bits[:, num_hubs:] = np.maximum(_rectangle(seen, some, width - num_hubs), 0)
+        bits = np.where(places >= 0, np.take_along_axis(bits, places, axis=1), 0)
+        words = _transposed_bits(bits.reshape(-1, CHUNK_KEYS)).reshape(len(chosen), length, WINDOW_ROWS)
+        further = (windows + extras[chosen, None] + np.arange(length - 1)).ravel()
+        for target, array in ((lists, chunk_slots), (masks, words)):
+            target[chosen] = array[:, 0]
+            target[further] = array[:, 1:].reshape(-1, *target.shape[1:])
+    return extras, lists, masks
 
 
-def _row_orders(windows: _Array, step_of_window: _Array, cache: _Cache) -> _Array:
+def _row_orders(slots: _Array) -> _Array:
     """int64 [W, 16]: which row of the schedule's window stands at each place, so that eight can be read at once."""
-    orders = np.zeros_like(windows)
-    for window, rows in enumerate(windows):
-        present = np.flatnonzero(rows >= 0)
-        places = _spread(cache.slots(int(step_of_window[window]), rows[present]), WINDOW_ROWS)
-        orders[window] = np.where(places >= 0, present[places], -1)
-        orders[window][places < 0] = np.flatnonzero(rows < 0)
-    return orders
+    orders = _spread(slots)
+    empty = orders < 0
+    return np.where(empty, (slots >= 0).sum(axis=1, keepdims=True) + np.cumsum(empty, axis=1) - 1, orders)
 
 
-def _permuted_bits(bits: list[_Array], orders: _Array) -> list[_Array]:
-    """Row bits of the listed keys for windows whose rows stand in another order."""
-    shifts = np.arange(WINDOW_ROWS)
-    return [
-        (((one[:, None] >> order[None, :]) & 1) << shifts).sum(axis=1) for one, order in zip(bits, orders, strict=True)
-    ]
+def _permuted_bits(bits: _Array, orders: _Array) -> _Array:
+    """Row bits of listed keys [K] for windows whose rows stand in another order [K, 16]."""
+    result = np.zeros_like(bits)
+    for place, row in enumerate(orders.T):
+        result |= ((bits >> row) & 1) << place
+    return result
 
 
-def _row_slots(windows: _Array, step_of_window: _Array, cache: _Cache) -> _Array:
-    """int64 [W, 16]: slots of the windows' rows; where there is no row, that of another one."""
-    slots = np.zeros_like(windows)
-    for window, rows in enumerate(windows):
-        step = int(step_of_window[window])
-        slots[window] = cache.slots(step, np.where(rows >= 0, rows, rows.max()))
-    return slots
+def _transposed_bits(bits: _Array) -> _Array:
+    """int64 [C, 16], bit n of row r, from [C, 64], bit r of key n."""
+    single = (bits[:, None, :] >> np.arange(WINDOW_ROWS)[:, None]) & 1
+    return np.packbits(single.astype(np.uint8), axis=2, bitorder="little").view("<i8")[:, :, 0].astype(np.int64)

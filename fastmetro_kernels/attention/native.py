@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from fastmetro_kernels import backends
 from fastmetro_kernels.attention import ops  # noqa: F401  (declares the ops)
@@ -38,8 +39,8 @@ def _cuda_reasons(q: Tensor, topology: TokenTopology) -> list[str]:
     dim = q.shape[-1]
     if q.dtype not in CUDA_DTYPES:
         found.append(f"the CUDA kernels take float16 and bfloat16, not {q.dtype}")
-    if dim % 8 != 0 or not 8 <= dim <= CUDA_MAX_HEAD_DIM:
-        found.append(f"the CUDA kernels take head dims 8, 16, ... {CUDA_MAX_HEAD_DIM}, not {dim}")
+    if not 8 <= dim <= CUDA_MAX_HEAD_DIM:
+        found.append(f"the CUDA kernels take head dims 8 to {CUDA_MAX_HEAD_DIM}, not {dim}")
     if dim > 64 and topology.num_hubs > 16:
         found.append(f"the CUDA kernels take up to 16 hubs for head dims above 64, not {topology.num_hubs}")
     plans = topology.plans
@@ -80,13 +81,25 @@ def _plans(topology: TokenTopology) -> tuple[PackedPlan, PackedPlan]:
     return plans
 
 
+def _in_pieces(tensor: Tensor) -> Tensor:
+    """The CUDA kernels read eight numbers at a time: other head dims get columns of zeros, which change no product."""
+    return functional.pad(tensor, (0, -tensor.shape[-1] % 8)) if tensor.shape[-1] % 8 else tensor
+
+
+def _as_before(result: Tensor, q: Tensor) -> Tensor:
+    """Without the columns of zeros."""
+    return result if result.shape == q.shape else result[..., : q.shape[-1]].contiguous()
+
+
 def forward(
     q: Tensor, k: Tensor, v: Tensor, topology: TokenTopology, scale: float, dropout_p: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """(out, lse); see `topology_attention`."""
     if q.device.type == "cuda":
         plan, _ = _plans(topology)
-        return _ops.attention_forward_cuda(q, k, v, *plan, topology.num_hubs, scale, dropout_p, seed, 0)
+        padded = map(_in_pieces, (q, k, v))
+        out, lse = _ops.attention_forward_cuda(*padded, *plan, topology.num_hubs, scale, dropout_p, seed, 0)
+        return _as_before(out, q), lse
     return _ops.attention_forward_native(
         q, k, v, topology.row_offsets, topology.columns, topology.num_hubs, scale, dropout_p, seed
     )
@@ -108,9 +121,12 @@ def backward(
     """(dq, dk, dv), contiguous."""
     if q.device.type == "cuda":
         _, plan = _plans(topology)
-        return _ops.attention_backward_cuda(
-            grad_out, grad_lse, q, k, v, out, lse, *plan, topology.num_hubs, scale, dropout_p, seed, 0
+        padded_grad, *padded = map(_in_pieces, (grad_out, q, k, v, out))
+        grads = _ops.attention_backward_cuda(
+            padded_grad, grad_lse, *padded, lse, *plan, topology.num_hubs, scale, dropout_p, seed, 0
         )
+        grad_q, grad_k, grad_v = (_as_before(grad, q) for grad in grads)
+        return grad_q, grad_k, grad_v
     return _ops.attention_backward_native(
         grad_out, grad_lse, q, k, v, out, lse, topology.row_offsets, topology.columns, topology.t_row_offsets,
         topology.t_columns, topology.num_hubs, scale, dropout_p, seed,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -146,6 +148,53 @@ def test_rows_are_read_hardly_more_than_once() -> None:
     faces = np.random.default_rng(0).permutation(2500)[grid_faces(50, 50)]
     topology = TokenTopology.from_faces(faces, num_hubs=14)
     assert len(_plan(topology).loads) < 1.15 * topology.num_vertices
+
+
+def _pairs(plan: Plan, tokens: int) -> np.ndarray:
+    """row * tokens + key of all pairs that windows compute, in any order, from a replay in one segment."""
+    token_in = np.full(plan.slots, -1)
+    steps, loads, restarts = plan.steps.numpy(), plan.loads.numpy(), plan.restarts.numpy()
+    lists = plan.lists.numpy().transpose(0, 2, 1).reshape(len(plan.lists), -1)
+    found = []
+    first = restarts[: steps[0, 3]]
+    token_in[first[:, 1]] = first[:, 0]
+    for number, step in enumerate(steps):
+        if number:
+            new = loads[slice(*step[:2])]
+            token_in[new[:, 1]] = new[:, 0]
+        for window in range(step[4], step[5]):
+            rows = plan.rows[window].numpy()
+            assert np.array_equal(token_in[plan.row_slots[window].numpy()][rows >= 0], rows[rows >= 0])
+            for chunk in [window, *range(*(len(plan.rows) + plan.extras[window : window + 2].numpy()))]:
+                seen = plan.masks[chunk].numpy()[:, None] >> np.arange(64) & 1
+                row, key = np.nonzero(seen)
+                found.append(rows[row].astype(np.int64) * tokens + token_in[lists[chunk]][key])
+    return np.concatenate(found)
+
+
+def test_large_mesh_has_a_right_plan_in_little_time() -> None:
+    """Nothing that grows faster than the mesh: that would take minutes, this takes about a second."""
+    faces = np.random.default_rng(0).permutation(30_000)[grid_faces(150, 200)]
+    topology = TokenTopology.from_faces(faces, num_hubs=14, order="locality")
+    start = time.perf_counter()
+    plan = _plan(topology)
+    assert time.perf_counter() - start < 30
+    assert len(plan.loads) < 1.25 * topology.num_vertices
+    tokens = topology.num_tokens
+    rows = np.concatenate([np.repeat(np.arange(14, tokens), 14), 14 + topology.rows().numpy()])
+    keys = np.concatenate([np.tile(np.arange(14), tokens - 14), 14 + topology.columns.numpy().astype(np.int64)])
+    assert np.array_equal(np.sort(_pairs(plan, tokens)), np.sort(rows * tokens + keys)), "every pair once"
+
+
+@pytest.mark.parametrize("pairs", [0, 49_999])
+def test_large_graphs_that_are_no_meshes_have_plans(pairs: int) -> None:
+    """Isolated vertices, and a path."""
+    edges = np.stack([np.arange(pairs), np.arange(pairs) + 1], axis=1)
+    topology = TokenTopology.from_edges(edges, num_vertices=50_000, num_hubs=2, order="locality")
+    start = time.perf_counter()
+    plan = _plan(topology)
+    assert time.perf_counter() - start < 30
+    assert len(plan.loads) == topology.num_vertices
 
 
 def test_conflicts_of_banks_are_rare() -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -114,6 +118,34 @@ def test_order_is_the_same_every_time_and_needs_no_self_loops() -> None:
     assert torch.equal(first, locality_order(*csr(graph)))
 
 
+def _digest() -> str:
+    """Of the orders of a mesh whose symmetry makes many values equal, and of a star, whose leaves are all equal."""
+    height, width = np.divmod(np.arange(1024), 32)
+    near = (np.abs(height[:, None] - height) + np.abs(width[:, None] - width)) == 1
+    star = np.zeros((500, 500))
+    star[0] = star[:, 0] = 1
+    orders = [locality_order(*csr(matrix)).numpy() for matrix in (near, star, grid(60, 60))]
+    return hashlib.sha256(np.concatenate(orders).tobytes()).hexdigest()
+
+
+def test_order_depends_neither_on_threads_nor_on_the_processor() -> None:
+    """Another process takes OpenBLAS's kernels for an old processor, which round differently, and two threads."""
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", "import test_schedule; print(test_schedule._digest())"],
+        env={
+            **os.environ,
+            "OPENBLAS_CORETYPE": "Prescott",
+            "OPENBLAS_NUM_THREADS": "2",
+            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(root)]),
+        },
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == _digest()
+
+
 def test_components_stay_together() -> None:
     blocks = [grid(5, 5), grid(4, 10), np.ones((3, 3)), np.zeros((2, 2)), grid(9, 9)]
     order = locality_order(*csr(scipy.sparse.block_diag(blocks)))
@@ -135,12 +167,43 @@ def test_windows_of_a_shuffled_grid_are_compact(side: int) -> None:
     assert natural.mean > 2 * schedule.mean
 
 
-def test_parts_beyond_the_spectral_limit_are_ordered_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastmetro_kernels.schedule._SPECTRAL_LIMIT", 500)
-    lists = csr(grid(40, 40))
-    schedule = build_schedule(*lists, locality_order(*lists))
-    assert torch.equal(schedule.row_order.sort().values.long(), torch.arange(1600))
-    assert schedule.mean <= 38
+def test_large_mesh_is_ordered_in_little_time_and_well() -> None:
+    """An order that cost more per vertex on large meshes would need minutes here; it takes about a second."""
+    lists = csr(grid(150, 300))
+    start = time.perf_counter()
+    order = locality_order(*lists)
+    assert time.perf_counter() - start < 30
+    assert torch.equal(order.sort().values, torch.arange(45_000))
+    schedule = build_schedule(*lists, order)
+    assert schedule.mean <= 38 and schedule.longest <= 58
+
+
+def edges_of(pairs: np.ndarray, count: int) -> tuple[Tensor, Tensor]:
+    half = scipy.sparse.coo_matrix((np.ones(len(pairs)), pairs.T), shape=(count, count))
+    return csr((half + half.T + scipy.sparse.eye(count)) != 0)
+
+
+@pytest.mark.parametrize("kind", ["path", "isolated", "star", "stars", "pieces of all sizes"])
+def test_large_graphs_that_are_no_meshes_take_little_time(kind: str) -> None:
+    count = 50_000
+    number = np.arange(count)
+    path = np.stack([number[:-1], number[1:]], axis=1)
+    pairs = {
+        "path": path,
+        "isolated": np.zeros((0, 2), np.int64),
+        "star": np.stack([np.zeros(count - 1, np.int64), number[1:]], axis=1),
+        "stars": np.stack([number // 5000 * 5000, number], axis=1),
+        "pieces of all sizes": path[~np.isin(number[1:], np.cumsum(number[:310]))],
+    }[kind]
+    lists = edges_of(pairs, count)
+    start = time.perf_counter()
+    order = locality_order(*lists)
+    assert time.perf_counter() - start < 30
+    assert torch.equal(order.sort().values, torch.arange(count))
+    if kind in ("path", "pieces of all sizes"):
+        assert build_schedule(*lists, order).mean < 18.1, "consecutive vertices and a neighbour at either end"
+    if kind == "isolated":
+        assert torch.equal(order, torch.arange(count))
 
 
 def test_many_small_components_take_no_time() -> None:
