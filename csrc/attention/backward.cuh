@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(DIM == 128 ? 256 : 512, 1)
   const SharedRows rows{slots, statistics, slot_tokens, in_register(p.scale_log2e)};
   const Step first = read_step(p.plan, place.first_step);
   const BackwardCopier<T, DIM> copier(p, place, memory, statistics, slot_tokens);
-  if (warp == 0) shared.tables.copy(p.plan, first, tables);
+  if (warp == 0) shared.tables.copy(p.plan, place.first_step, first, tables);
   copier.copy(first.restart_begin, first.restart_end, warp, blockDim.x / kWarp, [&](int number) {
     const int4 entry = __ldg(p.plan.restarts + number);
     return make_int2(entry.z < place.end_step ? entry.x : -1, entry.y);
@@ -169,17 +169,18 @@ __global__ void __launch_bounds__(DIM == 128 ? 256 : 512, 1)
   // Every kind of warp has a loop of its own, so that none keeps registers for the others' work.
   const int hub_role = warp - windows;
   if (hub_role < 0) {
-    each_step(p.plan, place, first, [&](const Step& step, const Step&, int number) {
-      if (step.window_begin + warp >= step.window_end) return;
-      const unsigned char* record = table(number) + warp * p.plan.record_bytes;
+    each_step(place, [&](int number) {
+      const unsigned char* record = record_of(table(number), warp, p.plan.record_bytes);
+      if (record == nullptr) return;
       backward_window<T, DIM, false, DROPOUT>(p, place, rows, record);
       backward_window<T, DIM, true, DROPOUT>(p, place, rows, record);
     });
   } else if (hub_role < 2 * hub_tiles(p.sizes)) {
     const auto accumulate = [&](auto& gradients) {
       gradients.begin(hub_role / 2);
-      each_step(p.plan, place, first, [&](const Step& step, const Step&, int number) {
-        gradients.template accumulate<DROPOUT>(p, place, rows, step, table(number) + shared.tables.hub_offset());
+      each_step(place, [&](int number) {
+        const int chunks = reinterpret_cast<const Step*>(table(number))->hub_chunks;
+        gradients.template accumulate<DROPOUT>(p, place, rows, chunks, table(number) + shared.tables.hub_offset());
       });
     };
     if (hub_role % 2 == 0) {
@@ -193,12 +194,17 @@ __global__ void __launch_bounds__(DIM == 128 ? 256 : 512, 1)
     }
   } else {
     const int number_of_copier = hub_role - 2 * hub_tiles(p.sizes);
-    each_step(p.plan, place, first, [&](const Step&, const Step& next, int number) {
-      if (number + 1 >= place.end_step) return;
+    const int last = place.end_step - 1;
+    Step next = read_step(p.plan, min(place.first_step + 1, last));
+    each_step(place, [&](int number) {
+      if (number == last) return;
+      const Step now = next;
+      next = read_step(p.plan, min(number + 2, last));
       if (number_of_copier == 0) {
-        shared.tables.copy(p.plan, next, tables + (number + 1 - place.first_step) % kBackwardTables * table_bytes);
+        shared.tables.copy(p.plan, number + 1, now,
+                           tables + (number + 1 - place.first_step) % kBackwardTables * table_bytes);
       }
-      copier.copy(next.load_begin, next.load_end, number_of_copier, kCopyingWarps,
+      copier.copy(now.load_begin, now.load_end, number_of_copier, kCopyingWarps,
                   [&](int entry) { return __ldg(p.plan.loads + entry); });
       copy_async_commit();
       copy_async_wait<0>();

@@ -14,12 +14,12 @@ void run(ForwardArguments& p, int64_t steps_per_segment, const Tensor& q) {
   const int64_t heads = p.sizes.batch * p.sizes.heads;
   const int cluster_size = cluster_size_of(p.plan, p.sizes, chains<DIM>(p.sizes), q);
   const bool combined = combined_by_kernel(p.plan, p.sizes, cluster_size);
-  const int64_t rows = combined ? heads * p.plan.num_segments * hub_split(p.sizes) * p.sizes.hubs : 0;
+  const int64_t rows = combined ? heads * p.plan.num_segments * hub_split<DIM>(p.sizes) * p.sizes.hubs : 0;
   Tensor scratch = torch::stable::new_empty(q, {rows * (DIM + 4)}, ScalarType::Float);
   p.partials = combined ? static_cast<float*>(scratch.mutable_data_ptr()) : nullptr;
   const int windows = p.plan.windows_per_step;
   launch<ForwardArguments>(forward_kernel<T, DIM, DROPOUT>, combined ? combine_forward_kernel<T, DIM> : nullptr, p,
-                           chains<DIM>(p.sizes) * p.plan.num_segments, forward_threads(p.sizes, windows),
+                           chains<DIM>(p.sizes) * p.plan.num_segments, forward_threads<DIM>(p.sizes, windows),
                            ForwardShared<DIM>(p.plan.slots, windows, DROPOUT).bytes, cluster_size,
                            heads * p.sizes.hubs * (DIM / 4), q);
 }

@@ -20,57 +20,75 @@ struct ForwardArguments {
   Dropout dropout;
 };
 
-// Warps that share a tile of hubs, each with a part of the keys.
-__host__ __device__ constexpr int hub_split(const Sizes& sizes) { return hub_tiles(sizes) == 1 ? 2 : 1; }
-__host__ __device__ constexpr int hub_warps(const Sizes& sizes) { return hub_tiles(sizes) * hub_split(sizes); }
+// Warps that share a tile of hubs, each with a part of the keys: two where a warp has several heads to go through.
+template <int DIM>
+__host__ __device__ constexpr int hub_split(const Sizes& sizes) {
+  return DIM < 64 && hub_tiles(sizes) == 1 ? 2 : 1;
+}
+template <int DIM>
+__host__ __device__ constexpr int hub_warps(const Sizes& sizes) {
+  return hub_tiles(sizes) * hub_split<DIM>(sizes);
+}
 
 constexpr int kForwardTables = 3;  // of the step, of the next one, and one on its way
 
-// Shared memory: k and v of the slots, the queries of the windows, tables, with dropout the tokens of the slots.
+// Where the first head of a block begins, for token 0. Kept in shared memory: every step needs these once, and in
+// registers they would drive others out to local memory, which has hardly any cache beside so much shared memory.
+struct BlockBases {
+  const unsigned char* queries;
+  void* out;
+  float* lse;
+};
+
+// Shared memory: k and v of the slots, the queries of the windows, tables, bases, with dropout the tokens of the slots.
 template <int DIM>
 struct ForwardShared {
   Tables tables;
-  int queries, first_table, tokens, bytes;
+  int queries, first_table, bases, tokens, bytes;
 
   __host__ __device__ constexpr ForwardShared(int slots, int windows, bool dropout)
       : tables{kForwardRecordBytes, windows},
         queries(slots * slot_bytes<DIM>(2)),
         first_table(queries + windows * kRows * slot_bytes<DIM>(1)),
-        tokens(first_table + kForwardTables * tables.bytes()),
+        bases(first_table + kForwardTables * tables.bytes()),
+        tokens(bases + static_cast<int>(sizeof(BlockBases))),
         bytes(tokens + (dropout ? 4 * slots : 0)) {}
 };
 
-constexpr int forward_threads(const Sizes& sizes, int windows) { return (windows + hub_warps(sizes) + 1) * kWarp; }
+template <int DIM>
+constexpr int forward_threads(const Sizes& sizes, int windows) {
+  return (windows + hub_warps<DIM>(sizes) + 1) * kWarp;
+}
 
 // One warp copies the queries of its window to a buffer of its own; missing rows are zero.
 template <typename T, int DIM>
-__device__ __forceinline__ void copy_queries(const ForwardArguments& p, const BlockPlace& place, const int* tokens,
-                                             SharedAddress buffer) {
+__device__ __forceinline__ void copy_queries(const ForwardArguments& p, int first_head, const BlockBases& bases,
+                                             const int* tokens, SharedAddress buffer) {
   using L = Layout<DIM>;
   constexpr int kRowsAtOnce = kWarp / L::kPieces;
-  const RowCopier<T, DIM, 1, 1> copier(&p.q, p.sizes, place, buffer);
+  const int piece = threadIdx.x % L::kPieces, head = piece / L::kHeadPieces, column = piece % L::kHeadPieces * 8;
+  const bool valid = first_head + head < p.sizes.heads && column < p.sizes.dim;
+  const unsigned char* source = bases.queries + (valid ? 2 * (head * p.q.head + column) : 0);
 #pragma unroll
   for (int first = 0; first < kRows; first += kRowsAtOnce) {
     const int row = first + threadIdx.x % kWarp / L::kPieces, token = tokens[row];
-    copy_async_16(copier.target + row * slot_bytes<DIM>(1),
-                  copier.source[0] + static_cast<int64_t>(max(token, 0)) * copier.token_bytes[0],
-                  copier.valid && token >= 0);
+    copy_async_16(buffer + row * slot_bytes<DIM>(1) + 16 * piece, source + token_offset(p.q, max(token, 0)),
+                  valid && token >= 0);
   }
 }
 
 // A window of queries, whose fragments (head * (DIM / 16) + depth) are in q.
 template <typename T, int DIM, bool DROPOUT>
 __device__ __forceinline__ void attend_window(const ForwardArguments& p, const BlockPlace& place,
-                                              const unsigned char* record, const uint32_t (*q)[4], SharedAddress slots,
-                                              const int* slot_tokens, float scale) {
+                                              const BlockBases& bases, const unsigned char* record,
+                                              const uint32_t (*q)[4], SharedAddress slots, const int* slot_tokens,
+                                              float scale) {
   using L = Layout<DIM>;
   const LaneRows lane = lane_rows();
   const int* tokens = reinterpret_cast<const int*>(record + kRecordTokens);
   const int token_low = tokens[lane.low], token_high = tokens[lane.high];
   const int2 extras = *reinterpret_cast<const int2*>(record + kRecordExtras);
-  T* outs = output_row<T>(p.out, p.sizes, place.batch, place.first_head, 0);
   const int row_elements = p.sizes.heads * p.sizes.dim;
-  float* lse = p.lse + (place.batch * p.sizes.heads + place.first_head) * p.sizes.tokens;
 #pragma unroll
   for (int head = 0; head < L::kHeads; ++head) {
     SoftmaxState<DIM> state;
@@ -87,13 +105,14 @@ __device__ __forceinline__ void attend_window(const ForwardArguments& p, const B
     const float sum_low = quad_sum(state.sum_low), sum_high = quad_sum(state.sum_high);
     const bool there = place.first_head + head < p.sizes.heads;
     const bool low = there && token_low >= 0, high = there && token_high >= 0;
+    T* out = static_cast<T*>(bases.out) + head * p.sizes.dim;
     store_rows<T, DIM>(state.out, normaliser(sum_low, p.dropout.keep_scale), normaliser(sum_high, p.dropout.keep_scale),
-                       outs + head * p.sizes.dim + static_cast<int64_t>(token_low) * row_elements,
-                       outs + head * p.sizes.dim + static_cast<int64_t>(token_high) * row_elements, low, high,
-                       p.sizes.dim);
+                       out + static_cast<int64_t>(token_low) * row_elements,
+                       out + static_cast<int64_t>(token_high) * row_elements, low, high, p.sizes.dim);
     if (threadIdx.x % 4 == 0) {
-      if (low) lse[head * p.sizes.tokens + token_low] = log_sum_exp(state.peak_low, sum_low);
-      if (high) lse[head * p.sizes.tokens + token_high] = log_sum_exp(state.peak_high, sum_high);
+      float* lse = bases.lse + static_cast<int64_t>(head) * p.sizes.tokens;
+      if (low) lse[token_low] = log_sum_exp(state.peak_low, sum_low);
+      if (high) lse[token_high] = log_sum_exp(state.peak_high, sum_high);
     }
   }
 }
@@ -107,8 +126,8 @@ struct HubQueries {
   int tile, part;
 
   __device__ __forceinline__ void begin(const ForwardArguments& p, const BlockPlace& place, int number) {
-    tile = number / hub_split(p.sizes);
-    part = number % hub_split(p.sizes);
+    tile = number / hub_split<DIM>(p.sizes);
+    part = number % hub_split<DIM>(p.sizes);
     const LaneRows lane = lane_rows();
     const int last = p.sizes.hubs - 1;
     const int64_t low = token_offset(p.q, min(tile * kRows + lane.low, last));
@@ -130,11 +149,11 @@ struct HubQueries {
   }
 
   template <bool DROPOUT>
-  __device__ __forceinline__ void attend(const ForwardArguments& p, const BlockPlace& place, const Step& step,
+  __device__ __forceinline__ void attend(const ForwardArguments& p, const BlockPlace& place, int count,
                                          const unsigned char* chunks, SharedAddress slots, const int* slot_tokens) {
     const LaneRows lane = lane_rows();
     const int64_t batch_head = place.batch * p.sizes.heads + place.first_head;
-    for (int chunk = part; chunk < step.hub_chunks; chunk += hub_split(p.sizes)) {
+    for (int chunk = part; chunk < count; chunk += hub_split<DIM>(p.sizes)) {
 #pragma unroll
       for (int head = 0; head < L::kHeads; ++head) {
         const DropoutTile dropout{slot_tokens, DROPOUT ? dropout_key(*p.dropout.seed, batch_head + head) : 0u,
@@ -211,7 +230,7 @@ template <typename T, int DIM>
 __device__ __forceinline__ void combine_in_cluster(const ForwardArguments& p, const BlockPlace& place,
                                                    SharedAddress partials) {
   constexpr int kHeads = Layout<DIM>::kHeads, kPerRow = DIM / 4, kPitchBytes = (DIM + 4) * 4;
-  const int blocks = static_cast<int>(cluster_size()), split = hub_split(p.sizes);
+  const int blocks = static_cast<int>(cluster_size()), split = hub_split<DIM>(p.sizes);
   const int elements = kHeads * p.sizes.hubs * kPerRow;
   const int part_bytes = kHeads * p.sizes.hubs * kPitchBytes;
   for (int e = threadIdx.x * blocks + cluster_rank(); e < elements; e += blockDim.x * blocks) {
@@ -225,9 +244,9 @@ __device__ __forceinline__ void combine_in_cluster(const ForwardArguments& p, co
   }
 }
 
-// With 96 registers two blocks of ten warps share a multiprocessor; heads of 128 have one to themselves.
+// With 96 registers two blocks of up to ten warps share a multiprocessor; heads of 128 have one to themselves.
 template <typename T, int DIM, bool DROPOUT>
-__global__ void __launch_bounds__(DIM == 128 ? 384 : 640, 1)
+__global__ void __launch_bounds__(DIM == 128 ? 384 : DIM == 64 ? 512 : 640, 1)
     forward_kernel(const __grid_constant__ ForwardArguments p) {
   using L = Layout<DIM>;
   unsigned char* memory = dynamic_shared();
@@ -247,44 +266,53 @@ __global__ void __launch_bounds__(DIM == 128 ? 384 : 640, 1)
   const Step first = read_step(p.plan, place.first_step);
   copy_restart<DIM>(p.plan, first, place.end_step, copy);
   if (warp < 2 && place.first_step + warp < place.end_step) {
-    shared.tables.copy(p.plan, read_step(p.plan, place.first_step + warp), tables + warp * table_bytes);
+    const int number = place.first_step + warp;
+    shared.tables.copy(p.plan, number, read_step(p.plan, number), tables + warp * table_bytes);
   }
+  const BlockBases bases{head_base<T>(p.q, place.batch, place.first_head),
+                         output_row<T>(p.out, p.sizes, place.batch, place.first_head, 0),
+                         p.lse + (place.batch * p.sizes.heads + place.first_head) * p.sizes.tokens};
+  BlockBases* shared_bases = reinterpret_cast<BlockBases*>(memory + shared.bases);
+  if (threadIdx.x == 0) *shared_bases = bases;
   if (warp < windows && first.window_begin + warp < first.window_end) {
     const unsigned char* record = p.plan.records + static_cast<int64_t>(first.window_begin + warp) * kForwardRecordBytes;
-    copy_queries<T, DIM>(p, place, reinterpret_cast<const int*>(record + kRecordTokens), buffer);
+    copy_queries<T, DIM>(p, place.first_head, bases, reinterpret_cast<const int*>(record + kRecordTokens), buffer);
   }
   copy_async_commit();
+  copy_async_wait<0>();
   const auto table = [&](int number) {
     return memory + shared.first_table + (number - place.first_step) % kForwardTables * table_bytes;
   };
 
   // Every kind of warp has a loop of its own, so that none keeps registers for the others' work.
   if (warp < windows) {
-    copy_async_wait<0>();
     const float scale = in_register(p.scale);
-    each_step(p.plan, place, first, [&](const Step& step, const Step& next, int number) {
+    each_step(place, [&](int number) {
       uint32_t q[L::kPieces / 2][4];
       read_all_heads<T, DIM>(q, buffer, p.sign);
       __syncwarp();
-      if (number + 1 < place.end_step && next.window_begin + warp < next.window_end) {
-        const unsigned char* record = table(number + 1) + warp * kForwardRecordBytes;
-        copy_queries<T, DIM>(p, place, reinterpret_cast<const int*>(record + kRecordTokens), buffer);
+      if (number + 1 < place.end_step) {
+        const unsigned char* record = record_of(table(number + 1), warp, kForwardRecordBytes);
+        if (record != nullptr) {
+          const int* tokens = reinterpret_cast<const int*>(record + kRecordTokens);
+          copy_queries<T, DIM>(p, place.first_head, *shared_bases, tokens, buffer);
+        }
       }
       copy_async_commit();
-      if (step.window_begin + warp < step.window_end) {
-        attend_window<T, DIM, DROPOUT>(p, place, table(number) + warp * kForwardRecordBytes, q, slots, slot_tokens,
-                                       scale);
+      const unsigned char* record = record_of(table(number), warp, kForwardRecordBytes);
+      if (record != nullptr) {
+        attend_window<T, DIM, DROPOUT>(p, place, *shared_bases, record, q, slots, slot_tokens, scale);
       }
       copy_async_wait<0>();
     });
-  } else if (warp < windows + hub_warps(p.sizes)) {
+  } else if (warp < windows + hub_warps<DIM>(p.sizes)) {
     HubQueries<T, DIM> hubs;
     hubs.begin(p, place, warp - windows);
-    copy_async_wait<0>();
-    each_step(p.plan, place, first, [&](const Step& step, const Step&, int number) {
-      hubs.template attend<DROPOUT>(p, place, step, table(number) + shared.tables.hub_offset(), slots, slot_tokens);
+    each_step(place, [&](int number) {
+      const int chunks = reinterpret_cast<const Step*>(table(number))->hub_chunks;
+      hubs.template attend<DROPOUT>(p, place, chunks, table(number) + shared.tables.hub_offset(), slots, slot_tokens);
     });
-    const int split = hub_split(p.sizes), heads = min(L::kHeads, p.sizes.heads - place.first_head);
+    const int split = hub_split<DIM>(p.sizes), heads = min(L::kHeads, p.sizes.heads - place.first_head);
     const int64_t rows = p.sizes.hubs * (DIM + 4);
     if (p.partials != nullptr) {
       const int64_t parts = p.plan.num_segments * split;
@@ -295,14 +323,15 @@ __global__ void __launch_bounds__(DIM == 128 ? 384 : 640, 1)
     leave_slots();
     hubs.store(p, heads, reinterpret_cast<float*>(memory) + hubs.part * L::kHeads * rows, rows);
   } else {
-    const auto copy_batch_of_list = [&](int token, int slot) { copy_batch<DIM, kWarp>(token, slot, copy); };
+    const auto copy_listed = [&](int token, int slot) { copy_batch<DIM, kWarp>(token, slot, copy); };
     LoadList list;
     list.begin(p.plan, first.load_end, read_step(p.plan, place.end_step - 1).load_end);
-    copy_async_wait<0>();
-    each_step(p.plan, place, first, [&](const Step&, const Step& next, int number) {
-      if (number + 1 < place.end_step) list.copy_rows(next.load_end, copy_batch_of_list);
+    each_step(place, [&](int number) {
+      if (number + 1 < place.end_step) {
+        list.copy_rows(reinterpret_cast<const Step*>(table(number + 1))->load_end, copy_listed);
+      }
       if (number + 2 < place.end_step) {
-        shared.tables.copy(p.plan, read_step(p.plan, number + 2),
+        shared.tables.copy(p.plan, number + 2, read_step(p.plan, number + 2),
                            tables + (number + 2 - place.first_step) % kForwardTables * table_bytes);
       }
       copy_async_commit();
@@ -310,7 +339,7 @@ __global__ void __launch_bounds__(DIM == 128 ? 384 : 640, 1)
     });
   }
   if (p.partials != nullptr || p.sizes.hubs == 0) return;
-  if (warp >= windows && warp < windows + hub_warps(p.sizes)) {
+  if (warp >= windows && warp < windows + hub_warps<DIM>(p.sizes)) {
     cluster_arrive<true>();
   } else {
     leave_slots();
@@ -333,7 +362,7 @@ __global__ void __launch_bounds__(128) combine_forward_kernel(const __grid_const
   const int row = rest / kPerRow, column = rest % kPerRow * 4;
   wait_for_previous_grid();
   if (batch_head >= p.sizes.batch * p.sizes.heads) return;
-  const int parts = p.plan.num_segments * hub_split(p.sizes);
+  const int parts = p.plan.num_segments * hub_split<DIM>(p.sizes);
   const int64_t part_pitch = p.sizes.hubs * kPitch;
   const float* first = p.partials + batch_head * parts * part_pitch + row * kPitch;
   combine_row<T, DIM>(

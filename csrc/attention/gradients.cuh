@@ -179,14 +179,14 @@ struct HubGradients {
 
   template <bool DROPOUT>
   __device__ __forceinline__ void accumulate(const BackwardArguments& p, const BlockPlace& place,
-                                             const SharedRows& rows, const Step& step, const unsigned char* chunks) {
+                                             const SharedRows& rows, int count, const unsigned char* chunks) {
     const LaneRows lane = lane_rows();
     const int last = p.sizes.hubs - 1;  // slot and token of the last hub
     const int low = min(tile * kRows + lane.low, last), high = min(tile * kRows + lane.high, last);
     const int lane_slot = min(tile * kRows + static_cast<int>(threadIdx.x % kRows), last);
     const SharedAddress own = rows.slots + lane_slot * slot_bytes<DIM>(4) + (OWNS_KEYS ? 0 : 2 * L::kBytes);
     const int64_t batch_head = place.batch * p.sizes.heads + place.first_head;
-    for (int chunk = 0; chunk < step.hub_chunks; ++chunk) {
+    for (int chunk = 0; chunk < count; ++chunk) {
 #pragma unroll
       for (int head = 0; head < L::kHeads; ++head) {
         const uint32_t key = DROPOUT ? dropout_key(*p.dropout.seed, batch_head + head) : 0u;

@@ -214,17 +214,20 @@ struct LoadList {
   }
 };
 
-// The part of shared memory that holds the records of the windows of one step, and the chunks of its hubs.
+// The part of shared memory that holds a step: the numbers of the plan, the records of its windows, and the chunks of
+// its hubs.
 struct Tables {
   int record_bytes, windows;
 
-  __host__ __device__ constexpr int hub_offset() const { return windows * record_bytes; }
+  __host__ __device__ static constexpr int record_offset() { return static_cast<int>(sizeof(Step)); }
+  __host__ __device__ constexpr int hub_offset() const { return record_offset() + windows * record_bytes; }
   __host__ __device__ constexpr int bytes() const { return hub_offset() + hub_chunks_per_step(windows) * kChunkBytes; }
 
-  // One warp copies them: both parts lie in one piece.
-  __device__ __forceinline__ void copy(const Plan& plan, const Step& step, SharedAddress to) const {
+  // One warp copies them: each part lies in one piece.
+  __device__ __forceinline__ void copy(const Plan& plan, int number, const Step& step, SharedAddress to) const {
+    copy_bytes(to, reinterpret_cast<const unsigned char*>(plan.steps) + number * sizeof(Step), sizeof(Step));
     const unsigned char* records = plan.records + static_cast<int64_t>(step.window_begin) * record_bytes;
-    copy_bytes(to, records, (step.window_end - step.window_begin) * record_bytes);
+    copy_bytes(to + record_offset(), records, (step.window_end - step.window_begin) * record_bytes);
     const unsigned char* chunks = plan.hub_chunks + static_cast<int64_t>(step.hub_chunk) * kChunkBytes;
     copy_bytes(to + hub_offset(), chunks, step.hub_chunks * kChunkBytes);
   }
@@ -234,16 +237,19 @@ struct Tables {
   }
 };
 
-// Calls work(step, next, number) for the steps of a segment, each after a barrier that tells that its rows are there
-// and that nobody needs those of the step before. Every warp of the block runs such a loop. `next` is the step after
-// it, or the step itself where the segment ends.
+// The record of a warp's window in a table, or null where the step has fewer windows.
+__device__ __forceinline__ const unsigned char* record_of(const unsigned char* table, int warp, int record_bytes) {
+  const Step* step = reinterpret_cast<const Step*>(table);
+  return warp < step->window_end - step->window_begin ? table + Tables::record_offset() + warp * record_bytes : nullptr;
+}
+
+// Calls work(number) for the steps of a segment, each after a barrier that tells that its rows are there and that
+// nobody needs those of the step before. Every warp of the block runs such a loop.
 template <typename Work>
-__device__ __forceinline__ void each_step(const Plan& plan, const BlockPlace& place, Step step, Work work) {
+__device__ __forceinline__ void each_step(const BlockPlace& place, Work work) {
   for (int number = place.first_step; number < place.end_step; ++number) {
-    const Step next = read_step(plan, min(number + 1, place.end_step - 1));
     __syncthreads();
-    work(step, next, number);
-    step = next;
+    work(number);
   }
 }
 

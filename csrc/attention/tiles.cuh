@@ -92,32 +92,58 @@ __device__ __forceinline__ float quad_max(float x) {
   return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
 }
 
-// Stores one row of two neighbouring tiles of 8 columns, as 16-bit numbers: lanes swap so that each holds four columns
-// of one tile, and the four lanes of the row 32 bytes. `column` is that of this lane (see below).
-template <typename T>
-__device__ __forceinline__ void store_tiles(uint32_t first, uint32_t second, T* row, int column, bool has) {
-  const bool odd = threadIdx.x & 1;
-  const uint32_t got = __shfl_xor_sync(0xffffffffu, odd ? first : second, 1);
-  if (has) *reinterpret_cast<uint2*>(row + column) = make_uint2(odd ? got : first, odd ? second : got);
+// Transposes a 4 x 4 matrix of which each of four neighbouring lanes holds a row.
+__device__ __forceinline__ void transpose_quad(uint32_t (&r)[4]) {
+  const int lane = threadIdx.x;
+  const bool odd = lane & 1, upper = lane & 2;
+#pragma unroll
+  for (int i = 0; i < 4; i += 2) {
+    const uint32_t got = __shfl_xor_sync(0xffffffffu, odd ? r[i] : r[i + 1], 1);
+    r[i] = odd ? got : r[i];
+    r[i + 1] = odd ? r[i + 1] : got;
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t got = __shfl_xor_sync(0xffffffffu, upper ? r[i] : r[i + 2], 2);
+    r[i] = upper ? got : r[i];
+    r[i + 2] = upper ? r[i + 2] : got;
+  }
 }
 
-// Stores rows l / 4 and l / 4 + 8 of an accumulator, times a factor each, as 16-bit numbers. The pointers name the
-// head's first element of a row; a row is left alone where its flag is false.
+// One row of an accumulator, its values `at` and `at + 1` of each tile, times a factor, as 16-bit numbers.
+template <typename T, int DIM>
+__device__ __forceinline__ void store_row(const float (*acc)[4], int at, float factor, T* row, bool has, int dim) {
+  if constexpr (DIM == 16) {  // neighbours swap so that each holds four columns of one tile
+    const bool odd = threadIdx.x & 1;
+    const uint32_t first = pack<T>(acc[0][at] * factor, acc[0][at + 1] * factor);
+    const uint32_t second = pack<T>(acc[1][at] * factor, acc[1][at + 1] * factor);
+    const uint32_t got = __shfl_xor_sync(0xffffffffu, odd ? first : second, 1);
+    const int column = threadIdx.x % 2 * 8 + threadIdx.x % 4 / 2 * 4;
+    if (!has || column >= dim) return;
+    *reinterpret_cast<uint2*>(row + column) = make_uint2(odd ? got : first, odd ? second : got);
+  } else {
+#pragma unroll
+    for (int part = 0; part < DIM / 32; ++part) {
+      uint32_t r[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float(&tile)[4] = acc[4 * part + i];
+        r[i] = pack<T>(tile[at] * factor, tile[at + 1] * factor);
+      }
+      transpose_quad(r);
+      const int column = 32 * part + 8 * (threadIdx.x % 4);
+      if (has && column < dim) *reinterpret_cast<uint4*>(row + column) = make_uint4(r[0], r[1], r[2], r[3]);
+    }
+  }
+}
+
+// Stores rows l / 4 and l / 4 + 8 of an accumulator, times a factor each. The pointers name the head's first element of
+// a row; a row is left alone where its flag is false.
 template <typename T, int DIM>
 __device__ __forceinline__ void store_rows(const float (*acc)[4], float factor_low, float factor_high, T* row_low,
                                            T* row_high, bool has_low, bool has_high, int dim) {
-  const int lane_column = threadIdx.x % 2 * 8 + threadIdx.x % 4 / 2 * 4;
-#pragma unroll
-  for (int i = 0; i < DIM / 8; i += 2) {
-    const float(&a)[4] = acc[i];
-    const float(&b)[4] = acc[i + 1];
-    const int column = 8 * i + lane_column;
-    const bool inside = column < dim;
-    store_tiles<T>(pack<T>(a[0] * factor_low, a[1] * factor_low), pack<T>(b[0] * factor_low, b[1] * factor_low),
-                   row_low, column, has_low && inside);
-    store_tiles<T>(pack<T>(a[2] * factor_high, a[3] * factor_high), pack<T>(b[2] * factor_high, b[3] * factor_high),
-                   row_high, column, has_high && inside);
-  }
+  store_row<T, DIM>(acc, 0, factor_low, row_low, has_low, dim);
+  store_row<T, DIM>(acc, 2, factor_high, row_high, has_high, dim);
 }
 
 // Writes rows l / 4 and l / 4 + 8 of an accumulator, times a factor, to rows of `pitch` floats.

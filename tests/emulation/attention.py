@@ -152,7 +152,7 @@ class EmulatedAttention:
         batch, tokens, heads, dim = q.shape
         out = torch.full((batch, tokens, heads, dim), math.nan, dtype=q.dtype)
         lse = torch.full((batch, heads, tokens), math.nan)
-        parts = self.plans[0].segments * (2 if self.topology.num_hubs <= 16 else 1)
+        parts = self.plans[0].segments * (2 if self.topology.num_hubs <= 16 and dim <= 32 else 1)
         partials = self._partials(0, batch * heads * parts, dim)
         arguments = _Forward(
             self.plans[0], self._sizes(q), _strided(q), (_Strided * 2)(_strided(k), _strided(v)), out.data_ptr(),

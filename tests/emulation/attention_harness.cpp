@@ -18,7 +18,7 @@ void forward(const ForwardArguments p) {  // by value: the emulator knows the st
   const int windows = p.plan.windows_per_step;
   fm_emulation::launch([&] { forward_kernel<T, DIM, DROPOUT>(p); },
                        dim3(static_cast<unsigned>(blocks(p.plan, p.sizes, Layout<DIM>::kHeads))),
-                       forward_threads(p.sizes, windows), ForwardShared<DIM>(p.plan.slots, windows, DROPOUT).bytes);
+                       forward_threads<DIM>(p.sizes, windows), ForwardShared<DIM>(p.plan.slots, windows, DROPOUT).bytes);
   if (p.partials != nullptr) {
     fm_emulation::launch([&] { combine_forward_kernel<T, DIM>(p); },
                          dim3(combine_blocks(p.sizes.batch * p.sizes.heads * p.sizes.hubs * (DIM / 4))), 128, 0);
