@@ -15,4 +15,44 @@ inline cudaStream_t current_stream(const torch::stable::Tensor& tensor) {
   return static_cast<cudaStream_t>(stream);
 }
 
+// Whether the device has clusters of blocks and programmatic dependent launch (compute capability 9.0).
+inline bool has_clusters(int device) {
+  int major = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  return major >= 9;
+}
+
+// Launches a kernel that may need more shared memory than a block gets without asking.
+//
+// `cluster_size`: so many consecutive blocks of grid.x, which it must divide, form a cluster; at most 8, which every
+// device with clusters allows. `programmatic`: may start while the kernel before it in the stream still runs, and calls
+// wait_for_previous_grid() before it touches that kernel's results. Neither may be asked for where has_clusters is
+// false.
+template <typename... Parameters, typename... Arguments>
+void launch_kernel(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes, int cluster_size,
+                   bool programmatic, cudaStream_t stream, const Arguments&... arguments) {
+  constexpr int kUnasked = 48 * 1024;
+  if (shared_bytes > kUnasked) {
+    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+  }
+  cudaLaunchAttribute attributes[2] = {};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = stream;
+  config.attrs = attributes;
+  if (cluster_size > 1) {
+    cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {static_cast<unsigned>(cluster_size), 1, 1};
+  }
+  if (programmatic) {
+    cudaLaunchAttribute& early = attributes[config.numAttrs++];
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+  }
+  STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
+}
+
 }  // namespace fm

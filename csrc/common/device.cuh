@@ -1,7 +1,9 @@
-// The few instructions that CUDA C++ has no name for: asynchronous copies, matrix fragments, fast exponentials.
+// The few instructions that CUDA C++ has no name for: asynchronous copies, matrix fragments, fast exponentials,
+// clusters of blocks.
 //
 // Kernels use these wrappers only, so that they can also be compiled as host code and run by the emulator of
-// tests/emulation (FM_EMULATED), where there is no GPU. All need compute capability 8.0.
+// tests/emulation (FM_EMULATED), where there is no GPU. All need compute capability 8.0. Clusters came with 9.0: for
+// older targets a block is a cluster of its own, which is also what a launch that asks for no cluster gets.
 
 #pragma once
 
@@ -100,6 +102,87 @@ __device__ __forceinline__ float reciprocal_fast(float x) {
 __device__ __forceinline__ void prefetch_l2(const void* pointer) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(pointer));
 }
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+
+__device__ __forceinline__ uint32_t cluster_rank() { return 0; }
+__device__ __forceinline__ uint32_t cluster_size() { return 1; }
+__device__ __forceinline__ void cluster_sync() { __syncthreads(); }
+
+__device__ __forceinline__ float4 load_cluster_float4(SharedAddress address, uint32_t) {
+  float4 v;
+  asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
+}
+
+__device__ __forceinline__ float2 load_cluster_float2(SharedAddress address, uint32_t) {
+  float2 v;
+  asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address) : "memory");
+  return v;
+}
+
+__device__ __forceinline__ void launch_dependents() {}
+__device__ __forceinline__ void wait_for_previous_grid() {}
+
+#else
+
+// Which block of its cluster this one is, and how many there are.
+__device__ __forceinline__ uint32_t cluster_rank() {
+  uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+__device__ __forceinline__ uint32_t cluster_size() {
+  uint32_t size;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+  return size;
+}
+
+// __syncthreads for all threads of all blocks of the cluster: what they wrote before, to shared memory too, all see
+// after. No block may return while another may still read its shared memory.
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// Where the shared memory of block `rank` of the cluster has what `address` names in our own.
+__device__ __forceinline__ uint32_t cluster_address(SharedAddress address, uint32_t rank) {
+  uint32_t there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+  return there;
+}
+
+// Reads from the shared memory of block `rank` of the cluster, at the place that `address` names in our own.
+__device__ __forceinline__ float4 load_cluster_float4(SharedAddress address, uint32_t rank) {
+  float4 v;
+  asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(cluster_address(address, rank))
+               : "memory");
+  return v;
+}
+
+__device__ __forceinline__ float2 load_cluster_float2(SharedAddress address, uint32_t rank) {
+  float2 v;
+  asm volatile("ld.shared::cluster.v2.f32 {%0,%1}, [%2];"
+               : "=f"(v.x), "=f"(v.y)
+               : "r"(cluster_address(address, rank))
+               : "memory");
+  return v;
+}
+
+// Programmatic dependent launch. From here on the next grid of the stream may start, if its launch allows it.
+__device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+// Waits until the grids that this one depends on have finished and their writes are visible; returns at once after an
+// ordinary launch.
+__device__ __forceinline__ void wait_for_previous_grid() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+#endif
 
 // Two 16-bit numbers in one register, the first in the low half.
 template <typename T>
