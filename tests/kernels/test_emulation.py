@@ -335,13 +335,6 @@ def test_launches_that_a_gpu_refuses(checks: build.Harness, arguments: dict[str,
         run_neighbours(checks, 0, **arguments)
 
 
-def test_static_shared_memory_is_refused(tmp_path: Path) -> None:
-    source = tmp_path / "static.cpp"
-    source.write_text('#include "common/device.cuh"\n__global__ void kernel() { __shared__ float x[4]; x[0] = 0; }\n')
-    with pytest.raises(RuntimeError, match="the emulator knows no static shared memory"):
-        build.build_harness(source)
-
-
 def nvcc() -> str | None:
     headers = build.find_cuda_headers()
     found = headers.parent / "bin" / "nvcc" if headers else None
@@ -398,12 +391,3 @@ def test_a_gpu_agrees(tmp_path: Path, example: build.Harness, checks: build.Harn
     for bfloat in (False, True):
         p = product(bfloat=bfloat)
         Product(*on_gpu("example_on_gpu", p, len(p.rows), p.b.shape[1], p.b.shape[0], bfloat)).assert_right()
-
-
-def test_what_was_compiled_is_kept(example: build.Harness, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*command: object, **options: object) -> None:
-        raise AssertionError(f"{command} was run")
-
-    monkeypatch.setattr(subprocess, "run", refuse)
-    again = build.build_harness(HERE / "example_harness.cpp")
-    assert again.library._name == example.library._name
