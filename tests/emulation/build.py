@@ -57,7 +57,7 @@ INSTRUMENTED = [
 ]
 """Of harnesses: accesses and undefined arithmetic are announced (see hooks.cpp), and variables that were never set hold
 nonsense instead of what happened to be there."""
-RUNTIME = ("emulator.cpp", "warp.cpp", "memory.cpp", "hooks.cpp")
+RUNTIME = ("emulator.cpp", "fibers.cpp", "warp.cpp", "shared_memory.cpp", "global_memory.cpp", "hooks.cpp")
 EXPORTS = HERE / "exports.map"
 OLDEST_COMPILER = 12
 MARGIN = 1024
@@ -82,6 +82,8 @@ class Statistics(ctypes.Structure):
     zero_fills: int
     global_read_bytes: int
     global_write_bytes: int
+    cluster_barriers: int
+    cluster_reads: int
     _fields_ = [
         (name, ctypes.c_int64)
         for name in (
@@ -95,6 +97,8 @@ class Statistics(ctypes.Structure):
             "zero_fills",
             "global_read_bytes",
             "global_write_bytes",
+            "cluster_barriers",
+            "cluster_reads",
         )
     ]
 
@@ -231,6 +235,7 @@ class Harness:
         races: str = "between_lanes",
         seed: int = 0,
         shared_limit: int = 227 * 1024,
+        cluster_size: int = 1,
     ) -> Statistics:
         """Call an exported function and return what its launches counted.
 
@@ -249,6 +254,7 @@ class Harness:
             ctypes.c_int32(RACES.index(races)),
             ctypes.c_uint64(seed),
             ctypes.c_int64(shared_limit),
+            ctypes.c_int32(cluster_size),
         )
         try:
             failed = self.library[function](*map(_pass, arguments))
