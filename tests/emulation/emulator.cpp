@@ -248,11 +248,13 @@ void check_launch(dim3 grid, dim3 threads, size_t shared_bytes, const Options& o
 }
 
 void wait_at(Lane& self, State barrier, int64_t value, const Place& place) {
-  check_nobody_waits_for(self, std::string("enters ") + name_of(barrier) + " at " + text_of(place));
+  Warp& warp = self.block->warps[self.warp];
+  if (!warp.gatherings.empty()) {
+    check_nobody_waits_for(self, std::string("enters ") + name_of(barrier) + " at " + text_of(place));
+  }
   self.state = barrier;
   self.place = place;
   self.value = value;
-  Warp& warp = self.block->warps[self.warp];
   warp.at_barrier |= 1u << self.lane;
   --warp.ready;
   switch_to_scheduler(self);

@@ -29,6 +29,7 @@ alignas(1024) unsigned char arenas[kMaxCluster * kArena];  // pages that no laun
             lane, origin);
 }
 
+// Of a cell that another thread wrote since the last __syncthreads, or that a copy will write.
 void check_after_write(const Lane& lane, const Cell& cell, int64_t offset, bool write, const Origin& origin) {
   if (cell.pending) {
     fail_from(std::string(write ? "writes" : "reads") + " offset " + std::to_string(offset) +
@@ -36,7 +37,6 @@ void check_after_write(const Lane& lane, const Cell& cell, int64_t offset, bool 
                   " is under way: no copy_async_wait has covered it",
               lane, origin);
   }
-  if (cell.write_epoch != lane.block->epoch || cell.writer == lane.thread) return;
   const bool same_warp = cell.writer / kWarp == lane.warp;
   if (same_warp && (current.options.races != Races::between_lanes ||
                     cell.write_warp_epoch != lane.block->warps[lane.warp].epoch)) {
@@ -45,8 +45,8 @@ void check_after_write(const Lane& lane, const Cell& cell, int64_t offset, bool 
   fail_race(lane, offset, write, "written", name_of_thread(cell.writer), same_warp, origin);
 }
 
+// Of a cell that was read since the last __syncthreads.
 void check_after_reads(const Lane& lane, const Cell& cell, int64_t offset, const Origin& origin) {
-  if (cell.read_epoch != lane.block->epoch) return;
   if (const uint32_t others = cell.reading_warps & ~(1u << lane.warp)) {
     fail_race(lane, offset, true, "read", "warp " + std::to_string(std::countr_zero(others)), false, origin);
   }
@@ -69,8 +69,7 @@ void check_after_cluster_reads(const Lane& lane, uint64_t cluster_read, int64_t 
             lane, origin);
 }
 
-void note_read(const Lane& lane, Cell& cell) {
-  const uint32_t epoch = lane.block->epoch, warp_epoch = lane.block->warps[lane.warp].epoch;
+void note_read(const Lane& lane, uint32_t epoch, uint32_t warp_epoch, Cell& cell) {
   if (cell.read_epoch != epoch) {
     cell.read_epoch = epoch;
     cell.reading_warps = cell.reading_lanes = 0;
@@ -144,15 +143,16 @@ void access_shared(const Lane& lane, int64_t offset, uint32_t bytes, bool write,
   for (size_t i = first; i <= last; ++i) {
     Cell& cell = block.cells[i];
     const auto at = static_cast<int64_t>(i * kGranule);
-    check_after_write(lane, cell, at, write, origin);
+    const bool touched = cell.write_epoch == block.epoch && cell.writer != lane.thread;
+    if (touched || cell.pending) check_after_write(lane, cell, at, write, origin);
     if (write) {
-      check_after_reads(lane, cell, at, origin);
+      if (cell.read_epoch == block.epoch) check_after_reads(lane, cell, at, origin);
       if (!block.cluster_reads.empty()) check_after_cluster_reads(lane, block.cluster_reads[i], at, origin);
       cell.write_epoch = block.epoch;
       cell.write_warp_epoch = warp_epoch;
       cell.writer = lane.thread;
     } else {
-      note_read(lane, cell);
+      note_read(lane, block.epoch, warp_epoch, cell);
     }
   }
 }
