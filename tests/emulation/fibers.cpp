@@ -18,7 +18,7 @@ Region thread_stacks;
 namespace {
 
 constexpr size_t kStackBytes = 256 * 1024;
-constexpr size_t kGuardBytes = 4096;  // below each stack, so that one too deep ends the process instead of corrupting it
+constexpr size_t kGuardBytes = 4096;  // below each stack: one too deep ends the process instead of corrupting it
 
 void (*kernel_call)(void*) = nullptr;
 void* kernel_object = nullptr;

@@ -60,7 +60,9 @@ void check_after_reads(const Lane& lane, const Cell& cell, int64_t offset, const
 // A read by another block, as one number: when, and which rank.
 uint64_t cluster_read_by(uint32_t rank) { return current.cluster_epoch << 8 | rank; }
 bool since_cluster_sync(uint64_t cluster_read) { return cluster_read >> 8 == current.cluster_epoch; }
-std::string reader_of(uint64_t cluster_read) { return "block " + std::to_string(cluster_read & 255) + " of the cluster"; }
+std::string reader_of(uint64_t cluster_read) {
+  return "block " + std::to_string(cluster_read & 255) + " of the cluster";
+}
 
 void check_after_cluster_reads(const Lane& lane, uint64_t cluster_read, int64_t offset, const Origin& origin) {
   if (!since_cluster_sync(cluster_read)) return;
