@@ -16,7 +16,7 @@ from torch import Tensor
 from fastmetro_kernels import TokenTopology
 from fastmetro_kernels.attention import dropout
 from fastmetro_kernels.packing import PackedPlan, pack
-from fastmetro_kernels.plan import BACKWARD, FORWARD, Shape
+from fastmetro_kernels.plan import BACKWARD, FORWARD
 
 
 class _Plan(ctypes.Structure):
@@ -108,6 +108,7 @@ class EmulatedAttention:
     Args:
         topology: the pattern.
         steps_per_segment: 0 lets one block walk over the whole mesh.
+        clusters: whether segments (at most eight) combine their hub rows as a cluster; else a kernel does.
         options: of ``Harness.run``: schedule, races, seed.
     """
 
@@ -115,14 +116,14 @@ class EmulatedAttention:
         self,
         topology: TokenTopology,
         steps_per_segment: int = 0,
-        shapes: tuple[Shape, Shape] = (FORWARD, BACKWARD),
+        clusters: bool = False,
         **options: Any,
     ) -> None:
-        plans = [topology.make_plan(shape) for shape in shapes]
+        plans = [topology.make_plan(shape) for shape in (FORWARD, BACKWARD)]
         self.packed = [pack(plan, backward) for plan, backward in zip(plans, (False, True), strict=True) if plan]
         if len(self.packed) < len(plans):
             raise ValueError("the topology has no plan")
-        self.topology, self.options = topology, options
+        self.topology, self.clusters, self.options = topology, clusters, options
         self.plans = [_plan(plan, steps_per_segment) for plan in self.packed]
         self.statistics: list[build.Statistics] = []
 
@@ -163,8 +164,8 @@ class EmulatedAttention:
         return out, lse
 
     def _partials(self, which: int, parts: int, dim: int) -> Tensor:
-        """Where segments leave their sums of hub rows; empty where there is one segment, which needs none."""
-        hubs = self.topology.num_hubs if self.plans[which].segments > 1 else 0
+        """Where segments leave their sums of hub rows; empty where there is one segment, or a cluster of them."""
+        hubs = self.topology.num_hubs if self.plans[which].segments > 1 and not self.clusters else 0
         return torch.full((parts, hubs, _padded_dim(dim) + 4), math.nan)
 
     def backward(

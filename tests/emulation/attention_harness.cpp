@@ -11,6 +11,12 @@ int64_t blocks(const Plan& plan, const Sizes& sizes, int heads_of_group) {
   return sizes.batch * plan.num_segments * ((sizes.heads + heads_of_group - 1) / heads_of_group);
 }
 
+// Where no kernel is to combine the hub rows of several segments, the segments are a cluster.
+template <typename Arguments>
+fm_emulation::Options options(const Arguments& p) {
+  return fm_emulation::with_clusters(p.partials == nullptr && p.sizes.hubs > 0 ? p.plan.num_segments : 1);
+}
+
 unsigned combine_blocks(int64_t threads) { return static_cast<unsigned>((threads + 127) / 128); }
 
 template <typename T, int DIM, bool DROPOUT>
@@ -18,7 +24,7 @@ void forward(const ForwardArguments p) {  // by value: the emulator knows the st
   const int windows = p.plan.windows_per_step;
   fm_emulation::launch([&] { forward_kernel<T, DIM, DROPOUT>(p); },
                        dim3(static_cast<unsigned>(blocks(p.plan, p.sizes, Layout<DIM>::kHeads))),
-                       forward_threads<DIM>(p.sizes, windows), ForwardShared<DIM>(p.plan.slots, windows, DROPOUT).bytes);
+                       forward_threads<DIM>(p.sizes, windows), ForwardShared<DIM>(p.plan.slots, windows, DROPOUT).bytes, options(p));
   if (p.partials != nullptr) {
     fm_emulation::launch([&] { combine_forward_kernel<T, DIM>(p); },
                          dim3(combine_blocks(p.sizes.batch * p.sizes.heads * p.sizes.hubs * (DIM / 4))), 128, 0);
@@ -31,7 +37,7 @@ void backward(const BackwardArguments p) {
   fm_emulation::launch([&] { backward_kernel<T, DIM, DROPOUT>(p); },
                        dim3(static_cast<unsigned>(blocks(p.plan, p.sizes, Layout<DIM>::kHeads))),
                        backward_threads(p.sizes, windows),
-                       BackwardShared<DIM>(p.plan.slots, windows, p.plan.record_bytes, DROPOUT).bytes);
+                       BackwardShared<DIM>(p.plan.slots, windows, p.plan.record_bytes, DROPOUT).bytes, options(p));
   if (p.partials != nullptr) {
     fm_emulation::launch([&] { combine_backward_kernel<T, DIM>(p); },
                          dim3(combine_blocks(3 * p.sizes.batch * p.sizes.heads * p.sizes.hubs * (DIM / 4))), 128, 0);

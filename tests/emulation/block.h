@@ -1,4 +1,4 @@
-// State of the block that is being run, shared by the parts of the emulator. Not for kernels or callers.
+// State of the launch that is being run, shared by the parts of the emulator. Not for kernels or callers.
 #pragma once
 
 #include <setjmp.h>
@@ -15,10 +15,12 @@ namespace fm_emulation {
 using Place = std::source_location;
 
 inline constexpr int kWarp = 32;
-inline constexpr int kMaxThreads = 1024;
+inline constexpr int kMaxThreads = 1024;  // of a block
+inline constexpr int kMaxCluster = 8;     // blocks; what every device with clusters allows
 
-// One value for what a thread does. A waiting thread waits in a function of its warp, one at the barrier for the block.
-enum class State : uint8_t { fresh, ready, waiting, at_barrier, exited };
+// One value for what a thread does. A waiting thread waits in a function of its warp, one at a barrier for the block or
+// the cluster.
+enum class State : uint8_t { fresh, ready, waiting, at_barrier, at_cluster_barrier, exited };
 
 // The functions that all lanes of a warp enter together.
 enum class Call : uint8_t { sync_warp, shuffle, vote, load_matrices, load_matrices_transposed, multiply_add };
@@ -29,10 +31,14 @@ struct Copy {
   bool valid;
 };
 
+struct Block;
+
 struct Lane {
   jmp_buf context;
+  Block* block = nullptr;
   State state = State::fresh;
   uint16_t thread = 0;
+  uint16_t stack = 0;  // which of the stacks it runs on
   uint8_t warp = 0, lane = 0;
   uint3 index{};
   Place place;  // of the function it waits in
@@ -67,11 +73,36 @@ struct Warp {
   std::vector<Gathering> gatherings;
 };
 
+// Who touched two bytes of shared memory last.
+struct Cell {
+  uint32_t write_epoch, write_warp_epoch;
+  uint32_t read_epoch, read_warp_epoch;
+  uint32_t reading_warps;  // in read_epoch
+  uint32_t reading_lanes;  // of reading_warp, in read_warp_epoch
+  uint16_t writer;         // thread
+  uint16_t pending;        // thread + 1 whose asynchronous copy has not been waited for
+  uint8_t reading_warp;
+};
+
 struct Block {
   std::vector<Lane> lanes;
   std::vector<Warp> warps;
+  std::vector<Cell> cells;
+  std::vector<uint64_t> cluster_reads;  // of a cell by another block: cluster epoch, and its rank; only in clusters
+  unsigned char* shared = nullptr;
+  uint32_t rank = 0;    // within the cluster
   uint32_t number = 0;  // in the order of blockIdx
-  uint32_t epoch = 0;   // counts the barriers
+  uint3 index{};
+  uint32_t epoch = 0;           // counts the barriers
+  uint32_t cluster_start = 0;   // the epoch that began with the last barrier of the cluster
+  size_t exited = 0;            // threads
+  bool parked = false;          // all others wait for the rest of the cluster
+  uint64_t last_cluster_read = 0;  // of any cell
+};
+
+struct Launch {
+  std::vector<Block> cluster;  // the blocks that run side by side; one where the launch asks for no cluster
+  uint64_t cluster_epoch = 0;  // counts the barriers of the cluster
   uint32_t shared_bytes = 0;
   Options options;
   Statistics statistics;
@@ -81,7 +112,7 @@ struct Block {
   const void* failure_address = nullptr;  // of the instruction, where the place is not known
 };
 
-extern Block block;
+extern Launch current;
 
 // Ends the launch with this message. From a thread of the block it leaves that thread for good.
 [[noreturn]] void fail(const std::string& what, const Lane* lane);
@@ -89,18 +120,49 @@ extern Block block;
 std::string name_of(const Lane& lane);
 std::string text_of(const Place& place);
 bool same(const Place& a, const Place& b);
+
+struct Region {
+  uintptr_t start = 0, end = 0;
+  bool contains(uintptr_t address) const { return address >= start && address < end; }
+};
+
+// emulator.cpp: after the last statement of the kernel.
+void leave_kernel(Lane& self);
+
+// fibers.cpp
+extern Region thread_stacks;
+// Makes room for so many threads at once.
+void prepare_stacks(size_t threads);
+// Lets the thread run until it waits, returns from the kernel or fails.
+void resume(Lane& lane, void (*kernel)(void*), void* object);
 // Leaves the thread until its state says that it may go on.
 void switch_to_scheduler(Lane& self);
 
 // warp.cpp: nobody may leave for elsewhere while others of the warp count on it.
 void check_nobody_waits_for(const Lane& self, const std::string& doing);
 
-// memory.cpp
-void start_launch_memory(const void* stacks, size_t stack_bytes);
-void start_block_memory();
-// 16 bytes for a matrix load.
-const unsigned char* read_matrix_row(const Lane& lane, uint32_t address, const Place& place);
+// The place of an access: a line that is known, or the address of the instruction.
+struct Origin {
+  const Place* place;
+  const void* instruction;
+};
+[[noreturn]] void fail_from(const std::string& what, const Lane& lane, const Origin& origin);
+std::string name_of_thread(uint32_t thread);
+
+// global_memory.cpp
+void start_global_memory();
 // A plain access by the code at `instruction`; `aligned`: to a multiple of its size.
 void access(const void* pointer, size_t bytes, bool write, bool aligned, const void* instruction);
+void access_global(const Lane& lane, uintptr_t address, uint32_t bytes, bool write, const Origin& origin);
+
+// shared_memory.cpp
+extern const Region shared_arenas;
+void start_shared_memory();
+void start_block_memory(Block& block);
+void access_shared(const Lane& lane, int64_t offset, uint32_t bytes, bool write, const Origin& origin);
+// 16 bytes for a matrix load.
+const unsigned char* read_matrix_row(const Lane& lane, uint32_t address, const Place& place);
+// A block of a cluster may not return while another may still read its shared memory.
+void check_nobody_reads(const Lane& last);
 
 }  // namespace fm_emulation

@@ -16,13 +16,16 @@ of this user in the system's temporary folder), named by a hash of everything th
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,7 +57,8 @@ INSTRUMENTED = [
 ]
 """Of harnesses: accesses and undefined arithmetic are announced (see hooks.cpp), and variables that were never set hold
 nonsense instead of what happened to be there."""
-RUNTIME = ("emulator.cpp", "warp.cpp", "memory.cpp", "hooks.cpp")
+RUNTIME = ("emulator.cpp", "fibers.cpp", "warp.cpp", "shared_memory.cpp", "global_memory.cpp", "hooks.cpp")
+EXPORTS = HERE / "exports.map"
 OLDEST_COMPILER = 12
 MARGIN = 1024
 SCHEDULES = ("forward", "reverse", "random")
@@ -78,6 +82,8 @@ class Statistics(ctypes.Structure):
     zero_fills: int
     global_read_bytes: int
     global_write_bytes: int
+    cluster_barriers: int
+    cluster_reads: int
     _fields_ = [
         (name, ctypes.c_int64)
         for name in (
@@ -91,6 +97,8 @@ class Statistics(ctypes.Structure):
             "zero_fills",
             "global_read_bytes",
             "global_write_bytes",
+            "cluster_barriers",
+            "cluster_reads",
         )
     ]
 
@@ -148,20 +156,32 @@ def _toolchain() -> str:
     return f"{version.stdout} {find_cuda_headers()}"
 
 
+@contextmanager
+def _locked(target: Path) -> Iterator[None]:
+    """Keeps other processes, and threads of this one, from making the same file; a dead process keeps nobody."""
+    with target.with_name(f"{target.name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def _made(source: Path, suffix: str, flags: list[str], inputs: list[Path], headers: list[Path]) -> Path:
     """Runs the compiler unless the same inputs and flags have been through it; returns the output."""
     digest = hashlib.sha256((_toolchain() + " ".join(flags)).encode())
     for path in [*inputs, *sorted(headers)]:
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     target = cache_folder() / f"{source.stem}-{digest.hexdigest()[:20]}{suffix}"
-    if not target.exists():
-        # Several test processes may want it at once: each writes its own file, the last rename wins.
-        partial = target.with_suffix(f".{os.getpid()}{suffix}")
-        command = [str(find_compiler()), *flags, *map(str, inputs), "-o", str(partial)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
-        partial.rename(target)
+    if target.exists():
+        return target
+    # Many test processes want the same files at the same moment: one of them makes each. It appears under its name when
+    # it is complete, and is never written again, for others may have it in their memory by then.
+    with _locked(target):
+        if not target.exists():
+            partial = target.with_suffix(f".{os.getpid()}{suffix}")
+            command = [str(find_compiler()), *flags, *map(str, inputs), "-o", str(partial)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+            partial.replace(target)
     return target
 
 
@@ -180,8 +200,11 @@ def build_harness(source: Path) -> Harness:
     """
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(_object, [source, *(HERE / name for name in RUNTIME)]))
-    library = _made(source, ".so", ["-shared", "-ldl", "-pthread"], objects, [])
-    return Harness(ctypes.CDLL(str(library)))
+    # Where the harness and the emulator both contain a function of the standard library, the linker keeps the first:
+    # the emulator must not run the instrumented one, which calls the emulator.
+    objects = [*objects[1:], objects[0]]
+    flags = ["-shared", "-ldl", "-pthread", f"-Wl,--version-script={EXPORTS}"]
+    return Harness(ctypes.CDLL(str(_made(source, ".so", flags, objects, [EXPORTS]))))
 
 
 def guarded(array: np.ndarray) -> np.ndarray:
@@ -212,6 +235,7 @@ class Harness:
         races: str = "between_lanes",
         seed: int = 0,
         shared_limit: int = 227 * 1024,
+        cluster_size: int = 1,
     ) -> Statistics:
         """Call an exported function and return what its launches counted.
 
@@ -230,6 +254,7 @@ class Harness:
             ctypes.c_int32(RACES.index(races)),
             ctypes.c_uint64(seed),
             ctypes.c_int64(shared_limit),
+            ctypes.c_int32(cluster_size),
         )
         try:
             failed = self.library[function](*map(_pass, arguments))

@@ -54,6 +54,10 @@ void copy_async_wait(int pending, const Place& place);
 void load_matrices(uint32_t* r, uint32_t row, bool transposed, const Place& place);
 void multiply_add(float* c, const uint32_t* a, uint32_t b0, uint32_t b1, bool bfloat, const Place& place);
 void check_prefetch(const void* pointer, const Place& place);
+uint32_t cluster_rank();
+uint32_t cluster_size();
+void cluster_sync(const Place& place);
+void load_cluster(void* to, uint32_t bytes, uint32_t address, uint32_t rank, const Place& place);
 
 template <typename T>
 T shuffled(uint32_t mask, T value, Move move, int32_t argument, int32_t width, const Place& place) {
@@ -294,6 +298,27 @@ inline void prefetch_l2(const void* pointer, Place place = Place::current()) {
   fm_emulation::check_prefetch(pointer, place);
 }
 
+inline uint32_t cluster_rank() { return fm_emulation::cluster_rank(); }
+inline uint32_t cluster_size() { return fm_emulation::cluster_size(); }
+inline void cluster_sync(Place place = Place::current()) { fm_emulation::cluster_sync(place); }
+// The two halves of it are one here.
+template <bool WRITES>
+inline void cluster_arrive() {}
+inline void cluster_wait(Place place = Place::current()) { fm_emulation::cluster_sync(place); }
+inline float4 load_cluster_float4(SharedAddress address, uint32_t rank, Place place = Place::current()) {
+  float4 v;
+  fm_emulation::load_cluster(&v, sizeof v, address, rank, place);
+  return v;
+}
+inline float2 load_cluster_float2(SharedAddress address, uint32_t rank, Place place = Place::current()) {
+  float2 v;
+  fm_emulation::load_cluster(&v, sizeof v, address, rank, place);
+  return v;
+}
+// Launches run one after the other here.
+inline void launch_dependents() {}
+inline void wait_for_previous_grid() {}
+
 template <typename T>
 inline uint32_t pack(float low, float high) {
   static_assert(std::is_same_v<T, __half> || std::is_same_v<T, __nv_bfloat16>);
@@ -307,20 +332,5 @@ inline uint32_t pack(float low, float high) {
   }
   return both;
 }
-
-inline uint32_t cluster_rank() { return 0; }
-inline uint32_t cluster_size() { return 1; }
-inline void cluster_sync(fm_emulation::Place place = fm_emulation::Place::current()) { fm_emulation::sync_threads(place); }
-template <bool WRITES>
-inline void cluster_arrive() {}
-inline void cluster_wait(fm_emulation::Place place = fm_emulation::Place::current()) { cluster_sync(place); }
-inline float4 load_cluster_float4(SharedAddress address, uint32_t) {
-  return *reinterpret_cast<const float4*>(fm_emulation::shared_memory() + address - fm_emulation::shared_address(fm_emulation::shared_memory(), fm_emulation::Place::current()));
-}
-inline float2 load_cluster_float2(SharedAddress address, uint32_t) {
-  return *reinterpret_cast<const float2*>(fm_emulation::shared_memory() + address - fm_emulation::shared_address(fm_emulation::shared_memory(), fm_emulation::Place::current()));
-}
-inline void launch_dependents() {}
-inline void wait_for_previous_grid() {}
 
 }  // namespace fm

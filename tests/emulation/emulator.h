@@ -5,7 +5,8 @@
 // What a run shows: wrong indices, wrong fragment layouts, wrong results; missing barriers and missing waits (races
 // between threads are reported at the access, and orders of execution can be varied); accesses outside of the block's
 // shared memory and outside of the registered buffers; lanes that miss a collective; bank conflicts of matrix loads;
-// how many instructions of each kind and how many bytes a kernel asks for.
+// blocks of a cluster that read each other's shared memory too early, too late or after its end; how many instructions
+// of each kind and how many bytes a kernel asks for.
 //
 // What it cannot show: time, registers, occupancy, caches; how a GPU rounds inside a matrix product or an approximate
 // exponential (here: IEEE float32, in order); reordering of accesses by the memory system beyond what the race check
@@ -28,11 +29,12 @@ struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// Which of the threads that could go on does so: of the warps, of the lanes between two collectives, of the blocks.
+// Which of the threads that could go on does so: of the warps, of the lanes between two collectives, of the blocks of a
+// cluster, of the clusters.
 enum class Schedule : int32_t { forward, reverse, random };
 
-// Which unordered accesses are reported. Warps are ordered by __syncthreads, lanes of a warp also by __syncwarp; as on
-// a GPU, shuffles and matrix instructions order nothing.
+// Which unordered accesses are reported. Warps are ordered by __syncthreads, lanes of a warp also by __syncwarp, blocks
+// of a cluster by cluster_sync alone; as on a GPU, shuffles and matrix instructions order nothing.
 enum class Races : int32_t { ignored, between_warps, between_lanes };
 
 struct Options {
@@ -40,6 +42,7 @@ struct Options {
   Races races = Races::between_lanes;
   uint64_t seed = 0;                   // of Schedule::random
   int64_t shared_limit = 227 * 1024;  // bytes a block may ask for; 163 KiB on compute capability 8.0
+  int32_t cluster_size = 1;           // so many consecutive blocks along x run side by side and see each other's memory
 };
 
 // Counts since the last reset, or of one launch. Those of matrices, copies and products are per warp or per lane as
@@ -55,10 +58,14 @@ struct Statistics {
   int64_t zero_fills = 0;          // those with nothing to copy
   int64_t global_read_bytes = 0;   // plain loads from registered buffers; copies are counted above
   int64_t global_write_bytes = 0;  // plain stores to registered buffers
+  int64_t cluster_barriers = 0;    // cluster_sync, per cluster
+  int64_t cluster_reads = 0;       // loads from the shared memory of a block of the cluster, per lane
 };
 
 // Options of launches that name none, set by the Python side.
 Options& default_options();
+// The same with clusters, for a harness some of whose launches have them.
+Options with_clusters(int32_t cluster_size);
 
 // Global memory that kernels may use. While any is registered, accesses elsewhere are errors. `name` is for messages.
 void register_buffer(const std::string& name, const void* start, size_t bytes, bool writable);

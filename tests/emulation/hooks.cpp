@@ -15,11 +15,11 @@ struct Where {
 };
 
 void report(const Where* where, const char* what) {
-  if (!fm_emulation::block.running) return;  // the harness itself
+  if (!fm_emulation::current.running) return;  // the harness itself
   const std::string file = where->file;
   fm_emulation::fail(std::string(what) + " (" + file.substr(file.rfind('/') + 1) + ":" + std::to_string(where->line) +
                          ")",
-                     fm_emulation::block.running);
+                     fm_emulation::current.running);
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 #include <cuda_runtime.h>
 
 #include "checks.cuh"
+#include "clusters.cuh"
 #include "example.cuh"
 
 namespace {
@@ -34,6 +35,25 @@ extern "C" int example_on_gpu(const void* a, const int* rows, const void* b, flo
 extern "C" int instructions_on_gpu(const uint32_t* words, const uint4* matrix, uint32_t* out) {
   fm_checks::instructions_kernel<<<1, 32, 512>>>(words, matrix, out);
   return finish();
+}
+
+// `cluster_size` above 1 needs compute capability 9.0.
+extern "C" int exchange_on_gpu(const float4* in, float4* sums, float2* next, float4* echo, int blocks, int rows,
+                               int threads, int cluster_size) {
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {static_cast<unsigned>(cluster_size), 1, 1};
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(blocks, rows);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = 16 * threads;
+  config.attrs = attributes;
+  config.numAttrs = cluster_size > 1 ? 2 : 0;
+  const cudaError_t error =
+      cudaLaunchKernelEx(&config, fm_clusters::exchange_kernel<fm_clusters::Mistake::none>, in, sums, next, echo);
+  return error != cudaSuccess ? static_cast<int>(error) : finish();
 }
 
 extern "C" const char* error_text(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }

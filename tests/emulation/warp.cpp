@@ -37,10 +37,10 @@ std::string lanes_in(uint32_t mask) {
   return text;
 }
 
-Lane& lane_of(const Lane& self, int lane) { return block.lanes[self.warp * kWarp + lane]; }
+Lane& lane_of(const Lane& self, int lane) { return self.block->lanes[self.warp * kWarp + lane]; }
 
 void do_shuffle(const Lane& self, uint32_t mask, const Place& place) {
-  ++block.statistics.shuffles;
+  ++current.statistics.shuffles;
   std::array<int64_t, kWarp> results{};
   for (int l = 0; l < kWarp; ++l) {
     if (!(mask >> l & 1)) continue;
@@ -90,7 +90,7 @@ void do_vote(const Lane& self, uint32_t mask) {
 }
 
 void do_load_matrices(const Lane& self, bool transposed, const Place& place) {
-  ++block.statistics.matrix_loads;
+  ++current.statistics.matrix_loads;
   for (int matrix = 0; matrix < 4; ++matrix) {
     uint16_t numbers[8][8];
     uint32_t rows[8];
@@ -106,7 +106,7 @@ void do_load_matrices(const Lane& self, bool transposed, const Place& place) {
       for (int j = 0; j < i; ++j) other_rows_here += rows[j] / 16 % 8 == rows[i] / 16 % 8 && rows[j] != rows[i];
       passes = std::max(passes, other_rows_here);
     }
-    block.statistics.matrix_wavefronts += passes;
+    current.statistics.matrix_wavefronts += passes;
     for (int l = 0; l < kWarp; ++l) {
       const int line = l / 4, pair = 2 * (l % 4);
       const uint16_t low = transposed ? numbers[pair][line] : numbers[line][pair];
@@ -130,7 +130,7 @@ float number(uint32_t word, int half, bool bfloat) {
 
 // Fragments as in the PTX manual, "Matrix fragments for mma.m16n8k16 with floating point type".
 void do_multiply_add(const Lane& self) {
-  ++block.statistics.multiply_adds;
+  ++current.statistics.multiply_adds;
   float a[16][16], b[16][8], c[16][8];
   for (int l = 0; l < kWarp; ++l) {
     const Lane& lane = lane_of(self, l);
@@ -165,7 +165,7 @@ void do_multiply_add(const Lane& self) {
 void perform(const Lane& self, const Gathering& group) {
   switch (group.call) {
     case Call::sync_warp:
-      if (group.mask == block.warps[self.warp].lanes) ++block.warps[self.warp].epoch;
+      if (group.mask == self.block->warps[self.warp].lanes) ++self.block->warps[self.warp].epoch;
       break;
     case Call::shuffle: do_shuffle(self, group.mask, group.place); break;
     case Call::vote: do_vote(self, group.mask); break;
@@ -177,7 +177,7 @@ void perform(const Lane& self, const Gathering& group) {
 
 // Waits until all lanes of the mask are here; the last one does the work.
 void meet(Lane& self, Call call, uint32_t mask, const Place& place) {
-  Warp& warp = block.warps[self.warp];
+  Warp& warp = self.block->warps[self.warp];
   if (mask == kFullMask) mask = warp.lanes;
   const auto complain = [&](const std::string& what) { fail_at(std::string(name_of(call)) + ": " + what, &self, place); };
   if (!(mask >> self.lane & 1)) complain("the mask does not name the lane that calls");
@@ -196,7 +196,8 @@ void meet(Lane& self, Call call, uint32_t mask, const Place& place) {
     if (mask & warp.exited) complain("lanes " + lanes_in(mask & warp.exited) + " have returned from the kernel");
     if (const uint32_t away = mask & warp.at_barrier) {
       const Lane& other = lane_of(self, std::countr_zero(away));
-      complain("lanes " + lanes_in(away) + " wait in __syncthreads at " + text_of(other.place));
+      const char* barrier = other.state == State::at_barrier ? "__syncthreads" : "cluster_sync";
+      complain("lanes " + lanes_in(away) + " wait in " + barrier + " at " + text_of(other.place));
     }
     group = warp.gatherings.insert(group, Gathering{call, mask, 0, place});
   }
@@ -220,17 +221,17 @@ void meet(Lane& self, Call call, uint32_t mask, const Place& place) {
 }  // namespace
 
 void check_nobody_waits_for(const Lane& self, const std::string& doing) {
-  for (const Gathering& group : block.warps[self.warp].gatherings) {
+  for (const Gathering& group : self.block->warps[self.warp].gatherings) {
     if (group.mask >> self.lane & 1) {
       fail(doing + " while lanes " + lanes_in(group.arrived) + " wait for it in " + describe(group), &self);
     }
   }
 }
 
-void sync_warp(uint32_t mask, const Place& place) { meet(*block.running, Call::sync_warp, mask, place); }
+void sync_warp(uint32_t mask, const Place& place) { meet(*current.running, Call::sync_warp, mask, place); }
 
 uint64_t shuffle(uint32_t mask, uint64_t bits, Move move, int32_t argument, int32_t width, const Place& place) {
-  Lane& self = *block.running;
+  Lane& self = *current.running;
   if (width < 1 || width > kWarp || (width & (width - 1))) fail_at("a shuffle's width must be 1 to 32, a power of 2", &self, place);
   self.value = static_cast<int64_t>(bits);
   self.kind = static_cast<int32_t>(move);
@@ -241,7 +242,7 @@ uint64_t shuffle(uint32_t mask, uint64_t bits, Move move, int32_t argument, int3
 }
 
 int64_t vote(uint32_t mask, int64_t value, Vote kind, const Place& place) {
-  Lane& self = *block.running;
+  Lane& self = *current.running;
   self.value = value;
   self.kind = static_cast<int32_t>(kind);
   meet(self, Call::vote, mask, place);
@@ -249,14 +250,14 @@ int64_t vote(uint32_t mask, int64_t value, Vote kind, const Place& place) {
 }
 
 void load_matrices(uint32_t* r, uint32_t row, bool transposed, const Place& place) {
-  Lane& self = *block.running;
+  Lane& self = *current.running;
   self.words = r;
   self.row = row;
   meet(self, transposed ? Call::load_matrices_transposed : Call::load_matrices, kFullMask, place);
 }
 
 void multiply_add(float* c, const uint32_t* a, uint32_t b0, uint32_t b1, bool bfloat, const Place& place) {
-  Lane& self = *block.running;
+  Lane& self = *current.running;
   self.c = c;
   self.a = a;
   self.b[0] = b0;

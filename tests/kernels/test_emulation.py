@@ -5,15 +5,13 @@ On a machine with a GPU and nvcc the same kernels run on both, and the results a
 
 from __future__ import annotations
 
-import ctypes
-import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from emulation import build
+from emulation import build, gpu
 
 HERE = Path(build.__file__).parent
 SCHEDULES = build.SCHEDULES
@@ -335,61 +333,19 @@ def test_launches_that_a_gpu_refuses(checks: build.Harness, arguments: dict[str,
         run_neighbours(checks, 0, **arguments)
 
 
-def test_static_shared_memory_is_refused(tmp_path: Path) -> None:
-    source = tmp_path / "static.cpp"
-    source.write_text('#include "common/device.cuh"\n__global__ void kernel() { __shared__ float x[4]; x[0] = 0; }\n')
-    with pytest.raises(RuntimeError, match="the emulator knows no static shared memory"):
-        build.build_harness(source)
-
-
-def nvcc() -> str | None:
-    headers = build.find_cuda_headers()
-    found = headers.parent / "bin" / "nvcc" if headers else None
-    return str(found) if found and found.is_file() else None
-
-
-def compile_for_gpu(*flags: str) -> None:
-    command = [str(nvcc()), "-std=c++20", "-O3", f"-I{build.CSRC}", *flags, str(HERE / "on_gpu.cu")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
 def test_the_same_kernels_are_device_code(tmp_path: Path) -> None:
-    if nvcc() is None:
+    if gpu.nvcc() is None:
         pytest.skip("needs nvcc")
-    compile_for_gpu("-arch=sm_80", "-cubin", "-o", str(tmp_path / "kernels.cubin"))
+    for target in ("sm_80", "sm_90a"):
+        gpu.compile_kernels(f"-arch={target}", "-cubin", "-o", str(tmp_path / "kernels.cubin"))
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available() or nvcc() is None, reason="needs a CUDA device and nvcc")
-def test_a_gpu_agrees(tmp_path: Path, example: build.Harness, checks: build.Harness) -> None:
-    library = tmp_path / "on_gpu.so"
-    flags = [
-        "-std=c++20",
-        "-O3",
-        "-arch=native",
-        "-shared",
-        "-Xcompiler",
-        "-fPIC",
-        f"-I{build.CSRC}",
-        "-o",
-        str(library),
-    ]
-    done = subprocess.run([str(nvcc()), *flags, str(HERE / "on_gpu.cu")], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    gpu = ctypes.CDLL(str(library))
-    gpu.error_text.restype = ctypes.c_char_p
-
-    def on_gpu(function: str, arrays: tuple[np.ndarray, ...], *sizes: int) -> list[np.ndarray]:
-        tensors = [torch.from_numpy(x.copy().view(np.uint8)).cuda() for x in arrays]
-        torch.cuda.synchronize()
-        status = gpu[function](*[ctypes.c_void_p(x.data_ptr()) for x in tensors], *map(ctypes.c_int, sizes))
-        assert status == 0, gpu.error_text(status)
-        return [x.cpu().numpy().view(y.dtype).reshape(y.shape) for x, y in zip(tensors, arrays, strict=True)]
-
+@pytest.mark.skipif(not torch.cuda.is_available() or gpu.nvcc() is None, reason="needs a CUDA device and nvcc")
+def test_a_gpu_agrees(example: build.Harness, checks: build.Harness) -> None:
     data = instructions()
     checks.run("run_instructions", *data)
-    there = Instructions(*on_gpu("instructions_on_gpu", data))
+    there = Instructions(*gpu.run("instructions_on_gpu", data))
     np.testing.assert_array_equal(there.out[:38], data.out[:38])
     # Its sums of products keep no numbers that are tiny beside the others.
     got, want = (x.out[38:42].view(np.float32) for x in (there, data))
@@ -397,13 +353,4 @@ def test_a_gpu_agrees(tmp_path: Path, example: build.Harness, checks: build.Harn
     assert_fast_functions(there)
     for bfloat in (False, True):
         p = product(bfloat=bfloat)
-        Product(*on_gpu("example_on_gpu", p, len(p.rows), p.b.shape[1], p.b.shape[0], bfloat)).assert_right()
-
-
-def test_what_was_compiled_is_kept(example: build.Harness, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*command: object, **options: object) -> None:
-        raise AssertionError(f"{command} was run")
-
-    monkeypatch.setattr(subprocess, "run", refuse)
-    again = build.build_harness(HERE / "example_harness.cpp")
-    assert again.library._name == example.library._name
+        Product(*gpu.run("example_on_gpu", p, len(p.rows), p.b.shape[1], p.b.shape[0], bfloat)).assert_right()
