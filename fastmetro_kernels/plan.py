@@ -41,8 +41,14 @@ class Shape(NamedTuple):
     slots: int
 
 
-FORWARD = Shape(7, 302)
+FORWARD = Shape(6, 302)
+"""Eight warps, so that each may keep 128 registers: with fewer, heads of 64 do not fit."""
+
+FORWARD_NARROW = Shape(7, 302)
+"""For heads below 64, of which a warp has several to go through, one after the other, in 96 registers."""
+
 BACKWARD = Shape(4, 184)
+"""Eight warps."""
 
 _Array = npt.NDArray[np.int64]
 

@@ -10,10 +10,13 @@ from torch import Tensor, nn
 
 from fastmetro_kernels import adjacency as lists
 from fastmetro_kernels.packing import PackedPlan, pack
-from fastmetro_kernels.plan import BACKWARD, FORWARD, Plan, Shape, build_plan
+from fastmetro_kernels.plan import BACKWARD, FORWARD, FORWARD_NARROW, Plan, Shape, build_plan
 from fastmetro_kernels.schedule import WINDOW_SIZES, Schedule, build_schedule, locality_order
 
 ORDERS = ("natural", "locality")
+
+
+_PLANS = {"forward": FORWARD, "forward_narrow": FORWARD_NARROW, "backward": BACKWARD}
 
 
 class TokenTopology(nn.Module):
@@ -178,29 +181,28 @@ class TokenTopology(nn.Module):
     def _set_plans(self) -> None:
         self._plan_sizes = {}
         schedules = self._plan_schedules()
-        plans = [build_plan(*schedules, self.num_hubs, shape) for shape in (FORWARD, BACKWARD)]
-        for prefix, plan in zip(("forward_plan_", "backward_plan_"), plans, strict=True):
+        for name, shape in _PLANS.items():
+            plan = build_plan(*schedules, self.num_hubs, shape)
             if plan is None:
                 self._plan_sizes = {}
                 return
-            packed = pack(plan, backward=prefix == "backward_plan_")
-            self._plan_sizes[prefix] = (packed.slots, packed.windows)
-            for name, tensor in zip(PackedPlan._fields[:-2], packed[:-2], strict=True):
-                self.register_buffer(prefix + name, tensor.to(self.columns.device), persistent=False)
+            packed = pack(plan, backward=name == "backward")
+            self._plan_sizes[name] = (packed.slots, packed.windows)
+            for field, tensor in zip(PackedPlan._fields[:-2], packed[:-2], strict=True):
+                self.register_buffer(f"{name}_plan_{field}", tensor.to(self.columns.device), persistent=False)
 
-    @property
-    def plans(self) -> tuple[PackedPlan, PackedPlan] | None:
-        """Of the forward and the backward kernel, on the device of the topology.
+    def plan(self, name: str) -> PackedPlan | None:
+        """The plan for a CUDA kernel, on the device of the topology.
 
         None on other devices than CUDA, and where the pattern has none.
+
+        Args:
+            name: `"forward"`, `"forward_narrow"` (heads below 64) or `"backward"`.
         """
         if not self._plan_sizes:
             return None
-        forward, backward = (
-            PackedPlan(*(getattr(self, prefix + name) for name in PackedPlan._fields[:-2]), *sizes)
-            for prefix, sizes in self._plan_sizes.items()
-        )
-        return forward, backward
+        tensors = (getattr(self, f"{name}_plan_{field}") for field in PackedPlan._fields[:-2])
+        return PackedPlan(*tensors, *self._plan_sizes[name])
 
     @classmethod
     def from_faces(

@@ -43,30 +43,31 @@ def _cuda_reasons(q: Tensor, topology: TokenTopology) -> list[str]:
         found.append(f"the CUDA kernels take head dims 8 to {CUDA_MAX_HEAD_DIM}, not {dim}")
     if dim > 64 and topology.num_hubs > 16:
         found.append(f"the CUDA kernels take up to 16 hubs for head dims above 64, not {topology.num_hubs}")
-    plans = topology.plans
-    if plans is None:
-        found.append("a window of 16 vertices has too many neighbours for the cache of the CUDA kernels")
-    elif not found:
-        needed, available = max(map(shared_memory, plans, (2, 4), (dim, dim))), _shared_memory(q.device)
-        if needed > available:
+    plans = [(topology.plan(_forward_name(dim)), 2), (topology.plan("backward"), 4)]
+    for plan, tensors in plans:
+        if plan is None:
+            found.append("a window of 16 vertices has too many neighbours for the cache of the CUDA kernels")
+            break
+        needed, available = shared_memory(plan, tensors, dim), _shared_memory(q.device)
+        if dim <= CUDA_MAX_HEAD_DIM and needed > available:
             found.append(f"the CUDA kernels need {needed} bytes of shared memory, this device has {available}")
     return found
 
 
 def shared_memory(plan: PackedPlan, tensors: int, dim: int) -> int:
-    """Bytes that a block needs at most, with dropout: `forward_memory` of forward.cuh, `backward_memory` of backward.cuh.
+    """Bytes that a block needs, with dropout: `ForwardShared` of forward.cuh and `BackwardShared` of backward.cuh.
 
     Args:
         tensors: rows that a slot holds, 2 in the forward and 4 in the backward.
     """
-    padded = next(size for size in (16, 32, 64, 128) if dim <= size)
+    padded = next((size for size in (16, 32, 64) if dim <= size), 128)
     heads = max(64 // padded, 1)
     row = heads * padded * 2
-    hub_chunks = -(-(16 * plan.windows + 64) // 64)
-    forward = tensors == 2
-    tables = plan.windows * (336 if forward else plan.records.shape[1]) + 256 * hub_chunks
-    own = 16 * plan.windows * (row + 16) if forward else 8 * heads * plan.slots
-    return plan.slots * (tensors * row + 16 + 4) + own + (3 if forward else 2) * tables
+    table = 32 + plan.windows * plan.records.shape[1] + 256 * (-(-(16 * plan.windows + 64) // 64))
+    slots = plan.slots * (tensors * row + 16 + 4)
+    if tensors == 2:
+        return slots + 16 * plan.windows * (row + 16) + 3 * table + 24
+    return slots + -(-8 * heads * plan.slots // 16) * 16 + 2 * table
 
 
 @torch.compiler.assume_constant_result
@@ -75,10 +76,14 @@ def _shared_memory(device: torch.device) -> int:
     return 1024 * _SHARED_MEMORY.get(capability, _SMALLEST_SHARED_MEMORY)
 
 
-def _plans(topology: TokenTopology) -> tuple[PackedPlan, PackedPlan]:
-    plans = topology.plans
-    assert plans is not None  # reasons() looked
-    return plans
+def _forward_name(dim: int) -> str:
+    return "forward" if dim > 32 else "forward_narrow"
+
+
+def _plan(topology: TokenTopology, name: str) -> PackedPlan:
+    plan = topology.plan(name)
+    assert plan is not None  # reasons() looked
+    return plan
 
 
 def _in_pieces(tensor: Tensor) -> Tensor:
@@ -96,7 +101,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(out, lse); see `topology_attention`."""
     if q.device.type == "cuda":
-        plan, _ = _plans(topology)
+        plan = _plan(topology, _forward_name(q.shape[-1]))
         padded = map(_in_pieces, (q, k, v))
         out, lse = _ops.attention_forward_cuda(*padded, *plan, topology.num_hubs, scale, dropout_p, seed, 0)
         return _as_before(out, q), lse
@@ -120,7 +125,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv), contiguous."""
     if q.device.type == "cuda":
-        _, plan = _plans(topology)
+        plan = _plan(topology, "backward")
         padded_grad, *padded = map(_in_pieces, (grad_out, q, k, v, out))
         grads = _ops.attention_backward_cuda(
             padded_grad, grad_lse, *padded, lse, *plan, topology.num_hubs, scale, dropout_p, seed, 0

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastmetro_kernels import TokenTopology
 from fastmetro_kernels.attention import dropout
 from fastmetro_kernels.packing import PackedPlan, pack
-from fastmetro_kernels.plan import BACKWARD, FORWARD
+from fastmetro_kernels.plan import BACKWARD, FORWARD, FORWARD_NARROW
 
 
 class _Plan(ctypes.Structure):
@@ -119,12 +119,15 @@ class EmulatedAttention:
         clusters: bool = False,
         **options: Any,
     ) -> None:
-        plans = [topology.make_plan(shape) for shape in (FORWARD, BACKWARD)]
-        self.packed = [pack(plan, backward) for plan, backward in zip(plans, (False, True), strict=True) if plan]
-        if len(self.packed) < len(plans):
-            raise ValueError("the topology has no plan")
+        shapes = {"forward": FORWARD, "forward_narrow": FORWARD_NARROW, "backward": BACKWARD}
+        self.packed: dict[str, PackedPlan] = {}
+        for name, shape in shapes.items():
+            plan = topology.make_plan(shape)
+            if plan is None:
+                raise ValueError("the topology has no plan")
+            self.packed[name] = pack(plan, name == "backward")
         self.topology, self.clusters, self.options = topology, clusters, options
-        self.plans = [_plan(plan, steps_per_segment) for plan in self.packed]
+        self.plans = {name: _plan(plan, steps_per_segment) for name, plan in self.packed.items()}
         self.statistics: list[build.Statistics] = []
 
     def _sizes(self, q: Tensor) -> _Sizes:
@@ -132,9 +135,9 @@ class EmulatedAttention:
         return _Sizes(batch, tokens, heads, dim, self.topology.num_hubs)
 
     def _run(
-        self, name: str, arguments: ctypes.Structure, reads: Sequence[Tensor | None], writes: Sequence[Tensor]
+        self, name: str, plan_name: str, arguments: ctypes.Structure, reads: Sequence[Tensor | None], writes: Sequence[Tensor]
     ) -> None:
-        plan = self.packed[name == "attention_backward"][:-2]
+        plan = self.packed[plan_name][:-2]
         inputs = [*plan, *(tensor for tensor in reads if tensor is not None)]
         statistics = _harness().run(
             name,
@@ -153,17 +156,18 @@ class EmulatedAttention:
         batch, tokens, heads, dim = q.shape
         out = torch.full((batch, tokens, heads, dim), math.nan, dtype=q.dtype)
         lse = torch.full((batch, heads, tokens), math.nan)
-        parts = self.plans[0].segments * (2 if self.topology.num_hubs <= 16 and dim <= 32 else 1)
-        partials = self._partials(0, batch * heads * parts, dim)
+        which = "forward" if dim > 32 else "forward_narrow"
+        parts = self.plans[which].segments * (2 if self.topology.num_hubs <= 16 and dim <= 32 else 1)
+        partials = self._partials(which, batch * heads * parts, dim)
         arguments = _Forward(
-            self.plans[0], self._sizes(q), _strided(q), (_Strided * 2)(_strided(k), _strided(v)), out.data_ptr(),
+            self.plans[which], self._sizes(q), _strided(q), (_Strided * 2)(_strided(k), _strided(v)), out.data_ptr(),
             lse.data_ptr(), partials.data_ptr() if partials.numel() else None, abs(scale) * math.log2(math.e),
             0x80008000 if scale < 0 else 0, _dropout(dropout_p, seed),
         )  # fmt: skip
-        self._run("attention_forward", arguments, [q, k, v, seed], [out, lse, partials])
+        self._run("attention_forward", which, arguments, [q, k, v, seed], [out, lse, partials])
         return out, lse
 
-    def _partials(self, which: int, parts: int, dim: int) -> Tensor:
+    def _partials(self, which: str, parts: int, dim: int) -> Tensor:
         """Where segments leave their sums of hub rows; empty where there is one segment, or a cluster of them."""
         hubs = self.topology.num_hubs if self.plans[which].segments > 1 and not self.clusters else 0
         return torch.full((parts, hubs, _padded_dim(dim) + 4), math.nan)
@@ -175,13 +179,14 @@ class EmulatedAttention:
         """Gradients of q, k, v."""
         batch, tokens, heads, dim = q.shape
         grads = [torch.full((batch, tokens, heads, dim), math.nan, dtype=q.dtype) for _ in range(3)]
-        partials = self._partials(1, 3 * batch * heads * self.plans[1].segments, dim)
-        symmetric = self.plans[1].record_bytes == 368
+        plan = self.plans["backward"]
+        partials = self._partials("backward", 3 * batch * heads * plan.segments, dim)
+        symmetric = plan.record_bytes == 368
         arguments = _Backward(
-            self.plans[1], self._sizes(q), (_Strided * 4)(*map(_strided, (k, v, q, grad))), _strided(out), lse.data_ptr(),
+            plan, self._sizes(q), (_Strided * 4)(*map(_strided, (k, v, q, grad))), _strided(out), lse.data_ptr(),
             grad_lse.data_ptr() if grad_lse is not None else None,
             (ctypes.c_void_p * 3)(*(g.data_ptr() for g in grads)), partials.data_ptr() if partials.numel() else None,
             scale, scale * math.log2(math.e), *((0, 320) if symmetric else (368, 624)), _dropout(dropout_p, seed),
         )  # fmt: skip
-        self._run("attention_backward", arguments, [grad, grad_lse, q, k, v, out, lse, seed], [*grads, partials])
+        self._run("attention_backward", "backward", arguments, [grad, grad_lse, q, k, v, out, lse, seed], [*grads, partials])
         return grads[0], grads[1], grads[2]

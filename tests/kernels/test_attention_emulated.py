@@ -96,6 +96,15 @@ def test_segments(steps_per_segment: int, hubs: int) -> None:
     _check(graph, _inputs(200 + hubs, 1, 64, torch.float16), steps_per_segment)
 
 
+@pytest.mark.parametrize("dim", [16, 64, 128])
+def test_clusters(dim: int) -> None:
+    """The segments of a batch element combine their hub rows in shared memory."""
+    graph = Graph(random_mask(250, 14, 0.01, True, True, 6), 14, dim)
+    attention = _check(graph, _inputs(264, 2, dim, torch.float16), steps_per_segment=1, clusters=True)
+    assert all(plan.segments > 1 for plan in attention.plans.values())
+    assert all(statistics.cluster_reads > 0 for statistics in attention.statistics)
+
+
 @pytest.mark.parametrize("dim", [16, 64])
 def test_dropout(dim: int) -> None:
     """The same weights are dropped as by the rule, in every pass and segment, with more than 64 keys in a list."""

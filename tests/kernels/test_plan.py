@@ -10,7 +10,7 @@ import torch
 from attention_cases import grid_faces, random_mask
 
 from fastmetro_kernels import TokenTopology
-from fastmetro_kernels.plan import BACKWARD, FORWARD, MAX_SLOTS, Plan, Shape, build_plan
+from fastmetro_kernels.plan import BACKWARD, FORWARD, FORWARD_NARROW, MAX_SLOTS, Plan, Shape, build_plan
 
 MASKS = {
     "mesh": TokenTopology.from_faces(grid_faces(17, 19), num_hubs=14).mask(),
@@ -25,7 +25,7 @@ def _topology(name: str) -> TokenTopology:
     return TokenTopology.from_mask(MASKS[name])
 
 
-SHAPES = {"forward": FORWARD, "backward": BACKWARD}
+SHAPES = {"forward": FORWARD, "forward_narrow": FORWARD_NARROW, "backward": BACKWARD}
 
 
 def _plan(topology: TokenTopology, shape: Shape = FORWARD) -> Plan:
