@@ -201,8 +201,9 @@ class TokenTopology(nn.Module):
         """
         if not self._plan_sizes:
             return None
-        tensors = (getattr(self, f"{name}_plan_{field}") for field in PackedPlan._fields[:-2])
-        return PackedPlan(*tensors, *self._plan_sizes[name])
+        tensors = {field: getattr(self, f"{name}_plan_{field}") for field in PackedPlan._fields[:-2]}
+        slots, windows = self._plan_sizes[name]
+        return PackedPlan(**tensors, slots=slots, windows=windows)
 
     @classmethod
     def from_faces(

@@ -135,12 +135,17 @@ class EmulatedAttention:
         return _Sizes(batch, tokens, heads, dim, self.topology.num_hubs)
 
     def _run(
-        self, name: str, plan_name: str, arguments: ctypes.Structure, reads: Sequence[Tensor | None], writes: Sequence[Tensor]
+        self,
+        function: str,
+        plan_name: str,
+        arguments: ctypes.Structure,
+        reads: Sequence[Tensor | None],
+        writes: Sequence[Tensor],
     ) -> None:
         plan = self.packed[plan_name][:-2]
         inputs = [*plan, *(tensor for tensor in reads if tensor is not None)]
         statistics = _harness().run(
-            name,
+            function,
             arguments,
             int(writes[0].dtype == torch.bfloat16),
             reads={f"read{i}": tensor for i, tensor in enumerate(inputs) if tensor.numel()},
@@ -188,5 +193,6 @@ class EmulatedAttention:
             (ctypes.c_void_p * 3)(*(g.data_ptr() for g in grads)), partials.data_ptr() if partials.numel() else None,
             scale, scale * math.log2(math.e), *((0, 320) if symmetric else (368, 624)), _dropout(dropout_p, seed),
         )  # fmt: skip
-        self._run("attention_backward", "backward", arguments, [grad, grad_lse, q, k, v, out, lse, seed], [*grads, partials])
+        reads = [grad, grad_lse, q, k, v, out, lse, seed]
+        self._run("attention_backward", "backward", arguments, reads, [*grads, partials])
         return grads[0], grads[1], grads[2]
