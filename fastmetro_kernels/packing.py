@@ -3,9 +3,10 @@
 A chunk is a tile of up to 64 keys: 128 bytes of slots (int16, key 16 i + j at [j, i]) and 128 bytes of masks (a 64-bit
 word for each of the 16 rows). A record, one per window, is what a block copies to shared memory ahead of time:
 
-    forward   chunk (256), tokens (16 int32), first and end of its extra chunks (2 int32), 8 bytes unused
+    forward   chunk (256), tokens (16 int32), first and end of its extra chunks and how many groups of 16 keys the
+              chunk has (3 int32), 4 bytes unused
     backward  the same, slots of the rows (16 int16), and where the pattern is not symmetric also the chunk of the
-              transposed pattern (256), first and end of its extra chunks (2 int32), 8 bytes unused
+              transposed pattern (256), first and end of its extra chunks, groups (3 int32), 4 bytes unused
 
 `csrc/attention/stream.cuh` names the same offsets.
 """
@@ -29,7 +30,7 @@ class PackedPlan(NamedTuple):
     """Tensors and sizes that the ops take.
 
     Attributes:
-        steps: as in `Plan`, but the first hub chunk counts from 0 and the last number is that of hub chunks.
+        steps: as in `Plan`, but the first hub chunk counts from 0.
         loads, restarts: as in `Plan`.
         records: uint8 [W, 336, 368 or 640].
         hub_chunks: uint8 [C, 256], the keys that the hubs meet, step by step.
@@ -53,12 +54,12 @@ def pack(plan: Plan, backward: bool) -> PackedPlan:
     windows = len(plan.rows)
     chunks = _chunks(plan.lists, plan.masks)
     extra = [chunks[windows:]]
-    parts = [chunks[:windows], _bytes(plan.rows), _extras(plan.extras, 0)]
+    parts = [chunks[:windows], _bytes(plan.rows), _extras(plan.extras, 0, plan.masks)]
     if backward:
         parts.append(_bytes(plan.row_slots.to(torch.int16)))
         if plan.t_masks is not plan.masks:
             transposed = _chunks(plan.t_lists, plan.t_masks)
-            parts += [transposed[:windows], _extras(plan.t_extras, len(extra[0]))]
+            parts += [transposed[:windows], _extras(plan.t_extras, len(extra[0]), plan.t_masks)]
             extra.append(transposed[windows:])
     return PackedPlan(
         _steps(plan),
@@ -85,19 +86,22 @@ def _chunks(lists: Tensor, masks: Tensor) -> _Bytes:
     return np.concatenate([_bytes(lists[: len(masks)]), _bytes(masks)], axis=1)
 
 
-def _extras(extras: Tensor, base: int) -> _Bytes:
-    """uint8 [W, 16]: first and end of each window's extra chunks, in the array that holds all of them."""
-    bounds = np.zeros((len(extras) - 1, 4), np.int32)
-    bounds[:, 0] = base + extras.numpy()[:-1]
-    bounds[:, 1] = base + extras.numpy()[1:]
-    return bounds.view(np.uint8)
+def _extras(extras: Tensor, base: int, masks: Tensor) -> _Bytes:
+    """uint8 [W, 16]: first and end of each window's extra chunks in the array of all of them, groups of its chunk."""
+    windows = len(extras) - 1
+    seen = np.bitwise_or.reduce(masks[:windows].numpy().view(np.uint64), axis=1)
+    group_ends = np.uint64(1) << np.arange(0, CHUNK_KEYS, 16, dtype=np.uint64)
+    numbers = np.zeros((windows, 4), np.int32)
+    numbers[:, 0] = base + extras.numpy()[:-1]
+    numbers[:, 1] = base + extras.numpy()[1:]
+    numbers[:, 2] = (seen[:, None] >= group_ends).sum(axis=1)
+    return numbers.view(np.uint8)
 
 
 def _steps(plan: Plan) -> Tensor:
     """int32 [S, 8]"""
     steps = plan.steps.clone()
     steps[:, 6] -= plan.steps[0, 6]
-    steps[:, 7] = -(-plan.steps[:, 7] // CHUNK_KEYS)
     return steps
 
 

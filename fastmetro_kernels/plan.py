@@ -220,16 +220,18 @@ def _spread(slots: _Array) -> _Array:
     """int64 [R, P]: which of the slots [R, P] (-1 behind the last) of a row stands at each place, -1 where none does.
 
     Eight in a row are read together, one 16-byte column of shared memory each: slots that fall into the same column
-    go to different groups of eight, the most frequent columns and the emptiest groups first.
+    go to different groups of eight, the most frequent columns and the emptiest groups first. Kernels go through two
+    groups at a time: no more pairs of groups are used than the slots need.
     """
     groups = slots.shape[1] // BANK_COLUMNS
+    needed = -(-(slots >= 0).sum(axis=1, keepdims=True) // (2 * BANK_COLUMNS)) * 2
     columns = np.where(slots >= 0, slots % BANK_COLUMNS, BANK_COLUMNS)
     members = np.argsort(columns, axis=1, kind="stable")  # by column
     sizes = (columns[:, :, None] == np.arange(BANK_COLUMNS)).sum(axis=1)
     begins = np.cumsum(sizes, axis=1) - sizes
     by_size = np.argsort(-sizes, axis=1, kind="stable")
     places = np.full((len(slots), groups, BANK_COLUMNS), -1)
-    filled = np.zeros((len(slots), groups), np.int64)
+    filled = np.where(np.arange(groups) < needed, 0, BANK_COLUMNS)
     for column in by_size.T[:, :, None]:
         left = np.take_along_axis(sizes, column, axis=1)
         member = np.take_along_axis(begins, column, axis=1)

@@ -179,8 +179,8 @@ __global__ void __launch_bounds__(DIM == 128 ? 256 : 512, 1)
     const auto accumulate = [&](auto& gradients) {
       gradients.begin(hub_role / 2);
       each_step(place, [&](int number) {
-        const int chunks = reinterpret_cast<const Step*>(table(number))->hub_chunks;
-        gradients.template accumulate<DROPOUT>(p, place, rows, chunks, table(number) + shared.tables.hub_offset());
+        const int keys = reinterpret_cast<const Step*>(table(number))->hub_keys;
+        gradients.template accumulate<DROPOUT>(p, place, rows, keys, table(number) + shared.tables.hub_offset());
       });
     };
     if (hub_role % 2 == 0) {

@@ -77,30 +77,37 @@ __device__ __forceinline__ void copy_queries(const ForwardArguments& p, int firs
   }
 }
 
-// A window of queries, whose fragments (head * (DIM / 16) + depth) are in q.
+// A window of queries, whose fragments (head * (DIM / 16) + depth) are in q, which is used up.
 template <typename T, int DIM, bool DROPOUT>
 __device__ __forceinline__ void attend_window(const ForwardArguments& p, const BlockPlace& place,
                                               const BlockBases& bases, const unsigned char* record,
-                                              const uint32_t (*q)[4], SharedAddress slots, const int* slot_tokens,
+                                              uint32_t (*q)[4], SharedAddress slots, const int* slot_tokens,
                                               float scale) {
   using L = Layout<DIM>;
   const LaneRows lane = lane_rows();
   const int* tokens = reinterpret_cast<const int*>(record + kRecordTokens);
   const int token_low = tokens[lane.low], token_high = tokens[lane.high];
-  const int2 extras = *reinterpret_cast<const int2*>(record + kRecordExtras);
+  const Extras extras = *reinterpret_cast<const Extras*>(record + kRecordExtras);
   const int row_elements = p.sizes.heads * p.sizes.dim;
-#pragma unroll
+#pragma unroll 1
   for (int head = 0; head < L::kHeads; ++head) {
     SoftmaxState<DIM> state;
     const int64_t batch_head = place.batch * p.sizes.heads + place.first_head + head;
     const DropoutTile dropout{slot_tokens, DROPOUT ? dropout_key(*p.dropout.seed, batch_head) : 0u,
                               p.dropout.threshold, token_low, token_high};
-    attend_keys<T, DIM, kGroups, DROPOUT, true>(state, q + head * L::kDepth, slots, head, Chunk(record), 0, scale,
-                                                dropout);
-    for (int extra = extras.x; extra < extras.y; ++extra) {
-      attend_halves<T, DIM, DROPOUT>(state, q + head * L::kDepth, slots, head,
-                                     Chunk(p.plan.extra_chunks + static_cast<int64_t>(extra) * kChunkBytes), scale,
-                                     dropout);
+    if (extras.groups == kGroups) {
+      attend_keys<T, DIM, kGroups, DROPOUT, true>(state, q, slots, head, Chunk(record), 0, scale, dropout);
+    } else {
+      attend_keys<T, DIM, kGroups - 1, DROPOUT, true>(state, q, slots, head, Chunk(record), 0, scale, dropout);
+    }
+    for (int extra = extras.begin; extra < extras.end; ++extra) {
+      const Chunk chunk(p.plan.extra_chunks + static_cast<int64_t>(extra) * kChunkBytes);
+      attend_halves<T, DIM, DROPOUT>(state, q, slots, head, chunk, kKeys, scale, dropout);
+    }
+#pragma unroll
+    for (int i = 0; i + L::kDepth < L::kPieces / 2; ++i) {  // the next head's come first: registers have no index
+#pragma unroll
+      for (int j = 0; j < 4; ++j) q[i][j] = q[i + L::kDepth][j];
     }
     const float sum_low = quad_sum(state.sum_low), sum_high = quad_sum(state.sum_high);
     const bool there = place.first_head + head < p.sizes.heads;
@@ -149,17 +156,17 @@ struct HubQueries {
   }
 
   template <bool DROPOUT>
-  __device__ __forceinline__ void attend(const ForwardArguments& p, const BlockPlace& place, int count,
+  __device__ __forceinline__ void attend(const ForwardArguments& p, const BlockPlace& place, int keys,
                                          const unsigned char* chunks, SharedAddress slots, const int* slot_tokens) {
     const LaneRows lane = lane_rows();
     const int64_t batch_head = place.batch * p.sizes.heads + place.first_head;
-    for (int chunk = part; chunk < count; chunk += hub_split<DIM>(p.sizes)) {
+    for (int chunk = part; chunk * kKeys < keys; chunk += hub_split<DIM>(p.sizes)) {
 #pragma unroll
       for (int head = 0; head < L::kHeads; ++head) {
         const DropoutTile dropout{slot_tokens, DROPOUT ? dropout_key(*p.dropout.seed, batch_head + head) : 0u,
                                   p.dropout.threshold, tile * kRows + lane.low, tile * kRows + lane.high};
         attend_halves<T, DIM, DROPOUT>(state[head], q + head * L::kDepth, slots, head,
-                                       Chunk(chunks + chunk * kChunkBytes), p.scale, dropout);
+                                       Chunk(chunks + chunk * kChunkBytes), keys - chunk * kKeys, p.scale, dropout);
       }
     }
   }
@@ -309,8 +316,8 @@ __global__ void __launch_bounds__(DIM == 128 ? 384 : DIM == 64 ? 512 : 640, 1)
     HubQueries<T, DIM> hubs;
     hubs.begin(p, place, warp - windows);
     each_step(place, [&](int number) {
-      const int chunks = reinterpret_cast<const Step*>(table(number))->hub_chunks;
-      hubs.template attend<DROPOUT>(p, place, chunks, table(number) + shared.tables.hub_offset(), slots, slot_tokens);
+      const int keys = reinterpret_cast<const Step*>(table(number))->hub_keys;
+      hubs.template attend<DROPOUT>(p, place, keys, table(number) + shared.tables.hub_offset(), slots, slot_tokens);
     });
     const int split = hub_split<DIM>(p.sizes), heads = min(L::kHeads, p.sizes.heads - place.first_head);
     const int64_t rows = p.sizes.hubs * (DIM + 4);

@@ -55,12 +55,13 @@ __device__ __forceinline__ void differentiate(float& s, float& p, bool seen, con
   s = kept;
 }
 
-// One chunk of 64 partners of the owned rows. Adds the gradients of the scores times the first partner tensor to
+// The first `groups` groups of 16 partners of a chunk. Adds the gradients of the scores times the first partner tensor to
 // `first`, and for owned keys the weights times the gradient to `second`.
 template <typename T, int DIM, bool OWNS_KEYS, bool DROPOUT>
 __device__ __forceinline__ void accumulate_chunk(float (*first)[4], float (*second)[4], const BackwardArguments& p,
                                                  const SharedRows& rows, const OwnedRows& owned,
-                                                 const unsigned char* chunk, int head, uint32_t dropout_key) {
+                                                 const unsigned char* chunk, int groups, int head,
+                                                 uint32_t dropout_key) {
   using L = Layout<DIM>;
   const SharedAddress partners = rows.slots + (OWNS_KEYS ? 2 * L::kBytes : 0);
   const LaneRows lane = lane_rows();
@@ -77,7 +78,7 @@ __device__ __forceinline__ void accumulate_chunk(float (*first)[4], float (*seco
     read_rows<T, DIM>(b, owned.row + L::kBytes);
   }
 #pragma unroll 1
-  for (int group = 0; group < kGroups; ++group) {
+  for (int group = 0; group < groups; ++group) {
     const SharedAddress key = partners + column_piece<DIM>(head) + key_slot[group] * slot_bytes<DIM>(4);
     const SharedAddress value = partners + row_piece<DIM>(head) + value_slot[group] * slot_bytes<DIM>(4);
     const uint32_t seen_low = static_cast<uint32_t>(mask_low[group]) >> (2 * (threadIdx.x % 4));
@@ -132,7 +133,8 @@ __device__ __forceinline__ void backward_window(const BackwardArguments& p, cons
   const int16_t* row_slots = reinterpret_cast<const int16_t*>(record + kRecordRowSlots);
   const int token_low = tokens[lane.low], token_high = tokens[lane.high];
   const int row_elements = p.sizes.heads * p.sizes.dim;
-  const int2 extras = *reinterpret_cast<const int2*>(record + (OWNS_KEYS ? p.transposed_extras : kRecordExtras));
+  const Extras extras =
+      *reinterpret_cast<const Extras*>(record + (OWNS_KEYS ? p.transposed_extras : kRecordExtras));
   const SharedAddress own = rows.slots + row_slots[threadIdx.x % kRows] * slot_bytes<DIM>(4) +
                             (OWNS_KEYS ? 0 : 2 * L::kBytes);
 #pragma unroll 1
@@ -145,10 +147,10 @@ __device__ __forceinline__ void backward_window(const BackwardArguments& p, cons
     const OwnedRows owned{own + row_piece<DIM>(head), rows.statistics[row_slots[lane.low] * L::kHeads + head],
                           rows.statistics[row_slots[lane.high] * L::kHeads + head], token_low, token_high};
     accumulate_chunk<T, DIM, OWNS_KEYS, DROPOUT>(first, second, p, rows, owned, record + (OWNS_KEYS ? p.transposed : 0),
-                                                 head, key);
-    for (int extra = extras.x; extra < extras.y; ++extra) {
-      accumulate_chunk<T, DIM, OWNS_KEYS, DROPOUT>(
-          first, second, p, rows, owned, p.plan.extra_chunks + static_cast<int64_t>(extra) * kChunkBytes, head, key);
+                                                 extras.groups, head, key);
+    for (int extra = extras.begin; extra < extras.end; ++extra) {
+      const unsigned char* chunk = p.plan.extra_chunks + static_cast<int64_t>(extra) * kChunkBytes;
+      accumulate_chunk<T, DIM, OWNS_KEYS, DROPOUT>(first, second, p, rows, owned, chunk, kGroups, head, key);
     }
     const auto store = [&](const float(*acc)[4], void* tensor, float factor) {
       T* rows = output_row<T>(tensor, p.sizes, place.batch, place.first_head + head, 0);
@@ -179,21 +181,22 @@ struct HubGradients {
 
   template <bool DROPOUT>
   __device__ __forceinline__ void accumulate(const BackwardArguments& p, const BlockPlace& place,
-                                             const SharedRows& rows, int count, const unsigned char* chunks) {
+                                             const SharedRows& rows, int keys, const unsigned char* chunks) {
     const LaneRows lane = lane_rows();
     const int last = p.sizes.hubs - 1;  // slot and token of the last hub
     const int low = min(tile * kRows + lane.low, last), high = min(tile * kRows + lane.high, last);
     const int lane_slot = min(tile * kRows + static_cast<int>(threadIdx.x % kRows), last);
     const SharedAddress own = rows.slots + lane_slot * slot_bytes<DIM>(4) + (OWNS_KEYS ? 0 : 2 * L::kBytes);
     const int64_t batch_head = place.batch * p.sizes.heads + place.first_head;
-    for (int chunk = 0; chunk < count; ++chunk) {
+    for (int chunk = 0; chunk * kKeys < keys; ++chunk) {
+      const int groups = min((keys - chunk * kKeys + kGroup - 1) / kGroup, kGroups);
 #pragma unroll
       for (int head = 0; head < L::kHeads; ++head) {
         const uint32_t key = DROPOUT ? dropout_key(*p.dropout.seed, batch_head + head) : 0u;
         const OwnedRows owned{own + row_piece<DIM>(head), rows.statistics[low * L::kHeads + head],
                               rows.statistics[high * L::kHeads + head], low, high};
         accumulate_chunk<T, DIM, OWNS_KEYS, DROPOUT>(first[head], second[OWNS_KEYS ? head : 0], p, rows, owned,
-                                                     chunks + chunk * kChunkBytes, head, key);
+                                                     chunks + chunk * kChunkBytes, groups, head, key);
       }
     }
   }

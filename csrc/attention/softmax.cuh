@@ -159,12 +159,14 @@ __device__ __forceinline__ void attend_keys(SoftmaxState<DIM>& state, const uint
   }
 }
 
-// A whole chunk for rows that have seen keys before. In halves: their sums leave fewer registers for scores.
+// The first `count` keys of a chunk for rows that have seen keys before. In halves: their sums leave fewer registers for
+// scores.
 template <typename T, int DIM, bool DROPOUT>
 __device__ __forceinline__ void attend_halves(SoftmaxState<DIM>& state, const uint32_t (*q)[4], SharedAddress slots,
-                                              int head, const Chunk& chunk, float scale, const DropoutTile& dropout) {
+                                              int head, const Chunk& chunk, int count, float scale,
+                                              const DropoutTile& dropout) {
 #pragma unroll 1
-  for (int first_key = 0; first_key < kKeys; first_key += kKeys / 2) {
+  for (int first_key = 0; first_key < min(count, kKeys); first_key += kKeys / 2) {
     attend_keys<T, DIM, kGroups / 2, DROPOUT, false>(state, q, slots, head, chunk, first_key, scale, dropout);
   }
 }

@@ -14,12 +14,13 @@ namespace fm::attention {
 constexpr int kWarp = 32;
 constexpr int kRows = 16;  // rows of a window, and of a tile of hubs
 constexpr int kKeys = 64;  // keys of a chunk
+constexpr int kGroup = 16; // of which so many are read at a time
 
 // Where things lie in the bytes of a chunk and of a record (fastmetro_kernels/packing.py).
 constexpr int kChunkBytes = 256;
 constexpr int kChunkMasks = 128;
 constexpr int kRecordTokens = 256;
-constexpr int kRecordExtras = 320;
+constexpr int kRecordExtras = 320;  // see Extras
 constexpr int kForwardRecordBytes = 336;
 constexpr int kRecordRowSlots = 336;
 constexpr int kBackwardRecordBytes = 368;
@@ -42,7 +43,14 @@ struct Plan {
 __host__ __device__ constexpr int hub_chunks_per_step(int windows) { return (windows * kRows + 64 + kKeys - 1) / kKeys; }
 
 struct Step {
-  int load_begin, load_end, restart_begin, restart_end, window_begin, window_end, hub_chunk, hub_chunks;
+  int load_begin, load_end, restart_begin, restart_end, window_begin, window_end, hub_chunk, hub_keys;
+
+  __device__ __forceinline__ int hub_chunks() const { return (hub_keys + kKeys - 1) / kKeys; }
+};
+
+// Of a record: extra chunks of the window, and groups of 16 keys of its first one.
+struct Extras {
+  int begin, end, groups, unused;
 };
 
 __device__ __forceinline__ Step read_step(const Plan& plan, int step) {
@@ -229,7 +237,7 @@ struct Tables {
     const unsigned char* records = plan.records + static_cast<int64_t>(step.window_begin) * record_bytes;
     copy_bytes(to + record_offset(), records, (step.window_end - step.window_begin) * record_bytes);
     const unsigned char* chunks = plan.hub_chunks + static_cast<int64_t>(step.hub_chunk) * kChunkBytes;
-    copy_bytes(to + hub_offset(), chunks, step.hub_chunks * kChunkBytes);
+    copy_bytes(to + hub_offset(), chunks, step.hub_chunks() * kChunkBytes);
   }
 
   __device__ static __forceinline__ void copy_bytes(SharedAddress to, const unsigned char* from, int bytes) {

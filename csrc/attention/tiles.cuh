@@ -6,7 +6,7 @@
 
 namespace fm::attention {
 
-constexpr int kGroups = kKeys / 16;  // keys are read sixteen at a time
+constexpr int kGroups = kKeys / kGroup;
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 constexpr float kLowest = -1e30f;  // stands for "no key seen yet" where -inf would give NaN
