@@ -14,7 +14,7 @@ void run(ForwardArguments& p, int64_t steps_per_segment, const Tensor& q) {
   const int64_t heads = p.sizes.batch * p.sizes.heads;
   const int cluster_size = cluster_size_of(p.plan, p.sizes, chains<DIM>(p.sizes), q);
   const bool combined = combined_by_kernel(p.plan, p.sizes, cluster_size);
-  const int64_t rows = combined ? heads * p.plan.num_segments * hub_split<DIM>(p.sizes) * p.sizes.hubs : 0;
+  const int64_t rows = combined ? heads * p.plan.num_segments * p.sizes.hubs : 0;
   Tensor scratch = torch::stable::new_empty(q, {rows * (DIM + 4)}, ScalarType::Float);
   p.partials = combined ? static_cast<float*>(scratch.mutable_data_ptr()) : nullptr;
   const int windows = p.plan.windows_per_step;

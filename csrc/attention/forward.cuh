@@ -14,20 +14,18 @@ struct ForwardArguments {
   Strided q, kv[2];
   void* out;        // [B, L, H, D] contiguous
   float* lse;       // [B, H, L]
-  float* partials;  // [B, H, partials, hubs, DIM + 4]; null where the blocks of a cluster combine their hub rows
+  float* partials;  // [B, H, segments, hubs, DIM + 4]; null where the blocks of a cluster combine their hub rows
   float scale;      // |scale| log2(e)
   uint32_t sign;    // flips q where the scale is negative
   Dropout dropout;
 };
 
-// Warps that share a tile of hubs, each with a part of the keys: two where a warp has several heads to go through.
+// A tile of hubs is the work of one warp, or where a group has several heads of two, each with half of the heads.
 template <int DIM>
-__host__ __device__ constexpr int hub_split(const Sizes& sizes) {
-  return DIM < 64 && hub_tiles(sizes) == 1 ? 2 : 1;
-}
+constexpr int kHubSplit = Layout<DIM>::kHeads > 1 ? 2 : 1;
 template <int DIM>
 __host__ __device__ constexpr int hub_warps(const Sizes& sizes) {
-  return hub_tiles(sizes) * hub_split<DIM>(sizes);
+  return hub_tiles(sizes) * kHubSplit<DIM>;
 }
 
 constexpr int kForwardTables = 3;  // of the step, of the next one, and one on its way
@@ -124,31 +122,33 @@ __device__ __forceinline__ void attend_window(const ForwardArguments& p, const B
   }
 }
 
-// A tile of 16 hubs and a part of the keys: what its warp keeps over all steps, for every head of the group.
+// A tile of 16 hubs: what its warp keeps over all steps, for its share of the heads of the group.
 template <typename T, int DIM>
 struct HubQueries {
   using L = Layout<DIM>;
-  uint32_t q[L::kPieces / 2][4];  // fragment head * (DIM / 16) + depth
-  SoftmaxState<DIM> state[L::kHeads];
-  int tile, part;
+  static constexpr int kHeads = L::kHeads / kHubSplit<DIM>;
+  uint32_t q[kHeads * L::kDepth][4];  // fragment head * (DIM / 16) + depth
+  SoftmaxState<DIM> state[kHeads];
+  int tile, first_head;  // the latter within the group
 
   __device__ __forceinline__ void begin(const ForwardArguments& p, const BlockPlace& place, int number) {
-    tile = number / hub_split<DIM>(p.sizes);
-    part = number % hub_split<DIM>(p.sizes);
+    tile = number / kHubSplit<DIM>;
+    first_head = number % kHubSplit<DIM> * kHeads;
     const LaneRows lane = lane_rows();
     const int last = p.sizes.hubs - 1;
     const int64_t low = token_offset(p.q, min(tile * kRows + lane.low, last));
     const int64_t high = token_offset(p.q, min(tile * kRows + lane.high, last));
 #pragma unroll
-    for (int head = 0; head < L::kHeads; ++head) {
-      state[head].clear();
-      const bool there = place.first_head + head < p.sizes.heads;
-      const unsigned char* base = head_base<T>(p.q, place.batch, there ? place.first_head + head : place.first_head);
+    for (int i = 0; i < kHeads; ++i) {
+      state[i].clear();
+      const int head = place.first_head + first_head + i;
+      const bool there = head < p.sizes.heads;
+      const unsigned char* base = head_base<T>(p.q, place.batch, there ? head : place.first_head);
 #pragma unroll
       for (int half = 0; half < 2 * L::kDepth; ++half) {  // of 8 columns
         const int column = 8 * half + 2 * (threadIdx.x % 4);
         const bool valid = there && column < p.sizes.dim;
-        uint32_t* fragment = q[head * L::kDepth + half / 2] + 2 * (half % 2);
+        uint32_t* fragment = q[i * L::kDepth + half / 2] + 2 * (half % 2);
         fragment[0] = valid ? __ldg(reinterpret_cast<const uint32_t*>(base + low + 2 * column)) ^ p.sign : 0u;
         fragment[1] = valid ? __ldg(reinterpret_cast<const uint32_t*>(base + high + 2 * column)) ^ p.sign : 0u;
       }
@@ -159,34 +159,35 @@ struct HubQueries {
   __device__ __forceinline__ void attend(const ForwardArguments& p, const BlockPlace& place, int keys,
                                          const unsigned char* chunks, SharedAddress slots, const int* slot_tokens) {
     const LaneRows lane = lane_rows();
-    const int64_t batch_head = place.batch * p.sizes.heads + place.first_head;
-    for (int chunk = part; chunk * kKeys < keys; chunk += hub_split<DIM>(p.sizes)) {
+    const int64_t batch_head = place.batch * p.sizes.heads + place.first_head + first_head;
+    for (int chunk = 0; chunk * kKeys < keys; ++chunk) {
 #pragma unroll
-      for (int head = 0; head < L::kHeads; ++head) {
-        const DropoutTile dropout{slot_tokens, DROPOUT ? dropout_key(*p.dropout.seed, batch_head + head) : 0u,
+      for (int i = 0; i < kHeads; ++i) {
+        const DropoutTile dropout{slot_tokens, DROPOUT ? dropout_key(*p.dropout.seed, batch_head + i) : 0u,
                                   p.dropout.threshold, tile * kRows + lane.low, tile * kRows + lane.high};
-        attend_halves<T, DIM, DROPOUT>(state[head], q + head * L::kDepth, slots, head,
+        attend_halves<T, DIM, DROPOUT>(state[i], q + i * L::kDepth, slots, first_head + i,
                                        Chunk(chunks + chunk * kChunkBytes), keys - chunk * kKeys, p.scale, dropout);
       }
     }
   }
 
-  // `partials` is that of this part, [heads, hubs, DIM + 4]; heads are `head_pitch` floats apart.
-  __device__ __forceinline__ void store(const ForwardArguments& p, int heads, float* partials, int64_t head_pitch) {
+  // To float rows [hubs, DIM + 4] of every head of the group, which are `head_pitch` floats apart.
+  __device__ __forceinline__ void store(const ForwardArguments& p, const BlockPlace& place, float* partials,
+                                        int64_t head_pitch) {
     constexpr int kPitch = DIM + 4;
     const LaneRows lane = lane_rows();
     const bool low = tile * kRows + lane.low < p.sizes.hubs, high = tile * kRows + lane.high < p.sizes.hubs;
 #pragma unroll
-    for (int head = 0; head < L::kHeads; ++head) {
-      const float sum_low = quad_sum(state[head].sum_low), sum_high = quad_sum(state[head].sum_high);
-      if (head >= heads) continue;
-      float* rows = partials + head * head_pitch + tile * kRows * kPitch;
-      store_partial_rows<DIM>(state[head].out, 1.f, rows, kPitch, low, high);
+    for (int i = 0; i < kHeads; ++i) {
+      const float sum_low = quad_sum(state[i].sum_low), sum_high = quad_sum(state[i].sum_high);
+      if (place.first_head + first_head + i >= p.sizes.heads) continue;
+      float* rows = partials + (first_head + i) * head_pitch + tile * kRows * kPitch;
+      store_partial_rows<DIM>(state[i].out, 1.f, rows, kPitch, low, high);
       if (threadIdx.x % 4 != 0) continue;
       float2* sums_low = reinterpret_cast<float2*>(rows + lane.low * kPitch + DIM);
       float2* sums_high = reinterpret_cast<float2*>(rows + lane.high * kPitch + DIM);
-      if (low) *sums_low = make_float2(state[head].peak_low, sum_low);
-      if (high) *sums_high = make_float2(state[head].peak_high, sum_high);
+      if (low) *sums_low = make_float2(state[i].peak_low, sum_low);
+      if (high) *sums_high = make_float2(state[i].peak_high, sum_high);
     }
   }
 };
@@ -237,17 +238,15 @@ template <typename T, int DIM>
 __device__ __forceinline__ void combine_in_cluster(const ForwardArguments& p, const BlockPlace& place,
                                                    SharedAddress partials) {
   constexpr int kHeads = Layout<DIM>::kHeads, kPerRow = DIM / 4, kPitchBytes = (DIM + 4) * 4;
-  const int blocks = static_cast<int>(cluster_size()), split = hub_split<DIM>(p.sizes);
-  const int elements = kHeads * p.sizes.hubs * kPerRow;
-  const int part_bytes = kHeads * p.sizes.hubs * kPitchBytes;
+  const int blocks = static_cast<int>(cluster_size()), elements = kHeads * p.sizes.hubs * kPerRow;
   for (int e = threadIdx.x * blocks + cluster_rank(); e < elements; e += blockDim.x * blocks) {
     const int row = e / kPerRow, column = e % kPerRow * 4, head = place.first_head + row / p.sizes.hubs;
     if (head >= p.sizes.heads) continue;
     const SharedAddress first = partials + row * kPitchBytes;
     combine_row<T, DIM>(
-        p, place.batch, head, row % p.sizes.hubs, column, blocks * split,
-        [&](int i) { return load_cluster_float4(first + i % split * part_bytes + 4 * column, i / split); },
-        [&](int i) { return load_cluster_float2(first + i % split * part_bytes + 4 * DIM, i / split); });
+        p, place.batch, head, row % p.sizes.hubs, column, blocks,
+        [&](int i) { return load_cluster_float4(first + 4 * column, i); },
+        [&](int i) { return load_cluster_float2(first + 4 * DIM, i); });
   }
 }
 
@@ -319,16 +318,15 @@ __global__ void __launch_bounds__(DIM == 128 ? 384 : DIM == 64 ? 512 : 640, 1)
       const int keys = reinterpret_cast<const Step*>(table(number))->hub_keys;
       hubs.template attend<DROPOUT>(p, place, keys, table(number) + shared.tables.hub_offset(), slots, slot_tokens);
     });
-    const int split = hub_split<DIM>(p.sizes), heads = min(L::kHeads, p.sizes.heads - place.first_head);
     const int64_t rows = p.sizes.hubs * (DIM + 4);
     if (p.partials != nullptr) {
-      const int64_t parts = p.plan.num_segments * split;
-      const int64_t part = (place.batch * p.sizes.heads + place.first_head) * parts + place.segment * split + hubs.part;
-      hubs.store(p, heads, p.partials + part * rows, parts * rows);
+      const int64_t segments = p.plan.num_segments;
+      const int64_t part = (place.batch * p.sizes.heads + place.first_head) * segments + place.segment;
+      hubs.store(p, place, p.partials + part * rows, segments * rows);
       return;
     }
     leave_slots();
-    hubs.store(p, heads, reinterpret_cast<float*>(memory) + hubs.part * L::kHeads * rows, rows);
+    hubs.store(p, place, reinterpret_cast<float*>(memory), rows);
   } else {
     const auto copy_listed = [&](int token, int slot) { copy_batch<DIM, kWarp>(token, slot, copy); };
     LoadList list;
@@ -369,7 +367,7 @@ __global__ void __launch_bounds__(128) combine_forward_kernel(const __grid_const
   const int row = rest / kPerRow, column = rest % kPerRow * 4;
   wait_for_previous_grid();
   if (batch_head >= p.sizes.batch * p.sizes.heads) return;
-  const int parts = p.plan.num_segments * hub_split<DIM>(p.sizes);
+  const int parts = p.plan.num_segments;
   const int64_t part_pitch = p.sizes.hubs * kPitch;
   const float* first = p.partials + batch_head * parts * part_pitch + row * kPitch;
   combine_row<T, DIM>(

@@ -162,8 +162,7 @@ class EmulatedAttention:
         out = torch.full((batch, tokens, heads, dim), math.nan, dtype=q.dtype)
         lse = torch.full((batch, heads, tokens), math.nan)
         which = "forward" if dim > 32 else "forward_narrow"
-        parts = self.plans[which].segments * (2 if self.topology.num_hubs <= 16 and dim <= 32 else 1)
-        partials = self._partials(which, batch * heads * parts, dim)
+        partials = self._partials(which, batch * heads * self.plans[which].segments, dim)
         arguments = _Forward(
             self.plans[which], self._sizes(q), _strided(q), (_Strided * 2)(_strided(k), _strided(v)), out.data_ptr(),
             lse.data_ptr(), partials.data_ptr() if partials.numel() else None, abs(scale) * math.log2(math.e),
