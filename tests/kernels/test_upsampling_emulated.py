@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from emulation import build
-from emulation.upsampling import KIB, Plan, upsample
+from emulation.upsampling import GATHER, KIB, STAGED, Plan, upsample
 from test_upsampling import FLOAT, HALF, SHAPES, check_product, random_input, random_matrix, strided_inputs
 from torch import Tensor
 
@@ -14,19 +14,22 @@ from fastmetro_kernels import SparseMatrix
 
 pytestmark = pytest.mark.skipif(bool(build.reasons()), reason="; ".join(build.reasons()))
 
-GATHERS = [Plan(False, tile, threads) for tile in (1, 4, 8) for threads in (0, 64, 128)]
+GATHERS = [Plan(GATHER, tile, threads) for tile in (1, 4, 8) for threads in (0, 64, 128)]
 STAGED = {
-    dtype: [Plan(True, word * tile, threads) for tile in (1, 2, 4) for threads in (64, 256)]
+    dtype: [Plan(STAGED, word * tile, threads) for tile in (1, 2, 4) for threads in (64, 256)]
     for dtype, word in ((FLOAT, 1), (HALF, 2))
 }
 
 
 def product(matrix: SparseMatrix, x: Tensor, transposed: bool = False, **options: object) -> Tensor:
     m = matrix
-    arrays = (m.row_offsets, m.columns, m.values, m.ell_columns, m.ell_values)
+    arrays = (m.row_offsets, m.columns, m.values, m.ell_columns, m.ell_values, m.shape[0], m.streams, m.stream_sizes)
     if transposed:
-        arrays = (m.t_row_offsets, m.t_columns, m.t_values, m.t_ell_columns, m.t_ell_values)
-    return upsample(x, *arrays, m.shape[1 if transposed else 0], **options)
+        arrays = (
+            *(m.t_row_offsets, m.t_columns, m.t_values, m.t_ell_columns, m.t_ell_values),
+            *(m.shape[1], m.t_streams, m.t_stream_sizes),
+        )
+    return upsample(x, *arrays, **options)
 
 
 @pytest.mark.parametrize("dtype", [FLOAT, HALF], ids=str)
@@ -76,7 +79,7 @@ def test_strides_and_exact_bounds(shape: str, dtype: torch.dtype) -> None:
             x = x.to(dtype, memory_format=torch.preserve_format)
             expected = product(matrix, x.contiguous())
             check_product(expected, matrix, x)
-            for plan in (None, Plan(False, 8)):
+            for plan in (None, Plan(GATHER, 8)):
                 assert torch.equal(product(matrix, x, plan=plan), expected), name
 
 
@@ -85,7 +88,7 @@ def test_strides_and_exact_bounds(shape: str, dtype: torch.dtype) -> None:
 def test_any_order_of_threads_gives_the_same_bits(shape: str, schedule: str) -> None:
     matrix = SHAPES[shape][0]
     x = random_input(matrix, 5, 3, FLOAT, "cpu")
-    for plan in (Plan(False, 4), Plan(False, 8), Plan(True, 2), Plan(True, 4)):
+    for plan in (Plan(GATHER, 4), Plan(GATHER, 8), Plan(STAGED, 2), Plan(STAGED, 4)):
         expected = product(matrix, x, plan=plan)
         assert torch.equal(product(matrix, x, plan=plan, schedule=schedule), expected)
 
@@ -107,7 +110,7 @@ def test_more_batch_elements_than_one_launch_takes() -> None:
     matrix = random_matrix(2, 2, 1)
     x = random_input(matrix, 1, 1, FLOAT, "cpu").expand(66_000, -1, -1).contiguous()
     x *= torch.arange(len(x), dtype=FLOAT)[:, None, None] % 7
-    check_product(product(matrix, x, plan=Plan(False, 1, 32)), matrix, x)
+    check_product(product(matrix, x, plan=Plan(GATHER, 1, 32)), matrix, x)
 
 
 def test_any_device_gives_the_same_bits() -> None:
@@ -130,7 +133,7 @@ def test_nan_stays_in_rows_that_name_it() -> None:
         x[1, 0] = torch.nan
         hit = torch.zeros(3, matrix.shape[0], 3, dtype=torch.bool)
         hit[1] = torch.from_numpy(np.asarray(matrix.to_dense()[:, 0] != 0))[:, None]
-        for plan in (Plan(False, 1), Plan(False, 8), Plan(True, 4)):
+        for plan in (Plan(GATHER, 1), Plan(GATHER, 8), Plan(STAGED, 4)):
             assert torch.equal(product(matrix, x, plan=plan).isnan(), hit)
 
 
@@ -138,10 +141,10 @@ def test_impossible_plans_are_refused() -> None:
     matrix = random_matrix(9, 5, 3)
     x = random_input(matrix, 2, 3, FLOAT, "cpu")
     with pytest.raises(build.EmulationError, match="no kernel for tiles of so many"):
-        product(matrix, x, plan=Plan(False, 3))
+        product(matrix, x, plan=Plan(GATHER, 3))
     with pytest.raises(build.EmulationError, match="no kernel for tiles of so many"):
-        product(matrix, x, plan=Plan(True, 8))
+        product(matrix, x, plan=Plan(STAGED, 8))
     with pytest.raises(build.EmulationError, match="does not fit in shared memory"):
-        product(matrix, x, plan=Plan(True, 4), shared_limit=100)
+        product(matrix, x, plan=Plan(STAGED, 4), shared_limit=100)
     with pytest.raises(build.EmulationError, match="does not fit in shared memory"):
-        product(matrix, x[..., :2], plan=Plan(True, 4))
+        product(matrix, x[..., :2], plan=Plan(STAGED, 4))

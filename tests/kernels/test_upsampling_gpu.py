@@ -16,10 +16,10 @@ why = backends.native_reasons("upsample_native", torch.device("cuda"))
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(why), reason="; ".join(why))]
 
 
-def product_as(matrix: SparseMatrix, x: Tensor, plan: tuple[bool, int, int, bool]) -> Tensor:
+def product_as(matrix: SparseMatrix, x: Tensor, plan: tuple[int, int, int, bool]) -> Tensor:
     m = matrix
     return ops.upsample_native_as(
-        x, m.row_offsets, m.columns, m.values, m.ell_columns, m.ell_values, m.shape[0], *plan
+        x, m.row_offsets, m.columns, m.values, m.ell_columns, m.ell_values, m.shape[0], m.streams, m.stream_sizes, *plan
     )  # fmt: skip
 
 
@@ -28,8 +28,8 @@ def product_as(matrix: SparseMatrix, x: Tensor, plan: tuple[bool, int, int, bool
 def test_every_configuration_gives_the_same_bits(shape: str, dtype: torch.dtype) -> None:
     matrix = SHAPES[shape][0].to("cuda")
     word = 4 // dtype.itemsize
-    plans = [(False, tile, threads) for tile in (1, 4, 8) for threads in (0, 64, 256)]
-    plans += [(True, word * tile, threads) for tile in (1, 2, 4) for threads in (64, 1024)]
+    plans = [(0, tile, threads) for tile in (1, 4, 8) for threads in (0, 64, 256)]
+    plans += [(1, word * tile, threads) for tile in (1, 2, 4) for threads in (64, 1024)]
     for batch in (1, 7, 300):
         x = random_input(matrix, batch, 3, dtype, "cuda")
         expected = sparse_upsample(x, matrix, backend="native")
@@ -48,8 +48,8 @@ def test_early_launches_wait_for_what_they_read() -> None:
         def run() -> Tensor:
             y = x
             for _ in range(20):
-                y = product_as(up, y, (False, 8, 0, early))
-                y = product_as(down, y, (True, 1, 512, early))
+                y = product_as(up, y, (0, 8, 0, early))
+                y = product_as(down, y, (1, 1, 512, early))
                 y = y / y.abs().amax()  # kernels of PyTorch in between
             return y
 
@@ -92,8 +92,8 @@ def test_impossible_plans_are_refused() -> None:
     matrix = random_matrix(9, 5, 3).to("cuda")
     x = random_input(matrix, 2, 3, FLOAT, "cuda")
     with pytest.raises(RuntimeError, match="no kernel for tiles of so many"):
-        product_as(matrix, x, (False, 3, 0, False))
+        product_as(matrix, x, (0, 3, 0, False))
     with pytest.raises(RuntimeError, match="does not fit in shared memory"):
-        product_as(matrix, x[..., :2], (True, 4, 64, False))
+        product_as(matrix, x[..., :2], (1, 4, 64, False))
     with pytest.raises(RuntimeError, match="threads must be a multiple of 32"):
-        product_as(matrix, x, (False, 4, 100, False))
+        product_as(matrix, x, (0, 4, 100, False))
