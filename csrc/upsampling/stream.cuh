@@ -17,12 +17,14 @@ constexpr uint32_t kNoRow = 0xffffu;        // row of a lane that has none
 
 // One cut of the matrix; the words of block b begin at tables + b * block_words.
 //
+//   [1]            rows of the block
 //   [warps]        slots that a warp uses
 //   [warps]        mask of the slots after which a row of it ends
 //   [warps]        where its slots begin
 //   [tokens]       token | place << 16: what to copy where, or kNothing
+//   [block_rows]   the rows of the block, unless all rows have three entries: then blocks are ranges of block_rows rows
 //   of each warp:
-//     [slots][32]  place | row << 16: the token of an entry, and the row of the block that it belongs to
+//     [slots][32]  place | row << 16: the token of an entry, and the row, counted in the block, that it belongs to
 //     [slots][32]  its value, a float
 //
 // Slots without an entry have the value 0 and the place `places`, which holds zeros.
@@ -77,18 +79,20 @@ __device__ __forceinline__ T item_of(const uint32_t (&words)[WORDS], int i) {
   }
 }
 
-// Every row has three entries, the rows of a warp follow each other in memory.
-template <int SLOTS, typename T, int BATCH>
+// Every row has three entries, the rows of a warp follow each other in memory. `out`: where the first position of this
+// lane goes, of `room` that the block has from there on; without CHECKED all of the warp's are inside, and none is
+// missing of BATCH batch elements. `entries` are offsets in bytes.
+template <bool CHECKED, int SLOTS, typename T, int BATCH>
 __device__ __forceinline__ void gather_threes(const Pack<T, BATCH>* stage, const uint32_t (&entries)[SLOTS],
-                                              const float (&values)[SLOTS], uint32_t positions, T* out, int64_t stride,
+                                              const float (&values)[SLOTS], T* out, int room, int64_t stride,
                                               int left) {
-  const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int k = 0; k < SLOTS; k += 3) {
     float sums[BATCH][kPoint] = {};
 #pragma unroll
     for (int e = 0; e < 3; ++e) {
-      const Pack<T, BATCH>* const from = stage + entries[k + e] * kPoint;
+      const auto* const from =
+          reinterpret_cast<const Pack<T, BATCH>*>(reinterpret_cast<const unsigned char*>(stage) + entries[k + e]);
 #pragma unroll
       for (int c = 0; c < kPoint; ++c) {
         const Pack<T, BATCH> pack = from[c];
@@ -97,14 +101,15 @@ __device__ __forceinline__ void gather_threes(const Pack<T, BATCH>* stage, const
       }
     }
     uint32_t ordered[kPoint][sizeof(T) * BATCH / 4];
-    to_memory_order<T, BATCH>(sums, lane, ordered);
-    const uint32_t first = (threadIdx.x / 32 * SLOTS / 3 + k / 3) * 32 * kPoint + lane;
+    to_memory_order<T, BATCH>(sums, threadIdx.x % 32, ordered);
 #pragma unroll
     for (int i = 0; i < BATCH; ++i) {
-      if (i >= left) break;
+      if (CHECKED && i >= left) break;
+      T* const to = out + i * stride;
 #pragma unroll
       for (int j = 0; j < kPoint; ++j) {
-        if (first + 32 * j < positions) out[i * stride + first + 32 * j] = item_of<T>(ordered[j], i);
+        const int position = (k + j) * 32;
+        if (!CHECKED || position < room) to[position] = item_of<T>(ordered[j], i);
       }
     }
   }
@@ -149,16 +154,18 @@ __device__ __forceinline__ void gather_any(const Pack<T, BATCH>* stage, const ui
   }
 }
 
-// Writes what gather_any left of `left` batch elements.
+// Writes what gather_any left of `left` batch elements. A block has a multiple of 96 threads, so that a thread writes
+// one and the same channel every time.
 template <typename T>
-__device__ __forceinline__ void write_rows(const T* rows, uint32_t positions, T* out, int64_t stride, int left) {
-  for (int i = 0; i < left; ++i) {
-    for (uint32_t e = threadIdx.x; e < positions; e += blockDim.x) out[i * stride + e] = rows[i * positions + e];
+__device__ __forceinline__ void write_rows(const T* rows, const uint32_t* list, uint32_t positions, T* out,
+                                           int64_t stride, int left) {
+  for (uint32_t e = threadIdx.x; e < positions; e += blockDim.x) {
+    T* const to = out + __ldg(list + e / kPoint) * kPoint + threadIdx.x % kPoint;
+    for (int i = 0; i < left; ++i) to[i * stride] = rows[i * positions + e];
   }
 }
 
-// COPIES: places of the copy that a thread fills, at most. The block has a multiple of 96 threads, so that a thread
-// copies one and the same channel every time.
+// COPIES: words that a thread copies of a batch element, at most.
 template <typename T, int BATCH, int LENGTH, int PARTS, int SLOTS, int COPIES>
 __global__ void __launch_bounds__(kStreamThreads) stream_kernel(const Problem<T> p, const Stream s) {
   using Word = Pack<T, BATCH>;
@@ -173,42 +180,50 @@ __global__ void __launch_bounds__(kStreamThreads) stream_kernel(const Problem<T>
 #pragma unroll
   for (int k = 0; k < COPIES; ++k) {
     const uint32_t token = (threadIdx.x + k * blockDim.x) / kPoint;
-    copied[k] = token < static_cast<uint32_t>(s.tokens) ? __ldg(table + 3 * warps + token) : kNothing;
+    copied[k] = token < static_cast<uint32_t>(s.tokens) ? __ldg(table + 1 + 3 * warps + token) : kNothing;
   }
-  const int used = LENGTH == 3 ? SLOTS : __ldg(table + warp);
-  const uint32_t ends = LENGTH == 3 ? 0 : __ldg(table + warps + warp);
-  const uint32_t start = LENGTH == 3 ? 3 * warps + s.tokens + 64 * SLOTS * warp : __ldg(table + 2 * warps + warp);
+  const int used = LENGTH == 3 ? SLOTS : __ldg(table + 1 + warp);
+  const uint32_t ends = LENGTH == 3 ? 0 : __ldg(table + 1 + warps + warp);
+  const uint32_t start = LENGTH == 3 ? 1 + 3 * warps + s.tokens + 64 * SLOTS * warp : __ldg(table + 1 + 2 * warps + warp);
 #pragma unroll
   for (int k = 0; k < SLOTS; ++k) {
     const bool valid = k < used;
     entries[k] = valid ? __ldg(table + start + k * 32 + threadIdx.x % 32) : 0;
     values[k] = valid ? __uint_as_float(__ldg(table + start + (used + k) * 32 + threadIdx.x % 32)) : 0.0f;
-    if constexpr (LENGTH == 3) entries[k] &= 0xffffu;  // the rows are in order
+    if constexpr (LENGTH == 3) entries[k] = (entries[k] & 0xffffu) * kPoint * sizeof(Word);  // the rows are in order
   }
   wait_for_previous_kernel();
 
   const int64_t batch = p.batch;
   int64_t first = static_cast<int64_t>(blockIdx.y) * s.packs * BATCH;
   const int count = static_cast<int>(min(static_cast<int64_t>(s.packs), (batch - first + BATCH - 1) / BATCH));
-  const uint32_t begin = blockIdx.x * s.block_rows;
-  const uint32_t positions = min(static_cast<uint32_t>(s.block_rows), static_cast<uint32_t>(p.rows) - begin) * kPoint;
+  const uint32_t begin = LENGTH == 3 ? blockIdx.x * s.block_rows * kPoint : 0;
+  const uint32_t positions = __ldg(table) * kPoint;
   const uint32_t stage_words = (s.places + 1) * kPoint;
   const int64_t stride = p.rows * kPoint;
   Word* const stage = reinterpret_cast<Word*>(fm::dynamic_shared());
   T* const rows = reinterpret_cast<T*>(stage + (count > 1 ? 2 : 1) * stage_words);
   const T* x = p.x + first * p.batch_stride + channel * static_cast<uint32_t>(p.channel_stride);
-  T* out = p.out + first * stride + begin * kPoint;
+  T* out = p.out + first * stride + begin;
+  const uint32_t own = warp * SLOTS * 32;  // LENGTH == 3: first position of the warp, in the block
+  const bool inside = own + SLOTS * 32 <= positions;
+  if constexpr (LENGTH == 3) out += own + threadIdx.x % 32;
+  const int room = static_cast<int>(positions - own - threadIdx.x % 32);
 
   Word items[COPIES];
+  const uint32_t token_bytes = static_cast<uint32_t>(p.token_stride * sizeof(T));
   const auto fetch = [&](int64_t start) {
 #pragma unroll
     for (int k = 0; k < COPIES; ++k) {
+      if (k * blockDim.x >= kPoint * static_cast<uint32_t>(s.tokens)) break;
       uint32_t token = copied[k];
       asm volatile("" : "+r"(token));  // or else the addresses would be kept in registers, twice as many as the tokens
-      const T* const from = x + (token & 0xffffu) * static_cast<uint32_t>(p.token_stride);
 #pragma unroll
       for (int i = 0; i < BATCH; ++i) {
-        items[k].item[i] = token != kNothing && start + i < batch ? from[i * p.batch_stride] : T(0.0f);
+        const auto* const from = reinterpret_cast<const unsigned char*>(x + i * p.batch_stride);
+        const uint64_t offset = static_cast<uint64_t>(token & 0xffffu) * token_bytes;
+        const bool valid = token != kNothing && (i == 0 || start + i < batch);
+        items[k].item[i] = valid ? *reinterpret_cast<const T*>(from + offset) : T(0.0f);
       }
     }
     x += BATCH * p.batch_stride;
@@ -216,6 +231,7 @@ __global__ void __launch_bounds__(kStreamThreads) stream_kernel(const Problem<T>
   const auto put = [&](Word* to) {
 #pragma unroll
     for (int k = 0; k < COPIES; ++k) {
+      if (k * blockDim.x >= kPoint * static_cast<uint32_t>(s.tokens)) break;
       if (copied[k] != kNothing) to[(copied[k] >> 16) * kPoint + channel] = items[k];
     }
   };
@@ -235,13 +251,20 @@ __global__ void __launch_bounds__(kStreamThreads) stream_kernel(const Problem<T>
     const Word* const now = stage + (pack % 2) * stage_words;
     if (more) fetch(first + BATCH);
     if constexpr (LENGTH == 3) {
-      gather_threes<SLOTS>(now, entries, values, positions, out, stride, left);
+      if (inside && left == BATCH) {
+        gather_threes<false>(now, entries, values, out, room, stride, left);
+      } else {
+        gather_threes<true>(now, entries, values, out, room, stride, left);
+      }
     } else {
       gather_any<PARTS, SLOTS>(now, entries, values, used, ends, rows + (pack % 2) * BATCH * positions, positions);
     }
     if (more) put(stage + (1 - pack % 2) * stage_words);
     if (LENGTH != 3 || more) __syncthreads();
-    if constexpr (LENGTH != 3) write_rows(rows + (pack % 2) * BATCH * positions, positions, out, stride, left);
+    if constexpr (LENGTH != 3) {
+      const uint32_t* const list = table + 1 + 3 * warps + s.tokens;
+      write_rows(rows + (pack % 2) * BATCH * positions, list, positions, out, stride, left);
+    }
     first += BATCH;
     out += BATCH * stride;
   }

@@ -22,7 +22,7 @@ struct Cuts {
   std::span<const Cut> list = {};
 };
 
-constexpr int stream_copies(int length) { return length == 3 ? 6 : 9; }
+constexpr int stream_copies(int length) { return length == 3 ? 6 : 8; }
 
 // Blocks of a cut that share a multiprocessor; the registers decide.
 inline int64_t stream_residents(const Cut& cut) { return std::max<int64_t>(1, kStreamThreads / cut.threads); }
@@ -36,7 +36,8 @@ int64_t stream_bytes(const Cut& cut, bool three_each, int batch_tile, int64_t pa
 
 template <typename T>
 bool can_stream(const Problem<T>& p, const Cut& cut, bool three_each, int batch_tile, int64_t shared_limit) {
-  return p.channels == kPoint && stream_bytes<T>(cut, three_each, batch_tile, 2) <= shared_limit;
+  const bool near = p.token_stride <= static_cast<int64_t>(std::numeric_limits<uint32_t>::max() / sizeof(T));
+  return near && p.channels == kPoint && stream_bytes<T>(cut, three_each, batch_tile, 2) <= shared_limit;
 }
 
 template <typename T, typename Launch>

@@ -13,7 +13,11 @@ from fastmetro_kernels.sparse import SparseMatrix
 from fastmetro_kernels.upsampling import native, ops, reference
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_PRODUCTS: dict[str, Callable[..., Tensor]] = {"reference": reference.upsample, "triton": ops.upsample_triton}
+_PRODUCTS: dict[str, Callable[..., Tensor]] = {
+    "reference": reference.upsample,
+    "triton": ops.upsample_triton,
+    "native": ops.upsample_native,
+}
 _ORDER = ("native", "triton", "reference")
 
 _Arrays = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
@@ -66,9 +70,8 @@ def sparse_upsample(x: Tensor, matrix: SparseMatrix, backend: str = "auto") -> T
 
 
 def _product(backend: str, x: Tensor, arrays: Sequence[Tensor | None], rows: int, sizes: list[int]) -> Tensor:
-    if backend == "native":
-        return ops.upsample_native(x, *arrays[:5], rows, arrays[5], sizes)
-    return _PRODUCTS[backend](x, *arrays[:5], rows)
+    streams = (arrays[5], sizes) if backend == "native" else ()
+    return _PRODUCTS[backend](x, *arrays[:5], rows, *streams)
 
 
 class _Product(torch.autograd.Function):
