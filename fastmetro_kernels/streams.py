@@ -4,8 +4,8 @@ A cut splits the rows into blocks. A block's entries are dealt to the threads th
 gets the list of the tokens (columns) that it touches: they are all that it reads of a batch element.
 
 - Where every row has three entries, as in the published steps, blocks are ranges of rows, a row per lane, in order.
-- Other rows are grouped into patches of the mesh with equally many entries, so that a block touches few tokens. Within a
-  block they are sorted by length, so that the lanes of a warp have equally much to do, and dealt to the warps longest
+- Other rows are grouped into patches of the mesh with equally many entries, so that a block touches few tokens. In a
+  block they are sorted by length, so that the lanes of a warp have equally much to do, and dealt to the warps, longest
   first. As many lanes share a row as in the other kernels (``parts_of`` in ``csrc/upsampling/launch.h``), so that sums
   are taken in the same order.
 
@@ -63,9 +63,7 @@ def parts_of(entries: int, rows: int) -> int:
     return 1 if per_row <= 4 else 2 if per_row <= 8 else 4 if per_row <= 32 else 16
 
 
-def build_streams(
-    csr: sp.csr_array, cuts: Sequence[tuple[int, int]] | None = None
-) -> tuple[np.ndarray, list[int]]:
+def build_streams(csr: sp.csr_array, cuts: Sequence[tuple[int, int]] | None = None) -> tuple[np.ndarray, list[int]]:
     """All cuts that are possible, as one int32 array and the sizes of each, one after the other.
 
     Args:

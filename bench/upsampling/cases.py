@@ -179,8 +179,10 @@ def _csr(matrix: Tensor, batch: int = 0) -> Tensor:
     csr = matrix.to_sparse_csr()
     if not batch:
         return csr
-    parts = (part.expand(batch, -1).contiguous() for part in (csr.crow_indices(), csr.col_indices(), csr.values()))
-    return torch.sparse_csr_tensor(*parts, (batch, *csr.shape))
+    offsets, columns, values = (
+        part.expand(batch, -1).contiguous() for part in (csr.crow_indices(), csr.col_indices(), csr.values())
+    )
+    return torch.sparse_csr_tensor(offsets, columns, values, size=(batch, *csr.shape))
 
 
 def _plain(case: Case) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -230,6 +232,7 @@ def _both_passes(product: Callable[[Tensor], Tensor]) -> Run:
 
 
 GATHER, STAGED, STREAM = range(3)
+_Streams = tuple[Tensor | None, list[int]]
 STREAM_CUTS = ((4, 27), (8, 27), (8, 15), (8, 9), (16, 27), (16, 15), (16, 9))
 
 
@@ -239,18 +242,19 @@ def _variants(case: Case, transposed: bool) -> dict[str, Run]:
     arrays = (m.row_offsets, m.columns, m.values, m.ell_columns, m.ell_values, m.shape[0])
     if transposed:
         arrays = (m.t_row_offsets, m.t_columns, m.t_values, m.t_ell_columns, m.t_ell_values, m.shape[1])
-    plans = [("gather", None, (GATHER, tile, threads)) for tile in (1, 4, 8) for threads in (0, 256)]
-    plans += [("staged", None, (STAGED, word * tile, 1024)) for tile in (1, 2, 4)]
+    plans: list[tuple[str, _Streams, tuple[int, int, int]]]
+    plans = [("gather", (None, []), (GATHER, tile, threads)) for tile in (1, 4, 8) for threads in (0, 256)]
+    plans += [("staged", (None, []), (STAGED, word * tile, 1024)) for tile in (1, 2, 4)]
     csr = m.to_scipy().T.tocsr() if transposed else m.to_scipy()
     for blocks, warps in STREAM_CUTS if case.channels == 3 else ():
         words, sizes = build_streams(csr, ((blocks, warps),))
         if sizes:
-            streams = (torch.from_numpy(words).to(case.device), sizes)
-            plans += [(f"stream {blocks} x {warps},", streams, (STREAM, tile, 0)) for tile in {word, 2}]
+            built = (torch.from_numpy(words).to(case.device), sizes)
+            plans += [(f"stream {blocks} x {warps},", built, (STREAM, tile, 0)) for tile in {word, 2}]
     found: dict[str, Run] = {}
     for name, streams, plan in plans:
         for early in (False, True):
-            run = functools.partial(_variant, (*arrays, *(streams or (None, [])), *plan, early), transposed)
+            run = functools.partial(_variant, (*arrays, *streams, *plan, early), transposed)
             found[f"variant, {name} {plan[1]} x {plan[2] or 'even'}{' early' if early else ''}"] = run
     return found
 

@@ -113,4 +113,5 @@ def main(data: Path, dtypes: Sequence[str], batches: Sequence[int], device: torc
     for dtype in dtypes:
         for batch in batches:
             found = learned(batch, (431, 1723, 6890), getattr(torch, dtype), device)
-            print(f"  {dtype:<9} batch {batch:>4}: steps {found['steps']:.2f}, folded {found['folded']:.2f}", flush=True)
+            times = f"steps {found['steps']:.2f}, folded {found['folded']:.2f}"
+            print(f"  {dtype:<9} batch {batch:>4}: {times}", flush=True)

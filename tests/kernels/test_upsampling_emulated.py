@@ -42,8 +42,10 @@ def product(matrix: SparseMatrix, x: Tensor, transposed: bool = False, **options
     return upsample(x, *arrays, **options)
 
 
-def streamed(matrix: SparseMatrix, x: Tensor, cut: tuple[int, int], transposed: bool = False, **options: object) -> Tensor:
-    """The product by the streaming kernel, with a cut into `cut[0]` blocks of `cut[1]` warps; skips where there is none."""
+def streamed(
+    matrix: SparseMatrix, x: Tensor, cut: tuple[int, int], transposed: bool = False, **options: object
+) -> Tensor:
+    """The product by the streaming kernel; skips where there is no such cut (blocks, and warps of a block)."""
     m = matrix.to_scipy()
     words, sizes = build_streams(m.T.tocsr() if transposed else m, [cut])
     if not sizes:
