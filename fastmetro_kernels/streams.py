@@ -29,6 +29,7 @@ POINT = 3
 COPIES = {True: 6, False: 8}  # by whether all rows have three entries, as in csrc/upsampling/launch.h
 SLOTS = {True: (3, 6, 9), False: (8, 12, 16)}
 NOTHING, NO_ROW = 0xFFFFFFFF, 0xFFFF
+FULL = np.iinfo(np.int64).max  # cost of a bank that takes no more tokens
 MOST_NEIGHBOURS = 64  # of a row: beyond that the locality order would take long
 ROWS_UNIT = 8  # a block begins at a multiple of so many rows, in the middle of no sector of memory
 SMALLEST = 256  # rows of a matrix for which a stream is worth its tables
@@ -52,9 +53,10 @@ class Cut(NamedTuple):
     """Size of the tables of a block."""
 
 
-DEFAULT_CUTS = ((4, 27), (8, 27))
-"""Blocks and warps of a block. 27 warps hold the rows of the body mesh (1,723 in a block of four, two for each thread)
-without a rest, and copy all three channels of 288 tokens at a time."""
+DEFAULT_CUTS, KEPT = ((4, 27), (8, 27), (16, 27)), 2
+"""Blocks and warps of a block, of which the first two that are possible are made. 27 warps hold the rows of the body
+mesh (1,723 in a block of four, two for each thread) almost without a rest, and copy all of 288 tokens at a time.
+"""
 
 
 def parts_of(entries: int, rows: int) -> int:
@@ -72,9 +74,14 @@ def build_streams(csr: sp.csr_array, cuts: Sequence[tuple[int, int]] | None = No
     """
     if cuts is None:
         cuts = DEFAULT_CUTS if csr.shape[0] >= SMALLEST else ()
+        most = KEPT
+    else:
+        most = len(cuts)
     words: list[np.ndarray] = [np.zeros(0, np.int32)]
     sizes: list[int] = []
     for blocks, warps in cuts:
+        if len(words) > most:  # the first one is empty
+            break
         made = _build_cut(csr, blocks, warps)
         if made is not None:
             tables, cut = made
@@ -222,17 +229,18 @@ def _places(columns: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     starts = np.searchsorted(pairs[:, 0], np.arange(len(tokens) + 1))
     met = np.zeros((slots * threads // 16, LANES), np.int64)  # tokens in each bank, by half of a warp that reads
     copied = np.zeros((len(tokens) * POINT // LANES + 1, LANES), np.int64)  # words in each bank, by warp that copies
-    banks = np.arange(LANES)[:, None] * POINT + np.arange(POINT)  # of the tokens at each place modulo 32
+    banks = (np.arange(LANES)[:, None] * POINT + np.arange(POINT)) % LANES  # of the tokens at each place modulo 32
     rows = -(-len(tokens) // LANES)
+    across = np.arange(LANES) ^ LANES // 2  # the place that agrees modulo 16
     taken = np.zeros(LANES, np.int64)
     place = np.zeros(len(tokens), np.int64)
     for one in np.argsort(-np.diff(starts), kind="stable"):
         own = pairs[starts[one] : starts[one + 1], 1]
         here, copy = met[own].sum(0), copied[one * POINT // LANES]
-        cost = 3 * (2 * here + np.roll(here, 16) + met[own ^ 1].sum(0)) + copy[banks % LANES].sum(1)
-        bank = int(np.where(taken < rows, cost * LANES * rows + taken, np.iinfo(np.int64).max).argmin())
+        cost = 3 * (2 * here + here[across] + met[own ^ 1].sum(0)) + copy[banks].sum(1)
+        bank = int(np.where(taken < rows, cost * LANES * rows + taken, FULL).argmin())
         place[one] = taken[bank] * LANES + bank
         taken[bank] += 1
         met[own, bank] += 1
-        copy[banks[bank] % LANES] += 1
+        copy[banks[bank]] += 1
     return place

@@ -184,7 +184,8 @@ __global__ void __launch_bounds__(kStreamThreads) stream_kernel(const Problem<T>
   }
   const int used = LENGTH == 3 ? SLOTS : __ldg(table + 1 + warp);
   const uint32_t ends = LENGTH == 3 ? 0 : __ldg(table + 1 + warps + warp);
-  const uint32_t start = LENGTH == 3 ? 1 + 3 * warps + s.tokens + 64 * SLOTS * warp : __ldg(table + 1 + 2 * warps + warp);
+  const uint32_t start =
+      LENGTH == 3 ? 1 + 3 * warps + s.tokens + 64 * SLOTS * warp : __ldg(table + 1 + 2 * warps + warp);
 #pragma unroll
   for (int k = 0; k < SLOTS; ++k) {
     const bool valid = k < used;
