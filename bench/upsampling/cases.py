@@ -236,6 +236,14 @@ _Streams = tuple[Tensor | None, list[int]]
 STREAM_CUTS = ((4, 27), (8, 27), (8, 15), (8, 9), (16, 27), (16, 15), (16, 9))
 
 
+@functools.cache
+def _streams(matrix: SparseMatrix, transposed: bool, cut: tuple[int, int]) -> _Streams:
+    """The tables of one cut, which take a second to make."""
+    csr = matrix.to_scipy()
+    words, sizes = build_streams(csr.T.tocsr() if transposed else csr, (cut,))
+    return torch.from_numpy(words).to(matrix.columns.device), sizes
+
+
 def _variants(case: Case, transposed: bool) -> dict[str, Run]:
     """Every configuration of the CUDA kernels (`csrc/upsampling/launch.h`, `fastmetro_kernels/streams.py`)."""
     m, word = case.matrix, 4 // case.dtype.itemsize
@@ -245,11 +253,9 @@ def _variants(case: Case, transposed: bool) -> dict[str, Run]:
     plans: list[tuple[str, _Streams, tuple[int, int, int]]]
     plans = [("gather", (None, []), (GATHER, tile, threads)) for tile in (1, 4, 8) for threads in (0, 256)]
     plans += [("staged", (None, []), (STAGED, word * tile, 1024)) for tile in (1, 2, 4)]
-    csr = m.to_scipy().T.tocsr() if transposed else m.to_scipy()
     for blocks, warps in STREAM_CUTS if case.channels == 3 else ():
-        words, sizes = build_streams(csr, ((blocks, warps),))
-        if sizes:
-            built = (torch.from_numpy(words).to(case.device), sizes)
+        built = _streams(m, transposed, (blocks, warps))
+        if built[1]:
             plans += [(f"stream {blocks} x {warps},", built, (STREAM, tile, 0)) for tile in {word, 2}]
     found: dict[str, Run] = {}
     for name, streams, plan in plans:
