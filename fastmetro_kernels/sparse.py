@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmetro_kernels.adjacency import check_compressed, compressed_entries
+from fastmetro_kernels.streams import build_streams
 
 _INT32_MAX = 2**31 - 1
 _ELL_MAX_WIDTH = 8
@@ -39,7 +40,10 @@ class SparseMatrix(nn.Module):
         values64: float64 ``[nnz]``.
         ell_columns: int32 ``[M, W]`` with -1 in slots that hold no entry, or None where rows are long or uneven.
         ell_values: float32 ``[M, W]`` with 0 in slots that hold no entry, or None.
-        t_row_offsets, t_columns, t_values, t_values64, t_ell_columns, t_ell_values: the same of the transpose.
+        streams: int32 words, tables of the CUDA kernel for large batches of points (see ``streams.py``); may be empty.
+        stream_sizes: Sizes of the cuts in ``streams``.
+        t_row_offsets, t_columns, t_values, t_values64, t_ell_columns, t_ell_values, t_streams, t_stream_sizes: the
+            same of the transpose.
 
     Args:
         matrix: Any two-dimensional SciPy sparse matrix or array of real numbers.
@@ -56,12 +60,16 @@ class SparseMatrix(nn.Module):
     values64: Tensor
     ell_columns: Tensor | None
     ell_values: Tensor | None
+    streams: Tensor
+    stream_sizes: list[int]
     t_row_offsets: Tensor
     t_columns: Tensor
     t_values: Tensor
     t_values64: Tensor
     t_ell_columns: Tensor | None
     t_ell_values: Tensor | None
+    t_streams: Tensor
+    t_stream_sizes: list[int]
 
     def __init__(self, matrix: Any) -> None:
         super().__init__()
@@ -72,6 +80,8 @@ class SparseMatrix(nn.Module):
 
     def _register_layouts(self, prefix: str, csr: sp.csr_array) -> None:
         ell_columns, ell_values = _ell_layout(csr)
+        streams, sizes = build_streams(csr)
+        setattr(self, prefix + "stream_sizes", sizes)
         layouts = {
             "row_offsets": torch.from_numpy(csr.indptr.astype(np.int32)),
             "columns": torch.from_numpy(csr.indices.astype(np.int32)),
@@ -79,6 +89,7 @@ class SparseMatrix(nn.Module):
             "values64": torch.from_numpy(csr.data.astype(np.float64)),
             "ell_columns": ell_columns,
             "ell_values": ell_values,
+            "streams": torch.from_numpy(streams),
         }
         for name, tensor in layouts.items():
             self.register_buffer(prefix + name, tensor, persistent=False)

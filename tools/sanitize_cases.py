@@ -183,6 +183,9 @@ def upsampling_native() -> Iterator[Upsampling]:
     yield Upsampling(three, 3, 3, FLOAT, "shared")
     yield Upsampling(three, 3, 3, HALF, "strided")
     yield Upsampling(three, 70, 3, FLOAT)
+    streamed = matrix(900, 300, 3, 3)  # in both directions
+    yield Upsampling(streamed, 70, 3, FLOAT)
+    yield Upsampling(streamed, 71, 3, HALF)
 
 
 def upsampling_triton() -> Iterator[Upsampling]:

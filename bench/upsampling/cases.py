@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from bench import common
 from fastmetro_kernels import SparseMatrix, sparse_upsample
+from fastmetro_kernels.streams import build_streams
 from fastmetro_kernels.upsampling import ops
 
 PUBLISHED = common.SHARED / "data" / "fastmetro" / "mesh_downsampling.npz"
@@ -27,7 +29,11 @@ ZERO, FILL = "write: zero_", "write: fill_"
 WRITES = (ZERO, FILL)
 """Yardsticks: they write tensors of the shapes of the results, and nothing else."""
 
-DENSE, CSR, LOOP = "dense", "torch CSR", "loop over samples"
+DENSE, LOOP = "dense", "loop over samples"
+CSR, CSR_BATCHED, CSR_GIVEN = "torch CSR", "torch CSR, batched", "torch CSR, x and out as [N, B, C]"
+CSR_NAMES = (CSR, CSR_BATCHED)
+"""What ours is held against: the faster one. CSR_GIVEN is spared the transpositions, which cost it most of its time."""
+
 OURS = ("auto", "native", "triton", "reference")
 MAX_SETS = 64
 L2_FACTOR = 2.0  # sets of tensors that are so many times as large as L2 push each other out of it
@@ -98,6 +104,13 @@ class Case:
         both = math.prod(self.x_shape) + math.prod(self.out_shape)
         return both * self.dtype.itemsize * (2 if which == PASSES[1] else 1)
 
+    def given(self, name: str, tensors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """What a contender gets: the tensors themselves, or with the batch inside of the tokens where it asks so."""
+        if name != CSR_GIVEN:
+            return tensors
+        x, grad = (tensor.permute(1, 0, 2).contiguous().permute(1, 0, 2) for tensor in tensors)
+        return x, grad
+
     def sets(self, which: str) -> list[tuple[Tensor, Tensor]]:
         """Inputs and gradients; on a GPU so many that together they exceed L2, if `MAX_SETS` are enough for that."""
         count = 1
@@ -139,8 +152,42 @@ def _ours(matrix: SparseMatrix, backend: str, x: Tensor) -> Tensor:
     return sparse_upsample(x, matrix, backend=backend)
 
 
+class _Linear(torch.autograd.Function):
+    """A product and, as its backward, that with the transpose."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, product: Callable[[Tensor], Tensor], transposed: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        ctx.transposed = transposed
+        return product(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.transposed(grad), None, None
+
+
+def _flat(product: Tensor, contiguous: bool, x: Tensor) -> Tensor:
+    """``product @ x`` with the batch in the columns, which is faster than broadcasting the matrix."""
+    columns = x.permute(1, 0, 2).reshape(x.shape[1], -1)
+    out = (product @ columns).view(-1, x.shape[0], x.shape[2]).permute(1, 0, 2)
+    return out.contiguous() if contiguous else out
+
+
+def _csr(matrix: Tensor, batch: int = 0) -> Tensor:
+    """The COO matrix as CSR, as often as the batch needs it."""
+    csr = matrix.to_sparse_csr()
+    if not batch:
+        return csr
+    offsets, columns, values = (
+        part.expand(batch, -1).contiguous() for part in (csr.crow_indices(), csr.col_indices(), csr.values())
+    )
+    return torch.sparse_csr_tensor(offsets, columns, values, size=(batch, *csr.shape))
+
+
 def _plain(case: Case) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Plain PyTorch's ways to the product."""
+    """Plain PyTorch's ways to the product. CSR gets its transpose ready-made, as its own backward would build it anew
+    in every call, outside of CUDA graphs."""
     matrix, dtype, device = case.matrix, case.dtype, case.device
     dense = matrix.to_dense(dtype)
     scipy_coo = matrix.to_scipy().tocoo()
@@ -149,17 +196,19 @@ def _plain(case: Case) -> dict[str, Callable[[Tensor], Tensor]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # CSR support is called beta, and invariants are not checked by default
         coo = torch.sparse_coo_tensor(indices, values, matrix.shape).coalesce()
-        csr = coo.to_sparse_csr()
+        transposed = coo.t().coalesce()
+        both = [_csr(coo), _csr(transposed)]
+        batched = [_csr(coo, case.batch), _csr(transposed, case.batch)]
 
-    def flat(product: Tensor, x: Tensor) -> Tensor:
-        """``product @ x`` with the batch in the columns, which is faster than broadcasting the matrix."""
-        columns = x.permute(1, 0, 2).reshape(x.shape[1], -1)
-        return (product @ columns).view(-1, x.shape[0], x.shape[2]).permute(1, 0, 2).contiguous()
+    def linear(*products: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda x: _Linear.apply(x, *products)
 
     return {
         DENSE: lambda x: dense @ x,
-        "dense, batch in columns": functools.partial(flat, dense),
-        CSR: functools.partial(flat, csr),
+        "dense, batch in columns": functools.partial(_flat, dense, True),
+        CSR: linear(*(functools.partial(_flat, csr, True) for csr in both)),
+        CSR_BATCHED: linear(*(functools.partial(torch.bmm, csr) for csr in batched)),
+        CSR_GIVEN: linear(*(functools.partial(_flat, csr, False) for csr in both)),
         LOOP: lambda x: torch.stack([torch.sparse.mm(coo, sample) for sample in x]),
     }
 
@@ -182,21 +231,39 @@ def _both_passes(product: Callable[[Tensor], Tensor]) -> Run:
     return run
 
 
+GATHER, STAGED, STREAM = range(3)
+_Streams = tuple[Tensor | None, list[int]]
+STREAM_CUTS = ((4, 27), (8, 27), (8, 15), (8, 9), (16, 27), (16, 15), (16, 9))
+
+
+@functools.cache
+def _streams(matrix: SparseMatrix, transposed: bool, cut: tuple[int, int]) -> _Streams:
+    """The tables of one cut, which take a second to make."""
+    csr = matrix.to_scipy()
+    words, sizes = build_streams(csr.T.tocsr() if transposed else csr, (cut,))
+    return torch.from_numpy(words).to(matrix.columns.device), sizes
+
+
 def _variants(case: Case, transposed: bool) -> dict[str, Run]:
-    """Every configuration of the CUDA kernels (`csrc/upsampling/launch.h`)."""
+    """Every configuration of the CUDA kernels (`csrc/upsampling/launch.h`, `fastmetro_kernels/streams.py`)."""
     m, word = case.matrix, 4 // case.dtype.itemsize
     arrays = (m.row_offsets, m.columns, m.values, m.ell_columns, m.ell_values, m.shape[0])
     if transposed:
         arrays = (m.t_row_offsets, m.t_columns, m.t_values, m.t_ell_columns, m.t_ell_values, m.shape[1])
-    plans = [(False, tile, threads) for tile in (1, 4, 8) for threads in (0, 128, 256, 512)]
-    plans += [(True, word * tile, threads) for tile in (1, 2, 4) for threads in (512, 1024)]
+    plans: list[tuple[str, _Streams, tuple[int, int, int]]]
+    plans = [("gather", (None, []), (GATHER, tile, threads)) for tile in (1, 4, 8) for threads in (0, 256)]
+    plans += [("staged", (None, []), (STAGED, word * tile, 1024)) for tile in (1, 2, 4)]
+    for blocks, warps in STREAM_CUTS if case.channels == 3 else ():
+        built = _streams(m, transposed, (blocks, warps))
+        if built[1]:
+            plans += [(f"stream {blocks} x {warps},", built, (STREAM, tile, 0)) for tile in {word, 2}]
     found: dict[str, Run] = {}
-    for staged, tile, threads in plans:
+    for name, streams, plan in plans:
         for early in (False, True):
-            kernel = f"{'staged' if staged else 'gather'} {tile} x {threads or 'even'}{' early' if early else ''}"
-
-            def run(x: Tensor, grad: Tensor, plan: tuple[bool, int, int, bool] = (staged, tile, threads, early)):
-                return (ops.upsample_native_as(grad if transposed else x, *arrays, *plan),)
-
-            found[f"variant, {kernel}"] = run
+            run = functools.partial(_variant, (*arrays, *streams, *plan, early), transposed)
+            found[f"variant, {name} {plan[1]} x {plan[2] or 'even'}{' early' if early else ''}"] = run
     return found
+
+
+def _variant(arguments: tuple[Any, ...], transposed: bool, x: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+    return (ops.upsample_native_as(grad if transposed else x, *arguments),)

@@ -1,12 +1,12 @@
 """Time of sparse_upsample against plain PyTorch and against merely writing its results.
 
-    python -m bench upsampling [--device cuda] [--dtype float32 float16] [--batch 32 256] [--variants]
+    python -m bench upsampling [--device cuda] [--dtype float32 float16] [--batch 32 256] [--variants | --fused]
 
 Contenders: ours by backend ("auto" is what users get), dense matmul, torch CSR, the published loop over samples; and,
 on a GPU, two yardsticks that only write tensors of the shapes of the results. The matrices are the published ones where
 `--data` (mesh_downsampling.npz of the published code) exists, else random ones of the same sizes and row lengths.
 `--variants` also times every configuration of the CUDA kernels; from those the table in csrc/upsampling/launch.h is
-chosen.
+chosen. `--fused` measures something else, what fusing with the layer before could save: see fused.py.
 
 Every result is held against float64 before it is timed, on a GPU also inside the graphs; if one of ours is wrong the
 command fails at its end and prints no time for it. On a GPU times are taken inside CUDA graphs, with warm and with cold
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from bench import common
-from bench.upsampling import cases, measure, report
+from bench.upsampling import cases, fused, measure, report
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     add("--passes", nargs="+", choices=cases.PASSES,
         help="default: forward and forward+backward; with --variants forward and backward")  # fmt: skip
     add("--variants", action="store_true", help="also every configuration of the CUDA kernels")
+    add("--fused", action="store_true", help="only what fusing with the layer before could save")
     add("--rounds", type=int, default=0, help="0: as many as fit the time")
     add("--seconds", type=float, default=1.0, help="for the rounds of a case")
     add("--data", type=Path, default=cases.PUBLISHED)
@@ -56,6 +57,9 @@ def main() -> None:
     cuda = device.type == "cuda"
     record = common.environment(device) | common.versions()
     print(f"{record['device']}, torch {record['torch']}, triton {record['triton']}, commit {record['commit']}")
+    if options.fused:
+        fused.main(options.data, options.dtype, options.batch, device)
+        return
     target = options.csv or common.RESULTS / f"upsampling_{'variants_' * options.variants}{device.type}.csv"
     names = options.matrix or ([cases.STEPS[0], cases.STEPS[2]] if cuda else list(cases.STEPS))
     passes = options.passes or [cases.PASSES[0], cases.PASSES[2 if options.variants else 1]]

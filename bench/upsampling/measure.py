@@ -49,20 +49,21 @@ def measure(case: Case, which: str, variants: bool, rounds: int, seconds: float)
     sets = case.sets(which)
     oracles = case.oracle(which, *sets[0])
     limit = _limit(case, oracles, sets[0])
-    entries = []
+    entries, given = [], {}
     with torch.no_grad():
         runs = contenders(case, which, variants)
         for name, run in runs.items():
             entries.append(entry := Entry(name))
+            given[name] = [case.given(name, one) for one in sets]
             try:
-                _check(entry, run, sets[0], oracles, limit)
+                _check(entry, run, given[name][0], oracles, limit)
                 if not entry.wrong and case.on_gpu:
-                    _capture(entry, run, case, which, sets, limit)
+                    _capture(entry, run, case, which, given[name], limit)
             except (BackendUnavailable, RuntimeError, NotImplementedError) as problem:
                 entry.graphs.clear()
                 entry.note = (str(problem).strip().splitlines() or [type(problem).__name__])[0][:200]
         able = [entry for entry in entries if not entry.wrong and (entry.error is not None or entry.name in WRITES)]
-        _time(able, runs, sets[0], case.device, rounds, seconds)
+        _time(able, runs, given, case.device, rounds, seconds)
     for entry in entries:
         entry.graphs.clear()
     return entries
@@ -119,8 +120,8 @@ def _capture(entry: Entry, run: Run, case: Case, which: str, sets: list[tuple[Te
 
 
 def _time(
-    entries: list[Entry], runs: dict[str, Run], tensors: tuple[Tensor, Tensor], device: torch.device, rounds: int,
-    seconds: float,
+    entries: list[Entry], runs: dict[str, Run], given: dict[str, list[tuple[Tensor, Tensor]]], device: torch.device,
+    rounds: int, seconds: float,
 ) -> None:  # fmt: skip
     """Rounds over all entries until `rounds` are done or the time is spent."""
     start = time.perf_counter()
@@ -132,7 +133,7 @@ def _time(
                 entry.samples.setdefault(kind, []).append(graph.milliseconds())
             calls = entry.samples.setdefault("call", [])
             if sum(calls) < SLOW_MS or len(calls) < ROUNDS[0]:
-                run = functools.partial(runs[entry.name], *tensors)
+                run = functools.partial(runs[entry.name], *given[entry.name][0])
                 calls.append(statistics.median(common.milliseconds(run, device) for _ in range(3)))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bench.upsampling.cases import CSR, PASSES, WRITES, Case
+from bench.upsampling.cases import CSR_NAMES, PASSES, WRITES, Case
 from bench.upsampling.measure import Entry, fastest
 
 Row = dict[str, str]
@@ -15,13 +15,13 @@ COLUMNS = (
     "counted", "over_writing", "csr_over_it", "note", "sm_mhz", "memory_mhz",
 )  # fmt: skip
 """Beside those of `common.environment` and `common.versions`. `over_writing` is the time over that of the faster
-yardstick, `csr_over_it` the time of torch CSR over it, both of the kind that is named in `counted`."""
+yardstick, `csr_over_it` that of the faster form of torch CSR over it, both of the kind that is named in `counted`."""
 
 
 def rows(case: Case, which: str, entries: Sequence[Entry], clocks: tuple[str, str], common: Row) -> list[Row]:
     """One row per entry. What counts is the time with cold L2 inside a graph, where there is one."""
     counted = next((k for k in ("cold", "warm", "call") if any(e.median(k) is not None for e in entries)), "call")
-    writing, csr = fastest(entries, WRITES, counted), fastest(entries, (CSR,), counted)
+    writing, csr = fastest(entries, WRITES, counted), fastest(entries, CSR_NAMES, counted)
     found = []
     for entry in entries:
         time = entry.median(counted)
@@ -42,7 +42,7 @@ def rows(case: Case, which: str, entries: Sequence[Entry], clocks: tuple[str, st
 def table(found: Sequence[Row]) -> str:
     """The rows of one case as text, variants by time."""
     first = found[0]
-    layout = "  {:<30} {:>9} {:>9} {:>9} {:>9} {:>9}  {}"
+    layout = "  {:<36} {:>9} {:>9} {:>9} {:>9} {:>9}  {}"
     lines = [
         f"{first['matrix']} x {first['channels']}, batch {first['batch']}, {first['dtype']}, {first['passes']}",
         layout.format("microseconds", "warm", "cold", "call", "/ write", "CSR / it", ""),

@@ -7,6 +7,7 @@
 //
 //   gather_kernel  reads x where it lies; the rows of a block share what they read through L1
 //   staged_kernel  first copies whole batch elements of x to shared memory, where scattered reads are cheaper
+//   stream_kernel  for points and large batches, with tables that are made once per matrix: see stream.cuh
 #pragma once
 
 #include "common/device.cuh"

@@ -8,16 +8,18 @@
 #include <stdexcept>
 
 #include "kernels.cuh"
+#include "stream.h"
 
 namespace fm_upsampling {
 
-enum class Kernel : int { gather, staged };
+enum class Kernel : int { gather, staged, stream };
 
 struct Plan {
   Kernel kernel;
   int batch_tile;  // batch elements per thread
   int threads;     // of a block; 0: as many as spread the work evenly
   bool early;      // programmatic dependent launch: the kernel starts up while the one before it still runs
+  int cut = 0;     // of the stream kernel, which has its threads from there
 };
 
 struct Device {
@@ -55,14 +57,27 @@ inline int parts_of(int64_t entries, int64_t rows) {
   return per_row <= 4 ? 1 : per_row <= 8 ? 2 : per_row <= 32 ? 4 : 16;
 }
 
-// The table of configurations. Not measured yet: the fastest of `python -m bench upsampling --variants` on an H200 is
-// to go here. Reasons for these: a staged block fills a multiprocessor, so that it takes about one tile of batch
-// elements for each; rows of three entries leave room for eight elements under way in a thread, longer ones for four.
+// The table of configurations. Points and a batch that fills the GPU are streamed, with the cut that has the fewest
+// blocks (they read the least) and the widest reads of shared memory with which there is work for every multiprocessor.
+// Other channels are staged where that fills the GPU too. What is left is gathered: rows of three entries leave room
+// for eight elements under way in a thread, longer ones for four. Not measured yet: the fastest of
+// `python -m bench upsampling --variants` on an H200 is to decide.
 template <typename T>
-Plan choose_plan(const Problem<T>& p, bool three_each, const Device& device) {
+Plan choose_plan(const Problem<T>& p, bool three_each, const Cuts& cuts, const Device& device) {
   const bool early = device.early_launch;
   constexpr int word = 4 / sizeof(T);  // batch elements in 4 bytes
-  if (p.batch >= 2 * device.multiprocessors / 3 * word && !packs_fit(p)) {
+  const int64_t enough = 2 * device.multiprocessors / 3;
+  if (fits_32_bits(p)) {
+    for (int cut = 0; cut < static_cast<int>(cuts.list.size()); ++cut) {
+      for (int batch_tile = 2; batch_tile >= word; --batch_tile) {
+        if (cuts.list[cut].blocks * ((p.batch + batch_tile - 1) / batch_tile) >= enough &&
+            can_stream(p, cuts.list[cut], three_each, batch_tile, device.shared_limit)) {
+          return {Kernel::stream, batch_tile, 0, early, cut};
+        }
+      }
+    }
+  }
+  if (p.batch >= enough * word && !packs_fit(p)) {
     for (const int batch_tile : {4 * word, 2 * word, word}) {
       if (can_stage(p, batch_tile, device)) return {Kernel::staged, batch_tile, kMaxThreads, early};
     }
@@ -107,13 +122,20 @@ int64_t staged_pieces(const Problem<T>& p, int64_t entries, int batch_tile, cons
 template <typename T, typename Launch>
 class Launcher {
  public:
-  Launcher(const Problem<T>& problem, int64_t entries, bool three_each, const Plan& plan, const Device& device,
-           const Launch& launch)
-      : p_(problem), entries_(entries), three_each_(three_each), plan_(plan), device_(device), launch_(launch) {}
+  Launcher(const Problem<T>& problem, int64_t entries, bool three_each, const Cuts& cuts, const Plan& plan,
+           const Device& device, const Launch& launch)
+      : p_(problem),
+        entries_(entries),
+        three_each_(three_each),
+        cuts_(cuts),
+        plan_(plan),
+        device_(device),
+        launch_(launch) {}
 
   // `three_each`: every row has exactly three entries.
   void run() const {
     if (p_.batch == 0 || p_.rows == 0 || p_.channels == 0) return;
+    if (plan_.kernel == Kernel::stream) return stream();
     if (!fits_32_bits(p_)) return far();
     switch (parts_of(entries_, p_.rows)) {
       case 1: return three_each_ ? with_rows<3, 1>() : with_rows<kAnyLength, 1>();
@@ -124,6 +146,15 @@ class Launcher {
   }
 
  private:
+  void stream() const {
+    if (plan_.cut >= static_cast<int>(cuts_.list.size()) || !fits_32_bits(p_) ||
+        !can_stream(p_, cuts_.list[plan_.cut], three_each_, plan_.batch_tile, device_.shared_limit)) {
+      throw std::invalid_argument("upsample_native: x cannot be streamed past this matrix");
+    }
+    StreamLauncher(p_, cuts_, cuts_.list[plan_.cut], device_.multiprocessors, plan_.early, launch_)
+        .run(three_each_, parts_of(entries_, p_.rows), plan_.batch_tile);
+  }
+
   template <int LENGTH, int PARTS>
   void with_rows() const {
     if (plan_.kernel == Kernel::staged) return staged<LENGTH, PARTS>();
@@ -208,6 +239,7 @@ class Launcher {
   const Problem<T>& p_;
   int64_t entries_;
   bool three_each_;
+  Cuts cuts_;
   Plan plan_;
   Device device_;
   const Launch& launch_;

@@ -2,13 +2,17 @@
 // kernels.cuh, the choice among them in launch.h.
 #include "common/cuda.h"
 
+#include <cstring>
+#include <vector>
+
 #include "checks.h"
 #include "launch.h"
 
 namespace {
 
+using fm_upsampling::Cut;
+using fm_upsampling::Cuts;
 using fm_upsampling::Device;
-using fm_upsampling::Grid;
 using fm_upsampling::Plan;
 using fm_upsampling::Problem;
 using fm_upsampling::ScalarType;
@@ -23,9 +27,9 @@ int attribute(cudaDeviceAttr which, int device) {
 struct CudaLaunch {
   cudaStream_t stream;
 
-  template <auto KERNEL, typename T, typename Index>
-  void operator()(const Problem<T>& problem, const Grid<Index>& grid, uint32_t blocks, uint32_t batch_tiles,
-                  int threads, uint32_t shared_bytes, bool early) const {
+  template <auto KERNEL, typename T, typename Layout>
+  void operator()(const Problem<T>& problem, const Layout& layout, uint32_t blocks, uint32_t batch_tiles, int threads,
+                  uint32_t shared_bytes, bool early) const {
     if (shared_bytes > 48 * 1024) {  // what every block may have without asking
       STD_CUDA_CHECK(cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                           static_cast<int>(shared_bytes)));
@@ -40,13 +44,32 @@ struct CudaLaunch {
     config.stream = stream;
     config.attrs = attributes;
     config.numAttrs = early ? 1 : 0;
-    STD_CUDA_CHECK(cudaLaunchKernelEx(&config, KERNEL, problem, grid));
+    STD_CUDA_CHECK(cudaLaunchKernelEx(&config, KERNEL, problem, layout));
   }
 };
 
+// The cuts of streams.py: `streams` holds their tables, `sizes` the fields of Cut, one cut after the other.
+std::vector<Cut> cuts_of(const std::optional<Tensor>& streams, const std::vector<int64_t>& sizes, const Tensor& x,
+                         int64_t rows) {
+  constexpr size_t fields = sizeof(Cut) / sizeof(int64_t);
+  STD_TORCH_CHECK(sizes.size() % fields == 0 && (sizes.empty() || streams.has_value()),
+                  "upsample_native: stream_sizes must hold ", fields, " numbers per cut of streams");
+  std::vector<Cut> cuts(sizes.size() / fields);
+  std::memcpy(cuts.data(), sizes.data(), sizes.size() * sizeof(int64_t));
+  if (!cuts.empty()) fm_upsampling::check_list(*streams, 1, ScalarType::Int, x, "streams");
+  for (const Cut& cut : cuts) {
+    STD_TORCH_CHECK(cut.offset >= 0 && cut.block_words >= 0 && cut.blocks > 0 &&
+                        cut.offset + cut.blocks * cut.block_words <= streams->size(0) &&
+                        (cut.blocks - 1) * cut.block_rows < rows && rows <= cut.blocks * cut.block_rows &&
+                        cut.threads > 0 && cut.threads % 96 == 0 && cut.threads <= fm_upsampling::kStreamThreads,
+                    "upsample_native: streams and stream_sizes do not belong to this matrix");
+  }
+  return cuts;
+}
+
 Tensor product(const Tensor& x, const Tensor& row_offsets, const Tensor& columns, const Tensor& values,
                const std::optional<Tensor>& ell_columns, const std::optional<Tensor>& ell_values, int64_t rows,
-               const Plan* wanted) {
+               const std::optional<Tensor>& streams, const std::vector<int64_t>& stream_sizes, const Plan* wanted) {
   fm_upsampling::check_arguments(x, row_offsets, columns, values, ell_columns, ell_values, rows);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   Tensor out = torch::stable::new_empty(x, {x.size(0), rows, x.size(2)});
@@ -58,14 +81,16 @@ Tensor product(const Tensor& x, const Tensor& row_offsets, const Tensor& columns
                       attribute(cudaDevAttrComputeCapabilityMajor, index) >= 9};
   // A full table has the same entries in the same order as the compressed rows, and makes their offsets superfluous.
   const bool three_each = ell_columns.has_value() && ell_columns->size(1) == 3 && columns.size(0) == 3 * rows;
+  const std::vector<Cut> list = cuts_of(streams, stream_sizes, x, rows);
+  const Cuts cuts{list.empty() ? nullptr : reinterpret_cast<const uint32_t*>(streams->const_data_ptr<int32_t>()), list};
   const auto run = [&]<typename T>(T*) {
     const Problem<T> problem{static_cast<const T*>(x.const_data_ptr()), static_cast<T*>(out.mutable_data_ptr()),
                              row_offsets.const_data_ptr<int32_t>(), columns.const_data_ptr<int32_t>(),
                              values.const_data_ptr<float>(), x.size(0), x.size(1), rows, x.size(2), x.stride(0),
                              x.stride(1), x.stride(2)};
-    const Plan plan = wanted != nullptr ? *wanted : fm_upsampling::choose_plan(problem, three_each, device);
+    const Plan plan = wanted != nullptr ? *wanted : fm_upsampling::choose_plan(problem, three_each, cuts, device);
     const CudaLaunch launch{fm::current_stream(x)};
-    fm_upsampling::Launcher(problem, columns.size(0), three_each, plan, device, launch).run();
+    fm_upsampling::Launcher(problem, columns.size(0), three_each, cuts, plan, device, launch).run();
   };
   switch (x.scalar_type()) {
     case ScalarType::Float: run(static_cast<float*>(nullptr)); break;
@@ -79,20 +104,23 @@ Tensor product(const Tensor& x, const Tensor& row_offsets, const Tensor& columns
 }
 
 Tensor upsample(Tensor x, Tensor row_offsets, Tensor columns, Tensor values, std::optional<Tensor> ell_columns,
-                std::optional<Tensor> ell_values, int64_t rows) {
-  return product(x, row_offsets, columns, values, ell_columns, ell_values, rows, nullptr);
+                std::optional<Tensor> ell_values, int64_t rows, std::optional<Tensor> streams,
+                std::vector<int64_t> stream_sizes) {
+  return product(x, row_offsets, columns, values, ell_columns, ell_values, rows, streams, stream_sizes, nullptr);
 }
 
-// The same in a given configuration, for benchmarks and tests.
+// The same in a given configuration, with the first of the cuts, for benchmarks and tests.
 Tensor upsample_as(Tensor x, Tensor row_offsets, Tensor columns, Tensor values, std::optional<Tensor> ell_columns,
-                   std::optional<Tensor> ell_values, int64_t rows, bool staged, int64_t batch_tile, int64_t threads,
-                   bool early) {
+                   std::optional<Tensor> ell_values, int64_t rows, std::optional<Tensor> streams,
+                   std::vector<int64_t> stream_sizes, int64_t kernel, int64_t batch_tile, int64_t threads, bool early) {
+  STD_TORCH_CHECK(kernel >= 0 && kernel <= static_cast<int64_t>(fm_upsampling::Kernel::stream),
+                  "upsample_native: kernel must be 0 (gather), 1 (staged) or 2 (stream), got ", kernel);
   STD_TORCH_CHECK(threads >= 0 && threads <= fm_upsampling::kMaxThreads && threads % 32 == 0,
                   "upsample_native: threads must be a multiple of 32 up to ", fm_upsampling::kMaxThreads, ", got ",
                   threads);
-  const Plan plan{staged ? fm_upsampling::Kernel::staged : fm_upsampling::Kernel::gather, static_cast<int>(batch_tile),
-                  static_cast<int>(threads), early};
-  return product(x, row_offsets, columns, values, ell_columns, ell_values, rows, &plan);
+  const Plan plan{static_cast<fm_upsampling::Kernel>(kernel), static_cast<int>(batch_tile), static_cast<int>(threads),
+                  early};
+  return product(x, row_offsets, columns, values, ell_columns, ell_values, rows, streams, stream_sizes, &plan);
 }
 
 }  // namespace

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,8 +20,11 @@ _PRODUCTS: dict[str, Callable[..., Tensor]] = {
 }
 _ORDER = ("native", "triton", "reference")
 
-_Arrays = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
-"""One matrix as the backends take it: row_offsets, columns, values, ell_columns, ell_values."""
+_Arrays = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+"""One matrix as the backends take it: row_offsets, columns, values, ell_columns, ell_values, and for native streams."""
+
+_Sizes = tuple[list[int], list[int]]
+"""stream_sizes of a matrix and of its transpose."""
 
 
 def sparse_upsample(x: Tensor, matrix: SparseMatrix, backend: str = "auto") -> Tensor:
@@ -52,36 +55,44 @@ def sparse_upsample(x: Tensor, matrix: SparseMatrix, backend: str = "auto") -> T
     """
     _check_input(x, matrix)
     chosen = _choose(backend, x.device, x.dtype)
+    m = matrix
     if x.dtype == torch.float64:
-        forward: _Arrays = (matrix.row_offsets, matrix.columns, matrix.values64, None, None)
-        transpose: _Arrays = (matrix.t_row_offsets, matrix.t_columns, matrix.t_values64, None, None)
+        forward: _Arrays = (m.row_offsets, m.columns, m.values64, None, None, None)
+        transpose: _Arrays = (m.t_row_offsets, m.t_columns, m.t_values64, None, None, None)
+        sizes: _Sizes = ([], [])
     else:
-        forward = (matrix.row_offsets, matrix.columns, matrix.values, matrix.ell_columns, matrix.ell_values)
-        transpose = (
-            matrix.t_row_offsets, matrix.t_columns, matrix.t_values, matrix.t_ell_columns, matrix.t_ell_values,
-        )
+        forward = (m.row_offsets, m.columns, m.values, m.ell_columns, m.ell_values, m.streams)
+        transpose = (m.t_row_offsets, m.t_columns, m.t_values, m.t_ell_columns, m.t_ell_values, m.t_streams)
+        sizes = (m.stream_sizes, m.t_stream_sizes)
     if torch.is_grad_enabled() and x.requires_grad:
-        return _Product.apply(x, matrix.shape, chosen, *forward, *transpose)
-    return _PRODUCTS[chosen](x, *forward, matrix.shape[0])
+        return _Product.apply(x, matrix.shape, chosen, sizes, *forward, *transpose)
+    return _product(chosen, x, forward, matrix.shape[0], sizes[0])
+
+
+def _product(backend: str, x: Tensor, arrays: Sequence[Tensor | None], rows: int, sizes: list[int]) -> Tensor:
+    streams = (arrays[5], sizes) if backend == "native" else ()
+    return _PRODUCTS[backend](x, *arrays[:5], rows, *streams)
 
 
 class _Product(torch.autograd.Function):
     """The product with one matrix; its backward is the product with the transpose, differentiable in turn."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, shape: tuple[int, int], backend: str, *arrays: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, shape: tuple[int, int], backend: str, sizes: _Sizes, *arrays: Tensor | None
+    ) -> Tensor:
         ctx.save_for_backward(*arrays)
-        ctx.matrix_shape, ctx.backend = shape, backend
-        return _PRODUCTS[backend](x, *arrays[:5], shape[0])
+        ctx.matrix_shape, ctx.backend, ctx.sizes = shape, backend, sizes
+        return _product(backend, x, arrays[:6], shape[0], sizes[0])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        arrays, (rows, columns) = ctx.saved_tensors, ctx.matrix_shape
+        arrays, (rows, columns), sizes = ctx.saved_tensors, ctx.matrix_shape, ctx.sizes
         if torch.is_grad_enabled() and grad.requires_grad:
-            grad_x = _Product.apply(grad, (columns, rows), ctx.backend, *arrays[5:], *arrays[:5])
+            grad_x = _Product.apply(grad, (columns, rows), ctx.backend, sizes[::-1], *arrays[6:], *arrays[:6])
         else:
-            grad_x = _PRODUCTS[ctx.backend](grad, *arrays[5:], columns)
-        return grad_x, *[None] * 12
+            grad_x = _product(ctx.backend, grad, arrays[6:], columns, sizes[1])
+        return grad_x, *[None] * 15
 
 
 @torch.compiler.assume_constant_result

@@ -1,12 +1,15 @@
 """Schemas and shape rules of the upsampling ops.
 
 ``csrc/upsampling/`` implements ``upsample_native`` for CPU and CUDA; ``triton.py``, which is imported by the first
-call, implements ``upsample_triton``.
+call, implements ``upsample_triton``. The native op also takes the tables of ``streams.py``, which CUDA uses for large
+batches of points.
 Both compute ``out[b, m, :] = sum_e values[e] * x[b, columns[e], :]`` over the entries e of row m. The same op serves
 the backward, with the arrays of the transpose. They carry no autograd formula of their own; ``api.py`` adds it.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -60,20 +63,25 @@ def _fake(
     ell_columns: Tensor | None,
     ell_values: Tensor | None,
     rows: int,
+    streams: Tensor | None = None,
+    stream_sizes: Sequence[int] = (),
 ) -> Tensor:
     check_arguments(x, row_offsets, columns, values, ell_columns, ell_values, rows)
+    check_list("streams", streams, 1, torch.int32, x.device)
     return x.new_empty((x.size(0), rows, x.size(2)))
 
 
-for _name in ("upsample_native", "upsample_triton"):
-    torch.library.define(f"{NAMESPACE}::{_name}", f"{_ARGUMENTS} -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_NATIVE_ARGUMENTS = f"{_ARGUMENTS[:-1]}, Tensor? streams=None, int[] stream_sizes=[])"
+for _name, _arguments in (("upsample_native", _NATIVE_ARGUMENTS), ("upsample_triton", _ARGUMENTS)):
+    torch.library.define(f"{NAMESPACE}::{_name}", f"{_arguments} -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake)
 
 # upsample_native on CUDA in a configuration of the caller's instead of the pinned one, for benchmarks and tests; the
-# fields are those of Plan in csrc/upsampling/launch.h.
+# fields are those of Plan in csrc/upsampling/launch.h, and a stream takes the first of the cuts.
 torch.library.define(
     f"{NAMESPACE}::upsample_native_as",
-    f"{_ARGUMENTS[:-1]}, bool staged, int batch_tile, int threads, bool early) -> Tensor",
+    f"{_ARGUMENTS[:-1]}, Tensor? streams, int[] stream_sizes, int kernel, int batch_tile, int threads, bool early)"
+    " -> Tensor",
 )
 
 

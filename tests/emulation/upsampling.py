@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from emulation import build
 from torch import Tensor
 
+from fastmetro_kernels.streams import Cut
+
 KIB = 1024
+GATHER, STAGED, STREAM = range(3)
 
 
 class Plan(NamedTuple):
     """One configuration, as ``Plan`` in ``csrc/upsampling/launch.h``; ``threads`` 0 leaves the choice to the launch."""
 
-    staged: bool
+    kernel: int
     batch_tile: int
     threads: int = 0
 
@@ -28,7 +33,7 @@ class _Arguments(ctypes.Structure):
         for name in (
             *("batch", "tokens", "channels", "batch_stride", "token_stride", "channel_stride"),
             *("rows", "entries", "three_each", "bytes_of_element"),
-            *("kernel", "batch_tile", "threads", "multiprocessors", "shared_limit"),
+            *("kernel", "batch_tile", "threads", "multiprocessors", "shared_limit", "cuts"),
         )
     ]
 
@@ -47,6 +52,8 @@ def upsample(
     ell_columns: Tensor | None,
     ell_values: Tensor | None,
     rows: int,
+    streams: Tensor | None = None,
+    stream_sizes: Sequence[int] = (),
     *,
     plan: Plan | None = None,
     multiprocessors: int = 4,
@@ -62,17 +69,21 @@ def upsample(
     storage = x.untyped_storage().nbytes() - x.storage_offset() * x.element_size()
     source = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage(), x.storage_offset(), (storage // x.element_size(),))
     out = torch.full((batch, rows, channels), torch.nan, dtype=x.dtype)
+    sizes = np.array(stream_sizes, np.int64)
     arguments = _Arguments(
         *(batch, tokens, channels, *x.stride(), rows, columns.numel()),
         ell_columns is not None and ell_columns.shape[1] == 3 and columns.numel() == 3 * rows,
         x.element_size(),
         *((-1, 0, 0) if plan is None else plan),
-        *(multiprocessors, shared_limit),
+        *(multiprocessors, shared_limit, len(sizes) // len(Cut._fields)),
     )
     harness().run(
         "run_upsampling",
-        *(arguments, source, out, row_offsets, columns, values),
-        reads={"x": source, "row_offsets": row_offsets, "columns": columns, "values": values},
+        *(arguments, source, out, row_offsets, columns, values, streams, sizes),
+        reads={
+            **{"x": source, "row_offsets": row_offsets, "columns": columns, "values": values},
+            **({} if streams is None else {"streams": streams}),
+        },
         writes={"out": out},
         schedule=schedule,
         shared_limit=shared_limit,

@@ -4,10 +4,10 @@
 namespace {
 
 struct EmulatedLaunch {
-  template <auto KERNEL, typename T, typename Index>
-  void operator()(const fm_upsampling::Problem<T>& problem, const fm_upsampling::Grid<Index>& grid, uint32_t blocks,
-                  uint32_t batch_tiles, int threads, uint32_t shared_bytes, bool) const {
-    fm_emulation::launch([&] { KERNEL(problem, grid); }, dim3(blocks, batch_tiles), dim3(threads), shared_bytes);
+  template <auto KERNEL, typename T, typename Layout>
+  void operator()(const fm_upsampling::Problem<T>& problem, const Layout& layout, uint32_t blocks, uint32_t batch_tiles,
+                  int threads, uint32_t shared_bytes, bool) const {
+    fm_emulation::launch([&] { KERNEL(problem, layout); }, dim3(blocks, batch_tiles), dim3(threads), shared_bytes);
   }
 };
 
@@ -18,12 +18,12 @@ struct EmulatedLaunch {
 struct Arguments {
   int64_t batch, tokens, channels, batch_stride, token_stride, channel_stride;
   int64_t rows, entries, three_each, bytes_of_element;
-  int64_t kernel, batch_tile, threads, multiprocessors, shared_limit;
+  int64_t kernel, batch_tile, threads, multiprocessors, shared_limit, cuts;
 };
 
 template <typename T>
 void run(const Arguments& a, const void* x, void* out, const int32_t* row_offsets, const int32_t* columns,
-         const float* values) {
+         const float* values, const uint32_t* streams, const fm_upsampling::Cut* cut_list) {
   const fm_upsampling::Problem<T> problem{static_cast<const T*>(x), static_cast<T*>(out), row_offsets, columns, values,
                                           a.batch, a.tokens, a.rows, a.channels, a.batch_stride, a.token_stride,
                                           a.channel_stride};
@@ -31,15 +31,17 @@ void run(const Arguments& a, const void* x, void* out, const int32_t* row_offset
   const fm_upsampling::Plan given{static_cast<fm_upsampling::Kernel>(a.kernel), static_cast<int>(a.batch_tile),
                                   static_cast<int>(a.threads), true};
   const bool three_each = a.three_each != 0;
-  const fm_upsampling::Plan plan = a.kernel < 0 ? fm_upsampling::choose_plan(problem, three_each, device) : given;
+  const fm_upsampling::Cuts cuts{streams, {cut_list, static_cast<size_t>(a.cuts)}};
+  const fm_upsampling::Plan plan = a.kernel < 0 ? fm_upsampling::choose_plan(problem, three_each, cuts, device) : given;
   const EmulatedLaunch launch;
-  fm_upsampling::Launcher(problem, a.entries, three_each, plan, device, launch).run();
+  fm_upsampling::Launcher(problem, a.entries, three_each, cuts, plan, device, launch).run();
 }
 
 FM_EMULATION_EXPORT int32_t run_upsampling(const Arguments* a, const void* x, void* out, const int32_t* row_offsets,
-                                           const int32_t* columns, const float* values) {
+                                           const int32_t* columns, const float* values, const uint32_t* streams,
+                                           const fm_upsampling::Cut* cuts) {
   return fm_emulation::reported([&] {
-    a->bytes_of_element == 4 ? run<float>(*a, x, out, row_offsets, columns, values)
-                             : run<__half>(*a, x, out, row_offsets, columns, values);
+    a->bytes_of_element == 4 ? run<float>(*a, x, out, row_offsets, columns, values, streams, cuts)
+                             : run<__half>(*a, x, out, row_offsets, columns, values, streams, cuts);
   });
 }

@@ -68,6 +68,14 @@ def random_matrix(rows: int, columns: int, lengths: int | tuple[int, int], seed:
     return SparseMatrix.from_dense(dense)
 
 
+def mesh_like_matrix(rows: int, columns: int) -> SparseMatrix:
+    """Three entries per row at columns that neighbouring rows share, as in a step of a mesh hierarchy."""
+    weights = np.random.default_rng(0).dirichlet(np.ones(3), rows)
+    column = (np.arange(rows)[:, None] * columns // rows + np.array([0, 1, 20])) % columns
+    row = np.repeat(np.arange(rows), 3)
+    return SparseMatrix.from_scipy(sp.csr_array((weights.ravel(), (row, column.ravel())), shape=(rows, columns)))
+
+
 def interpreted(backend: str, device: str) -> bool:
     """Whether this is Triton's interpreter, where every program costs a millisecond and cases must be few."""
     return backend == "triton" and device == "cpu"

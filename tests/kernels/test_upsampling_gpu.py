@@ -6,20 +6,34 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from test_upsampling import FLOAT, HALF, SHAPES, check_product, random_input, random_matrix
+from test_upsampling import (
+    FLOAT,
+    HALF,
+    SHAPES,
+    check_product,
+    mesh_like_matrix,
+    random_input,
+    random_matrix,
+)
 from torch import Tensor
 
 from fastmetro_kernels import SparseMatrix, backends, sparse_upsample
+from fastmetro_kernels.streams import build_streams
 from fastmetro_kernels.upsampling import ops
 
 why = backends.native_reasons("upsample_native", torch.device("cuda"))
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(why), reason="; ".join(why))]
 
 
-def product_as(matrix: SparseMatrix, x: Tensor, plan: tuple[bool, int, int, bool]) -> Tensor:
+Streams = tuple[Tensor | None, list[int]]
+
+
+def product_as(
+    matrix: SparseMatrix, x: Tensor, plan: tuple[int, int, int, bool], streams: Streams = (None, [])
+) -> Tensor:
     m = matrix
     return ops.upsample_native_as(
-        x, m.row_offsets, m.columns, m.values, m.ell_columns, m.ell_values, m.shape[0], *plan
+        x, m.row_offsets, m.columns, m.values, m.ell_columns, m.ell_values, m.shape[0], *streams, *plan
     )  # fmt: skip
 
 
@@ -28,8 +42,8 @@ def product_as(matrix: SparseMatrix, x: Tensor, plan: tuple[bool, int, int, bool
 def test_every_configuration_gives_the_same_bits(shape: str, dtype: torch.dtype) -> None:
     matrix = SHAPES[shape][0].to("cuda")
     word = 4 // dtype.itemsize
-    plans = [(False, tile, threads) for tile in (1, 4, 8) for threads in (0, 64, 256)]
-    plans += [(True, word * tile, threads) for tile in (1, 2, 4) for threads in (64, 1024)]
+    plans = [(0, tile, threads) for tile in (1, 4, 8) for threads in (0, 64, 256)]
+    plans += [(1, word * tile, threads) for tile in (1, 2, 4) for threads in (64, 1024)]
     for batch in (1, 7, 300):
         x = random_input(matrix, batch, 3, dtype, "cuda")
         expected = sparse_upsample(x, matrix, backend="native")
@@ -40,16 +54,38 @@ def test_every_configuration_gives_the_same_bits(shape: str, dtype: torch.dtype)
                 assert torch.equal(got, expected), (plan, early)
 
 
+@pytest.mark.parametrize("dtype", [FLOAT, HALF, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("lengths", [3, (0, 3), (1, 9), (0, 30), 40], ids=str)
+def test_streams_give_the_same_bits(lengths: int | tuple[int, int], dtype: torch.dtype) -> None:
+    matrix = random_matrix(700, 240, lengths).to("cuda")
+    built = [build_streams(matrix.to_scipy(), [cut]) for cut in ((4, 27), (8, 15), (16, 27))]
+    found = [(torch.from_numpy(words).cuda(), sizes) for words, sizes in built if sizes]
+    assert found
+    for batch in (1, 2, 7, 300):
+        x = random_input(matrix, batch, 3, dtype, "cuda")
+        expected = product_as(matrix, x, (0, 1, 0, False))
+        check_product(expected, matrix, x)
+        for streams in found:
+            for tile in {4 // dtype.itemsize, 2}:
+                for early in (False, True):
+                    got = product_as(matrix, x, (2, tile, 0, early), streams)
+                    assert torch.equal(got, expected), (streams[1], tile, early)
+
+
 def test_early_launches_wait_for_what_they_read() -> None:
-    up = random_matrix(6890, 1723, 3).to("cuda")
+    up = mesh_like_matrix(6890, 1723).to("cuda")
     down = up.transpose()
+    up_streams, down_streams = (up.streams, up.stream_sizes), (down.streams, down.stream_sizes)
+    assert up.stream_sizes and down.stream_sizes
 
     def chain(early: bool) -> Callable[[], Tensor]:
         def run() -> Tensor:
             y = x
             for _ in range(20):
-                y = product_as(up, y, (False, 8, 0, early))
-                y = product_as(down, y, (True, 1, 512, early))
+                y = product_as(up, y, (0, 8, 0, early))
+                y = product_as(down, y, (1, 1, 512, early))
+                y = product_as(up, y, (2, 1, 0, early), up_streams)
+                y = product_as(down, y, (2, 2, 0, early), down_streams)
                 y = y / y.abs().amax()  # kernels of PyTorch in between
             return y
 
@@ -75,7 +111,7 @@ def test_early_launches_wait_for_what_they_read() -> None:
 
 @pytest.mark.parametrize("batch", [1, 32, 256])
 def test_hundred_runs_give_the_same_bits(batch: int) -> None:
-    matrix = random_matrix(6890, 1723, 3).to("cuda")
+    matrix = mesh_like_matrix(6890, 1723).to("cuda")
     x = random_input(matrix, batch, 3, FLOAT, "cuda").requires_grad_()
     grad = torch.randn(batch, 6890, 3, generator=torch.Generator().manual_seed(0)).cuda()
     out = sparse_upsample(x, matrix, backend="native")
@@ -92,8 +128,8 @@ def test_impossible_plans_are_refused() -> None:
     matrix = random_matrix(9, 5, 3).to("cuda")
     x = random_input(matrix, 2, 3, FLOAT, "cuda")
     with pytest.raises(RuntimeError, match="no kernel for tiles of so many"):
-        product_as(matrix, x, (False, 3, 0, False))
+        product_as(matrix, x, (0, 3, 0, False))
     with pytest.raises(RuntimeError, match="does not fit in shared memory"):
-        product_as(matrix, x[..., :2], (True, 4, 64, False))
+        product_as(matrix, x[..., :2], (1, 4, 64, False))
     with pytest.raises(RuntimeError, match="threads must be a multiple of 32"):
-        product_as(matrix, x, (False, 4, 100, False))
+        product_as(matrix, x, (0, 4, 100, False))
