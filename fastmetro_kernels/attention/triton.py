@@ -106,10 +106,10 @@ class _Launch(NamedTuple):
         """Programs of a kernel that works on so many windows."""
         return (self.batch * self.heads * self._slots(windows),)
 
-    def sizes(self, windows: int) -> tuple[int, int, int, int, int, int, int]:
-        """heads, tokens, num_hubs, slots, batches, splits, split_tokens."""
-        slots = self._slots(windows)
-        return self.heads, self.tokens, self.num_hubs, slots, self.batch, self.splits, self.split_tokens
+    def sizes(self, windows: int) -> tuple[int, ...]:
+        """heads, tokens, num_hubs, slots, batches, slots_first, splits, split_tokens."""
+        slots, order = self._slots(windows), int(self.slots_first)
+        return self.heads, self.tokens, self.num_hubs, slots, self.batch, order, self.splits, self.split_tokens
 
     def _slots(self, windows: int) -> int:
         return self.hub_tiles * self.splits + windows
@@ -122,7 +122,6 @@ class _Launch(NamedTuple):
             "ROWS": tile.rows,
             "KEYS": tile.keys,
             "ONE_TILE": self.num_hubs + longest <= tile.keys,
-            "SLOTS_FIRST": self.slots_first,
             "PRECISION": self.precision,
             "num_warps": tile.warps,
             "num_stages": tile.stages,

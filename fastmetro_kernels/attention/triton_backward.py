@@ -15,6 +15,7 @@ import triton.language as tl
 
 from fastmetro_kernels.attention.triton_tiles import (
     HUB_ROWS,
+    UNSPECIALIZED,
     dense_tile,
     dropout_keep,
     hub_share,
@@ -108,7 +109,7 @@ def _window_queries(
     return acc, delta
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def attention_backward_rows_kernel(
     grad_out, grad_lse, q, k, v, out, lse, grad_q, delta, partials,
     row_order, key_offsets, keys, row_masks, seed,
@@ -116,13 +117,13 @@ def attention_backward_rows_kernel(
     stride_q_batch, stride_q_token, stride_q_head, stride_q_dim,
     stride_k_batch, stride_k_token, stride_k_head, stride_k_dim,
     stride_v_batch, stride_v_token, stride_v_head, stride_v_dim,
-    heads, tokens, num_hubs, slots, batches, splits, split_tokens,
+    heads, tokens, num_hubs, slots, batches, slots_first, splits, split_tokens,
     scale, threshold, keep_scale,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    ONE_TILE: tl.constexpr, SLOTS_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+    ONE_TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ and delta of one window, or of 16 hubs over one share of the keys."""
-    batch, head, slot = program_place(heads, slots, batches, SLOTS_FIRST)
+    batch, head, slot = program_place(heads, slots, batches, slots_first)
     batch_head = batch * heads + head
     head64 = head.to(tl.int64)
     q_base = q + batch * stride_q_batch + head64 * stride_q_head
@@ -200,7 +201,7 @@ def _column_step(
     return grad_k, grad_v
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def attention_backward_columns_kernel(
     grad_out, q, k, v, lse, delta, grad_k, grad_v, partials_k, partials_v,
     row_order, key_offsets, keys, row_masks, seed,
@@ -208,13 +209,13 @@ def attention_backward_columns_kernel(
     stride_q_batch, stride_q_token, stride_q_head, stride_q_dim,
     stride_k_batch, stride_k_token, stride_k_head, stride_k_dim,
     stride_v_batch, stride_v_token, stride_v_head, stride_v_dim,
-    heads, tokens, num_hubs, slots, batches, splits, split_tokens,
+    heads, tokens, num_hubs, slots, batches, slots_first, splits, split_tokens,
     scale, threshold, keep_scale,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    ONE_TILE: tl.constexpr, SLOTS_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+    ONE_TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one window of the transposed schedule, or of 16 hubs over one share of the queries."""
-    batch, head, slot = program_place(heads, slots, batches, SLOTS_FIRST)
+    batch, head, slot = program_place(heads, slots, batches, slots_first)
     batch_head = batch * heads + head
     head64 = head.to(tl.int64)
     q_base = q + batch * stride_q_batch + head64 * stride_q_head
@@ -283,7 +284,7 @@ def combine_gradients_kernel(
     """Hub tokens whose work was split: add the partial gradients in the order of the shares."""
     which = tl.program_id(1)
     hub_tiles = (num_hubs + HUB_ROWS - 1) // HUB_ROWS
-    batch, head, tile = program_place(heads, hub_tiles, 1, False)
+    batch, head, tile = program_place(heads, hub_tiles, 1, 0)
     rows = tile * HUB_ROWS + tl.arange(0, HUB_ROWS)
     row_valid = rows < num_hubs
     partials = partials_q

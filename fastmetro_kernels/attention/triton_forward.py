@@ -15,6 +15,7 @@ import triton.language as tl
 
 from fastmetro_kernels.attention.triton_tiles import (
     HUB_ROWS,
+    UNSPECIALIZED,
     dense_tile,
     dropout_keep,
     hub_share,
@@ -107,20 +108,20 @@ def _window_outputs(
     return acc * (keep_scale / tl.where(has_keys, total, 1.0))[:, None], log_total
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def attention_forward_kernel(
     q, k, v, out, lse, partial_out, partial_lse,
     row_order, key_offsets, keys, row_masks, seed,
     stride_q_batch, stride_q_token, stride_q_head, stride_q_dim,
     stride_k_batch, stride_k_token, stride_k_head, stride_k_dim,
     stride_v_batch, stride_v_token, stride_v_head, stride_v_dim,
-    heads, tokens, num_hubs, slots, batches, splits, split_tokens,
+    heads, tokens, num_hubs, slots, batches, slots_first, splits, split_tokens,
     scale, threshold, keep_scale,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    ONE_TILE: tl.constexpr, SLOTS_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+    ONE_TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Outputs of one window, or of 16 hubs over one share of the keys (written as partials if there are several)."""
-    batch, head, slot = program_place(heads, slots, batches, SLOTS_FIRST)
+    batch, head, slot = program_place(heads, slots, batches, slots_first)
     batch_head = batch * heads + head
     head64 = head.to(tl.int64)
     q_base = q + batch * stride_q_batch + head64 * stride_q_head
@@ -163,7 +164,7 @@ def combine_outputs_kernel(
 ):  # fmt: skip
     """Hub rows whose keys were split: weigh the partial outputs by their share of the softmax, in fixed order."""
     hub_tiles = (num_hubs + HUB_ROWS - 1) // HUB_ROWS
-    batch, head, tile = program_place(heads, hub_tiles, 1, False)
+    batch, head, tile = program_place(heads, hub_tiles, 1, 0)
     batch_head = batch * heads + head
     rows = tile * HUB_ROWS + tl.arange(0, HUB_ROWS)
     row_valid = rows < num_hubs

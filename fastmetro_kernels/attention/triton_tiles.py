@@ -22,19 +22,22 @@ from fastmetro_kernels.attention import configs
 HUB_ROWS = tl.constexpr(configs.HUB_ROWS)
 
 
+# Sizes of which the machine code does not depend: one kernel serves every mesh and batch.
+UNSPECIALIZED = ["tokens", "num_hubs", "slots", "batches", "slots_first", "splits", "split_tokens", "threshold"]
+
+
 @triton.jit
-def program_place(heads, slots, batches, SLOTS_FIRST: tl.constexpr):
+def program_place(heads, slots, batches, slots_first):
     """Batch element, head and slot of this program; heads run fastest, so that cache lines are shared.
 
-    Then slots run, so that a batch element stays in L2 while it is worked on. With ``SLOTS_FIRST`` batch elements run
-    before slots: the long programs, those of the hubs, all begin before the short ones.
+    Then slots run, so that a batch element stays in L2 while it is worked on. With ``slots_first`` (1; else 0) batch elements
+    run before slots: the long programs, those of the hubs, all begin before the short ones.
     """
     program = tl.program_id(0)
     head = program % heads
     rest = program // heads
-    if SLOTS_FIRST:
-        return (rest % batches).to(tl.int64), head, rest // batches
-    return (rest // slots).to(tl.int64), head, rest % slots
+    batch = tl.where(slots_first != 0, rest % batches, rest // slots)
+    return batch.to(tl.int64), head, tl.where(slots_first != 0, rest // batches, rest % slots)
 
 
 @triton.jit

@@ -32,7 +32,7 @@ BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
 TENSORS = {"q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v"}
 INDICES = {"row_order", "key_offsets", "keys"}
 FACTORS = {"scale", "keep_scale"}
-ONES = ("heads", "tokens", "num_hubs", "slots", "batches", "splits")
+ONES = ("heads",)
 PARTIALS = ("partial_out", "partial_lse", "partials", "partials_k", "partials_v")
 
 
@@ -104,7 +104,7 @@ def main() -> None:
     jobs: list[tuple[str, Any, dict[str, Any], Config]] = []
     for name, config in named or pinned:
         constants = {"ROWS": config.rows, "KEYS": config.keys, "ONE_TILE": "long_lists" not in flags}
-        constants |= {"SLOTS_FIRST": "ones" in flags, "PRECISION": "tf32x3" if "tf32x3" in flags else "ieee"}
+        constants["PRECISION"] = "tf32x3" if "tf32x3" in flags else "ieee"
         label = f"{name}:{'x'.join(map(str, config))}"
         jobs.append((label, KERNELS[name], shape | constants, config))
     if not named and "ones" not in flags:
