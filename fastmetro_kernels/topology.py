@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastmetro_kernels import adjacency as lists
 from fastmetro_kernels.packing import PackedPlan, pack
 from fastmetro_kernels.plan import BACKWARD, FORWARD, FORWARD_NARROW, Plan, Shape, build_plan
-from fastmetro_kernels.schedule import WINDOW_SIZES, Schedule, build_schedule, locality_order
+from fastmetro_kernels.schedule import WINDOW_ROWS, WINDOW_SIZES, Schedule, build_schedule, locality_order
 
 ORDERS = ("natural", "locality")
 
@@ -144,16 +144,21 @@ class TokenTopology(nn.Module):
         """The same for the transposed pattern (windows of keys with the rows that use them)."""
         return self._schedule("schedule_" if self.symmetric else "t_schedule_")
 
-    @property
-    def schedules(self) -> tuple[Schedule, ...]:
-        """`schedule`, and the same for windows of 32 and 64 rows."""
-        return (self.schedule, *(self._schedule(f"schedule{rows}_") for rows in WINDOW_SIZES[1:]))
+    def schedule_of(self, rows: int) -> Schedule:
+        """`schedule` with windows of 16, 32 or 64 rows.
 
-    @property
-    def t_schedules(self) -> tuple[Schedule, ...]:
-        """`t_schedule`, and the same for windows of 32 and 64 keys."""
-        prefix = "schedule" if self.symmetric else "t_schedule"
-        return (self.t_schedule, *(self._schedule(f"{prefix}{rows}_") for rows in WINDOW_SIZES[1:]))
+        Raises:
+            ValueError: another number of rows.
+        """
+        if rows not in WINDOW_SIZES:
+            raise ValueError(f"rows must be one of {', '.join(map(str, WINDOW_SIZES))}, got {rows}")
+        return self._schedule("schedule_" if rows == WINDOW_ROWS else f"schedule{rows}_")
+
+    def t_schedule_of(self, rows: int) -> Schedule:
+        """`t_schedule` with windows of 16, 32 or 64 keys; raises as `schedule_of` does."""
+        if self.symmetric or rows not in WINDOW_SIZES:
+            return self.schedule_of(rows)
+        return self._schedule("t_schedule_" if rows == WINDOW_ROWS else f"t_schedule{rows}_")
 
     def make_plan(self, shape: Shape = FORWARD) -> Plan | None:
         """The plan by which a CUDA kernel walks over this pattern, on the CPU, or None where there is none.

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastmetro_kernels.attention.configs import PASSES, Config, TritonConfig, problem
 from fastmetro_kernels.schedule import WINDOW_ROWS
 
 NAMESPACE = "fastmetro_kernels"
@@ -220,29 +221,42 @@ def _backward_cuda_fake(
 
 # ---- Triton (triton.py) ---------------------------------------------------------------------------------------
 
+# `tiles` is a `Config` of configs.py: rows of a window, keys, warps, stages.
 define(
     "attention_forward_triton",
     "(Tensor q, Tensor k, Tensor v, Tensor row_order, Tensor key_offsets, Tensor keys, Tensor row_masks, "
-    "int longest, int num_hubs, float scale, float dropout_p, Tensor? seed) -> (Tensor out, Tensor lse)",
+    "int longest, int num_hubs, float scale, float dropout_p, Tensor? seed, int[] tiles, str precision, int share) "
+    "-> (Tensor out, Tensor lse)",
 )
 define(
     "attention_backward_triton",
     "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     "Tensor row_order, Tensor key_offsets, Tensor keys, Tensor row_masks, int longest, "
-    "Tensor t_key_offsets, Tensor t_keys, Tensor t_row_masks, int t_longest, "
-    "int num_hubs, float scale, float dropout_p, Tensor? seed) -> (Tensor, Tensor, Tensor)",
+    "Tensor t_row_order, Tensor t_key_offsets, Tensor t_keys, Tensor t_row_masks, int t_longest, "
+    "int num_hubs, float scale, float dropout_p, Tensor? seed, int[] tiles, int[] t_tiles, str precision, int share) "
+    "-> (Tensor, Tensor, Tensor)",
 )
 
 
-def check_schedule(q: Tensor, row_order: Tensor, lists: tuple[Tensor, Tensor, Tensor], num_hubs: int) -> None:
-    """The tensors of a `Schedule` (key_offsets, keys, row_masks in `lists`): int32, on the device of q."""
+def check_schedule(
+    q: Tensor, row_order: Tensor, lists: tuple[Tensor, Tensor, Tensor], num_hubs: int, rows: int
+) -> None:
+    """The tensors of a `Schedule` with windows of `rows` (key_offsets, keys, row_masks in `lists`), beside q."""
     torch._check(0 <= num_hubs <= 64, lambda: f"num_hubs must be 0 to 64, got {num_hubs}")
-    windows = -(-(q.size(1) - num_hubs) // WINDOW_ROWS)
+    windows = -(-(q.size(1) - num_hubs) // rows)
     key_offsets, keys, row_masks = lists
-    _check_tensor("row_order", row_order, (WINDOW_ROWS * windows,), torch.int32, q.device)
+    _check_tensor("row_order", row_order, (rows * windows,), torch.int32, q.device)
     _check_tensor("key_offsets", key_offsets, (windows + 1,), torch.int32, q.device)
     _check_tensor("keys", keys, (keys.size(0),), torch.int32, q.device)
-    _check_tensor("row_masks", row_masks, (keys.size(0),), torch.int32, q.device)
+    _check_tensor("row_masks", row_masks, (keys.size(0),), torch.int64 if rows > 32 else torch.int32, q.device)
+
+
+def check_config(tiles: Sequence[Sequence[int]], precision: str, share: int) -> None:
+    """The configuration of a pass, of which each kernel has `tiles`."""
+    torch._check(all(len(tile) == 4 for tile in tiles), lambda: f"tiles must have 4 numbers each, got {tiles}")
+    config = TritonConfig(tuple(Config(*tile) for tile in tiles), precision, share)
+    found = problem(config, PASSES[len(tiles) - 1])
+    torch._check(found is None, lambda: str(found))
 
 
 @torch.library.register_fake(f"{NAMESPACE}::attention_forward_triton")
@@ -259,9 +273,13 @@ def _forward_triton_fake(
     scale: float,
     dropout_p: float,
     seed: Tensor | None,
+    tiles: Sequence[int],
+    precision: str,
+    share: int,
 ) -> tuple[Tensor, Tensor]:
     check_qkv(q, k, v)
-    check_schedule(q, row_order, (key_offsets, keys, row_masks), num_hubs)
+    check_config((tiles,), precision, share)
+    check_schedule(q, row_order, (key_offsets, keys, row_masks), num_hubs, tiles[0])
     check_dropout(q, dropout_p, seed)
     return empty_outputs(q)
 
@@ -280,6 +298,7 @@ def _backward_triton_fake(
     keys: Tensor,
     row_masks: Tensor,
     longest: int,
+    t_row_order: Tensor,
     t_key_offsets: Tensor,
     t_keys: Tensor,
     t_row_masks: Tensor,
@@ -288,10 +307,15 @@ def _backward_triton_fake(
     scale: float,
     dropout_p: float,
     seed: Tensor | None,
+    tiles: Sequence[int],
+    t_tiles: Sequence[int],
+    precision: str,
+    share: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_qkv(q, k, v)
-    check_schedule(q, row_order, (key_offsets, keys, row_masks), num_hubs)
-    check_schedule(q, row_order, (t_key_offsets, t_keys, t_row_masks), num_hubs)
+    check_config((tiles, t_tiles), precision, share)
+    check_schedule(q, row_order, (key_offsets, keys, row_masks), num_hubs, tiles[0])
+    check_schedule(q, t_row_order, (t_key_offsets, t_keys, t_row_masks), num_hubs, t_tiles[0])
     check_dropout(q, dropout_p, seed)
     check_saved(q, grad_out, grad_lse, out, lse)
     return empty_gradients(q)

@@ -1,10 +1,10 @@
 """Pieces shared by the Triton attention kernels: which tokens a tile reads, gathered loads, dropout bits.
 
-A program owns a tile of ``ROWS`` tokens (queries in the row passes, keys in the column pass) of one head and batch
-element and streams tiles of ``KEYS`` other tokens past it. What it owns follows from its slot:
+A program owns a tile of tokens (queries in the row passes, keys in the column pass) of one head and batch element
+and streams tiles of ``KEYS`` other tokens past it. What it owns follows from its slot:
 
-* slots ``0 .. hub_tiles * splits - 1``: 16 hub tokens against one contiguous share (split) of all tokens;
-* the others: one window of the schedule against all hubs, then the window's gathered list.
+* slots ``0 .. hub_tiles * splits - 1``: ``HUB_ROWS`` hub tokens against one contiguous share (split) of all tokens;
+* the others: one window of ``ROWS`` vertices of the schedule against all hubs, then the window's gathered list.
 """
 
 # Kernel arguments are pointers and scalars that only the compiler types, so they carry no annotations:
@@ -15,14 +15,29 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastmetro_kernels.attention import configs
+
+# The fewest rows that a tensor core instruction takes. Hubs are few (14 joints in FastMETRO), so their tiles stay so
+# small however many rows a window has.
+HUB_ROWS = tl.constexpr(configs.HUB_ROWS)
+
+
+# Sizes of which the machine code does not depend: one kernel serves every mesh and batch.
+UNSPECIALIZED = ["tokens", "num_hubs", "slots", "batches", "slots_first", "splits", "split_tokens", "threshold"]
+
 
 @triton.jit
-def program_place(heads, slots):
-    """Batch element, head and slot of this program; heads run fastest, so that cache lines are shared."""
+def program_place(heads, slots, batches, slots_first):
+    """Batch element, head and slot of this program; heads run fastest, so that cache lines are shared.
+
+    Then slots run, so that a batch element stays in L2 while it is worked on. With ``slots_first`` (1; else 0) batch elements
+    run before slots: the long programs, those of the hubs, all begin before the short ones.
+    """
     program = tl.program_id(0)
     head = program % heads
     rest = program // heads
-    return (rest // slots).to(tl.int64), head, rest % slots
+    batch = tl.where(slots_first != 0, rest % batches, rest // slots)
+    return batch.to(tl.int64), head, tl.where(slots_first != 0, rest // batches, rest % slots)
 
 
 @triton.jit
@@ -48,9 +63,9 @@ def store_rows(base, tokens, valid, stride_token, rows, DIM: tl.constexpr, BLOCK
 
 
 @triton.jit
-def hub_share(slot, splits, split_tokens, tokens, num_hubs, ROWS: tl.constexpr):
+def hub_share(slot, splits, split_tokens, tokens, num_hubs):
     """The hub tokens of a hub slot, which of them exist, and its share ``[begin, end)`` of all tokens."""
-    hubs = slot // splits * ROWS + tl.arange(0, ROWS)
+    hubs = slot // splits * HUB_ROWS + tl.arange(0, HUB_ROWS)
     begin = slot % splits * split_tokens
     return hubs, hubs < num_hubs, begin, tl.minimum(begin + split_tokens, tokens)
 
@@ -64,11 +79,11 @@ def window_rows(window, row_order, key_offsets, num_hubs, ROWS: tl.constexpr):
 
 
 @triton.jit
-def dense_tile(first, end, ROWS: tl.constexpr, KEYS: tl.constexpr):
-    """Tokens ``first ..`` below ``end``, all of them visible to every owned row."""
+def dense_tile(first, end, KEYS: tl.constexpr):
+    """Tokens ``first ..`` below ``end``, all of them visible to every hub."""
     tokens = first + tl.arange(0, KEYS)
     valid = tokens < end
-    return tokens, valid, tl.broadcast_to(valid[None, :], (ROWS, KEYS))
+    return tokens, valid, tl.broadcast_to(valid[None, :], (HUB_ROWS, KEYS))
 
 
 @triton.jit

@@ -1,8 +1,9 @@
 """Compile the Triton attention kernels for an NVIDIA GPU, on any machine; run by `test_triton_compiles.py`.
 
-`python compile_attention.py CAPABILITY DTYPE HEAD_DIM [dropout] [long_lists] [strided] [ones]` prints one JSON
-object: for each kernel its registers, bytes of stack (spills) and bytes of shared memory. Needs TRITON_INTERPRET=0:
-with the interpreter chosen, kernels are plain Python.
+`python compile_attention.py CAPABILITY DTYPE HEAD_DIM [dropout] [long_lists] [strided] [ones] [tf32x3] [TILE ...]`
+prints one JSON object: for each kernel its registers, bytes of stack (spills) and bytes of shared memory. A tile,
+KERNEL:ROWSxKEYSxWARPSxSTAGES (kernels: forward, rows, columns), is compiled in place of what is pinned; several may be
+given. Needs TRITON_INTERPRET=0: with the interpreter chosen, kernels are plain Python.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastmetro_kernels.attention.triton import CONFIGS, WINDOW_ROWS, Config
+from fastmetro_kernels.attention.configs import CONFIGS, Config, padded_dim
 from fastmetro_kernels.attention.triton_backward import (
     attention_backward_columns_kernel,
     attention_backward_rows_kernel,
@@ -29,9 +30,9 @@ from fastmetro_kernels.attention.triton_forward import attention_forward_kernel,
 
 BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
 TENSORS = {"q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v"}
-INDICES = {"row_order", "key_offsets", "keys", "row_masks"}
+INDICES = {"row_order", "key_offsets", "keys"}
 FACTORS = {"scale", "keep_scale"}
-ONES = ("heads", "tokens", "num_hubs", "slots", "splits")
+ONES = ("heads",)
 PARTIALS = ("partial_out", "partial_lse", "partials", "partials_k", "partials_v")
 
 
@@ -51,6 +52,8 @@ def source(kernel: Any, dtype: str, constants: dict[str, Any], strided: bool) ->
             signature[name] = f"*{dtype}"
         elif name in INDICES:
             signature[name] = "*i32"
+        elif name == "row_masks":
+            signature[name] = "*i64" if constants["ROWS"] > 32 else "*i32"
         elif name == "seed":
             signature[name] = "*i64"
         elif name in {"lse", "grad_lse", "delta"} or name.startswith("partial"):
@@ -75,31 +78,47 @@ def resources(compiled: Any) -> dict[str, int]:
     return {"registers": int(found[1]), "stack": int(found[2]), "shared": compiled.metadata.shared}
 
 
+KERNELS = {
+    "forward": attention_forward_kernel,
+    "rows": attention_backward_rows_kernel,
+    "columns": attention_backward_columns_kernel,
+}
+
+
+def tile_of(text: str) -> tuple[str, Config]:
+    """The kernel and the configuration that KERNEL:ROWSxKEYSxWARPSxSTAGES names."""
+    kernel, _, numbers = text.partition(":")
+    return kernel, Config(*map(int, numbers.split("x")))
+
+
 def main() -> None:
     capability, dtype, dim = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-    flags = set(sys.argv[4:])
-    block = max(16, triton.next_power_of_2(dim))
-    shape = {"DIM": dim, "BLOCK_DIM": block, "ROWS": WINDOW_ROWS}
-    combine = Config(0, 4, 1)
-    forward, backward = CONFIGS["forward", BYTES[dtype]][block], CONFIGS["backward", BYTES[dtype]][block]
+    flags = {text for text in sys.argv[4:] if ":" not in text}
+    named = [tile_of(text) for text in sys.argv[4:] if ":" in text]
+    pinned = [(name, CONFIGS[name, BYTES[dtype]][padded_dim(dim)]) for name in KERNELS]
+    shape: dict[str, Any] = {"DIM": dim, "BLOCK_DIM": padded_dim(dim)}
+    if "dropout" not in flags:
+        shape["seed"] = None
+    if "ones" in flags:  # the launcher turns integers that are 1 into constants
+        shape |= dict.fromkeys(ONES, 1) | dict.fromkeys(PARTIALS)
+    jobs: list[tuple[str, Any, dict[str, Any], Config]] = []
+    for name, config in named or pinned:
+        constants = {"ROWS": config.rows, "KEYS": config.keys, "ONE_TILE": "long_lists" not in flags}
+        constants["PRECISION"] = "tf32x3" if "tf32x3" in flags else "ieee"
+        label = f"{name}:{'x'.join(map(str, config))}"
+        jobs.append((label, KERNELS[name], shape | constants, config))
+    if not named and "ones" not in flags:
+        for kernel in (combine_outputs_kernel, combine_gradients_kernel):
+            jobs.append((kernel.__name__, kernel, shape, Config(16, 0, 4, 1)))
     report = {}
-    for kernel, config in (
-        (attention_forward_kernel, forward),
-        (attention_backward_rows_kernel, backward),
-        (attention_backward_columns_kernel, backward),
-        *([] if "ones" in flags else [(combine_outputs_kernel, combine), (combine_gradients_kernel, combine)]),
-    ):
-        constants = {**shape, "KEYS": config.keys, "ONE_TILE": "long_lists" not in flags}
-        if "ones" in flags:  # the launcher turns integers that are 1 into constants
-            constants |= dict.fromkeys(ONES, 1) | dict.fromkeys(PARTIALS)
-        if "dropout" not in flags:
-            constants["seed"] = None
+    for label, kernel, constants, config in jobs:
         compiled = triton.compile(
             source(kernel, dtype, constants, "strided" in flags),
             target=GPUTarget("cuda", capability, 32),
             options={"num_warps": config.warps, "num_stages": config.stages},
         )
-        report[kernel.__name__] = resources(compiled)
+        report[label] = resources(compiled)
+        print(label, report[label], file=sys.stderr, flush=True)
     print(json.dumps(report))
 
 
