@@ -149,7 +149,7 @@ class Launcher {
   void stream() const {
     if (plan_.cut >= static_cast<int>(cuts_.list.size()) || !fits_32_bits(p_) ||
         !can_stream(p_, cuts_.list[plan_.cut], three_each_, plan_.batch_tile, device_.shared_limit)) {
-      throw std::invalid_argument("upsample_native: x cannot be streamed past this matrix");
+      throw std::runtime_error("upsample_native: x cannot be streamed past this matrix");
     }
     StreamLauncher(p_, cuts_, cuts_.list[plan_.cut], device_.multiprocessors, plan_.early, launch_)
         .run(three_each_, parts_of(entries_, p_.rows), plan_.batch_tile);
@@ -192,7 +192,7 @@ class Launcher {
   void staged() const {
     constexpr int word = 4 / sizeof(T);
     if (!can_stage(p_, plan_.batch_tile, device_)) {
-      throw std::invalid_argument("upsample_native: x does not fit in shared memory as it is");
+      throw std::runtime_error("upsample_native: x does not fit in shared memory as it is");
     }
     switch (plan_.batch_tile / word) {
       case 1: return staged<LENGTH, PARTS, word>();
@@ -217,7 +217,7 @@ class Launcher {
              int64_t shared_bytes) const {
     const int64_t blocks = ceil_div(positions, block_positions);
     if (blocks > std::numeric_limits<int32_t>::max()) {
-      throw std::invalid_argument("upsample_native: the output is too large: one batch element needs 2^31 blocks");
+      throw std::runtime_error("upsample_native: the output is too large: one batch element needs 2^31 blocks");
     }
     const Grid<Index> grid{static_cast<Index>(positions), static_cast<Index>(block_positions), Divisor<Index>(packs)};
     constexpr int64_t limit = 65535;  // of blockIdx.y
@@ -233,7 +233,7 @@ class Launcher {
   }
 
   [[noreturn]] static void refuse() {
-    throw std::invalid_argument("upsample_native: there is no kernel for tiles of so many batch elements");
+    throw std::runtime_error("upsample_native: there is no kernel for tiles of so many batch elements");
   }
 
   const Problem<T>& p_;

@@ -54,7 +54,7 @@ class StreamLauncher {
     if constexpr (word == 1) {
       if (batch_tile == 2) return with_batch<2>(three_each, parts);
     }
-    throw std::invalid_argument("upsample_native: there is no kernel for tiles of so many batch elements");
+    throw std::runtime_error("upsample_native: there is no kernel for tiles of so many batch elements");
   }
 
  private:
@@ -94,7 +94,7 @@ class StreamLauncher {
     const int64_t each = (packs + most - 1) / most;
     const int64_t groups = (packs + each - 1) / each;
     if (each > std::numeric_limits<int32_t>::max()) {
-      throw std::invalid_argument("upsample_native: the batch is too large");
+      throw std::runtime_error("upsample_native: the batch is too large");
     }
     const Stream stream{cuts_.tables + cut_.offset,
                         static_cast<int32_t>(cut_.block_words),
@@ -108,7 +108,7 @@ class StreamLauncher {
   }
 
   [[noreturn]] static void refuse() {
-    throw std::invalid_argument("upsample_native: there is no kernel for a cut with so many slots");
+    throw std::runtime_error("upsample_native: there is no kernel for a cut with so many slots");
   }
 
   const Problem<T>& p_;

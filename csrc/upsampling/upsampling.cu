@@ -50,7 +50,7 @@ struct CudaLaunch {
 
 // The cuts of streams.py: `streams` holds their tables, `sizes` the fields of Cut, one cut after the other.
 std::vector<Cut> cuts_of(const std::optional<Tensor>& streams, const std::vector<int64_t>& sizes, const Tensor& x,
-                         int64_t rows) {
+                         int64_t rows, bool three_each) {
   constexpr size_t fields = sizeof(Cut) / sizeof(int64_t);
   STD_TORCH_CHECK(sizes.size() % fields == 0 && (sizes.empty() || streams.has_value()),
                   "upsample_native: stream_sizes must hold ", fields, " numbers per cut of streams");
@@ -58,9 +58,11 @@ std::vector<Cut> cuts_of(const std::optional<Tensor>& streams, const std::vector
   std::memcpy(cuts.data(), sizes.data(), sizes.size() * sizeof(int64_t));
   if (!cuts.empty()) fm_upsampling::check_list(*streams, 1, ScalarType::Int, x, "streams");
   for (const Cut& cut : cuts) {
+    // Blocks are ranges of rows where all have three entries, else lists of up to block_rows.
+    const bool no_empty_range = !three_each || (cut.blocks - 1) * cut.block_rows < rows;
     STD_TORCH_CHECK(cut.offset >= 0 && cut.block_words >= 0 && cut.blocks > 0 &&
                         cut.offset + cut.blocks * cut.block_words <= streams->size(0) &&
-                        (cut.blocks - 1) * cut.block_rows < rows && rows <= cut.blocks * cut.block_rows &&
+                        no_empty_range && rows <= cut.blocks * cut.block_rows &&
                         cut.threads > 0 && cut.threads % 96 == 0 && cut.threads <= fm_upsampling::kStreamThreads,
                     "upsample_native: streams and stream_sizes do not belong to this matrix");
   }
@@ -81,7 +83,7 @@ Tensor product(const Tensor& x, const Tensor& row_offsets, const Tensor& columns
                       attribute(cudaDevAttrComputeCapabilityMajor, index) >= 9};
   // A full table has the same entries in the same order as the compressed rows, and makes their offsets superfluous.
   const bool three_each = ell_columns.has_value() && ell_columns->size(1) == 3 && columns.size(0) == 3 * rows;
-  const std::vector<Cut> list = cuts_of(streams, stream_sizes, x, rows);
+  const std::vector<Cut> list = cuts_of(streams, stream_sizes, x, rows, three_each);
   const Cuts cuts{list.empty() ? nullptr : reinterpret_cast<const uint32_t*>(streams->const_data_ptr<int32_t>()), list};
   const auto run = [&]<typename T>(T*) {
     const Problem<T> problem{static_cast<const T*>(x.const_data_ptr()), static_cast<T*>(out.mutable_data_ptr()),
