@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bench.attention import flex
 from bench.attention.cases import HEADS_FIRST, PLAIN, Case, Layout, Tensors, Unavailable
 from fastmetro_kernels import topology_attention
-from fastmetro_kernels.attention.api import backend_reasons
+from fastmetro_kernels.attention.dispatch import backend_reasons
 
 OURS = ("auto", "native", "triton", "reference")
 MASKED_SDPA = ("sdpa_bool", "sdpa_additive", "sdpa_cudnn")

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import math
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastmetro_kernels import backends
-from fastmetro_kernels.attention import native, reference
+from fastmetro_kernels.attention import dispatch, reference
+from fastmetro_kernels.attention.dispatch import Choice
 from fastmetro_kernels.attention.weights import SparseAttentionWeights, attention_weights
 from fastmetro_kernels.topology import TokenTopology
 
-BACKENDS = ("native", "triton", "reference")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
-_ORDER_CUDA = ("native", "triton", "reference")
-_ORDER_OTHER = ("native", "reference")  # interpreted Triton runs by name only
 
 
 def topology_attention(
@@ -52,7 +47,7 @@ def topology_attention(
             draw one from PyTorch's generator. The same seed gives the same mask on every backend.
         return_weights: Also return the `SparseAttentionWeights` (after dropout, differentiable).
         return_lse: Also return log(sum(exp(scale q.k))) over the allowed keys, before dropout (differentiable).
-        backend: `"auto"` (the fastest that can), `"reference"` (plain PyTorch, differentiable twice), `"native"`
+        backend: `"auto"` (in each pass the fastest that can, by measurement: see `explain`), `"reference"` (plain PyTorch, differentiable twice), `"native"`
             (the compiled extension) or `"triton"`.
 
     Returns:
@@ -90,11 +85,11 @@ def _attend(
     _check_inputs(q, k, v, topology)
     factor = _scale(scale, q)
     seed_tensor = _seed(seed, dropout_p, q.device)
-    name = _select(backend, q, k, v, topology)
-    if name == "reference":
+    forward, backward = dispatch.choose(backend, q, k, v, topology)
+    if forward.backend == "reference":
         out, lse = reference.forward(q, k, v, topology, factor, dropout_p, seed_tensor)
     else:
-        out, lse = _Attention.apply(q, k, v, seed_tensor, topology, factor, dropout_p, name)
+        out, lse = _Attention.apply(q, k, v, seed_tensor, topology, factor, dropout_p, forward, backward)
     if not (return_weights or return_lse):
         return out
     results: list[Tensor | SparseAttentionWeights] = [out]
@@ -106,7 +101,7 @@ def _attend(
 
 
 class _Attention(torch.autograd.Function):
-    """(out, lse) by the forward of a backend, gradients by its backward."""
+    """(out, lse) by the forward of a backend, gradients by the backward of the same or another one."""
 
     @staticmethod
     def forward(
@@ -118,11 +113,12 @@ class _Attention(torch.autograd.Function):
         topology: TokenTopology,
         scale: float,
         dropout_p: float,
-        name: str,
+        forward: Choice,
+        backward: Choice,
     ) -> tuple[Tensor, Tensor]:
-        out, lse = _module(name).forward(q, k, v, topology, scale, dropout_p, seed)
+        out, lse = dispatch.run(forward, "forward", q, k, v, topology, scale, dropout_p, seed)
         ctx.save_for_backward(q, k, v, out, lse, seed)
-        ctx.options = (topology, scale, dropout_p, name)
+        ctx.options = (topology, scale, dropout_p, backward)
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -132,7 +128,7 @@ class _Attention(torch.autograd.Function):
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         grads = _AttentionBackward.apply(grad_out, grad_lse, q, k, v, out, lse, seed, *ctx.options)
-        return *grads, None, None, None, None, None
+        return *grads, None, None, None, None, None, None
 
 
 class _AttentionBackward(torch.autograd.Function):
@@ -152,10 +148,11 @@ class _AttentionBackward(torch.autograd.Function):
         topology: TokenTopology,
         scale: float,
         dropout_p: float,
-        name: str,
+        choice: Choice,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.name = name
-        return _module(name).backward(grad_out, grad_lse, q, k, v, out, lse, topology, scale, dropout_p, seed)
+        ctx.name = choice.backend
+        saved = (q, k, v, out, lse)
+        return dispatch.run(choice, "backward", grad_out, grad_lse, *saved, topology, scale, dropout_p, seed)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -163,37 +160,6 @@ class _AttentionBackward(torch.autograd.Function):
             f'topology_attention: backend="{ctx.name}" is differentiable once; for second derivatives use '
             'backend="reference"'
         )
-
-
-def _module(name: str) -> ModuleType:
-    """The backend module of that name; Triton is imported when it is first used."""
-    if name == "native":
-        return native
-    if name == "reference":
-        return reference
-    from fastmetro_kernels.attention import triton
-
-    return triton
-
-
-def _select(requested: str, q: Tensor, k: Tensor, v: Tensor, topology: TokenTopology) -> str:
-    """The name of the backend that runs this input; asks no backend that does not come into question."""
-    order = _ORDER_CUDA if q.device.type == "cuda" else _ORDER_OTHER
-    for name in order if requested == "auto" else (requested,):
-        if name in BACKENDS and not _reasons(name, q, k, v, topology):
-            return name
-    return backends.select("topology_attention", requested, backend_reasons(q, k, v, topology), order)
-
-
-def _reasons(name: str, q: Tensor, k: Tensor, v: Tensor, topology: TokenTopology) -> list[str]:
-    if name == "triton":  # without Triton its module cannot be imported
-        return backends.triton_reasons(q.device) or _module(name).reasons(q, k, v, topology)
-    return _module(name).reasons(q, k, v, topology)
-
-
-def backend_reasons(q: Tensor, k: Tensor, v: Tensor, topology: TokenTopology) -> dict[str, list[str]]:
-    """For every backend the reasons why it cannot take this input; an empty list means that it can."""
-    return {name: _reasons(name, q, k, v, topology) for name in BACKENDS}
 
 
 def _check_types(q: Tensor, k: Tensor, v: Tensor, topology: TokenTopology) -> None:

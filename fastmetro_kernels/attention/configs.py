@@ -75,8 +75,15 @@ CONFIGS: dict[tuple[str, int], dict[int, Config]] = {
 
 
 def padded_dim(dim: int) -> int:
-    """The width that kernels give a head of `dim` (up to 128) numbers."""
-    return next(size for size in PADDED_DIMS if dim <= size)
+    """The width that kernels give a head of `dim` numbers; `dim` may be symbolic.
+
+    Raises:
+        ValueError: `dim` is above 128.
+    """
+    for size in PADDED_DIMS:
+        if dim <= size:
+            return size
+    raise ValueError(f"head dims go up to {PADDED_DIMS[-1]}, got {dim}")
 
 
 def pinned(pass_name: str, element_size: int, dim: int) -> TritonConfig:

@@ -97,13 +97,20 @@ def _as_before(result: Tensor, q: Tensor) -> Tensor:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, topology: TokenTopology, scale: float, dropout_p: float, seed: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    topology: TokenTopology,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    segment: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse); see `topology_attention`."""
+    """(out, lse); see `topology_attention`. `segment`: steps that one CUDA block takes, 0: as many as the size asks."""
     if q.device.type == "cuda":
         plan = _plan(topology, _forward_name(q.shape[-1]))
         padded = map(_in_pieces, (q, k, v))
-        out, lse = _ops.attention_forward_cuda(*padded, *plan, topology.num_hubs, scale, dropout_p, seed, 0)
+        out, lse = _ops.attention_forward_cuda(*padded, *plan, topology.num_hubs, scale, dropout_p, seed, segment)
         return _as_before(out, q), lse
     return _ops.attention_forward_native(
         q, k, v, topology.row_offsets, topology.columns, topology.num_hubs, scale, dropout_p, seed
@@ -122,13 +129,14 @@ def backward(
     scale: float,
     dropout_p: float,
     seed: Tensor | None,
+    segment: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv), contiguous."""
+    """(dq, dk, dv), contiguous; `segment` as in `forward`."""
     if q.device.type == "cuda":
         plan = _plan(topology, "backward")
         padded_grad, *padded = map(_in_pieces, (grad_out, q, k, v, out))
         grads = _ops.attention_backward_cuda(
-            padded_grad, grad_lse, *padded, lse, *plan, topology.num_hubs, scale, dropout_p, seed, 0
+            padded_grad, grad_lse, *padded, lse, *plan, topology.num_hubs, scale, dropout_p, seed, segment
         )
         grad_q, grad_k, grad_v = (_as_before(grad, q) for grad in grads)
         return grad_q, grad_k, grad_v

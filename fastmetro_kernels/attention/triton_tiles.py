@@ -30,8 +30,8 @@ UNSPECIALIZED = ["tokens", "num_hubs", "slots", "batches", "slots_first", "split
 def program_place(heads, slots, batches, slots_first):
     """Batch element, head and slot of this program; heads run fastest, so that cache lines are shared.
 
-    Then slots run, so that a batch element stays in L2 while it is worked on. With ``slots_first`` (1; else 0) batch elements
-    run before slots: the long programs, those of the hubs, all begin before the short ones.
+    Then slots run, so that a batch element stays in L2 while it is worked on. With ``slots_first`` (1; else 0) slot 0
+    of all batch elements comes before slot 1: the long programs, those of the hubs, begin before all others.
     """
     program = tl.program_id(0)
     head = program % heads

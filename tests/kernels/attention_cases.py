@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastmetro_kernels.attention.api import BACKENDS, DTYPES, backend_reasons
+from fastmetro_kernels.attention.api import DTYPES
+from fastmetro_kernels.attention.dispatch import BACKENDS, backend_reasons
 from fastmetro_kernels.topology import TokenTopology
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 import fastmetro_kernels
 from fastmetro_kernels import backends
 from fastmetro_kernels.attention import topology_attention
-from fastmetro_kernels.attention.api import backend_reasons
+from fastmetro_kernels.attention.dispatch import backend_reasons
 from fastmetro_kernels.backends import BackendUnavailable
 from fastmetro_kernels.topology import TokenTopology
 
