@@ -10,7 +10,9 @@ import platform
 import torch
 
 import fastmetro_kernels
-from fastmetro_kernels import backends
+from fastmetro_kernels import backends, tuning
+from fastmetro_kernels.attention import dispatch
+from fastmetro_kernels.attention.configs import PASSES
 
 OPS = {
     "topology_attention": ("attention_forward_native", ("reference", "native", "triton")),
@@ -58,6 +60,41 @@ def remedy() -> str | None:
     return None
 
 
+def choices() -> list[str]:
+    """How `backend="auto"` chooses: the measured families, and the orders where nothing was measured."""
+    orders = f"GPU: {', '.join(dispatch.ORDER_CUDA)}; CPU: {', '.join(dispatch.ORDER_OTHER)}"
+    lines = ["", 'what backend="auto" takes', f"  topology_attention without a measurement, in this order: {orders}"]
+    try:
+        families = tuning.families()
+    except tuning.TuningFileError as error:
+        return [*lines, f"  {error}"]
+    here = {tuning.family_of(torch.device("cuda", index)) for index in range(torch.cuda.device_count())}
+    for name in sorted(here - families.keys() - {None}, key=str):
+        lines.append(f"  topology_attention, compute capability {name}: no measurement for this device family")
+    for name, family in sorted(families.items()):
+        record = family.record
+        lines += [
+            f"  topology_attention, compute capability {name}{' (this device)' if name in here else ''}: measured on "
+            f"{record['device']}, torch {record['torch']}, triton {record['triton']}, {record['date']}, "
+            f"commit {record['commit']}",
+            "    milliseconds of the fastest configuration of each backend; sdpa and reference are not taken",
+        ]
+        for point in sorted(family.points, key=lambda point: (PASSES.index(point.pass_name), point.key)):
+            times = ", ".join(f"{one.backend} {one.milliseconds:.4f}" for one in dispatch.runners_up(point))
+            lines.append(
+                f"    {point.pass_name:8} {point.dtype:8} head dim {point.dim:3}, {point.vertices:5} vertices, "
+                f"batch * heads {point.batch_heads:4}: {times}"
+            )
+    lines += [
+        "  sparse_upsample: native, then triton, then reference; its kernels choose by shape in "
+        "csrc/upsampling/launch.h",
+        "  rasterize: native, then reference",
+    ]
+    if path := os.environ.get(tuning.ENVIRONMENT):
+        lines.append(f"  {tuning.ENVIRONMENT}={path} takes the place of the shipped table for the families in it")
+    return lines
+
+
 def report() -> str:
     """The whole report as text."""
     lines = [f"fastmetro_kernels {fastmetro_kernels.__version__}", "", "versions"]
@@ -85,6 +122,7 @@ def report() -> str:
             for name in names:
                 reasons = backend_reasons(op, name, device)
                 lines.append(f"  {device.type:5} {name:10} {'yes' if not reasons else 'no: ' + '; '.join(reasons)}")
+    lines += choices()
     command = remedy()
     lines += ["", f"to mend: {command}" if command else "nothing is missing"]
     if cap := os.environ.get("FASTMETRO_SIMD"):

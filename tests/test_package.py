@@ -142,6 +142,7 @@ def test_one_wheel_serves_every_python(tmp_path: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert "fastmetro_kernels/_native_cpu.abi3.so" in names
     assert {"fastmetro/assets/anny_body.npz", "fastmetro/assets/fastmetro_compact.safetensors"} <= set(names)
+    assert "fastmetro_kernels/tuning/attention.json" in names
     assert any(name.endswith("licenses/NOTICE") for name in names)
     assert not [name for name in names if name.endswith((".o", ".cpp", ".cu", ".pyc"))]
     assert {name.split("/")[0] for name in names if "dist-info" not in name} == {"fastmetro", "fastmetro_kernels"}

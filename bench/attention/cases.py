@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bench import common
 from fastmetro_kernels import TokenTopology
+from fastmetro_kernels.tuning.cases import sphere_faces
 
 HUBS, HEADS = 14, 8
 PUBLISHED = common.SHARED / "data" / "fastmetro" / "mesh_downsampling.npz"
@@ -50,22 +51,6 @@ class Shape:
 
     def __str__(self) -> str:
         return f"{self.vertices}x{self.dim}x{self.batch}"
-
-
-def sphere_faces(vertices: int) -> np.ndarray:
-    """Triangles [2 N - 4, 3] of a closed mesh with exactly N vertices: the hull of scattered points on a sphere.
-
-    The points are a Fibonacci lattice moved at random by about their spacing. Lists then have 4 to 11 entries and 7 in
-    the mean, as those of the published body meshes.
-    """
-    from scipy.spatial import ConvexHull
-
-    steps = np.arange(vertices) + 0.5
-    z, angle = 1 - 2 * steps / vertices, steps * math.pi * (3 - math.sqrt(5))
-    radius = np.sqrt(1 - z * z)
-    points = np.stack([radius * np.cos(angle), radius * np.sin(angle), z], 1)
-    points += np.random.default_rng(0).normal(size=points.shape) / math.sqrt(vertices)
-    return ConvexHull(points / np.linalg.norm(points, axis=1, keepdims=True)).simplices
 
 
 @functools.lru_cache(maxsize=4)

@@ -47,8 +47,8 @@ def topology_attention(
             draw one from PyTorch's generator. The same seed gives the same mask on every backend.
         return_weights: Also return the `SparseAttentionWeights` (after dropout, differentiable).
         return_lse: Also return log(sum(exp(scale q.k))) over the allowed keys, before dropout (differentiable).
-        backend: `"auto"` (in each pass the fastest that can, by measurement: see `explain`), `"reference"` (plain PyTorch, differentiable twice), `"native"`
-            (the compiled extension) or `"triton"`.
+        backend: `"auto"` (in each pass the fastest that can, by measurement: see `explain`), `"reference"` (plain
+            PyTorch, differentiable twice), `"native"` (the compiled extension) or `"triton"`.
 
     Returns:
         out, contiguous [B, L, H, D] in the dtype of q, or a tuple (out[, weights][, lse]) with lse [B, H, L]

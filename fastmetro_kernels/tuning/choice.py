@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import os
 from collections.abc import Mapping
@@ -78,9 +79,9 @@ def _cached_ladder(family: str | None, pass_name: str, element_size: int, dim: i
     if family is None:
         return ()
     points = nearest(family, pass_name, element_size, dim, vertices)
-    tops = [math.isqrt(low.batch_heads * high.batch_heads) for low, high in zip(points, points[1:], strict=False)]
+    tops = [math.isqrt(low.batch_heads * high.batch_heads) for low, high in itertools.pairwise(points)]
     steps = []
-    for point, top in zip(points, [*tops, 2**62], strict=False):
+    for point, top in zip(points, [*tops, 2**62][: len(points)], strict=True):
         taken = tuple((one.backend, _as_tuple(one.configuration)) for one in point.candidates)
         steps.append((top, tuple(one for one in taken if one[0] in SELECTABLE)))
     return tuple(steps)

@@ -418,8 +418,11 @@ def test_more_than_2_to_31_elements(runner: Runner) -> None:
     inputs = [x.expand(batch, -1, -1, -1).requires_grad_() for x in single]
     out, lse = attend(runner, inputs, topology)
     want, want_lse = attend(runner, single, topology)
-    assert torch.equal(out[-1], want[0]) and torch.equal(lse[-1], want_lse[0])
+    # Another batch may be measured to run with other tiles, whose sums are rounded otherwise.
+    torch.testing.assert_close(out[-1], want[0], rtol=4e-3, atol=4e-3)
+    torch.testing.assert_close(lse[-1], want_lse[0], rtol=1e-5, atol=1e-5)
     grads = torch.autograd.grad(out, inputs, torch.ones_like(want).expand_as(out))
     leaves = [x.clone().requires_grad_() for x in single]
     wanted = torch.autograd.grad(attend(runner, leaves, topology)[0].sum(), leaves)
-    assert all(torch.equal(got[-1], one[0]) for got, one in zip(grads, wanted, strict=True))
+    for got, one in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(got[-1], one[0], rtol=4e-3, atol=4e-3)

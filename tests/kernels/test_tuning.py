@@ -146,7 +146,7 @@ def test_malformed_files_are_refused(text: str, message: str, tmp_path: Path) ->
 
 
 def test_unreadable_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(TuningFileError, match="missing.json: cannot be read: No such file"):
+    with pytest.raises(TuningFileError, match=r"missing\.json: cannot be read: No such file"):
         table.read_file(tmp_path / "missing.json")
     with pytest.raises(TuningFileError, match="cannot be read"):
         table.read_file(tmp_path)
@@ -206,7 +206,7 @@ def test_a_users_file_that_is_malformed_stops_the_call(tmp_path: Path, monkeypat
     monkeypatch.setenv(tuning.ENVIRONMENT, str(path))
     tuning.reset()
     try:
-        with pytest.raises(TuningFileError, match="mine.json"):
+        with pytest.raises(TuningFileError, match=r"mine\.json"):
             tuning.families()
     finally:
         monkeypatch.undo()
