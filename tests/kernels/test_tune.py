@@ -13,6 +13,7 @@ import torch
 from attention_cases import RUNNERS
 
 from fastmetro_kernels import info, tuning
+from fastmetro_kernels.attention import dispatch
 from fastmetro_kernels.attention.configs import CONFIGS, KERNELS, PADDED_DIMS, PASSES, WHOLE, TritonConfig, problem
 from fastmetro_kernels.tuning import Candidate, Family, Point, candidates, cases, choice, command, measure, table
 
@@ -126,7 +127,8 @@ def test_a_file_that_is_something_else_is_not_overwritten(tmp_path: Path) -> Non
 def test_info_tells_how_auto_chooses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(choice, "families", lambda: {})
     text = info.report()
-    assert "topology_attention without a measurement, in this order: GPU: triton, native, reference" in text
+    order = ", ".join(dispatch.ORDER_CUDA)
+    assert f"topology_attention without a measurement, in this order: GPU: {order}; CPU: native, reference" in text
     assert "csrc/upsampling/launch.h" in text
     measured = (Candidate("native", 2, 0.25), Candidate("native", 0, 0.3), Candidate("sdpa", None, 2.0))
     point = Point("backward", 2, 64, 431, 256, "float16", measured)
