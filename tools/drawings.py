@@ -65,7 +65,7 @@ def draw_cache(axes: Axes, plan: Plan) -> None:
     vertices = int((plan.rows >= 0).sum())
     reads = len(plan.loads) / vertices
     axes.set_title(f"shared memory: every row is copied {reads:.2f} times", fontsize=11)
-    axes.set_xlabel("step (up to 64 rows each)")
+    axes.set_xlabel(f"step (up to {16 * plan.windows} rows each)")
     axes.set_ylabel(f"slot (hubs: 0 to {HUBS - 1})")
 
 

@@ -53,15 +53,15 @@ def cotangents(inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
     return grad_out, grad_lse.to(inputs[0].device, wide)
 
 
-def check(runner: Runner, graph: Graph, inputs: list[Tensor], order: str = "natural") -> None:
-    """Holds outputs and gradients against the budget."""
+def check(runner: Runner, graph: Graph, inputs: list[Tensor], order: str = "natural", slack: float = 0.0) -> None:
+    """Holds outputs and gradients against the budget, widened by `slack`."""
     gradients = cotangents(inputs)
     out, lse = attend(runner, inputs, topology_of(graph, runner.device, order))
     assert out.dtype == runner.dtype and out.is_contiguous()
     assert lse.dtype == torch.promote_types(runner.dtype, torch.float32)
     result = measured(out, lse, inputs, *gradients)
     baseline = plain(inputs, graph.mask, *gradients)
-    assert_within_budget(result, oracle(inputs, graph.mask, *gradients), baseline)
+    assert_within_budget(result, oracle(inputs, graph.mask, *gradients), baseline, slack)
 
 
 @pytest.mark.parametrize("name", graphs())
@@ -82,10 +82,18 @@ def test_head_dims(runner: Runner, dim: int) -> None:
 
 @float32_runner
 def test_large_scores(runner: Runner) -> None:
-    """Scores of several hundreds: exp of them would overflow without subtracting the maximum."""
+    """Scores of several hundreds: exp of them would overflow without subtracting the maximum.
+
+    The interpreter multiplies with NumPy, which on some processors rounds k q^T in another way than q k^T. Weights that
+    the column pass recomputes then differ by the rounding of the scores, which is large here; kernels on a GPU add up
+    both in the same order.
+    """
     graph = graphs()["mesh"]
-    inputs = random_inputs(runner, 1, len(graph.mask), 2, 16)
-    check(runner, graph, [(40 * x if i < 2 else x).detach().requires_grad_() for i, x in enumerate(inputs)])
+    q, k, v = (x.detach() for x in random_inputs(runner, 1, len(graph.mask), 2, 16))
+    q, k = 40 * q, 40 * k
+    largest = float(torch.einsum("bihd,bjhd->bhij", q, k).abs().max()) / 4
+    slack = torch.finfo(torch.float32).eps * largest if runner.interpreted else 0.0
+    check(runner, graph, [x.requires_grad_() for x in (q, k, v)], slack=slack)
 
 
 @every_runner
