@@ -24,6 +24,7 @@ from emulation.attention import EmulatedAttention
 from torch import Tensor
 
 from fastmetro_kernels import TokenTopology
+from fastmetro_kernels.attention.native import shared_memory
 
 if build.reasons():
     pytest.skip(f"kernels cannot be emulated: {'; '.join(build.reasons())}", allow_module_level=True)
@@ -149,3 +150,26 @@ def test_few_bank_conflicts() -> None:
     q, k, v, _ = _inputs(topology.num_tokens, 1, 64, torch.float16, batch=1)
     attention.forward(q, k, v, 0.125)
     assert attention.statistics[0].conflict_rate < 0.2
+
+
+@pytest.mark.parametrize("dim", [16, 64, 128])
+@pytest.mark.parametrize("kernel", ["forward", "backward"])
+def test_shared_memory_is_what_python_says(kernel: str, dim: int) -> None:
+    """A block with dropout needs all the bytes by which `auto` decides whether a device has room for it, and no more."""
+    graph = Graph(random_mask(60, 14, 0.05, True, True, 3), 14, dim)
+    q, k, v, grad = _inputs(74, 2, dim, torch.float16, batch=1)
+    seed = torch.tensor([SEED])
+
+    def run(limit: int) -> None:
+        attention = EmulatedAttention(topology_of(graph), shared_limit=limit)
+        if kernel == "forward":
+            attention.forward(q, k, v, 0.125, 0.3, seed)
+        else:
+            lse = torch.zeros(1, 2, 74)
+            attention.backward(grad, None, q, k, v, v, lse, 0.125, 0.3, seed)
+
+    name = kernel if kernel == "backward" or dim > 32 else "forward_narrow"
+    needed = shared_memory(EmulatedAttention(topology_of(graph)).packed[name], 2 if kernel == "forward" else 4, dim)
+    run(needed)
+    with pytest.raises(build.EmulationError, match="shared memory"):
+        run(needed - 1)
