@@ -78,10 +78,8 @@ __device__ __forceinline__ T from_float(float value) {
 // A kernel that is launched with programmatic stream serialization may start while the one before it still runs. It
 // must not touch memory before this returns; then it lets its own successor start up.
 __device__ __forceinline__ void wait_for_previous_kernel() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
+  fm::wait_for_previous_grid();
+  fm::launch_dependents();
 }
 
 // Adds COUNT entries, PARTS apart; with CHECKED only those before `last`. `read(column, items)` fetches

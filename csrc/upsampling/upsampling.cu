@@ -30,21 +30,8 @@ struct CudaLaunch {
   template <auto KERNEL, typename T, typename Layout>
   void operator()(const Problem<T>& problem, const Layout& layout, uint32_t blocks, uint32_t batch_tiles, int threads,
                   uint32_t shared_bytes, bool early) const {
-    if (shared_bytes > 48 * 1024) {  // what every block may have without asking
-      STD_CUDA_CHECK(cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                          static_cast<int>(shared_bytes)));
-    }
-    cudaLaunchAttribute attributes[1];
-    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[0].val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(blocks, batch_tiles);
-    config.blockDim = dim3(static_cast<unsigned int>(threads));
-    config.dynamicSmemBytes = shared_bytes;
-    config.stream = stream;
-    config.attrs = attributes;
-    config.numAttrs = early ? 1 : 0;
-    STD_CUDA_CHECK(cudaLaunchKernelEx(&config, KERNEL, problem, layout));
+    fm::launch_kernel(KERNEL, dim3(blocks, batch_tiles), threads, static_cast<int>(shared_bytes), 1, early, stream,
+                      problem, layout);
   }
 };
 
