@@ -155,7 +155,7 @@ def test_few_bank_conflicts() -> None:
 @pytest.mark.parametrize("dim", [16, 64, 128])
 @pytest.mark.parametrize("kernel", ["forward", "backward"])
 def test_shared_memory_is_what_python_says(kernel: str, dim: int) -> None:
-    """A block with dropout needs all the bytes by which `auto` decides whether a device has room for it, and no more."""
+    """A block with dropout needs all the bytes by which `auto` decides whether a device has room, and no more."""
     graph = Graph(random_mask(60, 14, 0.05, True, True, 3), 14, dim)
     q, k, v, grad = _inputs(74, 2, dim, torch.float16, batch=1)
     seed = torch.tensor([SEED])
