@@ -2,8 +2,8 @@
 // copies that keep it filled.
 //
 // A block works for one batch element and a group of heads whose rows make up 128 (or 256) bytes; a slot holds such a
-// row of several tensors. fastmetro_kernels/plan.py decides which token lies in which slot at which step. One warp
-// copies the rows of the next step while the others compute.
+// row of several tensors. fastmetro_kernels/plan.py decides which token lies in which slot at which step. One warp or
+// two copy the rows of the next step while the others compute.
 
 #pragma once
 
@@ -14,7 +14,7 @@ namespace fm::attention {
 constexpr int kWarp = 32;
 constexpr int kRows = 16;  // rows of a window, and of a tile of hubs
 constexpr int kKeys = 64;  // keys of a chunk
-constexpr int kGroup = 16; // of which so many are read at a time
+constexpr int kGroup = 16;  // of which so many are read at a time
 
 // Where things lie in the bytes of a chunk and of a record (fastmetro_kernels/packing.py).
 constexpr int kChunkBytes = 256;
@@ -163,8 +163,8 @@ struct RowCopier {
   }
 };
 
-// Calls copy(token, slot) for the first `count` rows of a batch, of which each lane holds one; tokens below 0 are left
-// out. A copy is made by L::kPieces lanes.
+// Calls copy(token, slot) for ROWS rows, of which each lane holds one; tokens below 0 are left out. The lanes that hold
+// the pieces of a row make a copy together.
 template <int DIM, int ROWS, typename Copy>
 __device__ __forceinline__ void copy_batch(int token, int slot, Copy copy) {
   constexpr int kRowsAtOnce = kWarp / Layout<DIM>::kPieces;
