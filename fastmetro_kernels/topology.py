@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmetro_kernels import adjacency as lists
+from fastmetro_kernels.few import build_few
 from fastmetro_kernels.packing import PackedPlan, pack
 from fastmetro_kernels.plan import BACKWARD, FORWARD, FORWARD_NARROW, Plan, Shape, build_plan
 from fastmetro_kernels.schedule import WINDOW_ROWS, WINDOW_SIZES, Schedule, build_schedule, locality_order
@@ -59,6 +60,7 @@ class TokenTopology(nn.Module):
     columns: Tensor
     t_row_offsets: Tensor
     t_columns: Tensor
+    few_windows: Tensor | None
     group_rows: Tensor
     group_entries: Tensor
     group_padding: Tensor
@@ -86,6 +88,7 @@ class TokenTopology(nn.Module):
         self._set_lists("t_", *_transposed(offsets, indices))
         self._set_groups(offsets)
         self._set_schedules()
+        self.register_buffer("few_windows", None, persistent=False)  # see `few.py`; on CUDA devices only
         self._plan_sizes: dict[str, tuple[int, int]] | None = None  # None: not built, {}: the pattern has no plan
 
     def _set_lists(self, prefix: str, offsets: np.ndarray, indices: np.ndarray) -> None:
@@ -186,6 +189,8 @@ class TokenTopology(nn.Module):
     def _set_plans(self) -> None:
         self._plan_sizes = {}
         schedules = self._plan_schedules()
+        few = build_few(schedules[0], self.num_hubs)
+        self.register_buffer("few_windows", None if few is None else few.to(self.columns.device), persistent=False)
         for name, shape in _PLANS.items():
             plan = build_plan(*schedules, self.num_hubs, shape)
             if plan is None:

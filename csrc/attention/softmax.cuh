@@ -90,8 +90,8 @@ struct DropoutTile {
 };
 
 // The keys of the tile are those of the chunk from `first_key` on.
-template <int GROUPS>
-__device__ __forceinline__ void drop_weights(float (*scores)[4], const Chunk& chunk, int first_key,
+template <int GROUPS, typename Keys>
+__device__ __forceinline__ void drop_weights(float (*scores)[4], const Keys& chunk, int first_key,
                                              const DropoutTile& tile) {
 #pragma unroll
   for (int j = 0; j < 2 * GROUPS; ++j) {
@@ -105,9 +105,9 @@ __device__ __forceinline__ void drop_weights(float (*scores)[4], const Chunk& ch
 }
 
 // 16 rows see 16 GROUPS keys of a chunk, from `first_key` on, of one head. FIRST: the rows have not seen any key yet.
-template <typename T, int DIM, int GROUPS, bool DROPOUT, bool FIRST>
+template <typename T, int DIM, int GROUPS, bool DROPOUT, bool FIRST, typename Keys>
 __device__ __forceinline__ void attend_keys(SoftmaxState<DIM>& state, const uint32_t (*q)[4], SharedAddress slots,
-                                            int head, const Chunk& chunk, int first_key, float scale,
+                                            int head, const Keys& chunk, int first_key, float scale,
                                             const DropoutTile& dropout) {
   const LaneRows lane = lane_rows();
   uint2 key_slots = chunk.slots(column_of_lane()), value_slots = chunk.slots(row_of_lane());

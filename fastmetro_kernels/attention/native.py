@@ -9,6 +9,7 @@ from torch.nn import functional
 from fastmetro_kernels import backends
 from fastmetro_kernels.attention import ops  # noqa: F401  (declares the ops)
 from fastmetro_kernels.packing import PackedPlan
+from fastmetro_kernels.schedule import WINDOW_ROWS
 from fastmetro_kernels.topology import TokenTopology
 
 MAX_HEAD_DIM = 256
@@ -80,6 +81,31 @@ def _forward_name(dim: int) -> str:
     return "forward" if dim > 32 else "forward_narrow"
 
 
+FEW_MAX_HEAD_DIM = 64
+_FEW_BLOCK_WINDOWS = 2
+_FEW_SHARED_MEMORY = 16 * (32 * (2 * 128 + 16) + 16 * (128 + 16) + 4 * 32)
+
+
+def takes_few(q: Tensor, topology: TokenTopology) -> bool:
+    """Whether the forward kernel for few rows is taken: where its blocks find a multiprocessor each.
+
+    Args:
+        q: [B, L, H, D] on a CUDA device.
+    """
+    dim = q.shape[-1]
+    if topology.few_windows is None or dim > FEW_MAX_HEAD_DIM or _shared_memory(q.device) < _FEW_SHARED_MEMORY:
+        return False
+    heads_of_group = 64 // next(size for size in (16, 32, 64) if dim <= size)
+    hub_tiles = -(-topology.num_hubs // WINDOW_ROWS)
+    blocks = hub_tiles + -(-len(topology.few_windows) // _FEW_BLOCK_WINDOWS)
+    return q.shape[0] * -(-q.shape[2] // heads_of_group) * blocks <= _multiprocessors(q.device)
+
+
+@torch.compiler.assume_constant_result
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def _plan(topology: TokenTopology, name: str) -> PackedPlan:
     plan = topology.plan(name)
     assert plan is not None  # reasons() looked
@@ -108,8 +134,13 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(out, lse); see `topology_attention`. `segment`: steps that one CUDA block takes, 0: as many as the size asks."""
     if q.device.type == "cuda":
-        plan = _plan(topology, _forward_name(q.shape[-1]))
         padded = map(_in_pieces, (q, k, v))
+        if segment == 0 and takes_few(q, topology):
+            out, lse = _ops.attention_forward_few_cuda(
+                *padded, topology.few_windows, topology.num_hubs, scale, dropout_p, seed
+            )
+            return _as_before(out, q), lse
+        plan = _plan(topology, _forward_name(q.shape[-1]))
         out, lse = _ops.attention_forward_cuda(*padded, *plan, topology.num_hubs, scale, dropout_p, seed, segment)
         return _as_before(out, q), lse
     return _ops.attention_forward_native(

@@ -151,6 +151,11 @@ _PLAN = (
 )
 define("attention_forward_cuda", f"(Tensor q, Tensor k, Tensor v, {_PLAN}) -> (Tensor out, Tensor lse)")
 define(
+    "attention_forward_few_cuda",
+    "(Tensor q, Tensor k, Tensor v, Tensor windows, int num_hubs, float scale, float dropout_p, Tensor? seed) -> "
+    "(Tensor out, Tensor lse)",
+)
+define(
     "attention_backward_cuda",
     "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     f"{_PLAN}) -> (Tensor, Tensor, Tensor)",
@@ -185,6 +190,23 @@ def _forward_cuda_fake(
 ) -> tuple[Tensor, Tensor]:
     check_qkv(q, k, v)
     check_plan(q, records, num_hubs)
+    check_dropout(q, dropout_p, seed)
+    return empty_outputs(q)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::attention_forward_few_cuda")
+def _forward_few_cuda_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    windows: Tensor,
+    num_hubs: int,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    check_qkv(q, k, v)
+    check_plan(q, windows, num_hubs)
     check_dropout(q, dropout_p, seed)
     return empty_outputs(q)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastmetro_kernels import TokenTopology
 from fastmetro_kernels.attention import dropout
+from fastmetro_kernels.few import build_few
 from fastmetro_kernels.packing import PackedPlan, pack
 from fastmetro_kernels.plan import BACKWARD, FORWARD, FORWARD_NARROW
 
@@ -54,6 +55,10 @@ class _Forward(ctypes.Structure):
         ("sign", ctypes.c_uint32),
         ("dropout", _Dropout),
     ]
+
+
+class _FewForward(ctypes.Structure):
+    _fields_ = [("forward", _Forward), ("windows", ctypes.c_void_p), ("num_windows", ctypes.c_int32)]
 
 
 class _Backward(ctypes.Structure):
@@ -169,6 +174,34 @@ class EmulatedAttention:
             0x80008000 if scale < 0 else 0, _dropout(dropout_p, seed),
         )  # fmt: skip
         self._run("attention_forward", which, arguments, [q, k, v, seed], [out, lse, partials])
+        return out, lse
+
+    def forward_few(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float = 0.0, seed: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Output and log-sum-exp by the kernel for few rows."""
+        batch, tokens, heads, dim = q.shape
+        windows = build_few(self.topology.schedule, self.topology.num_hubs)
+        if windows is None:
+            raise ValueError("a window has more than 64 keys")
+        out = torch.full((batch, tokens, heads, dim), math.nan, dtype=q.dtype)
+        lse = torch.full((batch, heads, tokens), math.nan)
+        forward = _Forward(
+            _Plan(), self._sizes(q), _strided(q), (_Strided * 2)(_strided(k), _strided(v)), out.data_ptr(),
+            lse.data_ptr(), None, abs(scale) * math.log2(math.e), 0x80008000 if scale < 0 else 0,
+            _dropout(dropout_p, seed),
+        )  # fmt: skip
+        arguments = _FewForward(forward, windows.data_ptr(), len(windows))
+        inputs = [windows, q, k, v, *([] if seed is None else [seed])]
+        statistics = _harness().run(
+            "attention_forward_few",
+            arguments,
+            int(q.dtype == torch.bfloat16),
+            reads={f"read{i}": tensor for i, tensor in enumerate(inputs)},
+            writes={"out": out, "lse": lse},
+            **self.options,
+        )
+        self.statistics.append(statistics)
         return out, lse
 
     def _partials(self, which: str, parts: int, dim: int) -> Tensor:

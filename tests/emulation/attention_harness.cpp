@@ -1,6 +1,7 @@
 // Runs the attention kernels in the emulator, for tests/kernels/test_attention_emulated.py. The arguments are laid out
 // as in ForwardArguments and BackwardArguments.
 #include "attention/backward.cuh"
+#include "attention/few.cuh"
 #include "attention/forward.cuh"
 
 namespace {
@@ -66,6 +67,19 @@ FM_EMULATION_EXPORT int32_t attention_forward(const ForwardArguments* p, int64_t
   return fm_emulation::reported([&] {
     select(*p, bfloat, []<typename T, int DIM, bool DROPOUT>(const ForwardArguments& arguments) {
       forward<T, DIM, DROPOUT>(arguments);
+    });
+  });
+}
+
+FM_EMULATION_EXPORT int32_t attention_forward_few(const FewForwardArguments* p, int64_t bfloat) {
+  return fm_emulation::reported([&] {
+    select(*p, bfloat, []<typename T, int DIM, bool DROPOUT>(const FewForwardArguments arguments) {
+      if constexpr (DIM <= 64) {
+        const int groups = (arguments.sizes.heads + Layout<DIM>::kHeads - 1) / Layout<DIM>::kHeads;
+        const int64_t blocks = arguments.sizes.batch * groups * few_blocks(arguments.sizes, arguments.num_windows);
+        fm_emulation::launch([&] { few_forward_kernel<T, DIM, DROPOUT>(arguments); },
+                             dim3(static_cast<unsigned>(blocks)), kFewThreads, kFewBytes<DIM>);
+      }
     });
   });
 }

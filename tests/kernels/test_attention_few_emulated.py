@@ -1,0 +1,113 @@
+"""The CUDA kernel for few rows (`csrc/attention/few.cuh`) in the emulator, which looks for races, against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attention_cases import Graph, Result, assert_within_budget, keep_mask, oracle, plain, random_mask, topology_of
+from emulation import build
+from emulation.attention import EmulatedAttention
+from torch import Tensor
+
+from fastmetro_kernels.few import WINDOW_BYTES, build_few
+
+if build.reasons():
+    pytest.skip(f"kernels cannot be emulated: {'; '.join(build.reasons())}", allow_module_level=True)
+
+SEED = 0x1234567890ABCDEF - 2**62
+
+
+def _inputs(tokens: int, heads: int, dim: int, dtype: torch.dtype = torch.float16, batch: int = 2) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1000 * tokens + dim)
+    return [
+        torch.randn(batch, tokens, heads, dim, generator=generator, dtype=torch.float64).to(dtype) for _ in range(3)
+    ]
+
+
+def _check(graph: Graph, inputs: list[Tensor], dropout_p: float = 0.0, sign: int = 1, **options: object) -> Tensor:
+    """Output and log-sum-exp of one call against the oracle; returns the output."""
+    q, k, v = inputs
+    batch, tokens, heads, dim = q.shape
+    attention = EmulatedAttention(topology_of(graph, order="locality"), **options)
+    seed = torch.tensor([SEED]) if dropout_p else None
+    out, lse = attention.forward_few(q, k, v, sign * dim**-0.5, dropout_p, seed)
+    none = torch.zeros_like(q), torch.zeros_like(lse)  # gradients are not looked at
+    keep = keep_mask(SEED, batch, heads, tokens, dropout_p) if dropout_p else None
+    exact = oracle([sign * q, k, v], graph.mask, *none, keep, dropout_p)
+    baseline = plain([sign * q, k, v], graph.mask, *none)
+    if keep is not None:  # what plain PyTorch gets wrong without dropout, carried over to numbers that are larger
+        without = oracle([sign * q, k, v], graph.mask, *none)
+        errors = (b.double() - w for b, w in zip(baseline, without, strict=True))
+        baseline = Result(*(e + error / (1 - dropout_p) for e, error in zip(exact, errors, strict=True)))
+    assert_within_budget(Result(out, lse, *exact[2:]), exact, baseline)
+    return out
+
+
+@pytest.mark.parametrize("dim", [8, 16, 24, 32, 48, 64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+def test_head_dims(dim: int, dtype: torch.dtype) -> None:
+    """Head dims that fill a group of heads and that do not, five heads, a last block and window that are not full."""
+    graph = Graph(random_mask(75, 14, 0.02, True, True, 5), 14, dim)
+    _check(graph, _inputs(89, 5, dim, dtype, batch=1))
+
+
+@pytest.mark.parametrize("hubs", [0, 1, 16, 33])
+def test_hubs(hubs: int) -> None:
+    """No tile of hubs, one, and several."""
+    graph = Graph(random_mask(40, hubs, 0.01, True, True, 6), hubs, 64)
+    _check(graph, _inputs(40 + hubs, 2, 64))
+
+
+def test_more_keys_than_warps() -> None:
+    """A warp of a hub tile goes on with the next 32 keys after those that all warps hold at once."""
+    mask = torch.ones(563, 563, dtype=torch.bool)
+    mask[3:, 3:] = torch.ones(560, 560, dtype=torch.bool).tril(1).triu(-1)
+    _check(Graph(mask, 3, 16), _inputs(563, 4, 16, batch=1))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_vertices_without_keys(symmetric: bool) -> None:
+    """Rows that see nobody, and windows of such rows alone, get zeros."""
+    mask = random_mask(70, 0, 0.03, symmetric, False, 7)
+    mask[20:60] = False
+    if symmetric:
+        mask[:, 20:60] = False
+    _check(Graph(mask, 0, 64), _inputs(70, 1, 64))
+
+
+@pytest.mark.parametrize("dim", [16, 64])
+def test_dropout(dim: int) -> None:
+    """The same weights are dropped as by the rule."""
+    graph = Graph(random_mask(60, 14, 0.02, False, True, 8), 14, dim)
+    _check(graph, _inputs(74, 2, dim), dropout_p=0.4)
+
+
+def test_negative_scale_and_strides() -> None:
+    """Heads first in memory, keys and values shared by the batch."""
+    graph = Graph(random_mask(60, 5, 0.02, True, True, 8), 5, 64)
+    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in _inputs(65, 2, 64))
+    _check(graph, [q, k[:1].expand(2, -1, -1, -1), v[:1].expand(2, -1, -1, -1)], sign=-1)
+
+
+@pytest.mark.parametrize("schedule", ["reverse", "random"])
+def test_order_of_threads_does_not_matter(schedule: str) -> None:
+    """Warps run in other orders; with a missing barrier results would differ."""
+    graph = Graph(random_mask(70, 14, 0.015, True, True, 9), 14, 64)
+    inputs = _inputs(84, 1, 64, batch=1)
+    assert torch.equal(_check(graph, inputs, schedule=schedule), _check(graph, inputs))
+
+
+def test_windows() -> None:
+    """The bytes of a window, and none for lists of more than 64 keys."""
+    graph = Graph(random_mask(50, 2, 0.03, True, True, 9), 2, 16)
+    topology = topology_of(graph, order="locality")
+    windows = build_few(topology.schedule, 2)
+    assert windows is not None and windows.shape == (4, WINDOW_BYTES)
+    for window in windows.numpy():
+        masks, rows, keys = window[128:256].view("<u8"), window[256:320].view("<i4"), window[336:].view("<i4")
+        for row, mask in zip(rows, masks, strict=True):
+            seen = {int(key) for n, key in enumerate(keys) if int(mask) >> n & 1}
+            expected = set() if row < 0 else set(graph.mask[row].nonzero().ravel().tolist())
+            assert seen == expected or (row < 0 and seen == {0, 1})
+    dense = Graph(torch.ones(80, 80, dtype=torch.bool), 0, 16)
+    assert build_few(topology_of(dense).schedule, 0) is None
