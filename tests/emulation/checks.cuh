@@ -94,6 +94,7 @@ __global__ void neighbours_kernel(const float* __restrict__ in, float* __restric
   const int thread = threadIdx.x, threads = blockDim.x;
   if (MISTAKE == Mistake::misaligned) shared = reinterpret_cast<float*>(fm::dynamic_shared() + 2 + zero);
   if (MISTAKE == Mistake::past_the_end) shared += 1;
+  if (MISTAKE == Mistake::no_barrier) __syncthreads();  // one that does not help
   if (MISTAKE == Mistake::global_write) const_cast<float*>(in)[thread] = 1.0f;
   if (MISTAKE != Mistake::never_written || thread != 3) shared[thread] = in[thread];
   if (MISTAKE == Mistake::shuffle_as_barrier) zero += __shfl_xor_sync(0xffffffffu, zero, 1);
