@@ -116,6 +116,22 @@ inline Plan plan_of(const PlanTensors& plan, const Tensor& q, int64_t hubs) {
           1};
 }
 
+// Blocks that walk over the mesh side by side: one per batch element and group of heads.
+template <int DIM, int BYTES = kGroupBytes<DIM>>
+int64_t chains(const Sizes& sizes) {
+  constexpr int heads = Layout<DIM, BYTES>::kHeads;
+  return sizes.batch * ((sizes.heads + heads - 1) / heads);
+}
+
+// Whether blocks of narrow groups walk over the mesh alone, one per multiprocessor: the plan's cache holds all tokens,
+// and there are enough such blocks to give most multiprocessors one, but none two (`native.py` decides by the same rule
+// which plan to take). Every row is then copied once, and the hub rows are finished where they were added up.
+template <int DIM>
+bool is_narrow(const Plan& plan, const Sizes& sizes, int64_t steps_per_segment, const Tensor& q) {
+  const int64_t blocks = chains<DIM, kNarrowBytes>(sizes), places = device_attribute(cudaDevAttrMultiProcessorCount, q);
+  return steps_per_segment == 0 && plan.slots == sizes.tokens && 2 * blocks > places && blocks <= places;
+}
+
 // Cuts the steps into segments, `wanted` steps each; 0: so many that one wave of blocks fills the device.
 inline void set_segments(Plan& plan, int64_t wanted, int64_t chains, int blocks_per_multiprocessor, const Tensor& q) {
   STD_TORCH_CHECK(wanted >= 0, "topology_attention: steps_per_segment must not be negative, got ", wanted);
@@ -143,6 +159,11 @@ inline int cluster_size_of(const Plan& plan, const Sizes& sizes, int64_t chains,
 // Whether a kernel of its own must combine the hub rows.
 inline bool combined_by_kernel(const Plan& plan, const Sizes& sizes, int cluster_size) {
   return sizes.hubs > 0 && plan.num_segments > cluster_size;
+}
+
+inline void check_threads(int threads, int most) {
+  STD_TORCH_CHECK(threads <= most, "topology_attention: the plan asks for blocks of ", threads, " threads, at most ", most,
+                  " are there");
 }
 
 inline unsigned grid_size(int64_t blocks) {
@@ -180,13 +201,6 @@ void select_kernel(const Tensor& q, bool dropout, Run run) {
   };
   if (q.scalar_type() == ScalarType::Half) sized.template operator()<__half>();
   else sized.template operator()<__nv_bfloat16>();
-}
-
-// Blocks that walk over the mesh side by side: one per batch element and group of heads.
-template <int DIM>
-int64_t chains(const Sizes& sizes) {
-  constexpr int heads = Layout<DIM>::kHeads;
-  return sizes.batch * ((sizes.heads + heads - 1) / heads);
 }
 
 }  // namespace fm::attention

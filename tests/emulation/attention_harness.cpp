@@ -19,40 +19,47 @@ fm_emulation::Options options(const Arguments& p) {
 
 unsigned combine_blocks(int64_t threads) { return static_cast<unsigned>((threads + 127) / 128); }
 
-template <typename T, int DIM, bool DROPOUT>
+template <typename T, int DIM, bool DROPOUT, int BYTES>
 void forward(const ForwardArguments p) {  // by value: the emulator knows the stack of its caller
   const int windows = p.plan.windows_per_step;
-  fm_emulation::launch([&] { forward_kernel<T, DIM, DROPOUT>(p); },
-                       dim3(static_cast<unsigned>(blocks(p.plan, p.sizes, Layout<DIM>::kHeads))),
-                       forward_threads<DIM>(p.sizes, windows), ForwardShared<DIM>(p.plan.slots, windows, DROPOUT).bytes, options(p));
+  fm_emulation::launch([&] { forward_kernel<T, DIM, DROPOUT, BYTES>(p); },
+                       dim3(static_cast<unsigned>(blocks(p.plan, p.sizes, Layout<DIM, BYTES>::kHeads))),
+                       forward_threads<DIM, BYTES>(p.sizes, windows),
+                       ForwardShared<DIM, BYTES>(p.plan.slots, windows, DROPOUT).bytes, options(p));
   if (p.partials != nullptr) {
     fm_emulation::launch([&] { combine_forward_kernel<T, DIM>(p); },
                          dim3(combine_blocks(p.sizes.batch * p.sizes.heads * p.sizes.hubs * (DIM / 4))), 128, 0);
   }
 }
 
-template <typename T, int DIM, bool DROPOUT>
+template <typename T, int DIM, bool DROPOUT, int BYTES>
 void backward(const BackwardArguments p) {
   const int windows = p.plan.windows_per_step;
-  fm_emulation::launch([&] { backward_kernel<T, DIM, DROPOUT>(p); },
-                       dim3(static_cast<unsigned>(blocks(p.plan, p.sizes, Layout<DIM>::kHeads))),
-                       backward_threads(p.sizes, windows),
-                       BackwardShared<DIM>(p.plan.slots, windows, p.plan.record_bytes, DROPOUT).bytes, options(p));
+  fm_emulation::launch([&] { backward_kernel<T, DIM, DROPOUT, BYTES>(p); },
+                       dim3(static_cast<unsigned>(blocks(p.plan, p.sizes, Layout<DIM, BYTES>::kHeads))),
+                       backward_threads<DIM, BYTES>(p.sizes, windows),
+                       BackwardShared<DIM, BYTES>(p.plan.slots, windows, p.plan.record_bytes, DROPOUT).bytes, options(p));
   if (p.partials != nullptr) {
     fm_emulation::launch([&] { combine_backward_kernel<T, DIM>(p); },
                          dim3(combine_blocks(3 * p.sizes.batch * p.sizes.heads * p.sizes.hubs * (DIM / 4))), 128, 0);
   }
 }
 
-// The combinations that the tests look at.
+// The combinations that the tests look at. Bits of `variant`: bfloat16, narrow groups of heads.
 template <typename Arguments, typename Run>
-void select(const Arguments& p, bool bfloat, Run run) {
+void select(const Arguments& p, int64_t variant, Run run) {
   const int dim = p.sizes.dim;
-  const bool dropout = p.dropout.seed != nullptr;
+  const bool dropout = p.dropout.seed != nullptr, narrow = variant & 2;
+  const auto grouped = [&]<int DIM, int BYTES>() {
+    if (variant & 1) return run.template operator()<__nv_bfloat16, DIM, false, BYTES>(p);
+    if (dropout) return run.template operator()<__half, DIM, true, BYTES>(p);
+    run.template operator()<__half, DIM, false, BYTES>(p);
+  };
   const auto sized = [&]<int DIM>() {
-    if (bfloat) return run.template operator()<__nv_bfloat16, DIM, false>(p);
-    if (dropout) return run.template operator()<__half, DIM, true>(p);
-    run.template operator()<__half, DIM, false>(p);
+    if constexpr (DIM <= kNarrowBytes / 2) {
+      if (narrow) return grouped.template operator()<DIM, kNarrowBytes>();
+    }
+    grouped.template operator()<DIM, kGroupBytes<DIM>>();
   };
   if (dim <= 16) return sized.template operator()<16>();
   if (dim <= 32) return sized.template operator()<32>();
@@ -62,18 +69,18 @@ void select(const Arguments& p, bool bfloat, Run run) {
 
 }  // namespace
 
-FM_EMULATION_EXPORT int32_t attention_forward(const ForwardArguments* p, int64_t bfloat) {
+FM_EMULATION_EXPORT int32_t attention_forward(const ForwardArguments* p, int64_t variant) {
   return fm_emulation::reported([&] {
-    select(*p, bfloat, []<typename T, int DIM, bool DROPOUT>(const ForwardArguments& arguments) {
-      forward<T, DIM, DROPOUT>(arguments);
+    select(*p, variant, []<typename T, int DIM, bool DROPOUT, int BYTES>(const ForwardArguments& arguments) {
+      forward<T, DIM, DROPOUT, BYTES>(arguments);
     });
   });
 }
 
-FM_EMULATION_EXPORT int32_t attention_backward(const BackwardArguments* p, int64_t bfloat) {
+FM_EMULATION_EXPORT int32_t attention_backward(const BackwardArguments* p, int64_t variant) {
   return fm_emulation::reported([&] {
-    select(*p, bfloat, []<typename T, int DIM, bool DROPOUT>(const BackwardArguments& arguments) {
-      backward<T, DIM, DROPOUT>(arguments);
+    select(*p, variant, []<typename T, int DIM, bool DROPOUT, int BYTES>(const BackwardArguments& arguments) {
+      backward<T, DIM, DROPOUT, BYTES>(arguments);
     });
   });
 }
