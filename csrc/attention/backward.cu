@@ -13,8 +13,7 @@ void run_narrow(const BackwardArguments& p, const Tensor& q) {
   const int windows = p.plan.windows_per_step, threads = backward_threads<DIM, kNarrowBytes>(p.sizes, windows);
   check_threads(threads, kBackwardWarps * kWarp);
   const BackwardShared<DIM, kNarrowBytes> shared(p.plan.slots, windows, p.plan.record_bytes, DROPOUT);
-  launch<BackwardArguments>(backward_kernel<T, DIM, DROPOUT, kNarrowBytes>, nullptr, p,
-                            chains<DIM, kNarrowBytes>(p.sizes), threads, shared.bytes, 1, 0, q);
+  launch_narrow<DIM>(backward_kernel<T, DIM, DROPOUT, kNarrowBytes>, p, threads, shared.bytes, q);
 }
 
 template <typename T, int DIM, bool DROPOUT>

@@ -55,7 +55,8 @@ template <typename T, int DIM, int BYTES = kGroupBytes<DIM>>
 struct BackwardCopier {
   using L = Layout<DIM, BYTES>;
   static constexpr int kRowsAtOnce = kWarp / L::kPieces;
-  static constexpr int kRounds = 10;  // a warp has so many reads of the output under way
+  // A warp has so many reads of the output under way, and fewer where all warps of a narrow group's block share them.
+  static constexpr int kRounds = 10, kRoundsOfAll = L::kNarrow ? 2 : kRounds;
   RowCopier<T, DIM, 4, 4, BYTES> rows;
   const unsigned char* out;
   const float *lse, *grad_lse;  // of the head of this lane's piece
@@ -81,20 +82,20 @@ struct BackwardCopier {
 
   // The rows that entry(n) names (token, or below 0 for none, and slot) for n from `begin` on, together with the other
   // warps that work on this range. They have arrived at the end.
-  template <typename Entry>
+  template <int ROUNDS, typename Entry>
   __device__ __forceinline__ void copy(int begin, int end, int warp, int warps, Entry entry) const {
     const bool first_piece = piece % L::kHeadPieces == 0;  // of its head: writes the statistics
-    for (int first = begin + warp * kRowsAtOnce; first < end; first += kRounds * warps * kRowsAtOnce) {
-      int2 entries[kRounds];
-      uint4 outs[kRounds];
-      float row_lse[kRounds];
+    for (int first = begin + warp * kRowsAtOnce; first < end; first += ROUNDS * warps * kRowsAtOnce) {
+      int2 entries[ROUNDS];
+      uint4 outs[ROUNDS];
+      float row_lse[ROUNDS];
 #pragma unroll
-      for (int i = 0; i < kRounds; ++i) {
+      for (int i = 0; i < ROUNDS; ++i) {
         const int number = first + i * warps * kRowsAtOnce + threadIdx.x % kWarp / L::kPieces;
         entries[i] = number < end ? entry(number) : make_int2(-1, 0);
       }
 #pragma unroll
-      for (int i = 0; i < kRounds; ++i) {
+      for (int i = 0; i < ROUNDS; ++i) {
         const int token = entries[i].x;
         const bool read = token >= 0 && rows.valid;
         if (token >= 0) rows.copy(token, entries[i].y);
@@ -105,7 +106,7 @@ struct BackwardCopier {
       copy_async_commit();
       copy_async_wait<0>();
 #pragma unroll
-      for (int i = 0; i < kRounds; ++i) {
+      for (int i = 0; i < ROUNDS; ++i) {
         const int token = entries[i].x, slot = entries[i].y;
         uint4 grads = make_uint4(0u, 0u, 0u, 0u);
         if (token >= 0) {  // this lane has copied this piece itself
@@ -157,15 +158,16 @@ __global__ void __launch_bounds__(DIM == 128 ? 256 : kBackwardWarps * kWarp, 1)
   const BlockPlace place = block_place<DIM, BYTES>(p.plan, p.sizes);
   const int warp = threadIdx.x / kWarp, windows = p.plan.windows_per_step;
   const int hub_shares_of_tile = hub_shares<DIM, BYTES>(p.sizes, windows);
-  const int hub_warps = backward_hub_warps<DIM, BYTES>(p.sizes, windows);
+  const int hub_warps = blockDim.x / kWarp - windows - kCopyingWarps;
   const SharedRows rows{slots, statistics, slot_tokens, in_register(p.scale_log2e)};
   const Step first = read_step(p.plan, place.first_step);
   const BackwardCopier<T, DIM, BYTES> copier(p, place, memory, statistics, slot_tokens);
   if (warp == 0) shared.tables.copy(p.plan, place.first_step, first, tables);
-  copier.copy(first.restart_begin, first.restart_end, warp, blockDim.x / kWarp, [&](int number) {
+  const auto restart = [&](int number) {
     const int4 entry = __ldg(p.plan.restarts + number);
     return make_int2(entry.z < place.end_step ? entry.x : -1, entry.y);
-  });
+  };
+  copier.template copy<copier.kRoundsOfAll>(first.restart_begin, first.restart_end, warp, blockDim.x / kWarp, restart);
   copy_async_commit();
   copy_async_wait<0>();
   const auto table = [&](int number) {
@@ -223,8 +225,8 @@ __global__ void __launch_bounds__(DIM == 128 ? 256 : kBackwardWarps * kWarp, 1)
         shared.tables.copy(p.plan, number + 1, now,
                            tables + (number + 1 - place.first_step) % kBackwardTables * table_bytes);
       }
-      copier.copy(now.load_begin, now.load_end, number_of_copier, kCopyingWarps,
-                  [&](int entry) { return __ldg(p.plan.loads + entry); });
+      copier.template copy<copier.kRounds>(now.load_begin, now.load_end, number_of_copier, kCopyingWarps,
+                                           [&](int entry) { return __ldg(p.plan.loads + entry); });
       copy_async_commit();
       copy_async_wait<0>();
     });

@@ -12,8 +12,8 @@ template <typename T, int DIM, bool DROPOUT>
 void run_narrow(const ForwardArguments& p, const Tensor& q) {
   const int windows = p.plan.windows_per_step, threads = forward_threads<DIM, kNarrowBytes>(p.sizes, windows);
   check_threads(threads, kMostForwardThreads<DIM, kNarrowBytes>);
-  launch<ForwardArguments>(forward_kernel<T, DIM, DROPOUT, kNarrowBytes>, nullptr, p, chains<DIM, kNarrowBytes>(p.sizes),
-                           threads, ForwardShared<DIM, kNarrowBytes>(p.plan.slots, windows, DROPOUT).bytes, 1, 0, q);
+  launch_narrow<DIM>(forward_kernel<T, DIM, DROPOUT, kNarrowBytes>, p, threads,
+                     ForwardShared<DIM, kNarrowBytes>(p.plan.slots, windows, DROPOUT).bytes, q);
 }
 
 template <typename T, int DIM, bool DROPOUT>

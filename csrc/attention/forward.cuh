@@ -46,10 +46,11 @@ template <int DIM, int BYTES>
 constexpr int kMostForwardThreads =
     Layout<DIM, BYTES>::kNarrow ? kNarrowForwardWarps * kWarp : DIM == 128 ? 384 : DIM == 64 ? 512 : 640;
 
-// One warp copies the queries of its window to a buffer of its own; missing rows are zero.
-template <typename T, int DIM, int BYTES>
+// One warp copies the queries of its window to a buffer of its own; token_of(row) below 0 are missing rows, which are
+// zero.
+template <typename T, int DIM, int BYTES, typename TokenOf>
 __device__ __forceinline__ void copy_queries(const ForwardArguments& p, int first_head, const BlockBases& bases,
-                                             const int* tokens, SharedAddress buffer) {
+                                             SharedAddress buffer, TokenOf token_of) {
   using L = Layout<DIM, BYTES>;
   constexpr int kRowsAtOnce = kWarp / L::kPieces;
   const int piece = threadIdx.x % L::kPieces, head = piece / L::kHeadPieces, column = piece % L::kHeadPieces * 8;
@@ -57,7 +58,7 @@ __device__ __forceinline__ void copy_queries(const ForwardArguments& p, int firs
   const unsigned char* source = bases.queries + (valid ? 2 * (head * p.q.head + column) : 0);
 #pragma unroll
   for (int first = 0; first < kRows; first += kRowsAtOnce) {
-    const int row = first + threadIdx.x % kWarp / L::kPieces, token = tokens[row];
+    const int row = first + threadIdx.x % kWarp / L::kPieces, token = token_of(row);
     copy_async_16(buffer + row * slot_bytes<DIM, BYTES>(1) + 16 * piece, source + token_offset(p.q, max(token, 0)),
                   valid && token >= 0);
   }
@@ -74,6 +75,8 @@ __device__ __forceinline__ void attend_window(const ForwardArguments& p, const B
   const int* tokens = reinterpret_cast<const int*>(record + kRecordTokens);
   const int token_low = tokens[lane.low], token_high = tokens[lane.high];
   const Extras extras = *reinterpret_cast<const Extras*>(record + kRecordExtras);
+  // Where there are few blocks, no tensor has so many elements.
+  using Offset = std::conditional_t<L::kNarrow, int, int64_t>;
   const int row_elements = p.sizes.heads * p.sizes.dim;
 #pragma unroll 1
   for (int head = 0; head < L::kHeads; ++head) {
@@ -100,10 +103,10 @@ __device__ __forceinline__ void attend_window(const ForwardArguments& p, const B
     const bool low = there && token_low >= 0, high = there && token_high >= 0;
     T* out = static_cast<T*>(bases.out) + head * p.sizes.dim;
     store_rows<T, DIM>(state.out, normaliser(sum_low, p.dropout.keep_scale), normaliser(sum_high, p.dropout.keep_scale),
-                       out + static_cast<int64_t>(token_low) * row_elements,
-                       out + static_cast<int64_t>(token_high) * row_elements, low, high, p.sizes.dim);
+                       out + static_cast<Offset>(token_low) * row_elements,
+                       out + static_cast<Offset>(token_high) * row_elements, low, high, p.sizes.dim);
     if (threadIdx.x % 4 == 0) {
-      float* lse = bases.lse + static_cast<int64_t>(head) * p.sizes.tokens;
+      float* lse = bases.lse + static_cast<Offset>(head) * p.sizes.tokens;
       if (low) lse[token_low] = log_sum_exp(state.peak_low, sum_low);
       if (high) lse[token_high] = log_sum_exp(state.peak_high, sum_high);
     }
@@ -121,7 +124,7 @@ __global__ void __launch_bounds__(kMostForwardThreads<DIM, BYTES>, 1)
   int* slot_tokens = reinterpret_cast<int*>(memory + shared.tokens);
   const BlockPlace place = block_place<DIM, BYTES>(p.plan, p.sizes);
   const int warp = threadIdx.x / kWarp, windows = p.plan.windows_per_step;
-  const int hub_end = windows + hub_warps<DIM, BYTES>(p.sizes, windows);
+  const int hub_end = blockDim.x / kWarp - 1;  // one warp copies
   const RowCopier<T, DIM, 2, 2, BYTES> copier(p.kv, p.sizes, place, slots);
   const auto copy = [&](int token, int slot) {
     copier.copy(token, slot);
@@ -130,6 +133,12 @@ __global__ void __launch_bounds__(kMostForwardThreads<DIM, BYTES>, 1)
   const SharedAddress buffer = slots + shared.queries + warp * kRows * slot_bytes<DIM, BYTES>(1);
 
   const Step first = read_step(p.plan, place.first_step);
+  const bool queries_first = warp < windows && first.window_begin + warp < first.window_end;
+  int first_token = -1;  // of row l % 16: asked for before the rows, which wait for lists of their own
+  if (queries_first) {
+    const int64_t record = static_cast<int64_t>(first.window_begin + warp) * kForwardRecordBytes;
+    first_token = __ldg(reinterpret_cast<const int*>(p.plan.records + record + kRecordTokens) + threadIdx.x % kRows);
+  }
   copy_restart<DIM, BYTES>(p.plan, first, place.end_step, copy);
   if (warp < 2 && place.first_step + warp < place.end_step) {
     const int number = place.first_step + warp;
@@ -140,9 +149,9 @@ __global__ void __launch_bounds__(kMostForwardThreads<DIM, BYTES>, 1)
                          p.lse + (place.batch * p.sizes.heads + place.first_head) * p.sizes.tokens};
   BlockBases* shared_bases = reinterpret_cast<BlockBases*>(memory + shared.bases);
   if (threadIdx.x == 0) *shared_bases = bases;
-  if (warp < windows && first.window_begin + warp < first.window_end) {
-    const unsigned char* record = p.plan.records + static_cast<int64_t>(first.window_begin + warp) * kForwardRecordBytes;
-    copy_queries<T, DIM, BYTES>(p, place.first_head, bases, reinterpret_cast<const int*>(record + kRecordTokens), buffer);
+  if (queries_first) {
+    copy_queries<T, DIM, BYTES>(p, place.first_head, bases, buffer,
+                                [&](int row) { return __shfl_sync(0xffffffffu, first_token, row); });
   }
   copy_async_commit();
   copy_async_wait<0>();
@@ -161,7 +170,7 @@ __global__ void __launch_bounds__(kMostForwardThreads<DIM, BYTES>, 1)
         const unsigned char* record = record_of(table(number + 1), warp, kForwardRecordBytes);
         if (record != nullptr) {
           const int* tokens = reinterpret_cast<const int*>(record + kRecordTokens);
-          copy_queries<T, DIM, BYTES>(p, place.first_head, *shared_bases, tokens, buffer);
+          copy_queries<T, DIM, BYTES>(p, place.first_head, *shared_bases, buffer, [&](int row) { return tokens[row]; });
         }
       }
       copy_async_commit();
@@ -173,7 +182,7 @@ __global__ void __launch_bounds__(kMostForwardThreads<DIM, BYTES>, 1)
     });
   } else if (warp < hub_end) {
     HubQueries<T, DIM, BYTES> hubs;
-    hubs.begin(p, place, warp - windows);
+    hubs.begin(p, place, warp - windows, hub_end - windows);
     each_step(place, [&](int number) {
       const int keys = reinterpret_cast<const Step*>(table(number))->hub_keys;
       hubs.template attend<DROPOUT>(p, place, keys, table(number) + shared.tables.hub_offset(), slots, slot_tokens);
@@ -208,7 +217,7 @@ __global__ void __launch_bounds__(kMostForwardThreads<DIM, BYTES>, 1)
     });
   }
   if constexpr (L::kNarrow) {
-    if (hub_parts<DIM, BYTES>(p.sizes, windows) > 1) leave_slots();
+    if (hub_end - windows > whole_hub_warps<DIM, BYTES>(p.sizes)) leave_slots();
     return;
   }
   if (p.partials != nullptr || p.sizes.hubs == 0) return;

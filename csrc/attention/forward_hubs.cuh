@@ -3,6 +3,8 @@
 
 #pragma once
 
+#include <algorithm>
+
 #include "attention/dropout.cuh"
 #include "attention/softmax.cuh"
 
@@ -30,18 +32,23 @@ constexpr int kNarrowForwardWarps = 20;  // of 96 registers
 constexpr int kMostHubParts = 4;
 constexpr int kHubPartUnits = 3;  // most warps whose sums others add to theirs: 4 warps share the work of one or two
 
+// Warps that the hubs need at least.
 template <int DIM, int BYTES = kGroupBytes<DIM>>
-__host__ __device__ constexpr int hub_parts(const Sizes& sizes, int windows) {
-  const int whole = hub_tiles(sizes) * kHubSplit<DIM, BYTES>;
+__host__ __device__ constexpr int whole_hub_warps(const Sizes& sizes) {
+  return hub_tiles(sizes) * kHubSplit<DIM, BYTES>;
+}
+
+// Warps that share each tile and head, in a block with so many warps for windows.
+template <int DIM, int BYTES = kGroupBytes<DIM>>
+constexpr int hub_parts(const Sizes& sizes, int windows) {
+  const int whole = whole_hub_warps<DIM, BYTES>(sizes), left = kNarrowForwardWarps - 1 - windows;
   if (!Layout<DIM, BYTES>::kNarrow || whole == 0) return 1;
-  const int left = kNarrowForwardWarps - 1 - windows;
-  const int warps = left < kMostHubParts ? left : kMostHubParts;
-  return warps < whole ? 1 : warps / whole;
+  return std::max(std::min(left, kMostHubParts) / whole, 1);
 }
 
 template <int DIM, int BYTES = kGroupBytes<DIM>>
-__host__ __device__ constexpr int hub_warps(const Sizes& sizes, int windows) {
-  return hub_tiles(sizes) * kHubSplit<DIM, BYTES> * hub_parts<DIM, BYTES>(sizes, windows);
+constexpr int hub_warps(const Sizes& sizes, int windows) {
+  return whole_hub_warps<DIM, BYTES>(sizes) * hub_parts<DIM, BYTES>(sizes, windows);
 }
 
 // A tile of 16 hubs: what its warp keeps over all steps, for its share of the heads of the group and of the chunks.
@@ -49,13 +56,15 @@ template <typename T, int DIM, int BYTES = kGroupBytes<DIM>>
 struct HubQueries {
   using L = Layout<DIM, BYTES>;
   static constexpr int kHeads = L::kHeads / kHubSplit<DIM, BYTES>;
+  static constexpr bool kWholeChunks = L::kNarrow && DIM == 16;  // there is room for the scores of 64 keys at once
   uint32_t q[kHeads * L::kDepth][4];  // fragment head * (DIM / 16) + depth
   SoftmaxState<DIM> state[kHeads];
   int tile, first_head;  // the latter within the group
   int part, parts;       // chunks `part`, `part` + `parts` ... of every step
 
-  __device__ __forceinline__ void begin(const ForwardArguments& p, const BlockPlace& place, int number) {
-    parts = hub_parts<DIM, BYTES>(p.sizes, p.plan.windows_per_step);
+  // `number` of the `warps` that the hubs have.
+  __device__ __forceinline__ void begin(const ForwardArguments& p, const BlockPlace& place, int number, int warps) {
+    parts = L::kNarrow ? warps / whole_hub_warps<DIM, BYTES>(p.sizes) : 1;
     part = number % parts;
     tile = number / parts / kHubSplit<DIM, BYTES>;
     first_head = number / parts % kHubSplit<DIM, BYTES> * kHeads;
@@ -90,9 +99,17 @@ struct HubQueries {
       for (int i = 0; i < kHeads; ++i) {
         const DropoutTile dropout{slot_tokens, DROPOUT ? dropout_key(*p.dropout.seed, batch_head + i) : 0u,
                                   p.dropout.threshold, tile * kRows + lane.low, tile * kRows + lane.high};
-        attend_halves<T, DIM, DROPOUT, BYTES>(state[i], q + i * L::kDepth, slots, first_head + i,
-                                              Chunk(chunks + chunk * kChunkBytes), keys - chunk * kKeys, p.scale,
-                                              dropout);
+        const Chunk keys_of_chunk(chunks + chunk * kChunkBytes);
+        const int count = keys - chunk * kKeys;
+        if constexpr (kWholeChunks) {
+          if (count > kKeys / 2) {
+            attend_keys<T, DIM, kGroups, DROPOUT, false, BYTES>(state[i], q + i * L::kDepth, slots, first_head + i,
+                                                                keys_of_chunk, 0, p.scale, dropout);
+            continue;
+          }
+        }
+        attend_halves<T, DIM, DROPOUT, BYTES>(state[i], q + i * L::kDepth, slots, first_head + i, keys_of_chunk, count,
+                                              p.scale, dropout);
       }
     }
   }

@@ -115,7 +115,7 @@ __device__ __forceinline__ int64_t token_offset(const Strided& tensor, int token
 }
 
 // Which batch element, segment and heads a block works for. Blocks of the same batch element and heads follow each
-// other, so that they can be a cluster.
+// other, so that they can be a cluster; in a grid of narrow groups they are x, and the batch elements y.
 struct BlockPlace {
   int64_t batch;
   int segment, first_head, first_step, end_step;
@@ -124,6 +124,9 @@ struct BlockPlace {
 template <int DIM, int BYTES = kGroupBytes<DIM>>
 __device__ __forceinline__ BlockPlace block_place(const Plan& plan, const Sizes& sizes) {
   constexpr int kHeads = Layout<DIM, BYTES>::kHeads;
+  if constexpr (Layout<DIM, BYTES>::kNarrow) {  // nothing to divide: every warp would wait for it
+    return {blockIdx.y, 0, static_cast<int>(blockIdx.x) * kHeads, 0, plan.num_steps};
+  }
   const int groups = (sizes.heads + kHeads - 1) / kHeads;
   const int segment = static_cast<int>(blockIdx.x) % plan.num_segments;
   const int chain = static_cast<int>(blockIdx.x) / plan.num_segments;

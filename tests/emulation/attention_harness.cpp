@@ -7,8 +7,11 @@ namespace {
 
 using namespace fm::attention;
 
-int64_t blocks(const Plan& plan, const Sizes& sizes, int heads_of_group) {
-  return sizes.batch * plan.num_segments * ((sizes.heads + heads_of_group - 1) / heads_of_group);
+template <int DIM, int BYTES>
+dim3 blocks(const Plan& plan, const Sizes& sizes) {
+  constexpr int kHeads = Layout<DIM, BYTES>::kHeads;
+  const unsigned groups = (sizes.heads + kHeads - 1) / kHeads, batch = static_cast<unsigned>(sizes.batch);
+  return BYTES == kNarrowBytes ? dim3(groups, batch) : dim3(batch * plan.num_segments * groups);
 }
 
 // Where no kernel is to combine the hub rows of several segments, the segments are a cluster.
@@ -23,7 +26,7 @@ template <typename T, int DIM, bool DROPOUT, int BYTES>
 void forward(const ForwardArguments p) {  // by value: the emulator knows the stack of its caller
   const int windows = p.plan.windows_per_step;
   fm_emulation::launch([&] { forward_kernel<T, DIM, DROPOUT, BYTES>(p); },
-                       dim3(static_cast<unsigned>(blocks(p.plan, p.sizes, Layout<DIM, BYTES>::kHeads))),
+                       blocks<DIM, BYTES>(p.plan, p.sizes),
                        forward_threads<DIM, BYTES>(p.sizes, windows),
                        ForwardShared<DIM, BYTES>(p.plan.slots, windows, DROPOUT).bytes, options(p));
   if (p.partials != nullptr) {
@@ -36,7 +39,7 @@ template <typename T, int DIM, bool DROPOUT, int BYTES>
 void backward(const BackwardArguments p) {
   const int windows = p.plan.windows_per_step;
   fm_emulation::launch([&] { backward_kernel<T, DIM, DROPOUT, BYTES>(p); },
-                       dim3(static_cast<unsigned>(blocks(p.plan, p.sizes, Layout<DIM, BYTES>::kHeads))),
+                       blocks<DIM, BYTES>(p.plan, p.sizes),
                        backward_threads<DIM, BYTES>(p.sizes, windows),
                        BackwardShared<DIM, BYTES>(p.plan.slots, windows, p.plan.record_bytes, DROPOUT).bytes, options(p));
   if (p.partials != nullptr) {
