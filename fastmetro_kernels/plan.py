@@ -99,9 +99,11 @@ class Plan(NamedTuple):
 def resident_shape(num_vertices: int, num_hubs: int, backward: bool) -> Shape | None:
     """For blocks that have a multiprocessor and the whole mesh for themselves, or None where it is too large.
 
-    The steps are equally long, and of as many windows as warps are left: of 20 in the forward, where one copies and
-    the hubs have four (with more than two tiles of 16, two per tile), and of 16 in the backward, where two copy and
-    the hubs have four, then two per tile (`hub_warps` of forward_hubs.cuh, `backward_hub_warps` of backward.cuh).
+    There are as few steps as there can be with the warps that are left for windows: of 20 in the forward, where one
+    copies and the hubs have four (with more than two tiles of 16, two per tile), and of 16 in the backward, where two
+    copy and the hubs have four, then two per tile (`hub_warps` of forward_hubs.cuh, `backward_hub_warps` of
+    backward.cuh). Four warps run at a time, so a step takes as long as the next multiple of four windows: of 27,
+    steps of 15 and 12 take 7 times as long as a window, steps of 14 and 13 eight times.
     """
     if num_vertices + num_hubs > MAX_RESIDENT:
         return None
@@ -110,7 +112,11 @@ def resident_shape(num_vertices: int, num_hubs: int, backward: bool) -> Shape | 
     most = 16 - 2 - hub_warps if backward else min(20 - 1 - hub_warps, 16)
     windows = -(-num_vertices // WINDOW_ROWS)
     steps = max(-(-windows // most), 1)
-    return Shape(max(-(-windows // steps), 1), num_vertices, resident=True)
+
+    def rounds(size: int) -> int:
+        return sum(-(-min(size, windows - begin) // 4) for begin in range(0, windows, size))
+
+    return Shape(min(range(max(-(-windows // steps), 1), most + 1), key=rounds), num_vertices, resident=True)
 
 
 def build_plan(schedule: Schedule, t_schedule: Schedule, num_hubs: int, shape: Shape = FORWARD) -> Plan | None:

@@ -14,13 +14,14 @@ constexpr int kBackwardTables = 2;  // of the step, and of the next one on its w
 // Shared memory: four rows per slot, their statistics, tables, with dropout the tokens of the slots.
 template <int DIM, int BYTES = kGroupBytes<DIM>>
 struct BackwardShared {
+  static constexpr int kSlotStatistics = Layout<DIM, BYTES>::kHeads * static_cast<int>(sizeof(RowStatistics));
   Tables tables;
   int statistics, first_table, tokens, bytes;
 
   __host__ __device__ constexpr BackwardShared(int slots, int windows, int record_bytes, bool dropout)
       : tables{record_bytes, windows},
         statistics(slots * slot_bytes<DIM, BYTES>(4)),
-        first_table(statistics + (slots * Layout<DIM, BYTES>::kHeads * static_cast<int>(sizeof(RowStatistics)) + 15) / 16 * 16),
+        first_table(statistics + (slots * kSlotStatistics + 15) / 16 * 16),
         tokens(first_table + kBackwardTables * tables.bytes()),
         bytes(tokens + (dropout ? 4 * slots : 0)) {}
 };
@@ -110,7 +111,8 @@ struct BackwardCopier {
         const int token = entries[i].x, slot = entries[i].y;
         uint4 grads = make_uint4(0u, 0u, 0u, 0u);
         if (token >= 0) {  // this lane has copied this piece itself
-          grads = *reinterpret_cast<const uint4*>(slots + slot * slot_bytes<DIM, BYTES>(4) + 3 * L::kBytes + 16 * piece);
+          const int row = slot * slot_bytes<DIM, BYTES>(4) + 3 * L::kBytes;
+          grads = *reinterpret_cast<const uint4*>(slots + row + 16 * piece);
         }
         float sum = dot_pieces<T>(grads, outs[i]);
 #pragma unroll
@@ -188,15 +190,19 @@ __global__ void __launch_bounds__(DIM == 128 ? 256 : kBackwardWarps * kWarp, 1)
     gradients.store(p, place, partials + tensor * L::kHeads * hub_rows, hub_rows, L::kHeads * hub_rows);
   };
   // Every kind of warp has a loop of its own, so that none keeps registers for the others' work.
-  const int hub_role = warp - windows;
-  if (hub_role < 0) {
+  // The copying warps stand between those of the hubs: of four warps in a row each has a scheduler of its own, and those
+  // that have three windows to see to should have no hubs.
+  const int extra = warp - windows, hubs_before = hub_warps / 2, number_of_copier = extra - hubs_before;
+  const bool copies = number_of_copier >= 0 && number_of_copier < kCopyingWarps;
+  const int hub_role = extra < hubs_before ? extra : extra - kCopyingWarps;
+  if (extra < 0) {
     each_step(place, [&](int number) {
       const unsigned char* record = record_of(table(number), warp, p.plan.record_bytes);
       if (record == nullptr) return;
       backward_window<T, DIM, false, DROPOUT, BYTES>(p, place, rows, record);
       backward_window<T, DIM, true, DROPOUT, BYTES>(p, place, rows, record);
     });
-  } else if (hub_role < hub_warps) {
+  } else if (!copies) {
     const auto accumulate = [&](auto& gradients) {
       gradients.begin(hub_role / 2, hub_shares_of_tile);
       each_step(place, [&](int number) {
@@ -214,7 +220,6 @@ __global__ void __launch_bounds__(DIM == 128 ? 256 : kBackwardWarps * kWarp, 1)
       finish(gradients, 1);
     }
   } else {
-    const int number_of_copier = hub_role - hub_warps;
     const int last = place.end_step - 1;
     Step next = read_step(p.plan, min(place.first_step + 1, last));
     each_step(place, [&](int number) {
@@ -233,7 +238,7 @@ __global__ void __launch_bounds__(DIM == 128 ? 256 : kBackwardWarps * kWarp, 1)
   }
   if constexpr (L::kNarrow) return;
   if (p.partials != nullptr || p.sizes.hubs == 0) return;
-  if (hub_role >= 0 && hub_role < hub_warps) {
+  if (extra >= 0 && !copies) {
     cluster_arrive<true>();
   } else {
     leave_slots();

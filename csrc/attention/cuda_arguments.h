@@ -170,8 +170,8 @@ inline void check_memory(int memory) {
 }
 
 inline void check_threads(int threads, int most) {
-  STD_TORCH_CHECK(threads <= most, "topology_attention: the plan asks for blocks of ", threads, " threads, at most ", most,
-                  " are there");
+  STD_TORCH_CHECK(threads <= most, "topology_attention: the plan asks for blocks of ", threads, " threads, at most ",
+                  most, " are there");
 }
 
 inline unsigned grid_size(int64_t blocks) {

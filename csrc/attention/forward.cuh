@@ -17,8 +17,8 @@ struct BlockBases {
   float* lse;
 };
 
-// Shared memory: k and v of the slots, the queries of the windows, tables, what parts of hub tiles hand over, bases, with
-// dropout the tokens of the slots.
+// Shared memory: k and v of the slots, the queries of the windows, tables, what parts of hub tiles hand over, bases,
+// with dropout the tokens of the slots.
 template <int DIM, int BYTES = kGroupBytes<DIM>>
 struct ForwardShared {
   static constexpr int kHubSums = Layout<DIM, BYTES>::kNarrow ? kHubPartUnits * (DIM / 8 + 1) * kWarp * 16 : 0;
@@ -40,8 +40,8 @@ constexpr int forward_threads(const Sizes& sizes, int windows) {
   return (windows + hub_warps<DIM, BYTES>(sizes, windows) + 1) * kWarp;
 }
 
-// Two blocks of up to ten warps of 96 registers share a multiprocessor, or eight of 128 for heads of 64; heads of 128 and
-// narrow groups have one to themselves.
+// Two blocks of up to ten warps of 96 registers share a multiprocessor, or eight of 128 for heads of 64; heads of 128
+// and narrow groups have one to themselves.
 template <int DIM, int BYTES>
 constexpr int kMostForwardThreads =
     Layout<DIM, BYTES>::kNarrow ? kNarrowForwardWarps * kWarp : DIM == 128 ? 384 : DIM == 64 ? 512 : 640;

@@ -26,7 +26,7 @@ struct ForwardArguments {
 // narrow groups of a warp per head. There the keys are shared out as well, as far as warps are left: `hub_parts` warps
 // take turns with the chunks, so that nobody waits for the hubs.
 template <int DIM, int BYTES = kGroupBytes<DIM>>
-constexpr int kHubSplit = Layout<DIM, BYTES>::kNarrow ? Layout<DIM, BYTES>::kHeads : Layout<DIM, BYTES>::kHeads > 1 ? 2 : 1;
+constexpr int kHubSplit = std::min(Layout<DIM, BYTES>::kHeads, 2);
 
 constexpr int kNarrowForwardWarps = 20;  // of 96 registers
 constexpr int kMostHubParts = 4;
@@ -141,7 +141,8 @@ struct HubQueries {
     if (parts > 1) {
       constexpr int kVectors = DIM / 8 + 1;
       const int tile_head = tile * kHubSplit<DIM, BYTES> + first_head;
-      float4* mine = reinterpret_cast<float4*>(shared) + tile_head * (parts - 1) * kVectors * kWarp + threadIdx.x % kWarp;
+      float4* mine = reinterpret_cast<float4*>(shared) + tile_head * (parts - 1) * kVectors * kWarp;
+      mine += threadIdx.x % kWarp;
       if (part > 0) state[0].save(mine + (part - 1) * kVectors * kWarp);
       leave_slots();
       if (part > 0) return;

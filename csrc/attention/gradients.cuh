@@ -40,7 +40,7 @@ struct OwnedRows {
 };
 
 // From scores s and products p of the gradient with v (of one pair): the weight that multiplies the gradient (for dv)
-// and the gradient of the score. Both are 0 for pairs that do not see each other.
+// and the gradient of the score. Both are 0 for pairs that do not see each other, if p is finite.
 template <bool DROPOUT>
 __device__ __forceinline__ void differentiate(float& s, float& p, bool seen, const RowStatistics& query, float scale,
                                               const Dropout& dropout, uint32_t key, int query_token, int key_token) {
@@ -51,7 +51,7 @@ __device__ __forceinline__ void differentiate(float& s, float& p, bool seen, con
     p = keep ? p * dropout.keep_scale : 0.f;
     kept = keep ? weight * dropout.keep_scale : 0.f;
   }
-  p = seen ? weight * (p - query.y) : 0.f;
+  p = weight * (p - query.y);
   s = kept;
 }
 

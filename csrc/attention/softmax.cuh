@@ -42,7 +42,8 @@ struct SoftmaxState {
     peak_high = high;
   }
 
-  // To and from vectors in shared memory that are a warp's width apart: what two warps have summed up for the same rows.
+  // To and from vectors in shared memory that are a warp's width apart: what two warps have summed up for the same
+  // rows.
   __device__ __forceinline__ void save(float4* to) const {
 #pragma unroll
     for (int i = 0; i < DIM / 8; ++i) to[i * kWarp] = make_float4(out[i][0], out[i][1], out[i][2], out[i][3]);

@@ -2,8 +2,8 @@
 // copies that keep it filled.
 //
 // A block works for one batch element and a group of heads whose rows make up 128 (or 64, or 256) bytes; a slot holds
-// such a row of several tensors. fastmetro_kernels/plan.py decides which token lies in which slot at which step. One warp or
-// two copy the rows of the next step while the others compute.
+// such a row of several tensors. fastmetro_kernels/plan.py decides which token lies in which slot at which step. One
+// warp or two copy the rows of the next step while the others compute.
 
 #pragma once
 

@@ -41,7 +41,8 @@ void backward(const BackwardArguments p) {
   fm_emulation::launch([&] { backward_kernel<T, DIM, DROPOUT, BYTES>(p); },
                        blocks<DIM, BYTES>(p.plan, p.sizes),
                        backward_threads<DIM, BYTES>(p.sizes, windows),
-                       BackwardShared<DIM, BYTES>(p.plan.slots, windows, p.plan.record_bytes, DROPOUT).bytes, options(p));
+                       BackwardShared<DIM, BYTES>(p.plan.slots, windows, p.plan.record_bytes, DROPOUT).bytes,
+                       options(p));
   if (p.partials != nullptr) {
     fm_emulation::launch([&] { combine_backward_kernel<T, DIM>(p); },
                          dim3(combine_blocks(3 * p.sizes.batch * p.sizes.heads * p.sizes.hubs * (DIM / 4))), 128, 0);

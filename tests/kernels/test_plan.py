@@ -10,7 +10,17 @@ import torch
 from attention_cases import grid_faces, random_mask
 
 from fastmetro_kernels import TokenTopology
-from fastmetro_kernels.plan import BACKWARD, FORWARD, FORWARD_NARROW, MAX_RESIDENT, MAX_SLOTS, Plan, Shape, build_plan, resident_shape
+from fastmetro_kernels.plan import (
+    BACKWARD,
+    FORWARD,
+    FORWARD_NARROW,
+    MAX_RESIDENT,
+    MAX_SLOTS,
+    Plan,
+    Shape,
+    build_plan,
+    resident_shape,
+)
 
 MASKS = {
     "mesh": TokenTopology.from_faces(grid_faces(17, 19), num_hubs=14).mask(),
@@ -142,7 +152,15 @@ def test_resident_plan(hubs: int, backward: bool) -> None:
     assert plan.slots == topology.num_tokens and len(steps) > 1
     assert int(steps[0, 3]) - int(steps[0, 2]) + len(plan.loads) - int(steps[0, 1]) == topology.num_tokens
     sizes = steps[:, 5] - steps[:, 4]
-    assert sizes.max() == shape.windows and sizes.min() >= shape.windows - len(steps) + 1
+    assert (sizes[:-1] == shape.windows).all() and 0 < sizes[-1] <= shape.windows
+
+
+def test_resident_steps_suit_four_schedulers() -> None:
+    """27 windows: 15 and 12 in the forward, 10, 10 and 7 in the backward; smaller meshes need one step."""
+    assert resident_shape(431, 14, backward=False) == Shape(15, 431, resident=True)
+    assert resident_shape(431, 14, backward=True) == Shape(10, 431, resident=True)
+    assert resident_shape(100, 0, backward=False) == Shape(7, 100, resident=True)
+    assert resident_shape(0, 5, backward=True) == Shape(1, 0, resident=True)
 
 
 def test_large_meshes_are_not_resident() -> None:
