@@ -35,10 +35,12 @@ class Shape(NamedTuple):
 
     Few rows are read twice with so many slots, and with 14 hubs two blocks fit on a multiprocessor of 228 KiB (heads
     of up to 64). More are taken where the lists of two steps in a row need them.
+    With `resident` the slots are for all vertices, so that none is ever thrown out.
     """
 
     windows: int
     slots: int
+    resident: bool = False
 
 
 FORWARD = Shape(6, 302)
@@ -49,6 +51,9 @@ FORWARD_NARROW = Shape(7, 302)
 
 BACKWARD = Shape(4, 184)
 """Eight warps."""
+
+MAX_RESIDENT = 700
+"""Most tokens of a mesh that lies in the cache as a whole: rows of 64 bytes, in the backward 292 bytes per slot."""
 
 _Array = npt.NDArray[np.int64]
 
@@ -91,6 +96,29 @@ class Plan(NamedTuple):
     windows: int
 
 
+def resident_shape(num_vertices: int, num_hubs: int, backward: bool) -> Shape | None:
+    """For blocks that have a multiprocessor and the whole mesh for themselves, or None where it is too large.
+
+    There are as few steps as there can be with the warps that are left for windows: of 20 in the forward, where one
+    copies and the hubs have four (with more than two tiles of 16, two per tile), and of 16 in the backward, where two
+    copy and the hubs have four, then two per tile (`hub_warps` of forward_hubs.cuh, `backward_hub_warps` of
+    backward.cuh). Four warps run at a time, so a step takes as long as the next multiple of four windows: of 27,
+    steps of 15 and 12 take 7 times as long as a window, steps of 14 and 13 eight times.
+    """
+    if num_vertices + num_hubs > MAX_RESIDENT:
+        return None
+    tiles = -(-num_hubs // WINDOW_ROWS)
+    hub_warps = max(4, 2 * tiles) if tiles else 0
+    most = 16 - 2 - hub_warps if backward else min(20 - 1 - hub_warps, 16)
+    windows = -(-num_vertices // WINDOW_ROWS)
+    steps = max(-(-windows // most), 1)
+
+    def rounds(size: int) -> int:
+        return sum(-(-min(size, windows - begin) // 4) for begin in range(0, windows, size))
+
+    return Shape(min(range(max(-(-windows // steps), 1), most + 1), key=rounds), num_vertices, resident=True)
+
+
 def build_plan(schedule: Schedule, t_schedule: Schedule, num_hubs: int, shape: Shape = FORWARD) -> Plan | None:
     """The plan of a topology, or None where a window needs more rows than the cache can hold.
 
@@ -103,7 +131,7 @@ def build_plan(schedule: Schedule, t_schedule: Schedule, num_hubs: int, shape: S
     windows = _windows(schedule, num_hubs)
     keys = _Keys.of(schedule, num_hubs)
     t_keys = keys if t_schedule is schedule else _Keys.of(t_schedule, num_hubs)
-    limit = MAX_SLOTS - num_hubs
+    limit = 2 * shape.slots if shape.resident else MAX_SLOTS - num_hubs
     present = windows >= 0
     window_of_need = np.concatenate([np.nonzero(present)[0], keys.windows(), t_keys.windows()])
     needs = np.concatenate([windows[present], keys.tokens, t_keys.tokens])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastmetro_kernels import adjacency as lists
 from fastmetro_kernels.few import build_few
 from fastmetro_kernels.packing import PackedPlan, pack
-from fastmetro_kernels.plan import BACKWARD, FORWARD, FORWARD_NARROW, Plan, Shape, build_plan
+from fastmetro_kernels.plan import BACKWARD, FORWARD, FORWARD_NARROW, Plan, Shape, build_plan, resident_shape
 from fastmetro_kernels.schedule import WINDOW_ROWS, WINDOW_SIZES, Schedule, build_schedule, locality_order
 
 ORDERS = ("natural", "locality")
@@ -191,12 +191,17 @@ class TokenTopology(nn.Module):
         schedules = self._plan_schedules()
         few = build_few(schedules[0], self.num_hubs)
         self.register_buffer("few_windows", None if few is None else few.to(self.columns.device), persistent=False)
-        for name, shape in _PLANS.items():
+        shapes = dict(_PLANS)
+        for kernel in ("forward", "backward"):
+            resident = resident_shape(self.num_vertices, self.num_hubs, kernel == "backward")
+            if resident is not None:
+                shapes[f"{kernel}_resident"] = resident
+        for name, shape in shapes.items():
             plan = build_plan(*schedules, self.num_hubs, shape)
             if plan is None:
                 self._plan_sizes = {}
                 return
-            packed = pack(plan, backward=name == "backward")
+            packed = pack(plan, backward=name.startswith("backward"))
             self._plan_sizes[name] = (packed.slots, packed.windows)
             for field, tensor in zip(PackedPlan._fields[:-2], packed[:-2], strict=True):
                 self.register_buffer(f"{name}_plan_{field}", tensor.to(self.columns.device), persistent=False)
@@ -207,9 +212,10 @@ class TokenTopology(nn.Module):
         None on other devices than CUDA, and where the pattern has none.
 
         Args:
-            name: `"forward"`, `"forward_narrow"` (heads below 64) or `"backward"`.
+            name: `"forward"`, `"forward_narrow"` (heads below 64), `"backward"`, or `"forward_resident"` and
+                `"backward_resident"`, which only small meshes have (see `resident_shape` of plan.py).
         """
-        if not self._plan_sizes:
+        if not self._plan_sizes or name not in self._plan_sizes:
             return None
         tensors = {field: getattr(self, f"{name}_plan_{field}") for field in PackedPlan._fields[:-2]}
         slots, windows = self._plan_sizes[name]

@@ -7,8 +7,20 @@
 namespace fm::attention {
 namespace {
 
+// A block per multiprocessor, which needs no other.
+template <typename T, int DIM, bool DROPOUT>
+void run_narrow(const BackwardArguments& p, const Tensor& q) {
+  const int windows = p.plan.windows_per_step, threads = backward_threads<DIM, kNarrowBytes>(p.sizes, windows);
+  check_threads(threads, kBackwardWarps * kWarp);
+  const BackwardShared<DIM, kNarrowBytes> shared(p.plan.slots, windows, p.plan.record_bytes, DROPOUT);
+  launch_narrow<DIM>(backward_kernel<T, DIM, DROPOUT, kNarrowBytes>, p, threads, shared.bytes, q);
+}
+
 template <typename T, int DIM, bool DROPOUT>
 void run(BackwardArguments& p, int64_t steps_per_segment, const Tensor& q) {
+  if constexpr (DIM <= kNarrowBytes / 2) {
+    if (is_narrow<DIM>(p.plan, p.sizes, steps_per_segment, q)) return run_narrow<T, DIM, DROPOUT>(p, q);
+  }
   constexpr int kBlocksPerMultiprocessor = DIM == 128 ? 1 : 2;
   STD_TORCH_CHECK(hub_tiles(p.sizes) <= kBackwardHubTiles<DIM>, "topology_attention: the CUDA backward takes up to ",
                   kRows * kBackwardHubTiles<DIM>, " hubs for head dims above 64, got ", p.sizes.hubs);
@@ -21,7 +33,7 @@ void run(BackwardArguments& p, int64_t steps_per_segment, const Tensor& q) {
   p.partials = combined ? static_cast<float*>(scratch.mutable_data_ptr()) : nullptr;
   const int windows = p.plan.windows_per_step;
   launch<BackwardArguments>(backward_kernel<T, DIM, DROPOUT>, combined ? combine_backward_kernel<T, DIM> : nullptr, p,
-                            chains<DIM>(p.sizes) * p.plan.num_segments, backward_threads(p.sizes, windows),
+                            chains<DIM>(p.sizes) * p.plan.num_segments, backward_threads<DIM>(p.sizes, windows),
                             BackwardShared<DIM>(p.plan.slots, windows, p.plan.record_bytes, DROPOUT).bytes,
                             cluster_size, 3 * heads * p.sizes.hubs * (DIM / 4), q);
 }

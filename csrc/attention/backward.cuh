@@ -12,23 +12,39 @@ namespace fm::attention {
 constexpr int kBackwardTables = 2;  // of the step, and of the next one on its way
 
 // Shared memory: four rows per slot, their statistics, tables, with dropout the tokens of the slots.
-template <int DIM>
+template <int DIM, int BYTES = kGroupBytes<DIM>>
 struct BackwardShared {
+  static constexpr int kSlotStatistics = Layout<DIM, BYTES>::kHeads * static_cast<int>(sizeof(RowStatistics));
   Tables tables;
   int statistics, first_table, tokens, bytes;
 
   __host__ __device__ constexpr BackwardShared(int slots, int windows, int record_bytes, bool dropout)
       : tables{record_bytes, windows},
-        statistics(slots * slot_bytes<DIM>(4)),
-        first_table(statistics + (slots * Layout<DIM>::kHeads * static_cast<int>(sizeof(RowStatistics)) + 15) / 16 * 16),
+        statistics(slots * slot_bytes<DIM, BYTES>(4)),
+        first_table(statistics + (slots * kSlotStatistics + 15) / 16 * 16),
         tokens(first_table + kBackwardTables * tables.bytes()),
         bytes(tokens + (dropout ? 4 * slots : 0)) {}
 };
 
 constexpr int kCopyingWarps = 2;
 
+// Warps that share the heads of a tile of hubs in each role: in narrow groups one per head, if so many are left.
+constexpr int kBackwardWarps = 16;
+template <int DIM, int BYTES = kGroupBytes<DIM>>
+__host__ __device__ constexpr int hub_shares(const Sizes& sizes, int windows) {
+  constexpr int kHeads = Layout<DIM, BYTES>::kHeads;
+  const bool room = windows + 2 * kHeads * hub_tiles(sizes) + kCopyingWarps <= kBackwardWarps;
+  return Layout<DIM, BYTES>::kNarrow && room ? kHeads : 1;
+}
+
+template <int DIM, int BYTES = kGroupBytes<DIM>>
+__host__ __device__ constexpr int backward_hub_warps(const Sizes& sizes, int windows) {
+  return 2 * hub_tiles(sizes) * hub_shares<DIM, BYTES>(sizes, windows);
+}
+
+template <int DIM, int BYTES = kGroupBytes<DIM>>
 constexpr int backward_threads(const Sizes& sizes, int windows) {
-  return (windows + 2 * hub_tiles(sizes) + kCopyingWarps) * kWarp;
+  return (windows + backward_hub_warps<DIM, BYTES>(sizes, windows) + kCopyingWarps) * kWarp;
 }
 
 // Tiles of hubs that fit: wide heads need all registers of a multiprocessor for eight warps.
@@ -36,12 +52,13 @@ template <int DIM>
 constexpr int kBackwardHubTiles = DIM == 128 ? 1 : 4;
 
 // Copies rows of k, v, q and the gradient to their slots, and computes sum(grad_out out) - grad_lse of each.
-template <typename T, int DIM>
+template <typename T, int DIM, int BYTES = kGroupBytes<DIM>>
 struct BackwardCopier {
-  using L = Layout<DIM>;
+  using L = Layout<DIM, BYTES>;
   static constexpr int kRowsAtOnce = kWarp / L::kPieces;
-  static constexpr int kRounds = 10;  // a warp has so many reads of the output under way
-  RowCopier<T, DIM, 4, 4> rows;
+  // A warp has so many reads of the output under way, and fewer where all warps of a narrow group's block share them.
+  static constexpr int kRounds = 10, kRoundsOfAll = L::kNarrow ? 2 : kRounds;
+  RowCopier<T, DIM, 4, 4, BYTES> rows;
   const unsigned char* out;
   const float *lse, *grad_lse;  // of the head of this lane's piece
   int out_bytes, piece;
@@ -66,20 +83,20 @@ struct BackwardCopier {
 
   // The rows that entry(n) names (token, or below 0 for none, and slot) for n from `begin` on, together with the other
   // warps that work on this range. They have arrived at the end.
-  template <typename Entry>
+  template <int ROUNDS, typename Entry>
   __device__ __forceinline__ void copy(int begin, int end, int warp, int warps, Entry entry) const {
     const bool first_piece = piece % L::kHeadPieces == 0;  // of its head: writes the statistics
-    for (int first = begin + warp * kRowsAtOnce; first < end; first += kRounds * warps * kRowsAtOnce) {
-      int2 entries[kRounds];
-      uint4 outs[kRounds];
-      float row_lse[kRounds];
+    for (int first = begin + warp * kRowsAtOnce; first < end; first += ROUNDS * warps * kRowsAtOnce) {
+      int2 entries[ROUNDS];
+      uint4 outs[ROUNDS];
+      float row_lse[ROUNDS];
 #pragma unroll
-      for (int i = 0; i < kRounds; ++i) {
+      for (int i = 0; i < ROUNDS; ++i) {
         const int number = first + i * warps * kRowsAtOnce + threadIdx.x % kWarp / L::kPieces;
         entries[i] = number < end ? entry(number) : make_int2(-1, 0);
       }
 #pragma unroll
-      for (int i = 0; i < kRounds; ++i) {
+      for (int i = 0; i < ROUNDS; ++i) {
         const int token = entries[i].x;
         const bool read = token >= 0 && rows.valid;
         if (token >= 0) rows.copy(token, entries[i].y);
@@ -90,11 +107,12 @@ struct BackwardCopier {
       copy_async_commit();
       copy_async_wait<0>();
 #pragma unroll
-      for (int i = 0; i < kRounds; ++i) {
+      for (int i = 0; i < ROUNDS; ++i) {
         const int token = entries[i].x, slot = entries[i].y;
         uint4 grads = make_uint4(0u, 0u, 0u, 0u);
         if (token >= 0) {  // this lane has copied this piece itself
-          grads = *reinterpret_cast<const uint4*>(slots + slot * slot_bytes<DIM>(4) + 3 * L::kBytes + 16 * piece);
+          const int row = slot * slot_bytes<DIM, BYTES>(4) + 3 * L::kBytes;
+          grads = *reinterpret_cast<const uint4*>(slots + row + 16 * piece);
         }
         float sum = dot_pieces<T>(grads, outs[i]);
 #pragma unroll
@@ -127,27 +145,31 @@ __device__ __forceinline__ void add_up_in_cluster(const BackwardArguments& p, co
   }
 }
 
-// With 128 registers two blocks of eight warps share a multiprocessor; heads of 128 have one to themselves.
-template <typename T, int DIM, bool DROPOUT>
-__global__ void __launch_bounds__(DIM == 128 ? 256 : 512, 1)
+// With 128 registers two blocks of eight warps share a multiprocessor; heads of 128 and narrow groups have one to
+// themselves.
+template <typename T, int DIM, bool DROPOUT, int BYTES = kGroupBytes<DIM>>
+__global__ void __launch_bounds__(DIM == 128 ? 256 : kBackwardWarps * kWarp, 1)
     backward_kernel(const __grid_constant__ BackwardArguments p) {
-  using L = Layout<DIM>;
+  using L = Layout<DIM, BYTES>;
   unsigned char* memory = dynamic_shared();
-  const BackwardShared<DIM> shared(p.plan.slots, p.plan.windows_per_step, p.plan.record_bytes, DROPOUT);
+  const BackwardShared<DIM, BYTES> shared(p.plan.slots, p.plan.windows_per_step, p.plan.record_bytes, DROPOUT);
   const SharedAddress slots = shared_address(memory), tables = slots + shared.first_table;
   const int table_bytes = shared.tables.bytes();
   RowStatistics* statistics = reinterpret_cast<RowStatistics*>(memory + shared.statistics);
   int* slot_tokens = DROPOUT ? reinterpret_cast<int*>(memory + shared.tokens) : nullptr;
-  const BlockPlace place = block_place<DIM>(p.plan, p.sizes);
+  const BlockPlace place = block_place<DIM, BYTES>(p.plan, p.sizes);
   const int warp = threadIdx.x / kWarp, windows = p.plan.windows_per_step;
+  const int hub_shares_of_tile = hub_shares<DIM, BYTES>(p.sizes, windows);
+  const int hub_warps = blockDim.x / kWarp - windows - kCopyingWarps;
   const SharedRows rows{slots, statistics, slot_tokens, in_register(p.scale_log2e)};
   const Step first = read_step(p.plan, place.first_step);
-  const BackwardCopier<T, DIM> copier(p, place, memory, statistics, slot_tokens);
+  const BackwardCopier<T, DIM, BYTES> copier(p, place, memory, statistics, slot_tokens);
   if (warp == 0) shared.tables.copy(p.plan, place.first_step, first, tables);
-  copier.copy(first.restart_begin, first.restart_end, warp, blockDim.x / kWarp, [&](int number) {
+  const auto restart = [&](int number) {
     const int4 entry = __ldg(p.plan.restarts + number);
     return make_int2(entry.z < place.end_step ? entry.x : -1, entry.y);
-  });
+  };
+  copier.template copy<copier.kRoundsOfAll>(first.restart_begin, first.restart_end, warp, blockDim.x / kWarp, restart);
   copy_async_commit();
   copy_async_wait<0>();
   const auto table = [&](int number) {
@@ -155,6 +177,7 @@ __global__ void __launch_bounds__(DIM == 128 ? 256 : 512, 1)
   };
   float* partials = reinterpret_cast<float*>(memory);  // once nobody needs the slots any more
   const auto finish = [&](auto& gradients, int tensor) {
+    if constexpr (L::kNarrow) return gradients.finish(p, place);
     const int64_t hub_rows = p.sizes.hubs * (DIM + 4);
     if (p.partials != nullptr) {
       const int64_t heads = p.sizes.batch * p.sizes.heads, segments = p.plan.num_segments;
@@ -167,33 +190,36 @@ __global__ void __launch_bounds__(DIM == 128 ? 256 : 512, 1)
     gradients.store(p, place, partials + tensor * L::kHeads * hub_rows, hub_rows, L::kHeads * hub_rows);
   };
   // Every kind of warp has a loop of its own, so that none keeps registers for the others' work.
-  const int hub_role = warp - windows;
-  if (hub_role < 0) {
+  // The copying warps stand between those of the hubs: of four warps in a row each has a scheduler of its own, and those
+  // that have three windows to see to should have no hubs.
+  const int extra = warp - windows, hubs_before = hub_warps / 2, number_of_copier = extra - hubs_before;
+  const bool copies = number_of_copier >= 0 && number_of_copier < kCopyingWarps;
+  const int hub_role = extra < hubs_before ? extra : extra - kCopyingWarps;
+  if (extra < 0) {
     each_step(place, [&](int number) {
       const unsigned char* record = record_of(table(number), warp, p.plan.record_bytes);
       if (record == nullptr) return;
-      backward_window<T, DIM, false, DROPOUT>(p, place, rows, record);
-      backward_window<T, DIM, true, DROPOUT>(p, place, rows, record);
+      backward_window<T, DIM, false, DROPOUT, BYTES>(p, place, rows, record);
+      backward_window<T, DIM, true, DROPOUT, BYTES>(p, place, rows, record);
     });
-  } else if (hub_role < 2 * hub_tiles(p.sizes)) {
+  } else if (!copies) {
     const auto accumulate = [&](auto& gradients) {
-      gradients.begin(hub_role / 2);
+      gradients.begin(hub_role / 2, hub_shares_of_tile);
       each_step(place, [&](int number) {
         const int keys = reinterpret_cast<const Step*>(table(number))->hub_keys;
         gradients.template accumulate<DROPOUT>(p, place, rows, keys, table(number) + shared.tables.hub_offset());
       });
     };
     if (hub_role % 2 == 0) {
-      HubGradients<T, DIM, false> gradients;
+      HubGradients<T, DIM, false, BYTES> gradients;
       accumulate(gradients);
       finish(gradients, 0);
     } else {
-      HubGradients<T, DIM, true> gradients;
+      HubGradients<T, DIM, true, BYTES> gradients;
       accumulate(gradients);
       finish(gradients, 1);
     }
   } else {
-    const int number_of_copier = hub_role - 2 * hub_tiles(p.sizes);
     const int last = place.end_step - 1;
     Step next = read_step(p.plan, min(place.first_step + 1, last));
     each_step(place, [&](int number) {
@@ -204,14 +230,15 @@ __global__ void __launch_bounds__(DIM == 128 ? 256 : 512, 1)
         shared.tables.copy(p.plan, number + 1, now,
                            tables + (number + 1 - place.first_step) % kBackwardTables * table_bytes);
       }
-      copier.copy(now.load_begin, now.load_end, number_of_copier, kCopyingWarps,
-                  [&](int entry) { return __ldg(p.plan.loads + entry); });
+      copier.template copy<copier.kRounds>(now.load_begin, now.load_end, number_of_copier, kCopyingWarps,
+                                           [&](int entry) { return __ldg(p.plan.loads + entry); });
       copy_async_commit();
       copy_async_wait<0>();
     });
   }
+  if constexpr (L::kNarrow) return;
   if (p.partials != nullptr || p.sizes.hubs == 0) return;
-  if (hub_role >= 0 && hub_role < 2 * hub_tiles(p.sizes)) {
+  if (extra >= 0 && !copies) {
     cluster_arrive<true>();
   } else {
     leave_slots();

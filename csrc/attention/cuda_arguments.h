@@ -116,6 +116,25 @@ inline Plan plan_of(const PlanTensors& plan, const Tensor& q, int64_t hubs) {
           1};
 }
 
+template <int DIM, int BYTES = kGroupBytes<DIM>>
+int64_t groups_of_heads(const Sizes& sizes) {
+  constexpr int heads = Layout<DIM, BYTES>::kHeads;
+  return (sizes.heads + heads - 1) / heads;
+}
+
+// Blocks that walk over the mesh side by side: one per batch element and group of heads.
+template <int DIM, int BYTES = kGroupBytes<DIM>>
+int64_t chains(const Sizes& sizes) { return sizes.batch * groups_of_heads<DIM, BYTES>(sizes); }
+
+// Whether blocks of narrow groups walk over the mesh alone, one per multiprocessor: the plan's cache holds all tokens,
+// and there are enough such blocks to give most multiprocessors one, but none two (`native.py` decides by the same rule
+// which plan to take). Every row is then copied once, and the hub rows are finished where they were added up.
+template <int DIM>
+bool is_narrow(const Plan& plan, const Sizes& sizes, int64_t steps_per_segment, const Tensor& q) {
+  const int64_t blocks = chains<DIM, kNarrowBytes>(sizes), places = device_attribute(cudaDevAttrMultiProcessorCount, q);
+  return steps_per_segment == 0 && plan.slots == sizes.tokens && 2 * blocks > places && blocks <= places;
+}
+
 // Cuts the steps into segments, `wanted` steps each; 0: so many that one wave of blocks fills the device.
 inline void set_segments(Plan& plan, int64_t wanted, int64_t chains, int blocks_per_multiprocessor, const Tensor& q) {
   STD_TORCH_CHECK(wanted >= 0, "topology_attention: steps_per_segment must not be negative, got ", wanted);
@@ -145,6 +164,16 @@ inline bool combined_by_kernel(const Plan& plan, const Sizes& sizes, int cluster
   return sizes.hubs > 0 && plan.num_segments > cluster_size;
 }
 
+inline void check_memory(int memory) {
+  STD_TORCH_CHECK(memory <= kSharedLimit, "topology_attention: the topology needs ", memory,
+                  " bytes of shared memory for this head dim, at most ", kSharedLimit, " are there");
+}
+
+inline void check_threads(int threads, int most) {
+  STD_TORCH_CHECK(threads <= most, "topology_attention: the plan asks for blocks of ", threads, " threads, at most ",
+                  most, " are there");
+}
+
 inline unsigned grid_size(int64_t blocks) {
   STD_TORCH_CHECK(blocks <= std::numeric_limits<int32_t>::max(), "topology_attention: the inputs are too large, they ",
                   "need ", blocks, " blocks");
@@ -155,13 +184,21 @@ inline unsigned grid_size(int64_t blocks) {
 template <typename Arguments>
 void launch(void (*kernel)(Arguments), void (*combine)(Arguments), const Arguments& arguments, int64_t blocks,
             int threads, int memory, int cluster_size, int64_t combine_threads, const Tensor& q) {
-  STD_TORCH_CHECK(memory <= kSharedLimit, "topology_attention: the topology needs ", memory,
-                  " bytes of shared memory for this head dim, at most ", kSharedLimit, " are there");
+  check_memory(memory);
   const cudaStream_t stream = fm::current_stream(q);
   fm::launch_kernel(kernel, dim3(grid_size(blocks)), threads, memory, cluster_size, false, stream, arguments);
   if (combine == nullptr) return;
   const dim3 grid(grid_size((combine_threads + 127) / 128));
   fm::launch_kernel(combine, grid, 128, 0, 1, fm::has_clusters(q.get_device_index()), stream, arguments);
+}
+
+// Launches blocks of narrow groups; there are few of them.
+template <int DIM, typename Arguments>
+void launch_narrow(void (*kernel)(Arguments), const Arguments& arguments, int threads, int memory, const Tensor& q) {
+  check_memory(memory);
+  const dim3 grid(static_cast<unsigned>(groups_of_heads<DIM, kNarrowBytes>(arguments.sizes)),
+                  static_cast<unsigned>(arguments.sizes.batch));
+  fm::launch_kernel(kernel, grid, threads, memory, 1, false, fm::current_stream(q), arguments);
 }
 
 // Calls run.operator()<T, DIM, DROPOUT>() for the inputs at hand.
@@ -180,13 +217,6 @@ void select_kernel(const Tensor& q, bool dropout, Run run) {
   };
   if (q.scalar_type() == ScalarType::Half) sized.template operator()<__half>();
   else sized.template operator()<__nv_bfloat16>();
-}
-
-// Blocks that walk over the mesh side by side: one per batch element and group of heads.
-template <int DIM>
-int64_t chains(const Sizes& sizes) {
-  constexpr int heads = Layout<DIM>::kHeads;
-  return sizes.batch * ((sizes.heads + heads - 1) / heads);
 }
 
 }  // namespace fm::attention

@@ -7,8 +7,20 @@
 namespace fm::attention {
 namespace {
 
+// A block per multiprocessor, which needs no other.
+template <typename T, int DIM, bool DROPOUT>
+void run_narrow(const ForwardArguments& p, const Tensor& q) {
+  const int windows = p.plan.windows_per_step, threads = forward_threads<DIM, kNarrowBytes>(p.sizes, windows);
+  check_threads(threads, kMostForwardThreads<DIM, kNarrowBytes>);
+  launch_narrow<DIM>(forward_kernel<T, DIM, DROPOUT, kNarrowBytes>, p, threads,
+                     ForwardShared<DIM, kNarrowBytes>(p.plan.slots, windows, DROPOUT).bytes, q);
+}
+
 template <typename T, int DIM, bool DROPOUT>
 void run(ForwardArguments& p, int64_t steps_per_segment, const Tensor& q) {
+  if constexpr (DIM <= kNarrowBytes / 2) {
+    if (is_narrow<DIM>(p.plan, p.sizes, steps_per_segment, q)) return run_narrow<T, DIM, DROPOUT>(p, q);
+  }
   constexpr int kBlocksPerMultiprocessor = DIM == 128 ? 1 : 2;
   set_segments(p.plan, steps_per_segment, chains<DIM>(p.sizes), kBlocksPerMultiprocessor, q);
   const int64_t heads = p.sizes.batch * p.sizes.heads;

@@ -40,7 +40,7 @@ struct OwnedRows {
 };
 
 // From scores s and products p of the gradient with v (of one pair): the weight that multiplies the gradient (for dv)
-// and the gradient of the score. Both are 0 for pairs that do not see each other.
+// and the gradient of the score. Both are 0 for pairs that do not see each other, if p is finite.
 template <bool DROPOUT>
 __device__ __forceinline__ void differentiate(float& s, float& p, bool seen, const RowStatistics& query, float scale,
                                               const Dropout& dropout, uint32_t key, int query_token, int key_token) {
@@ -51,18 +51,18 @@ __device__ __forceinline__ void differentiate(float& s, float& p, bool seen, con
     p = keep ? p * dropout.keep_scale : 0.f;
     kept = keep ? weight * dropout.keep_scale : 0.f;
   }
-  p = seen ? weight * (p - query.y) : 0.f;
+  p = weight * (p - query.y);
   s = kept;
 }
 
 // The first `groups` groups of 16 partners of a chunk. Adds the gradients of the scores times the first partner tensor to
 // `first`, and for owned keys the weights times the gradient to `second`.
-template <typename T, int DIM, bool OWNS_KEYS, bool DROPOUT>
+template <typename T, int DIM, bool OWNS_KEYS, bool DROPOUT, int BYTES = kGroupBytes<DIM>>
 __device__ __forceinline__ void accumulate_chunk(float (*first)[4], float (*second)[4], const BackwardArguments& p,
                                                  const SharedRows& rows, const OwnedRows& owned,
                                                  const unsigned char* chunk, int groups, int head,
                                                  uint32_t dropout_key) {
-  using L = Layout<DIM>;
+  using L = Layout<DIM, BYTES>;
   const SharedAddress partners = rows.slots + (OWNS_KEYS ? 2 * L::kBytes : 0);
   const LaneRows lane = lane_rows();
   const uint16_t* key_slot = reinterpret_cast<const uint16_t*>(chunk) + column_of_lane() * 4;
@@ -79,8 +79,8 @@ __device__ __forceinline__ void accumulate_chunk(float (*first)[4], float (*seco
   }
 #pragma unroll 1
   for (int group = 0; group < groups; ++group) {
-    const SharedAddress key = partners + column_piece<DIM>(head) + key_slot[group] * slot_bytes<DIM>(4);
-    const SharedAddress value = partners + row_piece<DIM>(head) + value_slot[group] * slot_bytes<DIM>(4);
+    const SharedAddress key = partners + column_piece<DIM>(head) + key_slot[group] * slot_bytes<DIM, BYTES>(4);
+    const SharedAddress value = partners + row_piece<DIM>(head) + value_slot[group] * slot_bytes<DIM, BYTES>(4);
     const uint32_t seen_low = static_cast<uint32_t>(mask_low[group]) >> (2 * (threadIdx.x % 4));
     const uint32_t seen_high = static_cast<uint32_t>(mask_high[group]) >> (2 * (threadIdx.x % 4));
     float scores[2][4], products[2][4];
@@ -124,10 +124,10 @@ __device__ __forceinline__ void clear(float (*acc)[4]) {
 }
 
 // All partners of a window's 16 vertices, in one of the two roles.
-template <typename T, int DIM, bool OWNS_KEYS, bool DROPOUT>
+template <typename T, int DIM, bool OWNS_KEYS, bool DROPOUT, int BYTES = kGroupBytes<DIM>>
 __device__ __forceinline__ void backward_window(const BackwardArguments& p, const BlockPlace& place,
                                                 const SharedRows& rows, const unsigned char* record) {
-  using L = Layout<DIM>;
+  using L = Layout<DIM, BYTES>;
   const LaneRows lane = lane_rows();
   const int* tokens = reinterpret_cast<const int*>(record + kRecordTokens);
   const int16_t* row_slots = reinterpret_cast<const int16_t*>(record + kRecordRowSlots);
@@ -135,7 +135,7 @@ __device__ __forceinline__ void backward_window(const BackwardArguments& p, cons
   const int row_elements = p.sizes.heads * p.sizes.dim;
   const Extras extras =
       *reinterpret_cast<const Extras*>(record + (OWNS_KEYS ? p.transposed_extras : kRecordExtras));
-  const SharedAddress own = rows.slots + row_slots[threadIdx.x % kRows] * slot_bytes<DIM>(4) +
+  const SharedAddress own = rows.slots + row_slots[threadIdx.x % kRows] * slot_bytes<DIM, BYTES>(4) +
                             (OWNS_KEYS ? 0 : 2 * L::kBytes);
 #pragma unroll 1
   for (int head = 0; head < L::kHeads && place.first_head + head < p.sizes.heads; ++head) {
@@ -146,11 +146,11 @@ __device__ __forceinline__ void backward_window(const BackwardArguments& p, cons
     const uint32_t key = DROPOUT ? dropout_key(*p.dropout.seed, batch_head) : 0u;
     const OwnedRows owned{own + row_piece<DIM>(head), rows.statistics[row_slots[lane.low] * L::kHeads + head],
                           rows.statistics[row_slots[lane.high] * L::kHeads + head], token_low, token_high};
-    accumulate_chunk<T, DIM, OWNS_KEYS, DROPOUT>(first, second, p, rows, owned, record + (OWNS_KEYS ? p.transposed : 0),
-                                                 extras.groups, head, key);
+    accumulate_chunk<T, DIM, OWNS_KEYS, DROPOUT, BYTES>(
+        first, second, p, rows, owned, record + (OWNS_KEYS ? p.transposed : 0), extras.groups, head, key);
     for (int extra = extras.begin; extra < extras.end; ++extra) {
       const unsigned char* chunk = p.plan.extra_chunks + static_cast<int64_t>(extra) * kChunkBytes;
-      accumulate_chunk<T, DIM, OWNS_KEYS, DROPOUT>(first, second, p, rows, owned, chunk, kGroups, head, key);
+      accumulate_chunk<T, DIM, OWNS_KEYS, DROPOUT, BYTES>(first, second, p, rows, owned, chunk, kGroups, head, key);
     }
     const auto store = [&](const float(*acc)[4], void* tensor, float factor) {
       T* rows = output_row<T>(tensor, p.sizes, place.batch, place.first_head + head, 0);
@@ -163,21 +163,27 @@ __device__ __forceinline__ void backward_window(const BackwardArguments& p, cons
   }
 }
 
-// A tile of 16 hubs in one of the two roles: what its warp adds up over all steps, for every head of the group.
-template <typename T, int DIM, bool OWNS_KEYS>
+// A tile of 16 hubs in one of the two roles: what its warp adds up over all steps, for every head of the group, or in
+// narrow groups for a share of them.
+template <typename T, int DIM, bool OWNS_KEYS, int BYTES = kGroupBytes<DIM>>
 struct HubGradients {
-  using L = Layout<DIM>;
+  using L = Layout<DIM, BYTES>;
   float first[L::kHeads][DIM / 8][4], second[OWNS_KEYS ? L::kHeads : 1][DIM / 8][4];
-  int tile;
+  int tile, share, shares;
 
-  __device__ __forceinline__ void begin(int number) {
-    tile = number;
+  __device__ __forceinline__ void begin(int number, int shares_of_tile) {
+    shares = shares_of_tile;
+    share = number % shares;
+    tile = number / shares;
 #pragma unroll
     for (int head = 0; head < L::kHeads; ++head) {
       clear<DIM>(first[head]);
       if constexpr (OWNS_KEYS) clear<DIM>(second[head]);
     }
   }
+
+  // Whether a head of the group is this warp's.
+  __device__ __forceinline__ bool mine(int head) const { return !L::kNarrow || head % shares == share; }
 
   template <bool DROPOUT>
   __device__ __forceinline__ void accumulate(const BackwardArguments& p, const BlockPlace& place,
@@ -186,17 +192,18 @@ struct HubGradients {
     const int last = p.sizes.hubs - 1;  // slot and token of the last hub
     const int low = min(tile * kRows + lane.low, last), high = min(tile * kRows + lane.high, last);
     const int lane_slot = min(tile * kRows + static_cast<int>(threadIdx.x % kRows), last);
-    const SharedAddress own = rows.slots + lane_slot * slot_bytes<DIM>(4) + (OWNS_KEYS ? 0 : 2 * L::kBytes);
+    const SharedAddress own = rows.slots + lane_slot * slot_bytes<DIM, BYTES>(4) + (OWNS_KEYS ? 0 : 2 * L::kBytes);
     const int64_t batch_head = place.batch * p.sizes.heads + place.first_head;
     for (int chunk = 0; chunk * kKeys < keys; ++chunk) {
       const int groups = min((keys - chunk * kKeys + kGroup - 1) / kGroup, kGroups);
 #pragma unroll
       for (int head = 0; head < L::kHeads; ++head) {
+        if (!mine(head)) continue;
         const uint32_t key = DROPOUT ? dropout_key(*p.dropout.seed, batch_head + head) : 0u;
         const OwnedRows owned{own + row_piece<DIM>(head), rows.statistics[low * L::kHeads + head],
                               rows.statistics[high * L::kHeads + head], low, high};
-        accumulate_chunk<T, DIM, OWNS_KEYS, DROPOUT>(first[head], second[OWNS_KEYS ? head : 0], p, rows, owned,
-                                                     chunks + chunk * kChunkBytes, groups, head, key);
+        accumulate_chunk<T, DIM, OWNS_KEYS, DROPOUT, BYTES>(first[head], second[OWNS_KEYS ? head : 0], p, rows, owned,
+                                                            chunks + chunk * kChunkBytes, groups, head, key);
       }
     }
   }
@@ -213,6 +220,24 @@ struct HubGradients {
       float* rows = partials + head * head_pitch + tile * kRows * kPitch;
       store_partial_rows<DIM>(first[head], p.scale, rows, kPitch, low, high);
       if constexpr (OWNS_KEYS) store_partial_rows<DIM>(second[head], 1.f, rows + tensor_pitch, kPitch, low, high);
+    }
+  }
+
+  // To the gradients themselves, where one block has met all partners.
+  __device__ __forceinline__ void finish(const BackwardArguments& p, const BlockPlace& place) {
+    const LaneRows lane = lane_rows();
+    const int low = tile * kRows + lane.low, high = tile * kRows + lane.high;
+#pragma unroll
+    for (int i = 0; i < L::kHeads; ++i) {
+      const int head = place.first_head + i;
+      if (!mine(i) || head >= p.sizes.heads) continue;
+      const auto store = [&](const float(*acc)[4], void* tensor, float factor) {
+        store_rows<T, DIM>(acc, factor, factor, output_row<T>(tensor, p.sizes, place.batch, head, low),
+                           output_row<T>(tensor, p.sizes, place.batch, head, high), low < p.sizes.hubs,
+                           high < p.sizes.hubs, p.sizes.dim);
+      };
+      store(first[i], p.grads[OWNS_KEYS ? 1 : 0], p.scale);
+      if constexpr (OWNS_KEYS) store(second[i], p.grads[2], 1.f);
     }
   }
 };

@@ -41,6 +41,30 @@ struct SoftmaxState {
     peak_low = low;
     peak_high = high;
   }
+
+  // To and from vectors in shared memory that are a warp's width apart: what two warps have summed up for the same
+  // rows.
+  __device__ __forceinline__ void save(float4* to) const {
+#pragma unroll
+    for (int i = 0; i < DIM / 8; ++i) to[i * kWarp] = make_float4(out[i][0], out[i][1], out[i][2], out[i][3]);
+    to[DIM / 8 * kWarp] = make_float4(peak_low, peak_high, sum_low, sum_high);
+  }
+
+  __device__ __forceinline__ void add(const float4* from) {
+    const float4 other = from[DIM / 8 * kWarp];
+    raise<false>(fmaxf(peak_low, other.x), fmaxf(peak_high, other.y));
+    const float weight_low = exp2_fast(other.x - peak_low), weight_high = exp2_fast(other.y - peak_high);
+    sum_low = fmaf(weight_low, other.z, sum_low);
+    sum_high = fmaf(weight_high, other.w, sum_high);
+#pragma unroll
+    for (int i = 0; i < DIM / 8; ++i) {
+      const float4 columns = from[i * kWarp];
+      out[i][0] = fmaf(weight_low, columns.x, out[i][0]);
+      out[i][1] = fmaf(weight_low, columns.y, out[i][1]);
+      out[i][2] = fmaf(weight_high, columns.z, out[i][2]);
+      out[i][3] = fmaf(weight_high, columns.w, out[i][3]);
+    }
+  }
 };
 
 // A chunk of 64 keys, in shared or global memory, as this lane reads it.
@@ -68,15 +92,16 @@ __device__ __forceinline__ int slot_of_group(const uint2& slots, int group) {
 }
 
 // Fragments of 16 rows that lie one after the other, for all heads of the group; `sign` flips them.
-template <typename T, int DIM>
+template <typename T, int DIM, int BYTES = kGroupBytes<DIM>>
 __device__ __forceinline__ void read_all_heads(uint32_t (*a)[4], SharedAddress rows, uint32_t sign) {
-  const SharedAddress row = rows + row_of_lane() * slot_bytes<DIM>(1);
+  using L = Layout<DIM, BYTES>;
+  const SharedAddress row = rows + row_of_lane() * slot_bytes<DIM, BYTES>(1);
 #pragma unroll
-  for (int head = 0; head < Layout<DIM>::kHeads; ++head) {
+  for (int head = 0; head < L::kHeads; ++head) {
     read_rows<T, DIM>(a + head * (DIM / 16), row + row_piece<DIM>(head));
   }
 #pragma unroll
-  for (int i = 0; i < Layout<DIM>::kPieces / 2; ++i) {
+  for (int i = 0; i < L::kPieces / 2; ++i) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) a[i][j] ^= sign;
   }
@@ -105,7 +130,7 @@ __device__ __forceinline__ void drop_weights(float (*scores)[4], const Keys& chu
 }
 
 // 16 rows see 16 GROUPS keys of a chunk, from `first_key` on, of one head. FIRST: the rows have not seen any key yet.
-template <typename T, int DIM, int GROUPS, bool DROPOUT, bool FIRST, typename Keys>
+template <typename T, int DIM, int GROUPS, bool DROPOUT, bool FIRST, int BYTES = kGroupBytes<DIM>, typename Keys>
 __device__ __forceinline__ void attend_keys(SoftmaxState<DIM>& state, const uint32_t (*q)[4], SharedAddress slots,
                                             int head, const Keys& chunk, int first_key, float scale,
                                             const DropoutTile& dropout) {
@@ -116,7 +141,7 @@ __device__ __forceinline__ void attend_keys(SoftmaxState<DIM>& state, const uint
     value_slots.x = value_slots.y;
   }
   const SharedAddress keys = slots + column_piece<DIM>(head);
-  const SharedAddress values = slots + Layout<DIM>::kBytes + row_piece<DIM>(head);
+  const SharedAddress values = slots + BYTES + row_piece<DIM>(head);
   const unsigned long long mask_low = chunk.mask(lane.low) >> first_key;
   const unsigned long long mask_high = chunk.mask(lane.high) >> first_key;
   float scores[2 * GROUPS][4];
@@ -124,7 +149,7 @@ __device__ __forceinline__ void attend_keys(SoftmaxState<DIM>& state, const uint
 #pragma unroll
   for (int group = 0; group < GROUPS; ++group) {
     float(*pair)[4] = scores + 2 * group;
-    multiply_keys<T, DIM>(pair, q, keys + slot_of_group(key_slots, group) * slot_bytes<DIM>(2));
+    multiply_keys<T, DIM>(pair, q, keys + slot_of_group(key_slots, group) * slot_bytes<DIM, BYTES>(2));
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
 #pragma unroll
@@ -155,19 +180,19 @@ __device__ __forceinline__ void attend_keys(SoftmaxState<DIM>& state, const uint
   for (int group = 0; group < GROUPS; ++group) {
     uint32_t weights[4];
     as_weights<T>(weights, scores + 2 * group);
-    multiply_values<T, DIM>(state.out, weights, values + slot_of_group(value_slots, group) * slot_bytes<DIM>(2));
+    multiply_values<T, DIM>(state.out, weights, values + slot_of_group(value_slots, group) * slot_bytes<DIM, BYTES>(2));
   }
 }
 
 // The first `count` keys of a chunk for rows that have seen keys before. In halves: their sums leave fewer registers for
 // scores.
-template <typename T, int DIM, bool DROPOUT>
+template <typename T, int DIM, bool DROPOUT, int BYTES = kGroupBytes<DIM>>
 __device__ __forceinline__ void attend_halves(SoftmaxState<DIM>& state, const uint32_t (*q)[4], SharedAddress slots,
                                               int head, const Chunk& chunk, int count, float scale,
                                               const DropoutTile& dropout) {
 #pragma unroll 1
   for (int first_key = 0; first_key < min(count, kKeys); first_key += kKeys / 2) {
-    attend_keys<T, DIM, kGroups / 2, DROPOUT, false>(state, q, slots, head, chunk, first_key, scale, dropout);
+    attend_keys<T, DIM, kGroups / 2, DROPOUT, false, BYTES>(state, q, slots, head, chunk, first_key, scale, dropout);
   }
 }
 

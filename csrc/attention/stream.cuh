@@ -1,9 +1,9 @@
 // What the forward and the backward kernels share: the plan that tells which rows lie where in shared memory, and the
 // copies that keep it filled.
 //
-// A block works for one batch element and a group of heads whose rows make up 128 (or 256) bytes; a slot holds such a
-// row of several tensors. fastmetro_kernels/plan.py decides which token lies in which slot at which step. One warp or
-// two copy the rows of the next step while the others compute.
+// A block works for one batch element and a group of heads whose rows make up 128 (or 64, or 256) bytes; a slot holds
+// such a row of several tensors. fastmetro_kernels/plan.py decides which token lies in which slot at which step. One
+// warp or two copy the rows of the next step while the others compute.
 
 #pragma once
 
@@ -80,11 +80,18 @@ struct Dropout {
   float keep_scale;
 };
 
-// How a group of heads lies in a row. DIM is the head dim rounded up to 16, 32, 64 or 128.
+// Bytes of a row of a group of heads. Half of them where the rows of a whole mesh fit into one block (cuda_arguments.h
+// says when): then there are twice as many blocks, of which each walks over the mesh alone.
 template <int DIM>
+constexpr int kGroupBytes = DIM < 64 ? 128 : 2 * DIM;
+constexpr int kNarrowBytes = 64;
+
+// How a group of heads lies in a row. DIM is the head dim rounded up to 16, 32, 64 or 128.
+template <int DIM, int BYTES = kGroupBytes<DIM>>
 struct Layout {
-  static constexpr int kHeads = DIM < 64 ? 64 / DIM : 1;  // heads of a group
-  static constexpr int kBytes = kHeads * DIM * 2;         // of a row: 128, or 256 for DIM 128
+  static constexpr int kHeads = BYTES / (2 * DIM);  // heads of a group
+  static constexpr int kBytes = BYTES;
+  static constexpr bool kNarrow = BYTES == kNarrowBytes;
   static constexpr int kPieces = kBytes / 16;             // of 16 bytes
   static constexpr int kHeadPieces = DIM / 8;             // of one head
   static constexpr int kDepth = DIM / 16;                 // tensor core steps along the head dim
@@ -92,8 +99,8 @@ struct Layout {
 
 // Rows (or slots) begin 16 bytes further than a multiple of 128: the same piece of eight of them can be read at once
 // if their numbers differ modulo 8.
-template <int DIM>
-__host__ __device__ constexpr int slot_bytes(int tensors) { return tensors * Layout<DIM>::kBytes + 16; }
+template <int DIM, int BYTES = kGroupBytes<DIM>>
+__host__ __device__ constexpr int slot_bytes(int tensors) { return tensors * BYTES + 16; }
 
 // The first byte of batch element b, head h, of token 0.
 template <typename T>
@@ -108,15 +115,18 @@ __device__ __forceinline__ int64_t token_offset(const Strided& tensor, int token
 }
 
 // Which batch element, segment and heads a block works for. Blocks of the same batch element and heads follow each
-// other, so that they can be a cluster.
+// other, so that they can be a cluster; in a grid of narrow groups they are x, and the batch elements y.
 struct BlockPlace {
   int64_t batch;
   int segment, first_head, first_step, end_step;
 };
 
-template <int DIM>
+template <int DIM, int BYTES = kGroupBytes<DIM>>
 __device__ __forceinline__ BlockPlace block_place(const Plan& plan, const Sizes& sizes) {
-  constexpr int kHeads = Layout<DIM>::kHeads;
+  constexpr int kHeads = Layout<DIM, BYTES>::kHeads;
+  if constexpr (Layout<DIM, BYTES>::kNarrow) {  // nothing to divide: every warp would wait for it
+    return {blockIdx.y, 0, static_cast<int>(blockIdx.x) * kHeads, 0, plan.num_steps};
+  }
   const int groups = (sizes.heads + kHeads - 1) / kHeads;
   const int segment = static_cast<int>(blockIdx.x) % plan.num_segments;
   const int chain = static_cast<int>(blockIdx.x) / plan.num_segments;
@@ -132,11 +142,11 @@ __device__ __forceinline__ T* output_row(void* tensor, const Sizes& sizes, int64
 }
 
 // One lane's share of copying rows of TENSORS tensors into slots for SLOT_TENSORS: always the same 16-byte piece.
-template <typename T, int DIM, int TENSORS, int SLOT_TENSORS>
+template <typename T, int DIM, int TENSORS, int SLOT_TENSORS, int BYTES = kGroupBytes<DIM>>
 struct RowCopier {
-  using L = Layout<DIM>;
+  using L = Layout<DIM, BYTES>;
   static constexpr int kRowsAtOnce = kWarp / L::kPieces;
-  static constexpr int kSlotBytes = slot_bytes<DIM>(SLOT_TENSORS);
+  static constexpr int kSlotBytes = slot_bytes<DIM, BYTES>(SLOT_TENSORS);
   const unsigned char* source[TENSORS];
   int token_bytes[TENSORS];
   SharedAddress target;
@@ -165,27 +175,27 @@ struct RowCopier {
 
 // Calls copy(token, slot) for ROWS rows, of which each lane holds one; tokens below 0 are left out. The lanes that hold
 // the pieces of a row make a copy together.
-template <int DIM, int ROWS, typename Copy>
+template <int DIM, int ROWS, int BYTES = kGroupBytes<DIM>, typename Copy>
 __device__ __forceinline__ void copy_batch(int token, int slot, Copy copy) {
-  constexpr int kRowsAtOnce = kWarp / Layout<DIM>::kPieces;
+  constexpr int kRowsAtOnce = kWarp / Layout<DIM, BYTES>::kPieces;
   const int lane = threadIdx.x % kWarp;
 #pragma unroll
   for (int first = 0; first < ROWS; first += kRowsAtOnce) {
-    const int row = first + lane / Layout<DIM>::kPieces;
+    const int row = first + lane / Layout<DIM, BYTES>::kPieces;
     const int row_token = __shfl_sync(0xffffffffu, token, row), row_slot = __shfl_sync(0xffffffffu, slot, row);
     if (row_token >= 0) copy(row_token, row_slot);
   }
 }
 
 // All warps: what the cache holds when a block begins at its first step.
-template <int DIM, typename Copy>
+template <int DIM, int BYTES = kGroupBytes<DIM>, typename Copy>
 __device__ __forceinline__ void copy_restart(const Plan& plan, const Step& step, int end_step, Copy copy) {
   constexpr int kBatch = 16;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   for (int first = step.restart_begin + warp * kBatch; first < step.restart_end; first += warps * kBatch) {
     const int number = first + lane % kBatch;
     const int4 entry = __ldg(plan.restarts + min(number, step.restart_end - 1));
-    copy_batch<DIM, kBatch>(number < step.restart_end && entry.z < end_step ? entry.x : -1, entry.y, copy);
+    copy_batch<DIM, kBatch, BYTES>(number < step.restart_end && entry.z < end_step ? entry.x : -1, entry.y, copy);
   }
 }
 

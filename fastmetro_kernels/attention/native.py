@@ -44,8 +44,7 @@ def _cuda_reasons(q: Tensor, topology: TokenTopology) -> list[str]:
         found.append(f"the CUDA kernels take head dims 8 to {CUDA_MAX_HEAD_DIM}, not {dim}")
     if dim > 64 and topology.num_hubs > 16:
         found.append(f"the CUDA kernels take up to 16 hubs for head dims above 64, not {topology.num_hubs}")
-    plans = [(topology.plan(_forward_name(dim)), 2), (topology.plan("backward"), 4)]
-    for plan, tensors in plans:
+    for plan, tensors in ((topology.plan(_ordinary_name("forward", dim)), 2), (topology.plan("backward"), 4)):
         if plan is None:
             found.append("a window of 16 vertices has too many neighbours for the cache of the CUDA kernels")
             break
@@ -55,19 +54,21 @@ def _cuda_reasons(q: Tensor, topology: TokenTopology) -> list[str]:
     return found
 
 
-def shared_memory(plan: PackedPlan, tensors: int, dim: int) -> int:
+def shared_memory(plan: PackedPlan, tensors: int, dim: int, narrow: bool = False) -> int:
     """Bytes that a block needs, with dropout: `ForwardShared` of forward.cuh and `BackwardShared` of backward.cuh.
 
     Args:
         tensors: rows that a slot holds, 2 in the forward and 4 in the backward.
+        narrow: whether a group of heads has 64 bytes.
     """
     padded = next((size for size in (16, 32, 64) if dim <= size), 128)
-    heads = max(64 // padded, 1)
+    heads = max((32 if narrow else 64) // padded, 1)
     row = heads * padded * 2
     table = 32 + plan.windows * plan.records.shape[1] + 256 * (-(-(16 * plan.windows + 64) // 64))
     slots = plan.slots * (tensors * row + 16 + 4)
     if tensors == 2:
-        return slots + 16 * plan.windows * (row + 16) + 3 * table + 24
+        hub_sums = 3 * 512 * (padded // 8 + 1) if narrow else 0
+        return slots + 16 * plan.windows * (row + 16) + 3 * table + hub_sums + 24
     return slots + -(-8 * heads * plan.slots // 16) * 16 + 2 * table
 
 
@@ -77,8 +78,9 @@ def _shared_memory(device: torch.device) -> int:
     return 1024 * _SHARED_MEMORY.get(capability, _SMALLEST_SHARED_MEMORY)
 
 
-def _forward_name(dim: int) -> str:
-    return "forward" if dim > 32 else "forward_narrow"
+@torch.compiler.assume_constant_result
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 FEW_MAX_HEAD_DIM = 64
@@ -101,13 +103,30 @@ def takes_few(q: Tensor, topology: TokenTopology) -> bool:
     return q.shape[0] * -(-q.shape[2] // heads_of_group) * blocks <= _multiprocessors(q.device)
 
 
-@torch.compiler.assume_constant_result
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def _ordinary_name(kernel: str, dim: int) -> str:
+    return "forward_narrow" if kernel == "forward" and dim <= 32 else kernel
 
 
-def _plan(topology: TokenTopology, name: str) -> PackedPlan:
-    plan = topology.plan(name)
+def fills_device(batch: int, heads: int, dim: int, multiprocessors: int) -> bool:
+    """Whether blocks of 64 bytes of heads keep most multiprocessors busy, with one block each.
+
+    Then each walks over a whole mesh alone, if that fits. `is_narrow` of cuda_arguments.h is the same rule.
+    """
+    if dim > 32:
+        return False
+    blocks = batch * (-(-heads // 2) if dim <= 16 else heads)
+    return multiprocessors < 2 * blocks <= 2 * multiprocessors
+
+
+def _plan(topology: TokenTopology, kernel: str, q: Tensor, segment: int) -> PackedPlan:
+    """The plan for `kernel`, "forward" or "backward"."""
+    dim = q.shape[-1]
+    resident = topology.plan(f"{kernel}_resident")
+    if resident is not None and segment == 0 and fills_device(q.shape[0], q.shape[2], dim, _multiprocessors(q.device)):
+        tensors = 2 if kernel == "forward" else 4
+        if shared_memory(resident, tensors, dim, narrow=True) <= _shared_memory(q.device):
+            return resident
+    plan = topology.plan(_ordinary_name(kernel, dim))
     assert plan is not None  # reasons() looked
     return plan
 
@@ -140,7 +159,7 @@ def forward(
                 *padded, topology.few_windows, topology.num_hubs, scale, dropout_p, seed
             )
             return _as_before(out, q), lse
-        plan = _plan(topology, _forward_name(q.shape[-1]))
+        plan = _plan(topology, "forward", q, segment)
         out, lse = _ops.attention_forward_cuda(*padded, *plan, topology.num_hubs, scale, dropout_p, seed, segment)
         return _as_before(out, q), lse
     return _ops.attention_forward_native(
@@ -164,7 +183,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv), contiguous; `segment` as in `forward`."""
     if q.device.type == "cuda":
-        plan = _plan(topology, "backward")
+        plan = _plan(topology, "backward", q, segment)
         padded_grad, *padded = map(_in_pieces, (grad_out, q, k, v, out))
         grads = _ops.attention_backward_cuda(
             padded_grad, grad_lse, *padded, lse, *plan, topology.num_hubs, scale, dropout_p, seed, segment

@@ -17,7 +17,7 @@ from fastmetro_kernels import TokenTopology
 from fastmetro_kernels.attention import dropout
 from fastmetro_kernels.few import build_few
 from fastmetro_kernels.packing import PackedPlan, pack
-from fastmetro_kernels.plan import BACKWARD, FORWARD, FORWARD_NARROW
+from fastmetro_kernels.plan import BACKWARD, FORWARD, FORWARD_NARROW, Shape, resident_shape
 
 
 class _Plan(ctypes.Structure):
@@ -107,6 +107,12 @@ def _dropout(dropout_p: float, seed: Tensor | None) -> _Dropout:
     return _Dropout(pointer, dropout.threshold(dropout_p), 1 / (1 - dropout_p))
 
 
+def _resident_shape(topology: TokenTopology, kernel: str, windows: int | None) -> Shape:
+    shape = resident_shape(topology.num_vertices, topology.num_hubs, kernel == "backward")
+    assert shape is not None
+    return shape if windows is None else shape._replace(windows=windows)
+
+
 class EmulatedAttention:
     """Forward and backward of one call.
 
@@ -114,6 +120,8 @@ class EmulatedAttention:
         topology: the pattern.
         steps_per_segment: 0 lets one block walk over the whole mesh.
         clusters: whether segments (at most eight) combine their hub rows as a cluster; else a kernel does.
+        narrow: whether blocks of 64 bytes of heads walk over the whole mesh alone; head dims up to 32.
+        windows: of a step of a narrow block; by default so many as `resident_shape` says.
         options: of ``Harness.run``: schedule, races, seed.
     """
 
@@ -122,16 +130,21 @@ class EmulatedAttention:
         topology: TokenTopology,
         steps_per_segment: int = 0,
         clusters: bool = False,
+        narrow: bool = False,
+        windows: int | None = None,
         **options: Any,
     ) -> None:
         shapes = {"forward": FORWARD, "forward_narrow": FORWARD_NARROW, "backward": BACKWARD}
+        if narrow:
+            shapes = {kernel: _resident_shape(topology, kernel, windows) for kernel in ("forward", "backward")}
+            shapes["forward_narrow"] = shapes["forward"]
         self.packed: dict[str, PackedPlan] = {}
         for name, shape in shapes.items():
             plan = topology.make_plan(shape)
             if plan is None:
                 raise ValueError("the topology has no plan")
             self.packed[name] = pack(plan, name == "backward")
-        self.topology, self.clusters, self.options = topology, clusters, options
+        self.topology, self.clusters, self.narrow, self.options = topology, clusters, narrow, options
         self.plans = {name: _plan(plan, steps_per_segment) for name, plan in self.packed.items()}
         self.statistics: list[build.Statistics] = []
 
@@ -152,7 +165,7 @@ class EmulatedAttention:
         statistics = _harness().run(
             function,
             arguments,
-            int(writes[0].dtype == torch.bfloat16),
+            int(writes[0].dtype == torch.bfloat16) + 2 * self.narrow,
             reads={f"read{i}": tensor for i, tensor in enumerate(inputs) if tensor.numel()},
             writes={f"write{i}": tensor for i, tensor in enumerate(writes) if tensor.numel()},
             **self.options,

@@ -8,8 +8,11 @@ namespace {
 
 using namespace fm::attention;
 
-int64_t blocks(const Plan& plan, const Sizes& sizes, int heads_of_group) {
-  return sizes.batch * plan.num_segments * ((sizes.heads + heads_of_group - 1) / heads_of_group);
+template <int DIM, int BYTES>
+dim3 blocks(const Plan& plan, const Sizes& sizes) {
+  constexpr int kHeads = Layout<DIM, BYTES>::kHeads;
+  const unsigned groups = (sizes.heads + kHeads - 1) / kHeads, batch = static_cast<unsigned>(sizes.batch);
+  return BYTES == kNarrowBytes ? dim3(groups, batch) : dim3(batch * plan.num_segments * groups);
 }
 
 // Where no kernel is to combine the hub rows of several segments, the segments are a cluster.
@@ -20,40 +23,48 @@ fm_emulation::Options options(const Arguments& p) {
 
 unsigned combine_blocks(int64_t threads) { return static_cast<unsigned>((threads + 127) / 128); }
 
-template <typename T, int DIM, bool DROPOUT>
+template <typename T, int DIM, bool DROPOUT, int BYTES>
 void forward(const ForwardArguments p) {  // by value: the emulator knows the stack of its caller
   const int windows = p.plan.windows_per_step;
-  fm_emulation::launch([&] { forward_kernel<T, DIM, DROPOUT>(p); },
-                       dim3(static_cast<unsigned>(blocks(p.plan, p.sizes, Layout<DIM>::kHeads))),
-                       forward_threads<DIM>(p.sizes, windows), ForwardShared<DIM>(p.plan.slots, windows, DROPOUT).bytes, options(p));
+  fm_emulation::launch([&] { forward_kernel<T, DIM, DROPOUT, BYTES>(p); },
+                       blocks<DIM, BYTES>(p.plan, p.sizes),
+                       forward_threads<DIM, BYTES>(p.sizes, windows),
+                       ForwardShared<DIM, BYTES>(p.plan.slots, windows, DROPOUT).bytes, options(p));
   if (p.partials != nullptr) {
     fm_emulation::launch([&] { combine_forward_kernel<T, DIM>(p); },
                          dim3(combine_blocks(p.sizes.batch * p.sizes.heads * p.sizes.hubs * (DIM / 4))), 128, 0);
   }
 }
 
-template <typename T, int DIM, bool DROPOUT>
+template <typename T, int DIM, bool DROPOUT, int BYTES>
 void backward(const BackwardArguments p) {
   const int windows = p.plan.windows_per_step;
-  fm_emulation::launch([&] { backward_kernel<T, DIM, DROPOUT>(p); },
-                       dim3(static_cast<unsigned>(blocks(p.plan, p.sizes, Layout<DIM>::kHeads))),
-                       backward_threads(p.sizes, windows),
-                       BackwardShared<DIM>(p.plan.slots, windows, p.plan.record_bytes, DROPOUT).bytes, options(p));
+  fm_emulation::launch([&] { backward_kernel<T, DIM, DROPOUT, BYTES>(p); },
+                       blocks<DIM, BYTES>(p.plan, p.sizes),
+                       backward_threads<DIM, BYTES>(p.sizes, windows),
+                       BackwardShared<DIM, BYTES>(p.plan.slots, windows, p.plan.record_bytes, DROPOUT).bytes,
+                       options(p));
   if (p.partials != nullptr) {
     fm_emulation::launch([&] { combine_backward_kernel<T, DIM>(p); },
                          dim3(combine_blocks(3 * p.sizes.batch * p.sizes.heads * p.sizes.hubs * (DIM / 4))), 128, 0);
   }
 }
 
-// The combinations that the tests look at.
+// The combinations that the tests look at. Bits of `variant`: bfloat16, narrow groups of heads.
 template <typename Arguments, typename Run>
-void select(const Arguments& p, bool bfloat, Run run) {
+void select(const Arguments& p, int64_t variant, Run run) {
   const int dim = p.sizes.dim;
-  const bool dropout = p.dropout.seed != nullptr;
+  const bool dropout = p.dropout.seed != nullptr, narrow = variant & 2;
+  const auto grouped = [&]<int DIM, int BYTES>() {
+    if (variant & 1) return run.template operator()<__nv_bfloat16, DIM, false, BYTES>(p);
+    if (dropout) return run.template operator()<__half, DIM, true, BYTES>(p);
+    run.template operator()<__half, DIM, false, BYTES>(p);
+  };
   const auto sized = [&]<int DIM>() {
-    if (bfloat) return run.template operator()<__nv_bfloat16, DIM, false>(p);
-    if (dropout) return run.template operator()<__half, DIM, true>(p);
-    run.template operator()<__half, DIM, false>(p);
+    if constexpr (DIM <= kNarrowBytes / 2) {
+      if (narrow) return grouped.template operator()<DIM, kNarrowBytes>();
+    }
+    grouped.template operator()<DIM, kGroupBytes<DIM>>();
   };
   if (dim <= 16) return sized.template operator()<16>();
   if (dim <= 32) return sized.template operator()<32>();
@@ -63,17 +74,17 @@ void select(const Arguments& p, bool bfloat, Run run) {
 
 }  // namespace
 
-FM_EMULATION_EXPORT int32_t attention_forward(const ForwardArguments* p, int64_t bfloat) {
+FM_EMULATION_EXPORT int32_t attention_forward(const ForwardArguments* p, int64_t variant) {
   return fm_emulation::reported([&] {
-    select(*p, bfloat, []<typename T, int DIM, bool DROPOUT>(const ForwardArguments& arguments) {
-      forward<T, DIM, DROPOUT>(arguments);
+    select(*p, variant, []<typename T, int DIM, bool DROPOUT, int BYTES>(const ForwardArguments& arguments) {
+      forward<T, DIM, DROPOUT, BYTES>(arguments);
     });
   });
 }
 
-FM_EMULATION_EXPORT int32_t attention_forward_few(const FewForwardArguments* p, int64_t bfloat) {
+FM_EMULATION_EXPORT int32_t attention_forward_few(const FewForwardArguments* p, int64_t variant) {
   return fm_emulation::reported([&] {
-    select(*p, bfloat, []<typename T, int DIM, bool DROPOUT>(const FewForwardArguments arguments) {
+    select(*p, variant, []<typename T, int DIM, bool DROPOUT, int>(const FewForwardArguments arguments) {
       if constexpr (DIM <= 64) {
         const int groups = (arguments.sizes.heads + Layout<DIM>::kHeads - 1) / Layout<DIM>::kHeads;
         const int64_t blocks = arguments.sizes.batch * groups * few_blocks(arguments.sizes, arguments.num_windows);
@@ -84,10 +95,10 @@ FM_EMULATION_EXPORT int32_t attention_forward_few(const FewForwardArguments* p, 
   });
 }
 
-FM_EMULATION_EXPORT int32_t attention_backward(const BackwardArguments* p, int64_t bfloat) {
+FM_EMULATION_EXPORT int32_t attention_backward(const BackwardArguments* p, int64_t variant) {
   return fm_emulation::reported([&] {
-    select(*p, bfloat, []<typename T, int DIM, bool DROPOUT>(const BackwardArguments& arguments) {
-      backward<T, DIM, DROPOUT>(arguments);
+    select(*p, variant, []<typename T, int DIM, bool DROPOUT, int BYTES>(const BackwardArguments& arguments) {
+      backward<T, DIM, DROPOUT, BYTES>(arguments);
     });
   });
 }

@@ -113,13 +113,40 @@ def test_dropout(dim: int) -> None:
     _check(graph, _inputs(104, 2, dim, torch.float16), steps_per_segment=1, dropout_p=0.4)
 
 
+@pytest.mark.parametrize("dim", [8, 16, 24, 32])
+@pytest.mark.parametrize("hubs", [0, 14, 40])
+def test_narrow_groups(dim: int, hubs: int) -> None:
+    """A block has half as many heads and walks over the whole mesh; three heads leave a group that is not full."""
+    graph = Graph(random_mask(190, hubs, 0.02, True, True, 5), hubs, dim)
+    inputs = _inputs(190 + hubs, 3, dim, torch.float16 if dim < 32 else torch.bfloat16, batch=1)
+    attention = _check(graph, inputs, narrow=True, windows=5)
+    assert all(plan.segments == 1 and plan.steps_count > 1 for plan in attention.plans.values())
+    assert all(plan.slots == 190 + hubs for plan in attention.plans.values())
+
+
+@pytest.mark.parametrize("dim", [16, 32])
+def test_narrow_groups_with_dropout(dim: int) -> None:
+    """Asymmetric, some lists longer than 64 keys, as many windows per step as there may be."""
+    graph = Graph(random_mask(90, 14, 0.08, False, True, 8), 14, dim)
+    _check(graph, _inputs(104, 3, dim, torch.float16), dropout_p=0.4, narrow=True)
+
+
+@pytest.mark.parametrize("name", ["64_hubs", "17_hubs", "isolated_without_hubs", "hubs_only", "one_vertex"])
+def test_narrow_groups_of_other_graphs(name: str) -> None:
+    """Several tiles of hubs, vertices that see nothing, no window."""
+    graph = graphs()[name]
+    _check(graph, _inputs(len(graph.mask), 4, 16, torch.float16), narrow=True)
+
+
+@pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize("schedule", ["reverse", "random"])
-def test_order_of_threads_does_not_matter(schedule: str) -> None:
+def test_order_of_threads_does_not_matter(schedule: str, narrow: bool) -> None:
     """Warps run in other orders; with a missing barrier results would differ."""
     graph = Graph(random_mask(150, 14, 0.02, True, True, 9), 14, 64)
-    inputs = _inputs(164, 1, 64, torch.float16, batch=1)
-    first = EmulatedAttention(topology_of(graph))
-    second = EmulatedAttention(topology_of(graph), schedule=schedule, seed=3)
+    inputs = _inputs(164, 1, 16 if narrow else 64, torch.float16, batch=1)
+    windows = 4 if narrow else None
+    first = EmulatedAttention(topology_of(graph), narrow=narrow, windows=windows)
+    second = EmulatedAttention(topology_of(graph), narrow=narrow, windows=windows, schedule=schedule, seed=3)
     q, k, v, grad = inputs
     results = []
     for attention in (first, second):
@@ -150,18 +177,23 @@ def test_few_bank_conflicts() -> None:
     q, k, v, _ = _inputs(topology.num_tokens, 1, 64, torch.float16, batch=1)
     attention.forward(q, k, v, 0.125)
     assert attention.statistics[0].conflict_rate < 0.2
+    attention = EmulatedAttention(topology, narrow=True)
+    q, k, v, grad = _inputs(topology.num_tokens, 2, 16, torch.float16, batch=1)
+    out, lse = attention.forward(q, k, v, 0.25)
+    attention.backward(grad, None, q, k, v, out, lse, 0.25)
+    assert all(statistics.conflict_rate < 0.25 for statistics in attention.statistics)
 
 
-@pytest.mark.parametrize("dim", [16, 64, 128])
+@pytest.mark.parametrize(("dim", "narrow"), [(16, False), (16, True), (32, True), (64, False), (128, False)])
 @pytest.mark.parametrize("kernel", ["forward", "backward"])
-def test_shared_memory_is_what_python_says(kernel: str, dim: int) -> None:
+def test_shared_memory_is_what_python_says(kernel: str, dim: int, narrow: bool) -> None:
     """A block with dropout needs all the bytes by which `auto` decides whether a device has room, and no more."""
     graph = Graph(random_mask(60, 14, 0.05, True, True, 3), 14, dim)
     q, k, v, grad = _inputs(74, 2, dim, torch.float16, batch=1)
     seed = torch.tensor([SEED])
 
     def run(limit: int) -> None:
-        attention = EmulatedAttention(topology_of(graph), shared_limit=limit)
+        attention = EmulatedAttention(topology_of(graph), narrow=narrow, shared_limit=limit)
         if kernel == "forward":
             attention.forward(q, k, v, 0.125, 0.3, seed)
         else:
@@ -169,7 +201,8 @@ def test_shared_memory_is_what_python_says(kernel: str, dim: int) -> None:
             attention.backward(grad, None, q, k, v, v, lse, 0.125, 0.3, seed)
 
     name = kernel if kernel == "backward" or dim > 32 else "forward_narrow"
-    needed = shared_memory(EmulatedAttention(topology_of(graph)).packed[name], 2 if kernel == "forward" else 4, dim)
+    plan = EmulatedAttention(topology_of(graph), narrow=narrow).packed[name]
+    needed = shared_memory(plan, 2 if kernel == "forward" else 4, dim, narrow)
     run(needed)
     with pytest.raises(build.EmulationError, match="shared memory"):
         run(needed - 1)

@@ -10,7 +10,17 @@ import torch
 from attention_cases import grid_faces, random_mask
 
 from fastmetro_kernels import TokenTopology
-from fastmetro_kernels.plan import BACKWARD, FORWARD, FORWARD_NARROW, MAX_SLOTS, Plan, Shape, build_plan
+from fastmetro_kernels.plan import (
+    BACKWARD,
+    FORWARD,
+    FORWARD_NARROW,
+    MAX_RESIDENT,
+    MAX_SLOTS,
+    Plan,
+    Shape,
+    build_plan,
+    resident_shape,
+)
 
 MASKS = {
     "mesh": TokenTopology.from_faces(grid_faces(17, 19), num_hubs=14).mask(),
@@ -25,7 +35,12 @@ def _topology(name: str) -> TokenTopology:
     return TokenTopology.from_mask(MASKS[name])
 
 
-SHAPES = {"forward": FORWARD, "forward_narrow": FORWARD_NARROW, "backward": BACKWARD}
+SHAPES = {
+    "forward": FORWARD,
+    "forward_narrow": FORWARD_NARROW,
+    "backward": BACKWARD,
+    "resident": Shape(3, 400, resident=True),
+}
 
 
 def _plan(topology: TokenTopology, shape: Shape = FORWARD) -> Plan:
@@ -123,6 +138,35 @@ def test_limits(shape: str) -> None:
     windows = plan.steps[:, 5] - plan.steps[:, 4]
     assert int(windows.max()) <= SHAPES[shape].windows == plan.windows and int(windows.sum()) == len(plan.rows)
     assert plan.slots == SHAPES[shape].slots + topology.num_hubs
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("hubs", [0, 14, 40, 64])
+def test_resident_plan(hubs: int, backward: bool) -> None:
+    """The cache holds the whole mesh, and every row is copied once: at the beginning, or while a step is computed."""
+    topology = TokenTopology.from_faces(grid_faces(17, 25), num_hubs=hubs)
+    shape = resident_shape(topology.num_vertices, hubs, backward)
+    assert shape is not None and shape.slots == topology.num_vertices
+    plan = _plan(topology, shape)
+    steps = plan.steps.numpy()
+    assert plan.slots == topology.num_tokens and len(steps) > 1
+    assert int(steps[0, 3]) - int(steps[0, 2]) + len(plan.loads) - int(steps[0, 1]) == topology.num_tokens
+    sizes = steps[:, 5] - steps[:, 4]
+    assert (sizes[:-1] == shape.windows).all() and 0 < sizes[-1] <= shape.windows
+
+
+def test_resident_steps_suit_four_schedulers() -> None:
+    """27 windows: 15 and 12 in the forward, 10, 10 and 7 in the backward; smaller meshes need one step."""
+    assert resident_shape(431, 14, backward=False) == Shape(15, 431, resident=True)
+    assert resident_shape(431, 14, backward=True) == Shape(10, 431, resident=True)
+    assert resident_shape(100, 0, backward=False) == Shape(7, 100, resident=True)
+    assert resident_shape(0, 5, backward=True) == Shape(1, 0, resident=True)
+
+
+def test_large_meshes_are_not_resident() -> None:
+    """They are streamed through a smaller cache."""
+    assert resident_shape(MAX_RESIDENT - 14, 14, backward=False) is not None
+    assert resident_shape(MAX_RESIDENT - 13, 14, backward=False) is None
 
 
 def test_scattered_pattern_has_no_plan() -> None:
