@@ -14,6 +14,7 @@ constexpr int kFewWarps = 16;
 constexpr int kFewThreads = kFewWarps * kWarp;
 constexpr int kFewWindows = 2;                        // of a block
 constexpr int kFewTeam = kFewThreads / kFewWindows;  // threads of a window
+constexpr int kFewHubBlocks = 2;                       // of a tile of hubs
 constexpr int kFewKeys = 2 * kGroup;                  // that a warp of a hub tile has in shared memory at a time
 
 // A window as fastmetro_kernels/few.py lays it out: a chunk whose slots are 0 to 63, then as in a record, and the tokens
@@ -33,7 +34,7 @@ struct FewForwardArguments : ForwardArguments {
 
 // Blocks of one batch element and group of heads: those of the hubs, which take longest, come first.
 __host__ __device__ constexpr int few_blocks(const Sizes& sizes, int windows) {
-  return hub_tiles(sizes) + (windows + kFewWindows - 1) / kFewWindows;
+  return kFewHubBlocks * hub_tiles(sizes) + (windows + kFewWindows - 1) / kFewWindows;
 }
 
 // Shared memory of a window: k and v of its keys, its queries, its record.
@@ -44,19 +45,28 @@ struct FewWindowShared {
   static constexpr int kBytes = kRecord + static_cast<int>(sizeof(FewWindow));
 };
 
-// Of a warp of a hub tile: its keys, in their place what it passes on, [heads, 16, DIM + 4] floats; its queries; tokens.
+// How two blocks share a tile of hubs, so that neither has to read all rows: each takes half of the heads of a group, or
+// of a single head half of the columns of v.
 template <int DIM>
-struct FewHubShared {
-  static constexpr int kRowBytes = kFewKeys * slot_bytes<DIM>(2);
-  static constexpr int kSumBytes = Layout<DIM>::kHeads * kRows * (DIM + 4) * 4;
-  static constexpr int kQueries = kRowBytes > kSumBytes ? kRowBytes : kSumBytes;
-  static constexpr int kTokens = kQueries + kRows * slot_bytes<DIM>(1);
-  static constexpr int kBytes = kTokens + 4 * kFewKeys;
+struct FewHubs {
+  static constexpr int kBytes = DIM == 64 ? 128 : 64;     // of a row of k
+  static constexpr int kHeads = kBytes / (2 * DIM);
+  static constexpr int kColumns = DIM == 64 ? 32 : DIM;  // of v, per head
+  static constexpr int kPieces = kBytes / 16, kValuePieces = kHeads * kColumns / 8;
+  static constexpr int kSlotBytes = kBytes + 16 * kValuePieces + 16;
+  static constexpr int kPitch = kColumns + 4;
+  // Shared memory: of each warp its keys, in their place what it passes on, [heads, 16, kPitch] floats; the queries; of
+  // each warp with dropout the tokens of its keys.
+  static constexpr int kWarpBytes = kFewKeys * kSlotBytes;
+  static constexpr int kQueries = kFewWarps * kWarpBytes;
+  static constexpr int kTokens = kQueries + kRows * (kBytes + 16);
+  static constexpr int kAllBytes = kTokens + kFewWarps * kFewKeys * 4;
+  static_assert(kHeads * kRows * kPitch * 4 <= kWarpBytes);
 };
 
 template <int DIM>
-constexpr int kFewBytes = kFewWarps * FewHubShared<DIM>::kBytes > kFewWindows * FewWindowShared<DIM>::kBytes
-                              ? kFewWarps * FewHubShared<DIM>::kBytes
+constexpr int kFewBytes = FewHubs<DIM>::kAllBytes > kFewWindows * FewWindowShared<DIM>::kBytes
+                              ? FewHubs<DIM>::kAllBytes
                               : kFewWindows * FewWindowShared<DIM>::kBytes;
 
 // The first `count` keys lie in slots 0, 1, ..., and every row sees them: the same questions as of a Chunk.
@@ -70,22 +80,29 @@ struct FewKeys {
   __device__ __forceinline__ int slot_of_key(int key) const { return key; }
 };
 
-// Copies this thread's piece of a query; a token below 0 is a row of zeros.
-template <typename T, int DIM>
-__device__ __forceinline__ void copy_query(const ForwardArguments& p, const BlockPlace& place, int token,
-                                           SharedAddress row) {
-  using L = Layout<DIM>;
-  const int piece = threadIdx.x % L::kPieces, head = place.first_head + piece / L::kHeadPieces;
-  const int column = piece % L::kHeadPieces * 8;
-  const bool valid = token >= 0 && head < p.sizes.heads && column < p.sizes.dim;
-  const unsigned char* base = head_base<T>(p.q, place.batch, valid ? head : place.first_head);
-  copy_async_16(row + 16 * piece, base + token_offset(p.q, max(token, 0)) + (valid ? 2 * column : 0), valid);
-}
+// A thread's piece of 16 bytes of rows of a tensor.
+struct FewPiece {
+  const unsigned char* source;
+  int token_bytes;
+  bool valid;  // pieces beyond the head dim or the last head are zero
+
+  template <typename T>
+  __device__ __forceinline__ static FewPiece of(const Strided& tensor, const Sizes& sizes, int64_t batch, int head,
+                                                int column) {
+    const bool valid = head < sizes.heads && column < sizes.dim;
+    return {head_base<T>(tensor, batch, valid ? head : 0) + (valid ? 2 * column : 0), tensor.token_bytes, valid};
+  }
+
+  // A token below 0 is a row of zeros.
+  __device__ __forceinline__ void copy(int token, SharedAddress to) const {
+    copy_async_16(to, source + static_cast<int64_t>(max(token, 0)) * token_bytes, valid && token >= 0);
+  }
+};
 
 // The queries of one head as fragments.
-template <typename T, int DIM>
+template <typename T, int DIM, int BYTES = kGroupBytes<DIM>>
 __device__ __forceinline__ void read_queries(uint32_t (*q)[4], SharedAddress rows, int head, uint32_t sign) {
-  read_rows<T, DIM>(q, rows + row_of_lane() * slot_bytes<DIM>(1) + row_piece<DIM>(head));
+  read_rows<T, DIM>(q, rows + row_of_lane() * slot_bytes<DIM, BYTES>(1) + row_piece<DIM>(head));
 #pragma unroll
   for (int i = 0; i < DIM / 16; ++i) {
 #pragma unroll
@@ -112,7 +129,12 @@ __device__ __forceinline__ void gather_window(const ForwardArguments& p, const B
   const RowCopier<T, DIM, 2, 2> copier(p.kv, p.sizes, place, memory);
 #pragma unroll
   for (int i = 0; i < kKeys / kAtOnce; ++i) copier.copy(keys[i], row + i * kAtOnce);
-  if (row < kRows) copy_query<T, DIM>(p, place, query, memory + Shared::kQueries + row * slot_bytes<DIM>(1));
+  if (row < kRows) {
+    const int piece = thread % L::kPieces;
+    const FewPiece own = FewPiece::of<T>(p.q, p.sizes, place.batch, place.first_head + piece / L::kHeadPieces,
+                                         piece % L::kHeadPieces * 8);
+    own.copy(query, memory + Shared::kQueries + row * slot_bytes<DIM>(1) + 16 * piece);
+  }
   copy_async_commit();
   copy_async_wait<0>();
 }
@@ -157,73 +179,92 @@ __device__ __forceinline__ void pass_on(const SoftmaxState<DIM>& state, float* r
   *reinterpret_cast<float2*>(rows + lane.high * kPitch + DIM) = make_float2(state.peak_high, sum_high);
 }
 
-// A warp of a tile of hubs: 32 keys in the order of memory, then those that the warps before it have left, to the end.
-template <typename T, int DIM, bool DROPOUT>
-__device__ __forceinline__ void few_hubs(const ForwardArguments& p, const BlockPlace& place, int tile,
-                                         unsigned char* memory) {
-  using L = Layout<DIM>;
-  using Shared = FewHubShared<DIM>;
-  constexpr int kAtOnce = kWarp / L::kPieces, kRound = kFewWarps * kFewKeys;
-  const int lane = threadIdx.x % kWarp, row = lane / L::kPieces, tokens = p.sizes.tokens;
-  const SharedAddress slots = shared_address(memory);
-  int* key_tokens = reinterpret_cast<int*>(memory + Shared::kTokens);
-  const RowCopier<T, DIM, 2, 2> copier(p.kv, p.sizes, place, slots);
-  const auto copy = [&](int first) {  // rows beyond the last one are copies of it, which nobody sees
+// Copies the rows of 32 tokens from `first` on, of which this lane has a piece; rows beyond the last one are copies of
+// it, which nobody sees.
+template <int PIECES, int SLOT_BYTES>
+__device__ __forceinline__ void copy_tokens(const FewPiece& piece, int first, int tokens, SharedAddress to) {
+  const int row = threadIdx.x % kWarp / PIECES;
 #pragma unroll
-    for (int i = 0; i < kFewKeys; i += kAtOnce) copier.copy(min(first + i + row, tokens - 1), i + row);
-    if (DROPOUT) key_tokens[lane] = first + lane;
-    copy_async_commit();
-  };
-  const int own = static_cast<int>(threadIdx.x) / kWarp * kFewKeys;
-  wait_for_previous_grid();
-#pragma unroll
-  for (int i = 0; i < kRows; i += kAtOnce) {
-    const int hub = tile * kRows + i + row;
-    copy_query<T, DIM>(p, place, hub < p.sizes.hubs ? hub : -1,
-                       slots + Shared::kQueries + (i + row) * slot_bytes<DIM>(1));
+  for (int i = 0; i < kFewKeys; i += kWarp / PIECES) {
+    piece.copy(min(first + i + row, tokens - 1), to + (i + row) * SLOT_BYTES);
   }
-  if (own < tokens) copy(own);
+}
+
+// A warp of a tile of hubs: 32 keys in the order of memory, then those that all warps together have left, to the end.
+// `place` names the heads of this block, `half` its columns of v.
+template <typename T, int DIM, bool DROPOUT>
+__device__ __forceinline__ void few_hubs(const ForwardArguments& p, const BlockPlace& place, int tile, int half,
+                                         unsigned char* memory) {
+  using F = FewHubs<DIM>;
+  using L = Layout<DIM, F::kBytes>;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, tokens = p.sizes.tokens;
+  unsigned char* own = memory + warp * F::kWarpBytes;
+  const SharedAddress slots = shared_address(own), queries = shared_address(memory) + F::kQueries;
+  int* key_tokens = reinterpret_cast<int*>(memory + F::kTokens) + warp * kFewKeys;
+  const auto piece_of = [&](const Strided& tensor, int piece, int first_column) {
+    return FewPiece::of<T>(tensor, p.sizes, place.batch, place.first_head + piece / L::kHeadPieces,
+                           piece % L::kHeadPieces * 8 + first_column);
+  };
+  const FewPiece key = piece_of(p.kv[0], lane % F::kPieces, 0);
+  const FewPiece value = piece_of(p.kv[1], lane % F::kValuePieces, half * F::kColumns % DIM);
+  const auto copy = [&](int first) {
+    copy_tokens<F::kPieces, F::kSlotBytes>(key, first, tokens, slots + lane % F::kPieces * 16);
+    copy_tokens<F::kValuePieces, F::kSlotBytes>(value, first, tokens,
+                                                slots + F::kBytes + lane % F::kValuePieces * 16);
+    if (DROPOUT) key_tokens[lane] = first + lane;
+  };
+  wait_for_previous_grid();
+  const int query = threadIdx.x / F::kPieces, hub = tile * kRows + query;
+  if (query < kRows) {
+    const int piece = threadIdx.x % F::kPieces;
+    piece_of(p.q, piece, 0).copy(hub < p.sizes.hubs ? hub : -1, queries + query * (F::kBytes + 16) + 16 * piece);
+  }
+  const int begin = warp * kFewKeys;
+  if (begin < tokens) copy(begin);
+  copy_async_commit();
   copy_async_wait<0>();
-  __syncwarp();
-  SoftmaxState<DIM> state[L::kHeads];
+  __syncthreads();
+  SoftmaxState<F::kColumns> state[F::kHeads];
 #pragma unroll
-  for (int head = 0; head < L::kHeads; ++head) state[head].clear();
-  for (int first = own; first < tokens; first += kRound) {
+  for (int head = 0; head < F::kHeads; ++head) state[head].clear();
+  for (int first = begin; first < tokens; first += kFewWarps * kFewKeys) {
 #pragma unroll
-    for (int head = 0; head < L::kHeads; ++head) {
+    for (int head = 0; head < F::kHeads; ++head) {
       const int64_t batch_head = place.batch * p.sizes.heads + place.first_head + head;
       const DropoutTile dropout{key_tokens, DROPOUT ? dropout_key(*p.dropout.seed, batch_head) : 0u,
                                 p.dropout.threshold, tile * kRows + lane / 4, tile * kRows + lane / 4 + 8};
       uint32_t q[DIM / 16][4];
-      read_queries<T, DIM>(q, slots + Shared::kQueries, head, p.sign);
-      attend_keys<T, DIM, kFewKeys / kGroup, DROPOUT, false>(state[head], q, slots, head, FewKeys{tokens - first}, 0,
-                                                             p.scale, dropout);
+      read_queries<T, DIM, F::kBytes>(q, queries, head, p.sign);
+      attend_keys<T, DIM, kFewKeys / kGroup, DROPOUT, false, F::kBytes, F::kColumns>(
+          state[head], q, slots, head, FewKeys{tokens - first}, 0, p.scale, dropout);
     }
     __syncwarp();
-    if (first + kRound < tokens) copy(first + kRound);
+    if (first + kFewWarps * kFewKeys < tokens) copy(first + kFewWarps * kFewKeys);
+    copy_async_commit();
     copy_async_wait<0>();
     __syncwarp();
   }
 #pragma unroll
-  for (int head = 0; head < L::kHeads; ++head) {
-    pass_on<DIM>(state[head], reinterpret_cast<float*>(memory) + head * kRows * (DIM + 4));
+  for (int head = 0; head < F::kHeads; ++head) {
+    pass_on<F::kColumns>(state[head], reinterpret_cast<float*>(own) + head * kRows * F::kPitch);
   }
 }
 
-// The hub rows of a tile, from the sums that the warps have passed on.
+// The hub rows of a block, from the sums that the warps have passed on.
 template <typename T, int DIM>
-__device__ __forceinline__ void combine_hubs(const ForwardArguments& p, const BlockPlace& place, int tile,
+__device__ __forceinline__ void combine_hubs(const ForwardArguments& p, const BlockPlace& place, int tile, int half,
                                              const unsigned char* memory) {
-  constexpr int kPerRow = DIM / 4, kPitch = DIM + 4, kPart = FewHubShared<DIM>::kBytes / 4;
+  using F = FewHubs<DIM>;
+  constexpr int kPerRow = F::kColumns / 4, kPart = F::kWarpBytes / 4;
   const int parts = min(kFewWarps, (p.sizes.tokens + kFewKeys - 1) / kFewKeys);
-  for (int e = threadIdx.x; e < Layout<DIM>::kHeads * kRows * kPerRow; e += kFewThreads) {
+  for (int e = threadIdx.x; e < F::kHeads * kRows * kPerRow; e += kFewThreads) {
     const int column = e % kPerRow * 4, i = e / kPerRow % kRows, head = e / (kPerRow * kRows);
     if (tile * kRows + i >= p.sizes.hubs || place.first_head + head >= p.sizes.heads) continue;
-    const float* first = reinterpret_cast<const float*>(memory) + (head * kRows + i) * kPitch;
+    const float* first = reinterpret_cast<const float*>(memory) + (head * kRows + i) * F::kPitch;
     combine_row<T, DIM>(
-        p, place.batch, place.first_head + head, tile * kRows + i, column, parts,
+        p, place.batch, place.first_head + head, tile * kRows + i, half * F::kColumns % DIM + column, parts,
         [&](int n) { return *reinterpret_cast<const float4*>(first + n * kPart + column); },
-        [&](int n) { return *reinterpret_cast<const float2*>(first + n * kPart + DIM); });
+        [&](int n) { return *reinterpret_cast<const float2*>(first + n * kPart + F::kColumns); });
   }
 }
 
@@ -234,15 +275,17 @@ __global__ void __launch_bounds__(kFewThreads, 1) few_forward_kernel(const __gri
   const int per_chain = few_blocks(p.sizes, p.num_windows), tiles = hub_tiles(p.sizes);
   const int chain = static_cast<int>(blockIdx.x) / per_chain, number = static_cast<int>(blockIdx.x) % per_chain;
   const int groups = (p.sizes.heads + kHeads - 1) / kHeads;
-  const BlockPlace place{chain / groups, 0, chain % groups * kHeads, 0, 0};
+  BlockPlace place{chain / groups, 0, chain % groups * kHeads, 0, 0};
   launch_dependents();
-  if (number < tiles) {
-    few_hubs<T, DIM, DROPOUT>(p, place, number, memory + threadIdx.x / kWarp * FewHubShared<DIM>::kBytes);
+  if (number < kFewHubBlocks * tiles) {
+    const int tile = number / kFewHubBlocks, half = number % kFewHubBlocks;
+    if (DIM < 64) place.first_head += half * FewHubs<DIM>::kHeads;
+    few_hubs<T, DIM, DROPOUT>(p, place, tile, half, memory);
     __syncthreads();
-    combine_hubs<T, DIM>(p, place, number, memory);
+    combine_hubs<T, DIM>(p, place, tile, half, memory);
     return;
   }
-  const int team = threadIdx.x / kFewTeam, window = (number - tiles) * kFewWindows + team;
+  const int team = threadIdx.x / kFewTeam, window = (number - kFewHubBlocks * tiles) * kFewWindows + team;
   unsigned char* own = memory + team * FewWindowShared<DIM>::kBytes;
   if (window < p.num_windows) gather_window<T, DIM>(p, place, p.windows[window], shared_address(own));
   __syncthreads();
