@@ -32,11 +32,9 @@ NO_ROW = 0x3FFF
 NONE = 0xFFFFFFFF
 HEADER = 5
 MASKS = 4  # of a warp: after which slots rows end, and which of these add up 2, 4 and 8 lanes
-SLOTS = {True: (3, 6, 9, 12, 18, 27), False: (8, 12, 16, 24, 28)}  # by whether all rows have three entries
-MOST_WARPS = {12: 32, 18: 28, 28: 24}  # by slots at most, as `bulk_threads` in csrc/upsampling/bulk.cuh
-FEW = 3  # slots
-FULL_BANK = 1000  # cost of an entry in a bank that has one for each slot already
-FULL = np.iinfo(np.int64).max
+SLOTS = {True: (3, 6, 9, 12, 18, 27), False: (8, 12, 16, 18, 24)}  # by whether all rows have three entries
+MOST_WARPS = {12: 32, 18: 28, 27: 24}  # by slots at most, as `bulk_threads` in csrc/upsampling/bulk.cuh
+EXCHANGES = 12  # of rows between tasks that are tried, per task
 CANDIDATES = 256  # rows that are tried for a lane
 LEVELS = (1, 2, 4, 8)  # lanes that may share a row
 
@@ -44,6 +42,8 @@ BULK = 1  # kind of a cut
 DEFAULT_CUTS = {True: ((4, 18), (8, 9)), False: ((2, 24), (4, 16))}
 
 _Ints = npt.NDArray[np.int64]
+_Placed = tuple[int, _Ints, _Ints]
+"""A row, and slot and part (lane of the row) of each of its entries."""
 
 
 def build_tables(csr: sp.csr_array) -> tuple[np.ndarray, list[int]]:
@@ -171,7 +171,7 @@ def _deal(csr: sp.csr_array, items: _Ints, nothing: int, warps: int, threes: boo
         if best is None or load.max() < best[0]:
             best = int(load.max()), groups
     assert best is not None
-    tasks = _arrange(csr, items, nothing, best[1])
+    tasks = _arrange(csr, items, nothing, best[1], threes)
     owner, _ = _balance([_cost(len(task.items), task.lanes) for task in tasks], warps)
     return [[task for task, own in zip(tasks, owner, strict=True) if own == warp] for warp in range(warps)]
 
@@ -213,37 +213,21 @@ def _balance(costs: Sequence[int], warps: int) -> tuple[_Ints, _Ints]:
     return owner, load
 
 
-def _arrange(csr: sp.csr_array, items: _Ints, nothing: int, groups: Sequence[tuple[int, int, int]]) -> list[_Task]:
-    """Rows for each task. Lane by lane the row is taken, among those that fit, that meets the fewest others in the banks
-    that its entries are read from; then each entry gets its slot."""
+def _arrange(
+    csr: sp.csr_array, items: _Ints, nothing: int, groups: Sequence[tuple[int, int, int]], threes: bool
+) -> list[_Task]:
+    """Rows for each task, and a slot for each of their entries."""
     lengths = np.diff(csr.indptr).astype(np.int64)
-    left = np.argsort(-lengths, kind="stable")
-    longest = int(lengths.max(initial=0))
-    own = np.zeros((len(lengths), longest), np.int64)
+    own = np.zeros((len(lengths), int(lengths.max(initial=0))), np.int64)
     values = np.zeros(own.shape, np.float32)
-    within = np.arange(longest)[None, :] < lengths[:, None]
+    within = np.arange(own.shape[1])[None, :] < lengths[:, None]
     own[within], values[within] = items, csr.data
-    room = np.array([slots * lanes for slots, lanes, count in groups for _ in range(count)])
-    tasks, seat = [], 0
-    for slots, lanes, count in groups:
-        reads = (_Few if slots <= FEW else _Many)(slots, lanes, nothing)
-        written = np.zeros(LANES, np.int64)  # rows in each bank
-        rows = []
-        for _ in range(count):
-            # Who comes before the chosen one moves to the next seat, which must be long enough.
-            after = min(CANDIDATES, len(left)) - 1
-            fits = lengths[left[:after]] <= room[seat + 1 : seat + 1 + after]
-            candidates = left[: after + 1 if fits.all() else int(fits.argmin()) + 1]
-            chosen = reads.take(own[candidates], lengths[candidates], 2 * written[candidates % LANES])
-            row = int(candidates[chosen])
-            rows.append(row)
-            written[row % LANES] += 1
-            left = np.delete(left, chosen)
-            seat += 1
-        if isinstance(reads, _Many):
-            left = reads.exchange(rows, left, own, lengths)
-        task = _Task(np.full((slots, LANES), nothing), np.zeros((slots, LANES), np.float32), np.full(LANES, NO_ROW), lanes)
-        for lane, row, (slot, part) in zip(range(0, LANES, lanes), rows, reads.places(), strict=False):
+    chosen = _choose_threes(own, nothing, groups) if threes else _choose_any(own, lengths, groups)
+    tasks = []
+    for (slots, lanes, _), rows in zip(groups, chosen, strict=True):
+        shape = (slots, LANES)
+        task = _Task(np.full(shape, nothing), np.zeros(shape, np.float32), np.full(LANES, NO_ROW), lanes)
+        for lane, (row, slot, part) in zip(range(0, LANES, lanes), rows, strict=False):
             count = int(lengths[row])
             task.items[slot, lane + part], task.values[slot, lane + part] = own[row, :count], values[row, :count]
             task.rows[lane] = row
@@ -254,129 +238,137 @@ def _arrange(csr: sp.csr_array, items: _Ints, nothing: int, groups: Sequence[tup
     return tasks
 
 
-class _Few:
-    """A task of few slots: lanes that read one and the same token at once do not disturb each other, which is what
-    helps most. Row by row each entry goes to the slot where it meets the fewest."""
-
-    def __init__(self, slots: int, lanes: int, nothing: int) -> None:
-        self.met = np.zeros((slots, LANES), np.int64)  # tokens in each bank
-        self.seen = np.zeros((slots, nothing), bool)  # which items are read
-        self.lanes = lanes
-        self.found: list[tuple[_Ints, _Ints]] = []
-
-    def take(self, items: _Ints, lengths: _Ints, extra: _Ints) -> int:
-        """The best one of some rows [n, length of the longest], each of which has `extra` costs."""
-        room = np.full((len(items), len(self.met)), self.lanes, np.int64)
-        slot = np.zeros(items.shape, np.int64)
-        cost = extra.copy()
-        every = np.arange(len(items))
-        for entry in range(int(lengths.max(initial=0))):
-            met = np.where(self.seen[:, items[:, entry]], -1, 2 * self.met[:, items[:, entry] % LANES] ** 2).T
-            met = np.where(room > 0, met, 1 << 20)
-            slot[:, entry] = met.argmin(1)
-            has = lengths > entry
-            cost += np.where(has, met[every, slot[:, entry]], 0)
-            room[every, slot[:, entry]] -= has
-        chosen = int(cost.argmin())
-        slots = slot[chosen, : lengths[chosen]]
-        parts = np.array([int((slots[:entry] == at).sum()) for entry, at in enumerate(slots)], np.int64)
-        self.found.append((slots, parts))
-        for at, item in zip(slots, items[chosen], strict=False):
-            self.met[at, item % LANES] += not self.seen[at, item]
-            self.seen[at, item] = True
-        return chosen
-
-    def places(self) -> list[tuple[_Ints, _Ints]]:
-        """Slot and part of every entry of each row."""
-        return self.found
+def _choose_threes(items: _Ints, nothing: int, groups: Sequence[tuple[int, int, int]]) -> list[list[_Placed]]:
+    """For rows of three entries, items [rows, 3]. Lane by lane the row is taken that meets the fewest others in the
+    banks that it is read from and written to. Lanes that read the same token do not disturb each other: with three
+    slots that is what helps most."""
+    left = np.arange(len(items))
+    found = []
+    orders = np.array(list(itertools.permutations(range(POINT))))
+    for _, _, count in groups:
+        met = np.zeros((POINT, LANES), np.int64)  # tokens in each bank, by slot
+        seen = np.zeros((POINT, nothing), bool)  # which items are read
+        written = np.zeros(LANES, np.int64)  # rows in each bank
+        placed = []
+        for _ in range(count):
+            near = left[:CANDIDATES]
+            own = items[near]
+            each = np.stack([np.where(seen[slot][own], -1, 2 * met[slot][own % LANES] ** 2) for slot in range(POINT)])
+            # [orders, rows]: entry e of the row in slot order[e]
+            cost = sum(each[orders[:, entry], :, entry] for entry in range(POINT)) + 2 * written[near % LANES]
+            order, at = np.unravel_index(int(cost.argmin()), cost.shape)
+            slots, row = orders[order], int(near[at])
+            banks = items[row] % LANES
+            met[slots, banks] += ~seen[slots, items[row]]
+            seen[slots, items[row]] = True
+            written[row % LANES] += 1
+            placed.append((row, slots, np.zeros(POINT, np.int64)))
+            left = np.delete(left, at)
+        found.append(placed)
+    return found
 
 
-class _Many:
-    """A task of many slots: entries are the edges between lanes and banks, slots their colors. If no bank has more
-    entries than there are slots, no two of them need to meet (König), so rows are taken that fill the banks evenly."""
+def _choose_any(items: _Ints, lengths: _Ints, groups: Sequence[tuple[int, int, int]]) -> list[list[_Placed]]:
+    """For rows of any length. The entries of a task are edges between lanes and banks, slots their colors: if no bank
+    has more entries than there are slots, no two of them need to meet (König). So rows that fit into each other's
+    places are exchanged between tasks while that takes entries from too full banks."""
+    rng = np.random.default_rng(0)
+    counts = np.zeros((len(lengths), LANES), np.int64)
+    for entry in range(items.shape[1]):
+        counts[np.arange(len(lengths)), items[:, entry] % LANES] += lengths > entry
+    row_at = np.argsort(-lengths, kind="stable")  # by seat
+    task_of = np.repeat(np.arange(len(groups)), [count for _, _, count in groups])
+    slots = np.array([group[0] for group in groups])
+    room = (slots * np.array([group[1] for group in groups]))[task_of]
+    load = np.zeros((len(groups), LANES), np.int64)
+    np.add.at(load, task_of, counts[row_at])
 
-    def __init__(self, slots: int, lanes: int, _: int) -> None:
-        self.slots, self.lanes = slots, lanes
-        self.load = np.zeros(LANES, np.int64)
-        self.banks: list[_Ints] = []
+    def excess(loads: _Ints, task: _Ints) -> _Ints:
+        return (np.maximum(loads - slots[task][..., None], 0) ** 2).sum(-1)
 
-    def take(self, items: _Ints, lengths: _Ints, extra: _Ints) -> int:
-        """As of `_Few`."""
-        has = np.arange(items.shape[1])[None, :] < lengths[:, None]
-        load = self.load[items % LANES]
-        cost = np.where(has, load**2 + FULL_BANK * (load >= self.slots), 0).sum(1) / np.maximum(lengths, 1)
-        chosen = int((cost + extra).argmin())
-        self.banks.append(items[chosen, : lengths[chosen]] % LANES)
-        np.add.at(self.load, self.banks[-1], 1)
-        return chosen
-
-    def exchange(self, rows: list[int], left: _Ints, items: _Ints, lengths: _Ints) -> _Ints:
-        """Exchanges rows of the task for others of the same length while that takes something from too full banks."""
-        others = left[:CANDIDATES].copy()
-        both = np.concatenate([np.array(rows), others])
-        counts = np.zeros((len(both), LANES), np.int64)
-        for entry in range(items.shape[1]):
-            counts[np.arange(len(both)), items[both, entry] % LANES] += lengths[both] > entry
-        mine, theirs = counts[: len(rows)], counts[len(rows) :]
-        differ = lengths[np.array(rows)][:, None] != lengths[others][None, :]
-        while len(others) and (over := int(np.maximum(self.load - self.slots, 0).sum())):
-            moved = self.load + theirs[None] - mine[:, None]
-            found = np.where(differ, FULL, np.maximum(moved - self.slots, 0).sum(2))
-            here, there = np.unravel_index(int(found.argmin()), found.shape)
-            if found[here, there] >= over:
-                break
-            self.load = moved[here, there]
-            rows[here], others[there] = int(others[there]), rows[here]
-            mine[here], theirs[there] = theirs[there].copy(), mine[here].copy()
-        self.banks = [items[row, : lengths[row]] % LANES for row in rows]
-        return np.concatenate([others, left[CANDIDATES:]])
-
-    def places(self) -> list[tuple[_Ints, _Ints]]:
-        """Slot and part of every entry of each row."""
-        lanes = [(row * self.lanes + np.arange(len(banks)) % self.lanes) for row, banks in enumerate(self.banks)]
-        colors = _colors(np.concatenate(lanes), np.concatenate(self.banks), self.slots)
-        bounds = np.cumsum([len(banks) for banks in self.banks])[:-1]
-        return [(slot, lane % self.lanes) for slot, lane in zip(np.split(colors, bounds), lanes, strict=True)]
+    for _ in range(EXCHANGES * len(groups)):
+        now = excess(load, np.arange(len(groups)))
+        if not now.any():
+            break
+        task = int(rng.choice(np.flatnonzero(now)))
+        seats = np.flatnonzero(task_of == task)
+        mine = rng.choice(seats, (8, 1))
+        theirs = rng.integers(len(row_at), size=(1, 64))
+        fits = (lengths[row_at[theirs]] <= room[mine]) & (lengths[row_at[mine]] <= room[theirs])
+        fits &= task_of[theirs] != task
+        moved = counts[row_at[theirs]] - counts[row_at[mine]]
+        other = task_of[theirs] + 0 * mine
+        change = excess(load[task] + moved, np.full(other.shape, task)) + excess(load[other] - moved, other)
+        change -= now[task] + now[other]
+        change[~fits] = 1
+        a, b = np.unravel_index(int(change.argmin()), change.shape)
+        if change[a, b] > 0:
+            continue
+        load[task] += moved[a, b]
+        load[other[a, b]] -= moved[a, b]
+        one, two = int(mine[a, 0]), int(theirs[0, b])
+        row_at[[one, two]] = row_at[[two, one]]
+    found = []
+    for task, (count, lanes, _) in enumerate(groups):
+        rows = row_at[task_of == task]
+        parts = [np.arange(lengths[row]) % lanes for row in rows]
+        lane = np.concatenate([index * lanes + part for index, part in enumerate(parts)])
+        banks = np.concatenate([items[row, : lengths[row]] % LANES for row in rows])
+        colors = np.split(_colors(lane, banks, count), np.cumsum(lengths[rows])[:-1])
+        found.append([(int(row), color, part) for row, color, part in zip(rows, colors, parts, strict=True)])
+    return found
 
 
 def _colors(lanes: _Ints, banks: _Ints, count: int) -> _Ints:
-    """A color for each edge, of which no two at a lane agree, and where possible none at a bank: where the two ends of
-    an edge have no free color in common, two colors change places along a path. No lane has more than `count` edges."""
-    at = np.full((2, LANES, count), -1, np.int64)  # the edge of each color at a lane, at a bank
-    color = np.full(len(lanes), -1, np.int64)
-    ends = np.stack([lanes, banks])
-    spilled = []
-    for edge, (lane, bank) in enumerate(ends.T.tolist()):
-        free = [np.flatnonzero(at[0, lane] < 0), np.flatnonzero(at[1, bank] < 0)]
-        if len(free[1]) == 0:
-            spilled.append(edge)
-            continue
-        both = np.intersect1d(*free, assume_unique=True)
-        if len(both):
-            chosen = int(both[0])
-        else:
-            chosen, other = int(free[0][0]), int(free[1][0])
-            # From the bank along edges of color `chosen`, `other`, `chosen`...: it never ends at the lane.
-            path, side, node, step = [], 1, bank, chosen
-            while (next_edge := int(at[side, node, step])) >= 0:
-                path.append(next_edge)
-                side = 1 - side
-                node, step = int(ends[side, next_edge]), chosen + other - step
-            for one in path:
-                at[[0, 1], ends[:, one], color[one]] = -1
-            for one in path:
-                color[one] = chosen + other - color[one]
-                at[[0, 1], ends[:, one], color[one]] = one
-        color[edge] = chosen
-        at[0, lane, chosen] = at[1, bank, chosen] = edge
-    met = np.zeros((count, LANES), np.int64)
-    np.add.at(met, (color[color >= 0], banks[color >= 0]), 1)
-    for edge in spilled:  # of banks with more entries than slots: as many as possible in the same slots
-        free = np.flatnonzero(at[0, lanes[edge]] < 0)
-        color[edge] = free[(met[free, banks[edge]] * LANES - met[free].max(1)).argmin()]
-        met[color[edge], banks[edge]] += 1
-        at[0, lanes[edge], color[edge]] = edge
-    return color
+    """A color of `count` for each edge between a lane and a bank, of which no two at a lane agree.
+
+    At a bank no two agree either, as long as it has up to `count` edges; those beyond it get the first colors where that
+    can be, so that few colors come twice. Where the ends of an edge have no free color in common, and where an edge is
+    to change its color, two colors change places along a path.
+    """
+    seen = np.zeros(LANES, np.int64)
+    node_of = []  # of the edge: its bank, or one of 32 others for the edges that are too many
+    for bank in banks.tolist():
+        node_of.append(bank + LANES * int(seen[bank] // count))
+        seen[bank] += 1
+    lane_of = lanes.tolist()
+    ends = (lane_of, node_of)
+    at = [[[-1] * count for _ in range(LANES)], [[-1] * count for _ in range(int(max(node_of, default=0)) + 1)]]
+    colors = [-1] * len(lane_of)
+
+    def path(side: int, node: int, one: int, other: int) -> list[int]:
+        """Edges of color `one`, `other`, `one`... from a node on."""
+        found: list[int] = []
+        while (edge := at[side][node][one]) >= 0 and (not found or edge != found[0]):
+            found.append(edge)
+            side, one, other = 1 - side, other, one
+            node = ends[side][edge]
+        return found
+
+    def swap(edges: list[int], one: int, other: int) -> None:
+        for edge in edges:
+            for side in (0, 1):
+                at[side][ends[side][edge]][colors[edge]] = -1
+        for edge in edges:
+            colors[edge] = one + other - colors[edge]
+            for side in (0, 1):
+                at[side][ends[side][edge]][colors[edge]] = edge
+
+    for edge, (lane, node) in enumerate(zip(lane_of, node_of, strict=True)):
+        free = [color for color in range(count) if at[0][lane][color] < 0]
+        color = next((color for color in free if at[1][node][color] < 0), free[0])
+        if at[1][node][color] >= 0:
+            other = at[1][node].index(-1)
+            swap(path(1, node, color, other), color, other)
+        colors[edge] = color
+        at[0][lane][color] = at[1][node][color] = edge
+    for node in range(LANES, len(at[1])):
+        for color, edge in enumerate([edge for edge in at[1][node] if edge >= 0]):
+            if colors[edge] != color and at[1][node][color] < 0:
+                found = path(1, node, colors[edge], color)
+                if node_of[found[-1]] < LANES or len(found) == 1:
+                    swap(found, colors[edge], color)
+    return np.array(colors, np.int64)
 
 
 def _tables(

@@ -70,8 +70,8 @@ class BulkLauncher {
         case 8: return start<kAnyLength, 8>();
         case 12: return start<kAnyLength, 12>();
         case 16: return start<kAnyLength, 16>();
+        case 18: return start<kAnyLength, 18>();
         case 24: return start<kAnyLength, 24>();
-        case 28: return start<kAnyLength, 28>();
       }
     }
     throw std::runtime_error("upsample_native: there is no kernel for a cut with so many slots");
