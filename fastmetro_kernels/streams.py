@@ -51,6 +51,8 @@ class Cut(NamedTuple):
     """Of shared memory, without the one that holds zeros."""
     block_words: int
     """Size of the tables of a block."""
+    kind: int = 0
+    """1 of ``bulk.py``, where `tokens` are segments and `places` items of a point."""
 
 
 DEFAULT_CUTS, KEPT = ((4, 27), (8, 27), (16, 27)), 2

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bench import common
 from fastmetro_kernels import SparseMatrix, sparse_upsample
+from fastmetro_kernels.bulk import build_bulk
 from fastmetro_kernels.streams import build_streams
 from fastmetro_kernels.upsampling import ops
 
@@ -231,21 +232,27 @@ def _both_passes(product: Callable[[Tensor], Tensor]) -> Run:
     return run
 
 
-GATHER, STAGED, STREAM = range(3)
+GATHER, STAGED, STREAM, BULK = range(4)
 _Streams = tuple[Tensor | None, list[int]]
 STREAM_CUTS = ((4, 27), (8, 27), (8, 15), (8, 9), (16, 27), (16, 15), (16, 9))
+BULK_CUTS = (
+    ((1, 24), (2, 18), (2, 27), (4, 14), (4, 18), (4, 27), (8, 9), (8, 14)),
+    ((2, 24), (2, 28), (4, 12), (4, 16), (4, 24), (8, 8), (8, 16)),
+)
+"""Of the matrix and of its transpose."""
 
 
 @functools.cache
-def _streams(matrix: SparseMatrix, transposed: bool, cut: tuple[int, int]) -> _Streams:
+def _streams(matrix: SparseMatrix, transposed: bool, kernel: int, cut: tuple[int, int]) -> _Streams:
     """The tables of one cut, which take a second to make."""
     csr = matrix.to_scipy()
-    words, sizes = build_streams(csr.T.tocsr() if transposed else csr, (cut,))
+    build = build_bulk if kernel == BULK else build_streams
+    words, sizes = build(csr.T.tocsr() if transposed else csr, (cut,))
     return torch.from_numpy(words).to(matrix.columns.device), sizes
 
 
 def _variants(case: Case, transposed: bool) -> dict[str, Run]:
-    """Every configuration of the CUDA kernels (`csrc/upsampling/launch.h`, `fastmetro_kernels/streams.py`)."""
+    """Every configuration of the CUDA kernels (`csrc/upsampling/launch.h`, `fastmetro_kernels/streams.py`, `bulk.py`)."""
     m, word = case.matrix, 4 // case.dtype.itemsize
     arrays = (m.row_offsets, m.columns, m.values, m.ell_columns, m.ell_values, m.shape[0])
     if transposed:
@@ -254,9 +261,13 @@ def _variants(case: Case, transposed: bool) -> dict[str, Run]:
     plans = [("gather", (None, []), (GATHER, tile, threads)) for tile in (1, 4, 8) for threads in (0, 256)]
     plans += [("staged", (None, []), (STAGED, word * tile, 1024)) for tile in (1, 2, 4)]
     for blocks, warps in STREAM_CUTS if case.channels == 3 else ():
-        built = _streams(m, transposed, (blocks, warps))
+        built = _streams(m, transposed, STREAM, (blocks, warps))
         if built[1]:
             plans += [(f"stream {blocks} x {warps},", built, (STREAM, tile, 0)) for tile in {word, 2}]
+    for blocks, warps in BULK_CUTS[transposed] if case.channels == 3 else ():
+        built = _streams(m, transposed, BULK, (blocks, warps))
+        if built[1]:
+            plans += [(f"bulk {blocks} x {warps},", built, (BULK, stages, 0)) for stages in (2, 3, 4)]
     found: dict[str, Run] = {}
     for name, streams, plan in plans:
         for early in (False, True):

@@ -7,25 +7,26 @@
 #include <limits>
 #include <stdexcept>
 
+#include "bulk.h"
 #include "kernels.cuh"
 #include "stream.h"
 
 namespace fm_upsampling {
 
-enum class Kernel : int { gather, staged, stream };
+enum class Kernel : int { gather, staged, stream, bulk };
 
 struct Plan {
   Kernel kernel;
-  int batch_tile;  // batch elements per thread
+  int batch_tile;  // batch elements per thread; of the bulk kernel: in shared memory at once
   int threads;     // of a block; 0: as many as spread the work evenly
   bool early;      // programmatic dependent launch: the kernel starts up while the one before it still runs
-  int cut = 0;     // of the stream kernel, which has its threads from there
+  int cut = 0;     // of the stream and the bulk kernel, which have their threads from there
 };
 
 struct Device {
   int multiprocessors;
   int shared_limit;   // bytes that a block may ask for
-  bool early_launch;  // compute capability 9.0 or newer
+  bool early_launch;  // compute capability 9.0 or newer, which also has the engine for bulk copies
 };
 
 // Offsets within one batch element of x and of out, and the positions of one tile.
@@ -67,8 +68,17 @@ Plan choose_plan(const Problem<T>& p, bool three_each, const Cuts& cuts, const D
   const bool early = device.early_launch;
   constexpr int word = 4 / sizeof(T);  // batch elements in 4 bytes
   const int64_t enough = 2 * device.multiprocessors / 3;
+  const int count = static_cast<int>(cuts.list.size());
   if (fits_32_bits(p)) {
-    for (int cut = 0; cut < static_cast<int>(cuts.list.size()); ++cut) {
+    for (int cut = 0; cut < count; ++cut) {
+      for (int stages = kBulkStages; stages >= 2; --stages) {
+        if (cuts.list[cut].blocks * p.batch >= enough &&
+            can_bulk(p, cuts.list[cut], stages, early, device.shared_limit)) {
+          return {Kernel::bulk, stages, 0, early, cut};
+        }
+      }
+    }
+    for (int cut = 0; cut < count; ++cut) {
       for (int batch_tile = 2; batch_tile >= word; --batch_tile) {
         if (cuts.list[cut].blocks * ((p.batch + batch_tile - 1) / batch_tile) >= enough &&
             can_stream(p, cuts.list[cut], three_each, batch_tile, device.shared_limit)) {
@@ -85,8 +95,6 @@ Plan choose_plan(const Problem<T>& p, bool three_each, const Cuts& cuts, const D
   if (p.batch == 1) return {Kernel::gather, 1, 0, early};
   return {Kernel::gather, three_each && p.batch >= 16 ? 8 : 4, 0, early};
 }
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Threads of a block of gather_kernel, where `lanes` lanes are needed for each of `tiles` tiles of batch elements:
 // large blocks share more of what they read; but where there are only a few, no multiprocessor may get more of them
@@ -136,6 +144,7 @@ class Launcher {
   void run() const {
     if (p_.batch == 0 || p_.rows == 0 || p_.channels == 0) return;
     if (plan_.kernel == Kernel::stream) return stream();
+    if (plan_.kernel == Kernel::bulk) return bulk();
     if (!fits_32_bits(p_)) return far();
     switch (parts_of(entries_, p_.rows)) {
       case 1: return three_each_ ? with_rows<3, 1>() : with_rows<kAnyLength, 1>();
@@ -153,6 +162,15 @@ class Launcher {
     }
     StreamLauncher(p_, cuts_, cuts_.list[plan_.cut], device_.multiprocessors, plan_.early, launch_)
         .run(three_each_, parts_of(entries_, p_.rows), plan_.batch_tile);
+  }
+
+  void bulk() const {
+    if (plan_.cut >= static_cast<int>(cuts_.list.size()) || !fits_32_bits(p_) ||
+        !can_bulk(p_, cuts_.list[plan_.cut], plan_.batch_tile, device_.early_launch, device_.shared_limit)) {
+      throw std::runtime_error("upsample_native: x cannot be copied in bulk past this matrix");
+    }
+    BulkLauncher(p_, cuts_, cuts_.list[plan_.cut], plan_.batch_tile, device_.multiprocessors, plan_.early, launch_)
+        .run(three_each_);
   }
 
   template <int LENGTH, int PARTS>

@@ -11,9 +11,10 @@
 
 namespace fm_upsampling {
 
-// Sizes of one cut, as fastmetro_kernels/streams.py lists them.
+// Sizes of one cut, as fastmetro_kernels/streams.py and bulk.py list them.
 struct Cut {
   int64_t offset, blocks, block_rows, threads, slots, tokens, places, block_words;
+  int64_t kind;  // 0: of stream.cuh; 1: of bulk.cuh, where tokens are segments
 };
 
 // The cuts that a matrix has, and their tables on the device.
@@ -21,6 +22,8 @@ struct Cuts {
   const uint32_t* tables = nullptr;
   std::span<const Cut> list = {};
 };
+
+constexpr int kStreamCut = 0, kBulkCut = 1;
 
 constexpr int stream_copies(int length) { return length == 3 ? 6 : 8; }
 
@@ -37,7 +40,7 @@ int64_t stream_bytes(const Cut& cut, bool three_each, int batch_tile, int64_t pa
 template <typename T>
 bool can_stream(const Problem<T>& p, const Cut& cut, bool three_each, int batch_tile, int64_t shared_limit) {
   const bool near = p.token_stride <= static_cast<int64_t>(std::numeric_limits<uint32_t>::max() / sizeof(T));
-  return near && p.channels == kPoint && stream_bytes<T>(cut, three_each, batch_tile, 2) <= shared_limit;
+  return cut.kind == kStreamCut && near && p.channels == kPoint && stream_bytes<T>(cut, three_each, batch_tile, 2) <= shared_limit;
 }
 
 template <typename T, typename Launch>

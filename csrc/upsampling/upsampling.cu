@@ -50,7 +50,10 @@ std::vector<Cut> cuts_of(const std::optional<Tensor>& streams, const std::vector
     STD_TORCH_CHECK(cut.offset >= 0 && cut.block_words >= 0 && cut.blocks > 0 &&
                         cut.offset + cut.blocks * cut.block_words <= streams->size(0) &&
                         no_empty_range && rows <= cut.blocks * cut.block_rows &&
-                        cut.threads > 0 && cut.threads % 96 == 0 && cut.threads <= fm_upsampling::kStreamThreads,
+                        cut.threads > 0 && cut.threads % (cut.kind == fm_upsampling::kBulkCut ? 32 : 96) == 0 &&
+                        cut.threads <= (cut.kind == fm_upsampling::kBulkCut
+                                            ? fm_upsampling::bulk_threads(static_cast<int>(cut.slots))
+                                            : fm_upsampling::kStreamThreads),
                     "upsample_native: streams and stream_sizes do not belong to this matrix");
   }
   return cuts;
@@ -102,8 +105,8 @@ Tensor upsample(Tensor x, Tensor row_offsets, Tensor columns, Tensor values, std
 Tensor upsample_as(Tensor x, Tensor row_offsets, Tensor columns, Tensor values, std::optional<Tensor> ell_columns,
                    std::optional<Tensor> ell_values, int64_t rows, std::optional<Tensor> streams,
                    std::vector<int64_t> stream_sizes, int64_t kernel, int64_t batch_tile, int64_t threads, bool early) {
-  STD_TORCH_CHECK(kernel >= 0 && kernel <= static_cast<int64_t>(fm_upsampling::Kernel::stream),
-                  "upsample_native: kernel must be 0 (gather), 1 (staged) or 2 (stream), got ", kernel);
+  STD_TORCH_CHECK(kernel >= 0 && kernel <= static_cast<int64_t>(fm_upsampling::Kernel::bulk),
+                  "upsample_native: kernel must be 0 (gather), 1 (staged), 2 (stream) or 3 (bulk), got ", kernel);
   STD_TORCH_CHECK(threads >= 0 && threads <= fm_upsampling::kMaxThreads && threads % 32 == 0,
                   "upsample_native: threads must be a multiple of 32 up to ", fm_upsampling::kMaxThreads, ", got ",
                   threads);

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastmetro_kernels.streams import Cut
 
 KIB = 1024
-GATHER, STAGED, STREAM = range(3)
+GATHER, STAGED, STREAM, BULK = range(4)
 
 
 class Plan(NamedTuple):
