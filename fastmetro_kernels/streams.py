@@ -55,9 +55,10 @@ class Cut(NamedTuple):
     """1 of ``bulk.py``, where `tokens` are segments and `places` items of a point."""
 
 
-DEFAULT_CUTS, KEPT = ((4, 27), (8, 27), (16, 27)), 2
-"""Blocks and warps of a block, of which the first two that are possible are made. 27 warps hold the rows of the body
-mesh (1,723 in a block of four, two for each thread) almost without a rest, and copy all of 288 tokens at a time.
+DEFAULT_CUTS = {True: ((4, 27), (8, 9)), False: ((4, 27), (8, 27))}
+"""Blocks and warps of a block, by whether all rows have three entries. 27 warps hold the rows of the body mesh (1,723 in a
+block of four, two for each thread) almost without a rest, and copy all of 288 tokens at a time; the second is for small
+batches. Fastest of `python -m bench upsampling --variants` on an H200.
 """
 
 
@@ -75,15 +76,11 @@ def build_streams(csr: sp.csr_array, cuts: Sequence[tuple[int, int]] | None = No
         cuts: Blocks and warps of a block, the latter a multiple of three; by default none for small matrices.
     """
     if cuts is None:
-        cuts = DEFAULT_CUTS if csr.shape[0] >= SMALLEST else ()
-        most = KEPT
-    else:
-        most = len(cuts)
+        threes = bool((np.diff(csr.indptr) == POINT).all())
+        cuts = DEFAULT_CUTS[threes] if csr.shape[0] >= SMALLEST else ()
     words: list[np.ndarray] = [np.zeros(0, np.int32)]
     sizes: list[int] = []
     for blocks, warps in cuts:
-        if len(words) > most:  # the first one is empty
-            break
         made = _build_cut(csr, blocks, warps)
         if made is not None:
             tables, cut = made

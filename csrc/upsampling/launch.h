@@ -58,11 +58,11 @@ inline int parts_of(int64_t entries, int64_t rows) {
   return per_row <= 4 ? 1 : per_row <= 8 ? 2 : per_row <= 32 ? 4 : 16;
 }
 
-// The table of configurations. Points and a batch that fills the GPU are streamed, with the cut that has the fewest
-// blocks (they read the least) and the widest reads of shared memory with which there is work for every multiprocessor.
-// Other channels are staged where that fills the GPU too. What is left is gathered: rows of three entries leave room
-// for eight elements under way in a thread, longer ones for four. Not measured yet: the fastest of
-// `python -m bench upsampling --variants` on an H200 is to decide.
+// The table of configurations, the fastest of `python -m bench upsampling --variants` on an H200. Points and a batch that
+// fills the GPU are copied in bulk where rows have many entries, else streamed, with the widest reads of shared memory
+// and the fewest blocks (they read the least) with which there is work for every multiprocessor. Other channels are
+// staged where that fills the GPU too. What is left is gathered: rows of three entries leave room for eight elements
+// under way in a thread, longer ones for four.
 template <typename T>
 Plan choose_plan(const Problem<T>& p, bool three_each, const Cuts& cuts, const Device& device) {
   const bool early = device.early_launch;
@@ -71,15 +71,14 @@ Plan choose_plan(const Problem<T>& p, bool three_each, const Cuts& cuts, const D
   const int count = static_cast<int>(cuts.list.size());
   if (fits_32_bits(p)) {
     for (int cut = 0; cut < count; ++cut) {
-      for (int stages = kBulkStages; stages >= 2; --stages) {
-        if (cuts.list[cut].blocks * p.batch >= enough &&
-            can_bulk(p, cuts.list[cut], stages, early, device.shared_limit)) {
-          return {Kernel::bulk, stages, 0, early, cut};
-        }
+      constexpr int stages = 2;  // more are not faster
+      if (cuts.list[cut].blocks * p.batch >= enough &&
+          can_bulk(p, cuts.list[cut], stages, early, device.shared_limit)) {
+        return {Kernel::bulk, stages, 0, early, cut};
       }
     }
-    for (int cut = 0; cut < count; ++cut) {
-      for (int batch_tile = 2; batch_tile >= word; --batch_tile) {
+    for (int batch_tile = 2; batch_tile >= word; --batch_tile) {
+      for (int cut = 0; cut < count; ++cut) {
         if (cuts.list[cut].blocks * ((p.batch + batch_tile - 1) / batch_tile) >= enough &&
             can_stream(p, cuts.list[cut], three_each, batch_tile, device.shared_limit)) {
           return {Kernel::stream, batch_tile, 0, early, cut};
