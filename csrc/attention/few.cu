@@ -9,7 +9,7 @@ namespace {
 template <typename T, int DIM, bool DROPOUT>
 void run(const FewForwardArguments& p, const Tensor& q) {
   if constexpr (DIM <= 64) {
-    const int64_t blocks = chains<DIM>(p.sizes) * few_blocks(p.sizes, p.num_windows);
+    const int64_t blocks = chains<DIM>(p.sizes) * few_blocks<DIM>(p.sizes, p.num_windows);
     fm::launch_kernel(few_forward_kernel<T, DIM, DROPOUT>, dim3(grid_size(blocks)), kFewThreads,
                       kFewBytes<DIM>, 1, fm::has_clusters(q.get_device_index()),
                       fm::current_stream(q), p);

@@ -12,9 +12,8 @@ namespace fm::attention {
 
 constexpr int kFewWarps = 16;
 constexpr int kFewThreads = kFewWarps * kWarp;
-constexpr int kFewWindows = 2;                        // of a block
+constexpr int kFewWindows = 4;                        // of a block
 constexpr int kFewTeam = kFewThreads / kFewWindows;  // threads of a window
-constexpr int kFewHubBlocks = 2;                       // of a tile of hubs
 constexpr int kFewKeys = 2 * kGroup;                  // that a warp of a hub tile has in shared memory at a time
 
 // A window as fastmetro_kernels/few.py lays it out: a chunk whose slots are 0 to 63, then as in a record, and the tokens
@@ -32,11 +31,6 @@ struct FewForwardArguments : ForwardArguments {
   int num_windows;
 };
 
-// Blocks of one batch element and group of heads: those of the hubs, which take longest, come first.
-__host__ __device__ constexpr int few_blocks(const Sizes& sizes, int windows) {
-  return kFewHubBlocks * hub_tiles(sizes) + (windows + kFewWindows - 1) / kFewWindows;
-}
-
 // Shared memory of a window: k and v of its keys, its queries, its record.
 template <int DIM>
 struct FewWindowShared {
@@ -45,16 +39,15 @@ struct FewWindowShared {
   static constexpr int kBytes = kRecord + static_cast<int>(sizeof(FewWindow));
 };
 
-// How two blocks share a tile of hubs, so that neither has to read all rows: each takes half of the heads of a group, or
-// of a single head half of the columns of v.
+// A tile of hubs and what a block does of it: all, or where a group has several heads, half of them.
 template <int DIM>
 struct FewHubs {
   static constexpr int kBytes = DIM == 64 ? 128 : 64;     // of a row of k
   static constexpr int kHeads = kBytes / (2 * DIM);
-  static constexpr int kColumns = DIM == 64 ? 32 : DIM;  // of v, per head
-  static constexpr int kPieces = kBytes / 16, kValuePieces = kHeads * kColumns / 8;
-  static constexpr int kSlotBytes = kBytes + 16 * kValuePieces + 16;
-  static constexpr int kPitch = kColumns + 4;
+  static constexpr int kBlocks = Layout<DIM>::kHeads / kHeads;  // of a tile
+  static constexpr int kPieces = kBytes / 16;
+  static constexpr int kSlotBytes = slot_bytes<DIM, kBytes>(2);
+  static constexpr int kPitch = DIM + 4;
   // Shared memory: of each warp its keys, in their place what it passes on, [heads, 16, kPitch] floats; the queries; of
   // each warp with dropout the tokens of its keys.
   static constexpr int kWarpBytes = kFewKeys * kSlotBytes;
@@ -63,6 +56,12 @@ struct FewHubs {
   static constexpr int kAllBytes = kTokens + kFewWarps * kFewKeys * 4;
   static_assert(kHeads * kRows * kPitch * 4 <= kWarpBytes);
 };
+
+// Blocks of one batch element and group of heads: those of the hubs, which take longest, come first.
+template <int DIM>
+__host__ __device__ constexpr int few_blocks(const Sizes& sizes, int windows) {
+  return FewHubs<DIM>::kBlocks * hub_tiles(sizes) + (windows + kFewWindows - 1) / kFewWindows;
+}
 
 template <int DIM>
 constexpr int kFewBytes = FewHubs<DIM>::kAllBytes > kFewWindows * FewWindowShared<DIM>::kBytes
@@ -191,9 +190,9 @@ __device__ __forceinline__ void copy_tokens(const FewPiece& piece, int first, in
 }
 
 // A warp of a tile of hubs: 32 keys in the order of memory, then those that all warps together have left, to the end.
-// `place` names the heads of this block, `half` its columns of v.
+// `place` names the heads of this block.
 template <typename T, int DIM, bool DROPOUT>
-__device__ __forceinline__ void few_hubs(const ForwardArguments& p, const BlockPlace& place, int tile, int half,
+__device__ __forceinline__ void few_hubs(const ForwardArguments& p, const BlockPlace& place, int tile,
                                          unsigned char* memory) {
   using F = FewHubs<DIM>;
   using L = Layout<DIM, F::kBytes>;
@@ -201,30 +200,29 @@ __device__ __forceinline__ void few_hubs(const ForwardArguments& p, const BlockP
   unsigned char* own = memory + warp * F::kWarpBytes;
   const SharedAddress slots = shared_address(own), queries = shared_address(memory) + F::kQueries;
   int* key_tokens = reinterpret_cast<int*>(memory + F::kTokens) + warp * kFewKeys;
-  const auto piece_of = [&](const Strided& tensor, int piece, int first_column) {
+  const auto piece_of = [&](const Strided& tensor, int piece) {
     return FewPiece::of<T>(tensor, p.sizes, place.batch, place.first_head + piece / L::kHeadPieces,
-                           piece % L::kHeadPieces * 8 + first_column);
+                           piece % L::kHeadPieces * 8);
   };
-  const FewPiece key = piece_of(p.kv[0], lane % F::kPieces, 0);
-  const FewPiece value = piece_of(p.kv[1], lane % F::kValuePieces, half * F::kColumns % DIM);
+  const FewPiece key = piece_of(p.kv[0], lane % F::kPieces), value = piece_of(p.kv[1], lane % F::kPieces);
   const auto copy = [&](int first) {
-    copy_tokens<F::kPieces, F::kSlotBytes>(key, first, tokens, slots + lane % F::kPieces * 16);
-    copy_tokens<F::kValuePieces, F::kSlotBytes>(value, first, tokens,
-                                                slots + F::kBytes + lane % F::kValuePieces * 16);
+    const SharedAddress to = slots + lane % F::kPieces * 16;
+    copy_tokens<F::kPieces, F::kSlotBytes>(key, first, tokens, to);
+    copy_tokens<F::kPieces, F::kSlotBytes>(value, first, tokens, to + F::kBytes);
     if (DROPOUT) key_tokens[lane] = first + lane;
   };
   wait_for_previous_grid();
   const int query = threadIdx.x / F::kPieces, hub = tile * kRows + query;
   if (query < kRows) {
     const int piece = threadIdx.x % F::kPieces;
-    piece_of(p.q, piece, 0).copy(hub < p.sizes.hubs ? hub : -1, queries + query * (F::kBytes + 16) + 16 * piece);
+    piece_of(p.q, piece).copy(hub < p.sizes.hubs ? hub : -1, queries + query * (F::kBytes + 16) + 16 * piece);
   }
   const int begin = warp * kFewKeys;
   if (begin < tokens) copy(begin);
   copy_async_commit();
   copy_async_wait<0>();
   __syncthreads();
-  SoftmaxState<F::kColumns> state[F::kHeads];
+  SoftmaxState<DIM> state[F::kHeads];
 #pragma unroll
   for (int head = 0; head < F::kHeads; ++head) state[head].clear();
   for (int first = begin; first < tokens; first += kFewWarps * kFewKeys) {
@@ -235,7 +233,7 @@ __device__ __forceinline__ void few_hubs(const ForwardArguments& p, const BlockP
                                 p.dropout.threshold, tile * kRows + lane / 4, tile * kRows + lane / 4 + 8};
       uint32_t q[DIM / 16][4];
       read_queries<T, DIM, F::kBytes>(q, queries, head, p.sign);
-      attend_keys<T, DIM, kFewKeys / kGroup, DROPOUT, false, F::kBytes, F::kColumns>(
+      attend_keys<T, DIM, kFewKeys / kGroup, DROPOUT, false, F::kBytes>(
           state[head], q, slots, head, FewKeys{tokens - first}, 0, p.scale, dropout);
     }
     __syncwarp();
@@ -246,46 +244,45 @@ __device__ __forceinline__ void few_hubs(const ForwardArguments& p, const BlockP
   }
 #pragma unroll
   for (int head = 0; head < F::kHeads; ++head) {
-    pass_on<F::kColumns>(state[head], reinterpret_cast<float*>(own) + head * kRows * F::kPitch);
+    pass_on<DIM>(state[head], reinterpret_cast<float*>(own) + head * kRows * F::kPitch);
   }
 }
 
 // The hub rows of a block, from the sums that the warps have passed on.
 template <typename T, int DIM>
-__device__ __forceinline__ void combine_hubs(const ForwardArguments& p, const BlockPlace& place, int tile, int half,
+__device__ __forceinline__ void combine_hubs(const ForwardArguments& p, const BlockPlace& place, int tile,
                                              const unsigned char* memory) {
   using F = FewHubs<DIM>;
-  constexpr int kPerRow = F::kColumns / 4, kPart = F::kWarpBytes / 4;
+  constexpr int kPerRow = DIM / 4, kPart = F::kWarpBytes / 4;
   const int parts = min(kFewWarps, (p.sizes.tokens + kFewKeys - 1) / kFewKeys);
   for (int e = threadIdx.x; e < F::kHeads * kRows * kPerRow; e += kFewThreads) {
     const int column = e % kPerRow * 4, i = e / kPerRow % kRows, head = e / (kPerRow * kRows);
     if (tile * kRows + i >= p.sizes.hubs || place.first_head + head >= p.sizes.heads) continue;
     const float* first = reinterpret_cast<const float*>(memory) + (head * kRows + i) * F::kPitch;
     combine_row<T, DIM>(
-        p, place.batch, place.first_head + head, tile * kRows + i, half * F::kColumns % DIM + column, parts,
+        p, place.batch, place.first_head + head, tile * kRows + i, column, parts,
         [&](int n) { return *reinterpret_cast<const float4*>(first + n * kPart + column); },
-        [&](int n) { return *reinterpret_cast<const float2*>(first + n * kPart + F::kColumns); });
+        [&](int n) { return *reinterpret_cast<const float2*>(first + n * kPart + DIM); });
   }
 }
 
 template <typename T, int DIM, bool DROPOUT>
 __global__ void __launch_bounds__(kFewThreads, 1) few_forward_kernel(const __grid_constant__ FewForwardArguments p) {
-  constexpr int kHeads = Layout<DIM>::kHeads;
+  constexpr int kHeads = Layout<DIM>::kHeads, kShares = FewHubs<DIM>::kBlocks;
   unsigned char* memory = dynamic_shared();
-  const int per_chain = few_blocks(p.sizes, p.num_windows), tiles = hub_tiles(p.sizes);
+  const int per_chain = few_blocks<DIM>(p.sizes, p.num_windows), tiles = hub_tiles(p.sizes);
   const int chain = static_cast<int>(blockIdx.x) / per_chain, number = static_cast<int>(blockIdx.x) % per_chain;
   const int groups = (p.sizes.heads + kHeads - 1) / kHeads;
   BlockPlace place{chain / groups, 0, chain % groups * kHeads, 0, 0};
   launch_dependents();
-  if (number < kFewHubBlocks * tiles) {
-    const int tile = number / kFewHubBlocks, half = number % kFewHubBlocks;
-    if (DIM < 64) place.first_head += half * FewHubs<DIM>::kHeads;
-    few_hubs<T, DIM, DROPOUT>(p, place, tile, half, memory);
+  if (number < kShares * tiles) {
+    place.first_head += number % kShares * FewHubs<DIM>::kHeads;
+    few_hubs<T, DIM, DROPOUT>(p, place, number / kShares, memory);
     __syncthreads();
-    combine_hubs<T, DIM>(p, place, tile, half, memory);
+    combine_hubs<T, DIM>(p, place, number / kShares, memory);
     return;
   }
-  const int team = threadIdx.x / kFewTeam, window = (number - kFewHubBlocks * tiles) * kFewWindows + team;
+  const int team = threadIdx.x / kFewTeam, window = (number - kShares * tiles) * kFewWindows + team;
   unsigned char* own = memory + team * FewWindowShared<DIM>::kBytes;
   if (window < p.num_windows) gather_window<T, DIM>(p, place, p.windows[window], shared_address(own));
   __syncthreads();

@@ -130,13 +130,11 @@ __device__ __forceinline__ void drop_weights(float (*scores)[4], const Keys& chu
 }
 
 // 16 rows see 16 GROUPS keys of a chunk, from `first_key` on, of one head. FIRST: the rows have not seen any key yet.
-// Of the values COLUMNS are there, which a slot then has in place of DIM.
-template <typename T, int DIM, int GROUPS, bool DROPOUT, bool FIRST, int BYTES = kGroupBytes<DIM>, int COLUMNS = DIM,
-          typename Keys>
-__device__ __forceinline__ void attend_keys(SoftmaxState<COLUMNS>& state, const uint32_t (*q)[4], SharedAddress slots,
+template <typename T, int DIM, int GROUPS, bool DROPOUT, bool FIRST, int BYTES = kGroupBytes<DIM>, typename Keys>
+__device__ __forceinline__ void attend_keys(SoftmaxState<DIM>& state, const uint32_t (*q)[4], SharedAddress slots,
                                             int head, const Keys& chunk, int first_key, float scale,
                                             const DropoutTile& dropout) {
-  constexpr int kSlotBytes = BYTES + BYTES / DIM * COLUMNS + 16;
+  constexpr int kSlotBytes = slot_bytes<DIM, BYTES>(2);
   const LaneRows lane = lane_rows();
   uint2 key_slots = chunk.slots(column_of_lane()), value_slots = chunk.slots(row_of_lane());
   if (first_key != 0) {  // only halves begin elsewhere
@@ -183,7 +181,7 @@ __device__ __forceinline__ void attend_keys(SoftmaxState<COLUMNS>& state, const 
   for (int group = 0; group < GROUPS; ++group) {
     uint32_t weights[4];
     as_weights<T>(weights, scores + 2 * group);
-    multiply_values<T, COLUMNS>(state.out, weights, values + slot_of_group(value_slots, group) * kSlotBytes);
+    multiply_values<T, DIM>(state.out, weights, values + slot_of_group(value_slots, group) * kSlotBytes);
   }
 }
 

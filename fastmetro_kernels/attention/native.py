@@ -84,8 +84,8 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 FEW_MAX_HEAD_DIM = 64
-_FEW_BLOCK_WINDOWS, _FEW_HUB_BLOCKS = 2, 2
-_FEW_SHARED_MEMORY = 16 * 32 * (128 + 64 + 16) + 16 * (128 + 16) + 16 * 32 * 4
+_FEW_BLOCK_WINDOWS = 4
+_FEW_SHARED_MEMORY = 16 * 32 * (2 * 128 + 16) + 16 * (128 + 16) + 16 * 32 * 4
 
 
 def takes_few(q: Tensor, topology: TokenTopology) -> bool:
@@ -99,7 +99,7 @@ def takes_few(q: Tensor, topology: TokenTopology) -> bool:
         return False
     heads_of_group = 64 // next(size for size in (16, 32, 64) if dim <= size)
     hub_tiles = -(-topology.num_hubs // WINDOW_ROWS)
-    blocks = _FEW_HUB_BLOCKS * hub_tiles + -(-len(topology.few_windows) // _FEW_BLOCK_WINDOWS)
+    blocks = min(heads_of_group, 2) * hub_tiles + -(-len(topology.few_windows) // _FEW_BLOCK_WINDOWS)
     return q.shape[0] * -(-q.shape[2] // heads_of_group) * blocks <= _multiprocessors(q.device)
 
 

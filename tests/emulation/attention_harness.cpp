@@ -87,7 +87,7 @@ FM_EMULATION_EXPORT int32_t attention_forward_few(const FewForwardArguments* p, 
     select(*p, variant, []<typename T, int DIM, bool DROPOUT, int>(const FewForwardArguments arguments) {
       if constexpr (DIM <= 64) {
         const int groups = (arguments.sizes.heads + Layout<DIM>::kHeads - 1) / Layout<DIM>::kHeads;
-        const int64_t blocks = arguments.sizes.batch * groups * few_blocks(arguments.sizes, arguments.num_windows);
+        const int64_t blocks = arguments.sizes.batch * groups * few_blocks<DIM>(arguments.sizes, arguments.num_windows);
         fm_emulation::launch([&] { few_forward_kernel<T, DIM, DROPOUT>(arguments); },
                              dim3(static_cast<unsigned>(blocks)), kFewThreads, kFewBytes<DIM>);
       }
