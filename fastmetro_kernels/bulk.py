@@ -50,7 +50,7 @@ _Placed = tuple[int, _Ints, _Ints]
 
 
 def build_tables(csr: sp.csr_array) -> tuple[np.ndarray, list[int]]:
-    """The cuts of both kernels as one int32 array, and the sizes of each, one after the other: see ``build_streams``."""
+    """The cuts of both kernels as one int32 array, and the sizes of each, one after the other: as ``build_streams``."""
     words, sizes = build_bulk(csr)
     more, more_sizes = build_streams(csr)
     width = len(Cut._fields)
@@ -113,7 +113,7 @@ class _Task(NamedTuple):
 
 
 def _build_cut(csr: sp.csr_array, blocks: int, warps: int, threes: bool) -> tuple[np.ndarray, Cut] | None:
-    rows, tokens = csr.shape
+    tokens = csr.shape[1]
     most_items = POINT * tokens + (PAD + POINT * UNIT) * SEGMENTS
     if csr.nnz == 0 or most_items > 0xFFFF or not 0 < warps <= max(MOST_WARPS.values()):
         return None
@@ -166,7 +166,7 @@ def _segments(tokens: _Ints) -> _Segments:
 def _deal(csr: sp.csr_array, items: _Ints, nothing: int, warps: int, threes: bool) -> list[list[_Task]]:
     """The tasks of each warp: long ones first, each to the warp that has the least to do."""
     lengths = np.diff(csr.indptr).astype(np.int64)
-    best: tuple[int, list[_Task]] | None = None
+    best: tuple[int, list[tuple[int, int, int]]] | None = None
     limits = (POINT,) if threes else _limits(lengths, warps)
     for limit in limits:
         groups = _groups(lengths, limit)
@@ -183,7 +183,8 @@ def _limits(lengths: _Ints, warps: int) -> list[int]:
     """Of the entries of one lane, to be tried. Rows of more than 8 lanes do not exist."""
     mean = int(lengths.sum()) // (warps * LANES) + 1
     least = -(-int(lengths.max(initial=1)) // LEVELS[-1])
-    return sorted({max(least, limit) for limit in (mean // 3, mean // 2, 2 * mean // 3, 3 * mean // 4, mean, mean + 1, mean + 2) if limit > 0})
+    tried = (mean // 3, mean // 2, 2 * mean // 3, 3 * mean // 4, mean, mean + 1, mean + 2)
+    return sorted({max(least, limit, 1) for limit in tried})
 
 
 def _groups(lengths: _Ints, limit: int) -> list[tuple[int, int, int]]:
@@ -325,9 +326,9 @@ def _choose_any(items: _Ints, lengths: _Ints, groups: Sequence[tuple[int, int, i
 def _colors(lanes: _Ints, banks: _Ints, count: int) -> _Ints:
     """A color of `count` for each edge between a lane and a bank, of which no two at a lane agree.
 
-    At a bank no two agree either, as long as it has up to `count` edges; those beyond it get the first colors where that
-    can be, so that few colors come twice. Where the ends of an edge have no free color in common, and where an edge is
-    to change its color, two colors change places along a path.
+    At a bank no two agree either, as long as it has up to `count` edges; those beyond it get the first colors where
+    that can be, so that few colors come twice. Where the ends of an edge have no free color in common, and where an
+    edge is to change its color, two colors change places along a path.
     """
     seen = np.zeros(LANES, np.int64)
     node_of = []  # of the edge: its bank, or one of 32 others for the edges that are too many
@@ -401,7 +402,8 @@ def _tables(
         used.append(slots)
         both = np.concatenate(entries).astype(np.uint32), np.concatenate(values).view(np.uint32)
         own.append(np.stack(both).ravel())
-    starts = HEADER + 3 * SEGMENTS + (2 + MASKS) * len(block) + np.concatenate([[0], np.cumsum(list(map(len, own)))[:-1]])
+    starts = np.concatenate([[0], np.cumsum(list(map(len, own)))[:-1]])
+    starts += HEADER + 3 * SEGMENTS + (2 + MASKS) * len(block)
     front = [begin, end - begin, len(segments.first), head, tail]
     words = [np.array(front), listed.ravel(), np.array(used), starts, masks.ravel()]
     return np.concatenate([*(array.astype(np.uint32) for array in words), *own]).view(np.int32)

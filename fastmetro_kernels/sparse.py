@@ -40,7 +40,7 @@ class SparseMatrix(nn.Module):
         values64: float64 ``[nnz]``.
         ell_columns: int32 ``[M, W]`` with -1 in slots that hold no entry, or None where rows are long or uneven.
         ell_values: float32 ``[M, W]`` with 0 in slots that hold no entry, or None.
-        streams: int32 words, tables of the CUDA kernels for large batches of points (see ``bulk.py`` and ``streams.py``); may
+        streams: int32 words, tables of the CUDA kernels for large batches of points (``bulk.py``, ``streams.py``); may
             be empty.
         stream_sizes: Sizes of the cuts in ``streams``.
         t_row_offsets, t_columns, t_values, t_values64, t_ell_columns, t_ell_values, t_streams, t_stream_sizes: the

@@ -45,15 +45,14 @@ std::vector<Cut> cuts_of(const std::optional<Tensor>& streams, const std::vector
   std::memcpy(cuts.data(), sizes.data(), sizes.size() * sizeof(int64_t));
   if (!cuts.empty()) fm_upsampling::check_list(*streams, 1, ScalarType::Int, x, "streams");
   for (const Cut& cut : cuts) {
-    // Blocks are ranges of rows where all have three entries, else lists of up to block_rows.
-    const bool no_empty_range = !three_each || (cut.blocks - 1) * cut.block_rows < rows;
+    const bool bulk = cut.kind == fm_upsampling::kBulkCut;
+    const int most = bulk ? fm_upsampling::bulk_threads(static_cast<int>(cut.slots)) : fm_upsampling::kStreamThreads;
+    // Blocks of the stream kernel are ranges of rows where all have three entries, else lists of up to block_rows.
+    const bool no_empty_range = bulk || !three_each || (cut.blocks - 1) * cut.block_rows < rows;
     STD_TORCH_CHECK(cut.offset >= 0 && cut.block_words >= 0 && cut.blocks > 0 &&
                         cut.offset + cut.blocks * cut.block_words <= streams->size(0) &&
                         no_empty_range && rows <= cut.blocks * cut.block_rows &&
-                        cut.threads > 0 && cut.threads % (cut.kind == fm_upsampling::kBulkCut ? 32 : 96) == 0 &&
-                        cut.threads <= (cut.kind == fm_upsampling::kBulkCut
-                                            ? fm_upsampling::bulk_threads(static_cast<int>(cut.slots))
-                                            : fm_upsampling::kStreamThreads),
+                        cut.threads > 0 && cut.threads % (bulk ? 32 : 96) == 0 && cut.threads <= most,
                     "upsample_native: streams and stream_sizes do not belong to this matrix");
   }
   return cuts;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from test_upsampling import (
@@ -18,6 +19,7 @@ from test_upsampling import (
 from torch import Tensor
 
 from fastmetro_kernels import SparseMatrix, backends, sparse_upsample
+from fastmetro_kernels.bulk import build_bulk
 from fastmetro_kernels.streams import build_streams
 from fastmetro_kernels.upsampling import ops
 
@@ -72,11 +74,41 @@ def test_streams_give_the_same_bits(lengths: int | tuple[int, int], dtype: torch
                     assert torch.equal(got, expected), (streams[1], tile, early)
 
 
+def tables(matrix: SparseMatrix, build: Callable[..., tuple[np.ndarray, list[int]]], cut: tuple[int, int]) -> Streams:
+    """The tables of one cut on the GPU."""
+    words, sizes = build(matrix.to_scipy(), [cut])
+    assert sizes
+    return torch.from_numpy(words).cuda(), sizes
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, HALF, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("lengths", [3, (0, 3), (1, 9), (0, 30), 40], ids=str)
+def test_bulk_copies(lengths: int | tuple[int, int], dtype: torch.dtype) -> None:
+    """Right; the same bits whatever is under way, and for elements that begin anywhere."""
+    matrix = random_matrix(700, 240, lengths).to("cuda")
+    built = [build_bulk(matrix.to_scipy(), [cut]) for cut in ((4, 14), (8, 9), (16, 20))]
+    found = [(torch.from_numpy(words).cuda(), sizes) for words, sizes in built if sizes]
+    assert found
+    for batch in (1, 2, 7, 300):
+        x = random_input(matrix, batch, 3, dtype, "cuda")
+        for streams in found:
+            expected = product_as(matrix, x, (3, 2, 0, False), streams)
+            check_product(expected, matrix, x)
+            for stages in (2, 3, 4):
+                for early in (False, True):
+                    assert torch.equal(product_as(matrix, x, (3, stages, 0, early), streams), expected)
+            for start in range(16 // dtype.itemsize):
+                storage = torch.full((start + batch * 725,), torch.nan, dtype=dtype, device="cuda")
+                moved = storage.as_strided((batch, 240, 3), (725, 3, 1), start)
+                moved.copy_(x)
+                assert torch.equal(product_as(matrix, moved, (3, 2, 0, True), streams), expected)
+
+
 def test_early_launches_wait_for_what_they_read() -> None:
     up = mesh_like_matrix(6890, 1723).to("cuda")
     down = up.transpose()
-    up_streams, down_streams = (up.streams, up.stream_sizes), (down.streams, down.stream_sizes)
-    assert up.stream_sizes and down.stream_sizes
+    up_streams, down_streams = tables(up, build_streams, (4, 27)), tables(down, build_streams, (4, 27))
+    up_bulk, down_bulk = tables(up, build_bulk, (4, 18)), tables(down, build_bulk, (4, 16))
 
     def chain(early: bool) -> Callable[[], Tensor]:
         def run() -> Tensor:
@@ -86,6 +118,10 @@ def test_early_launches_wait_for_what_they_read() -> None:
                 y = product_as(down, y, (1, 1, 512, early))
                 y = product_as(up, y, (2, 1, 0, early), up_streams)
                 y = product_as(down, y, (2, 2, 0, early), down_streams)
+                y = product_as(up, y, (3, 2, 0, early), up_bulk)
+                y = product_as(down, y, (3, 3, 0, early), down_bulk)
+                y = product_as(up, y, (3, 4, 0, early), up_bulk)
+                y = product_as(down, y, (0, 4, 256, early))
                 y = y / y.abs().amax()  # kernels of PyTorch in between
             return y
 
