@@ -56,9 +56,9 @@ class Cut(NamedTuple):
 
 
 DEFAULT_CUTS = {True: ((4, 27), (8, 9)), False: ((4, 27), (8, 27))}
-"""Blocks and warps of a block, by whether all rows have three entries. 27 warps hold the rows of the body mesh (1,723 in a
-block of four, two for each thread) almost without a rest, and copy all of 288 tokens at a time; the second is for small
-batches. Fastest of `python -m bench upsampling --variants` on an H200.
+"""Blocks and warps of a block, by whether all rows have three entries. 27 warps hold the rows of the body mesh (1,723
+in a block of four, two for each thread) almost without a rest, and copy all of 288 tokens at a time; the second is for
+small batches. Fastest of `python -m bench upsampling --variants` on an H200.
 """
 
 
