@@ -219,4 +219,17 @@ void select_kernel(const Tensor& q, bool dropout, Run run) {
   else sized.template operator()<__nv_bfloat16>();
 }
 
+// What every forward op does with its tensors; `readable` ones are kept alive by the caller.
+template <typename Arguments>
+void set_forward(Arguments& p, const Tensor& q, const Tensor& k, const Tensor& v, Tensor& out, Tensor& lse,
+                 double scale) {
+  p.q = strided(q);
+  p.kv[0] = strided(k);
+  p.kv[1] = strided(v);
+  p.out = out.mutable_data_ptr();
+  p.lse = static_cast<float*>(lse.mutable_data_ptr());
+  p.scale = static_cast<float>(std::abs(scale)) * kLog2e;
+  p.sign = scale < 0 ? 0x80008000u : 0u;
+}
+
 }  // namespace fm::attention

@@ -32,13 +32,7 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, Tensor windows,
   p.num_windows = static_cast<int>((q.size(1) - num_hubs + kRows - 1) / kRows);
   check_plan_tensor(windows, "windows", p.num_windows * static_cast<int64_t>(sizeof(FewWindow)), ScalarType::Byte, q);
   p.windows = static_cast<const FewWindow*>(windows.const_data_ptr());
-  p.q = strided(readable_q);
-  p.kv[0] = strided(readable_k);
-  p.kv[1] = strided(readable_v);
-  p.out = out.mutable_data_ptr();
-  p.lse = static_cast<float*>(lse.mutable_data_ptr());
-  p.scale = static_cast<float>(std::abs(scale)) * kLog2e;
-  p.sign = scale < 0 ? 0x80008000u : 0u;
+  set_forward(p, readable_q, readable_k, readable_v, out, lse, scale);
   p.dropout = dropout_of(dropout_p, seed, q);
   select_kernel(q, dropout_p > 0, [&]<typename T, int DIM, bool DROPOUT>() { run<T, DIM, DROPOUT>(p, q); });
   return {out, lse};

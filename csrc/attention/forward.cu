@@ -53,13 +53,7 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, Tensor steps, T
   p.plan = plan_of({steps, loads, restarts, records, hub_chunks, extra_chunks, slots, windows}, q, num_hubs);
   STD_TORCH_CHECK(p.plan.record_bytes == kForwardRecordBytes, "topology_attention: records of ", p.plan.record_bytes,
                   " bytes are not those of a forward plan");
-  p.q = strided(readable_q);
-  p.kv[0] = strided(readable_k);
-  p.kv[1] = strided(readable_v);
-  p.out = out.mutable_data_ptr();
-  p.lse = static_cast<float*>(lse.mutable_data_ptr());
-  p.scale = static_cast<float>(std::abs(scale)) * kLog2e;
-  p.sign = scale < 0 ? 0x80008000u : 0u;
+  set_forward(p, readable_q, readable_k, readable_v, out, lse, scale);
   p.dropout = dropout_of(dropout_p, seed, q);
   select_kernel(q, dropout_p > 0,
                 [&]<typename T, int DIM, bool DROPOUT>() { run<T, DIM, DROPOUT>(p, steps_per_segment, q); });
