@@ -31,7 +31,9 @@ def bulk() -> build.Harness:
     return build.build_harness(Path(build.__file__).with_name("bulk_harness.cpp"))
 
 
-def run(harness: build.Harness, mistake: int, schedule: str, rounds: int = 3, threads: int = 64) -> tuple[np.ndarray, np.ndarray]:
+def run(
+    harness: build.Harness, mistake: int, schedule: str, rounds: int = 3, threads: int = 64
+) -> tuple[np.ndarray, np.ndarray]:
     """What the kernel read and what it wrote."""
     x = np.random.default_rng(0).standard_normal((rounds, 4 * threads)).astype(np.float32)
     source = np.frombuffer(bytearray(x.nbytes + 16), np.uint8)
