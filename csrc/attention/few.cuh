@@ -12,7 +12,7 @@ namespace fm::attention {
 
 constexpr int kFewWarps = 16;
 constexpr int kFewThreads = kFewWarps * kWarp;
-constexpr int kFewWindows = 4;                        // of a block
+constexpr int kFewWindows = 2;                       // of a block
 constexpr int kFewTeam = kFewThreads / kFewWindows;  // threads of a window
 constexpr int kFewKeys = 2 * kGroup;                  // that a warp of a hub tile has in shared memory at a time
 

@@ -156,6 +156,11 @@ define(
     "(Tensor out, Tensor lse)",
 )
 define(
+    "attention_backward_few_cuda",
+    "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor windows, "
+    "int num_hubs, float scale, float dropout_p, Tensor? seed) -> (Tensor, Tensor, Tensor)",
+)
+define(
     "attention_backward_cuda",
     "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     f"{_PLAN}) -> (Tensor, Tensor, Tensor)",
@@ -236,6 +241,28 @@ def _backward_cuda_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_qkv(q, k, v)
     check_plan(q, records, num_hubs)
+    check_dropout(q, dropout_p, seed)
+    check_saved(q, grad_out, grad_lse, out, lse)
+    return empty_gradients(q)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::attention_backward_few_cuda")
+def _backward_few_cuda_fake(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    windows: Tensor,
+    num_hubs: int,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_qkv(q, k, v)
+    check_plan(q, windows, num_hubs)
     check_dropout(q, dropout_p, seed)
     check_saved(q, grad_out, grad_lse, out, lse)
     return empty_gradients(q)

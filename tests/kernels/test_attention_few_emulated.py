@@ -1,4 +1,4 @@
-"""The CUDA kernel for few rows (`csrc/attention/few.cuh`) in the emulator, which looks for races, against float64."""
+"""The CUDA kernels for few rows (`csrc/attention/few*.cuh`) in the emulator, which looks for races, against float64."""
 
 from __future__ import annotations
 
@@ -24,23 +24,35 @@ def _inputs(tokens: int, heads: int, dim: int, dtype: torch.dtype = torch.float1
     ]
 
 
-def _check(graph: Graph, inputs: list[Tensor], dropout_p: float = 0.0, sign: int = 1, **options: object) -> Tensor:
-    """Output and log-sum-exp of one call against the oracle; returns the output."""
+def _check(graph: Graph, inputs: list[Tensor], dropout_p: float = 0.0, sign: int = 1, **options: object) -> Result:
+    """Forward, and for a symmetric pattern backward, of one call against the oracle; returns the results."""
     q, k, v = inputs
     batch, tokens, heads, dim = q.shape
-    attention = EmulatedAttention(topology_of(graph, order="locality"), **options)
+    topology = topology_of(graph, order="locality")
+    attention = EmulatedAttention(topology, **options)
     seed = torch.tensor([SEED]) if dropout_p else None
-    out, lse = attention.forward_few(q, k, v, sign * dim**-0.5, dropout_p, seed)
-    none = torch.zeros_like(q), torch.zeros_like(lse)  # gradients are not looked at
+    scale = sign * dim**-0.5
+    out, lse = attention.forward_few(q, k, v, scale, dropout_p, seed)
+    generator = torch.Generator().manual_seed(7)
+    grads = torch.randn(q.shape, generator=generator).to(q.dtype), torch.randn(lse.shape, generator=generator)
+    if not topology.symmetric:
+        grads = torch.zeros_like(q), torch.zeros_like(lse)  # nobody looks at what comes of them
     keep = keep_mask(SEED, batch, heads, tokens, dropout_p) if dropout_p else None
-    exact = oracle([sign * q, k, v], graph.mask, *none, keep, dropout_p)
-    baseline = plain([sign * q, k, v], graph.mask, *none)
+    exact = oracle([sign * q, k, v], graph.mask, *grads, keep, dropout_p)
+    baseline = plain([sign * q, k, v], graph.mask, *grads)
     if keep is not None:  # what plain PyTorch gets wrong without dropout, carried over to numbers that are larger
-        without = oracle([sign * q, k, v], graph.mask, *none)
+        without = oracle([sign * q, k, v], graph.mask, *grads)
         errors = (b.double() - w for b, w in zip(baseline, without, strict=True))
         baseline = Result(*(e + error / (1 - dropout_p) for e, error in zip(exact, errors, strict=True)))
-    assert_within_budget(Result(out, lse, *exact[2:]), exact, baseline)
-    return out
+    if not topology.symmetric:
+        result = Result(out, lse, *exact[2:])
+        assert_within_budget(result, exact, baseline)
+        return result
+    saved = exact[0].to(q.dtype), exact[1].float()
+    dq, dk, dv = attention.backward(*grads, q, k, v, *saved, scale, dropout_p, seed, few=True)
+    result = Result(out, lse, sign * dq, dk, dv)
+    assert_within_budget(result, exact, baseline)
+    return result
 
 
 @pytest.mark.parametrize("dim", [8, 16, 24, 32, 48, 64])
@@ -78,7 +90,7 @@ def test_vertices_without_keys(symmetric: bool) -> None:
 @pytest.mark.parametrize("dim", [16, 64])
 def test_dropout(dim: int) -> None:
     """The same weights are dropped as by the rule."""
-    graph = Graph(random_mask(60, 14, 0.02, False, True, 8), 14, dim)
+    graph = Graph(random_mask(60, 14, 0.02, True, True, 8), 14, dim)
     _check(graph, _inputs(74, 2, dim), dropout_p=0.4)
 
 
@@ -94,7 +106,8 @@ def test_order_of_threads_does_not_matter(schedule: str) -> None:
     """Warps run in other orders; with a missing barrier results would differ."""
     graph = Graph(random_mask(70, 14, 0.015, True, True, 9), 14, 64)
     inputs = _inputs(84, 1, 64, batch=1)
-    assert torch.equal(_check(graph, inputs, schedule=schedule), _check(graph, inputs))
+    results = zip(_check(graph, inputs, schedule=schedule), _check(graph, inputs), strict=True)
+    assert all(torch.equal(one, other) for one, other in results)
 
 
 def test_windows() -> None:
