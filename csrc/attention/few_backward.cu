@@ -10,14 +10,14 @@ namespace {
 template <typename T, int DIM, bool DROPOUT>
 void run(const FewBackwardArguments& p, const Tensor& q) {
   if constexpr (DIM <= 64) {
-    const int64_t blocks = chains<DIM>(p.sizes) * few_backward_blocks<DIM>(p.sizes, p.num_windows);
+    const int64_t blocks = chains<DIM>(p.sizes) * few_blocks<DIM>(p.sizes, p.num_pairs, 2);
     fm::launch_kernel(few_backward_kernel<T, DIM, DROPOUT>, dim3(grid_size(blocks)), kFewThreads,
                       kFewBackwardBytes<DIM>, 1, fm::has_clusters(q.get_device_index()), fm::current_stream(q), p);
   }
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_out, std::optional<Tensor> grad_lse, Tensor q, Tensor k,
-                                            Tensor v, Tensor out, Tensor lse, Tensor windows, int64_t num_hubs,
+                                            Tensor v, Tensor out, Tensor lse, Tensor pairs, int64_t num_hubs,
                                             double scale, double dropout_p, std::optional<Tensor> seed) {
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   BackwardTensors tensors(grad_out, grad_lse, q, k, v, out, lse);
@@ -25,9 +25,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_out, std::optional<Tenso
   if (q.numel() == 0) return tensors.results();
   FewBackwardArguments p{};
   p.sizes = sizes_of(q, num_hubs);
-  p.num_windows = static_cast<int>((q.size(1) - num_hubs + kRows - 1) / kRows);
-  check_plan_tensor(windows, "windows", p.num_windows * static_cast<int64_t>(sizeof(FewWindow)), ScalarType::Byte, q);
-  p.windows = static_cast<const FewWindow*>(windows.const_data_ptr());
+  constexpr int kPairRows = kFewWindows * kRows;
+  p.num_pairs = static_cast<int>((q.size(1) - num_hubs + kPairRows - 1) / kPairRows);
+  check_plan_tensor(pairs, "pairs", p.num_pairs * static_cast<int64_t>(sizeof(FewPair)), ScalarType::Byte, q);
+  p.pairs = static_cast<const FewPair*>(pairs.const_data_ptr());
   tensors.set(p, scale);
   p.dropout = dropout_of(dropout_p, seed, q);
   select_kernel(q, dropout_p > 0, [&]<typename T, int DIM, bool DROPOUT>() { run<T, DIM, DROPOUT>(p, q); });

@@ -84,8 +84,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 FEW_MAX_HEAD_DIM = 64
-_FEW_BLOCK_WINDOWS = 2
-_FEW_SHARED_MEMORY = {"forward": 143616, "backward": 153984}
+_FEW_SHARED_MEMORY = {"forward": 143616, "backward": 151936}
 """Bytes that a block may need: `kFewBytes` of few.cuh and `kFewBackwardBytes` of few_backward.cuh for heads of 64, the
 most of all."""
 
@@ -98,13 +97,13 @@ def takes_few(kernel: str, q: Tensor, topology: TokenTopology) -> bool:
         q: [B, L, H, D] on a CUDA device.
     """
     dim, backward = q.shape[-1], kernel == "backward"
-    if topology.few_windows is None or dim > FEW_MAX_HEAD_DIM or (backward and not topology.symmetric):
+    if topology.few_pairs is None or dim > FEW_MAX_HEAD_DIM or (backward and not topology.symmetric):
         return False
     if _shared_memory(q.device) < _FEW_SHARED_MEMORY[kernel]:
         return False
     heads_of_group = 64 // next(size for size in (16, 32, 64) if dim <= size)
     hub_blocks = (1 + backward) * min(heads_of_group, 2) * -(-topology.num_hubs // WINDOW_ROWS)
-    blocks = hub_blocks + -(-len(topology.few_windows) // _FEW_BLOCK_WINDOWS)
+    blocks = hub_blocks + len(topology.few_pairs)
     return q.shape[0] * -(-q.shape[2] // heads_of_group) * blocks <= _multiprocessors(q.device)
 
 
@@ -161,7 +160,7 @@ def forward(
         padded = map(_in_pieces, (q, k, v))
         if segment == 0 and takes_few("forward", q, topology):
             out, lse = _ops.attention_forward_few_cuda(
-                *padded, topology.few_windows, topology.num_hubs, scale, dropout_p, seed
+                *padded, topology.few_pairs, topology.num_hubs, scale, dropout_p, seed
             )
             return _as_before(out, q), lse
         plan = _plan(topology, "forward", q, segment)
@@ -191,7 +190,7 @@ def backward(
         padded_grad, *padded = map(_in_pieces, (grad_out, q, k, v, out))
         if segment == 0 and takes_few("backward", q, topology):
             grads = _ops.attention_backward_few_cuda(
-                padded_grad, grad_lse, *padded, lse, topology.few_windows, topology.num_hubs, scale, dropout_p, seed
+                padded_grad, grad_lse, *padded, lse, topology.few_pairs, topology.num_hubs, scale, dropout_p, seed
             )
         else:
             plan = _plan(topology, "backward", q, segment)

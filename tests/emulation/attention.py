@@ -58,7 +58,7 @@ class _Forward(ctypes.Structure):
 
 
 class _FewForward(ctypes.Structure):
-    _fields_ = [("forward", _Forward), ("windows", ctypes.c_void_p), ("num_windows", ctypes.c_int32)]
+    _fields_ = [("forward", _Forward), ("pairs", ctypes.c_void_p), ("num_pairs", ctypes.c_int32)]
 
 
 class _Backward(ctypes.Structure):
@@ -80,7 +80,7 @@ class _Backward(ctypes.Structure):
 
 
 class _FewBackward(ctypes.Structure):
-    _fields_ = [("backward", _Backward), ("windows", ctypes.c_void_p), ("num_windows", ctypes.c_int32)]
+    _fields_ = [("backward", _Backward), ("pairs", ctypes.c_void_p), ("num_pairs", ctypes.c_int32)]
 
 
 @functools.cache
@@ -213,13 +213,13 @@ class EmulatedAttention:
         writes: Sequence[Tensor],
     ) -> None:  # fmt: skip
         """A kernel for few rows; the first tensor read tells the type."""
-        windows = build_few(self.topology.schedule, self.topology.num_hubs)
-        if windows is None:
+        pairs = build_few(self.topology.schedule, self.topology.num_hubs)
+        if pairs is None:
             raise ValueError("a window has more than 64 keys")
-        inputs = [tensor for tensor in (*reads, windows) if tensor is not None]
+        inputs = [tensor for tensor in (*reads, pairs) if tensor is not None]
         statistics = _harness().run(
             name,
-            kind(arguments, windows.data_ptr(), len(windows)),
+            kind(arguments, pairs.data_ptr(), len(pairs)),
             int(inputs[0].dtype == torch.bfloat16),
             reads={f"read{i}": tensor for i, tensor in enumerate(inputs)},
             writes={f"write{i}": tensor for i, tensor in enumerate(writes)},

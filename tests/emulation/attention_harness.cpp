@@ -94,7 +94,7 @@ FM_EMULATION_EXPORT int32_t attention_forward_few(const FewForwardArguments* p, 
     select(*p, variant, []<typename T, int DIM, bool DROPOUT, int>(const FewForwardArguments arguments) {
       if constexpr (DIM <= 64) {
         fm_emulation::launch([&] { few_forward_kernel<T, DIM, DROPOUT>(arguments); },
-                             few_grid<DIM>(arguments.sizes, few_blocks<DIM>(arguments.sizes, arguments.num_windows)),
+                             few_grid<DIM>(arguments.sizes, few_blocks<DIM>(arguments.sizes, arguments.num_pairs)),
                              kFewThreads, kFewBytes<DIM>);
       }
     });
@@ -105,7 +105,7 @@ FM_EMULATION_EXPORT int32_t attention_backward_few(const FewBackwardArguments* p
   return fm_emulation::reported([&] {
     select(*p, variant, []<typename T, int DIM, bool DROPOUT, int>(const FewBackwardArguments arguments) {
       if constexpr (DIM <= 64) {
-        const int blocks = few_backward_blocks<DIM>(arguments.sizes, arguments.num_windows);
+        const int blocks = few_blocks<DIM>(arguments.sizes, arguments.num_pairs, 2);
         fm_emulation::launch([&] { few_backward_kernel<T, DIM, DROPOUT>(arguments); },
                              few_grid<DIM>(arguments.sizes, blocks), kFewThreads, kFewBackwardBytes<DIM>);
       }

@@ -9,7 +9,7 @@ from emulation import build
 from emulation.attention import EmulatedAttention
 from torch import Tensor
 
-from fastmetro_kernels.few import WINDOW_BYTES, build_few
+from fastmetro_kernels.few import BLOCK_BYTES, build_few
 
 if build.reasons():
     pytest.skip(f"kernels cannot be emulated: {'; '.join(build.reasons())}", allow_module_level=True)
@@ -110,17 +110,26 @@ def test_order_of_threads_does_not_matter(schedule: str) -> None:
     assert all(torch.equal(one, other) for one, other in results)
 
 
-def test_windows() -> None:
-    """The bytes of a window, and none for lists of more than 64 keys."""
-    graph = Graph(random_mask(50, 2, 0.03, True, True, 9), 2, 16)
+def test_pairs() -> None:
+    """The bytes of a pair of windows, and none for lists of more than 64 keys."""
+    graph = Graph(random_mask(82, 2, 0.02, True, True, 9), 2, 16)
     topology = topology_of(graph, order="locality")
-    windows = build_few(topology.schedule, 2)
-    assert windows is not None and windows.shape == (4, WINDOW_BYTES)
-    for window in windows.numpy():
-        masks, rows, keys = window[128:256].view("<u8"), window[256:320].view("<i4"), window[336:].view("<i4")
-        for row, mask in zip(rows, masks, strict=True):
-            seen = {int(key) for n, key in enumerate(keys) if int(mask) >> n & 1}
-            expected = set() if row < 0 else set(graph.mask[row].nonzero().ravel().tolist())
-            assert seen == expected or (row < 0 and seen == {0, 1})
+    pairs = build_few(topology.schedule, 2)
+    assert pairs is not None and pairs.shape == (3, BLOCK_BYTES)
+    rows_seen = []
+    for pair in pairs.numpy():
+        chunks, rows = pair[:512].reshape(2, 256), pair[512:640].view("<i4").reshape(2, 16)
+        row_slots, tokens, count = pair[640:672].reshape(2, 16), pair[672:1184].view("<i4"), pair[1184:1188].view("<i4")
+        assert len(set(tokens[: count[0]].tolist())) == count[0]
+        for window in range(2):
+            slots = chunks[window, :128].view("<i2").reshape(16, 4).T.ravel()
+            masks = chunks[window, 128:].view("<u8")
+            for row, mask, slot in zip(rows[window], masks, row_slots[window], strict=True):
+                if row < 0:
+                    continue
+                seen = [int(tokens[slots[n]]) for n in range(64) if int(mask) >> n & 1]
+                assert sorted(seen) == graph.mask[row].nonzero().ravel().tolist() and tokens[slot] == row
+                rows_seen.append(int(row))
+    assert sorted(rows_seen) == list(range(2, 84))
     dense = Graph(torch.ones(80, 80, dtype=torch.bool), 0, 16)
     assert build_few(topology_of(dense).schedule, 0) is None
