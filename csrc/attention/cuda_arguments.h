@@ -259,8 +259,7 @@ class BackwardTensors {
 
   template <typename Arguments>
   void set(Arguments& p, double scale) {
-    for (int i = 0; i < 4; ++i) p.inputs[i] = strided(read_[i]);
-    p.out = strided(read_[4]);
+    for (int i = 0; i < 5; ++i) p.inputs[i] = strided(read_[i]);
     p.lse = read_[5].const_data_ptr<float>();
     p.grad_lse = read_.size() > 6 ? read_[6].const_data_ptr<float>() : nullptr;
     for (int i = 0; i < 3; ++i) p.grads[i] = grads_[i].mutable_data_ptr();

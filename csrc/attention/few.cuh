@@ -206,6 +206,17 @@ __device__ __forceinline__ void pass_on(const SoftmaxState<DIM>& state, float* r
   *reinterpret_cast<float2*>(rows + lane.high * kPitch + DIM) = make_float2(state.peak_high, sum_high);
 }
 
+// The block copies `count` rows of TENSORS tensors to slots; token_of(slot) tells which. A loop, because code that runs
+// once is slow to come.
+template <typename T, int DIM, int TENSORS, int BYTES, typename TokenOf>
+__device__ __forceinline__ void few_copy(const Strided* tensors, const Sizes& sizes, const BlockPlace& place,
+                                         SharedAddress slots, int count, TokenOf token_of) {
+  constexpr int kPieces = BYTES / 16;
+  const RowCopier<T, DIM, TENSORS, TENSORS, BYTES> copier(tensors, sizes, place, slots);
+#pragma unroll 1
+  for (int slot = threadIdx.x / kPieces; slot < count; slot += kFewThreads / kPieces) copier.copy(token_of(slot), slot);
+}
+
 // How many slots a turn of a tile of hubs fills that begins with token `first`: whole chunks, so that keys that are not
 // there are copies of the last one, which nobody sees.
 __device__ __forceinline__ int few_hub_slots(int first, int tokens) {
@@ -219,19 +230,13 @@ __device__ __forceinline__ void few_hubs(const ForwardArguments& p, const BlockP
                                          unsigned char* memory) {
   using F = FewHubs<DIM>;
   using L = Layout<DIM, F::kBytes>;
-  constexpr int kRowsAtOnce = kFewThreads / F::kPieces;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, tokens = p.sizes.tokens;
   const int piece = threadIdx.x % F::kPieces, row = threadIdx.x / F::kPieces;
   const SharedAddress slots = shared_address(memory), queries = slots + F::kQueries;
   int* key_tokens = reinterpret_cast<int*>(memory + F::kTokens);
-  const RowCopier<T, DIM, 2, 2, F::kBytes> copier(p.kv, p.sizes, place, slots);
   const auto copy = [&](int first) {
-    const int end = few_hub_slots(first, tokens);
-#pragma unroll
-    for (int i = 0; i < kFewHubSlots / kRowsAtOnce; ++i) {
-      const int slot = row + i * kRowsAtOnce;
-      if (slot < end) copier.copy(min(first + slot, tokens - 1), slot);
-    }
+    few_copy<T, DIM, 2, F::kBytes>(p.kv, p.sizes, place, slots, few_hub_slots(first, tokens),
+                                   [&](int slot) { return min(first + slot, tokens - 1); });
     if (DROPOUT) key_tokens[threadIdx.x] = first + threadIdx.x;
     copy_async_commit();
     copy_async_wait<0>();

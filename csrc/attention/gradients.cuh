@@ -11,8 +11,7 @@ namespace fm::attention {
 struct BackwardArguments {
   Plan plan;
   Sizes sizes;
-  Strided inputs[4];      // k, v, q, gradient of the output: the order in a slot
-  Strided out;            // contiguous
+  Strided inputs[5];      // k, v, q, gradient of the output: the order in a slot; and the output
   const float* lse;       // [B, H, L]
   const float* grad_lse;  // the same shape, or null
   void* grads[3];         // of q, k, v: [B, L, H, D], contiguous
@@ -56,8 +55,8 @@ __device__ __forceinline__ void differentiate(float& s, float& p, bool seen, con
 }
 
 // The first `groups` groups of 16 partners of a chunk. Adds the gradients of the scores times the first partner tensor to
-// `first`, and for owned keys the weights times the gradient to `second`. A slot has all four tensors, or the partners'
-// two.
+// `first`, and for owned keys the weights times the gradient to `second`. A slot has TENSORS tensors: all four and
+// perhaps more, or fewer, which begin with the partners' two.
 template <typename T, int DIM, bool OWNS_KEYS, bool DROPOUT, int BYTES = kGroupBytes<DIM>, int TENSORS = 4>
 __device__ __forceinline__ void accumulate_chunk(float (*first)[4], float (*second)[4], const BackwardArguments& p,
                                                  const SharedRows& rows, const OwnedRows& owned,
@@ -65,7 +64,7 @@ __device__ __forceinline__ void accumulate_chunk(float (*first)[4], float (*seco
                                                  uint32_t dropout_key) {
   using L = Layout<DIM, BYTES>;
   constexpr int kSlotBytes = slot_bytes<DIM, BYTES>(TENSORS);
-  const SharedAddress partners = rows.slots + (OWNS_KEYS && TENSORS == 4 ? 2 * L::kBytes : 0);
+  const SharedAddress partners = rows.slots + (OWNS_KEYS && TENSORS >= 4 ? 2 * L::kBytes : 0);
   const LaneRows lane = lane_rows();
   const uint16_t* key_slot = reinterpret_cast<const uint16_t*>(chunk) + column_of_lane() * 4;
   const uint16_t* value_slot = reinterpret_cast<const uint16_t*>(chunk) + row_of_lane() * 4;

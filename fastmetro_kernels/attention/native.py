@@ -84,7 +84,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 FEW_MAX_HEAD_DIM = 64
-_FEW_SHARED_MEMORY = {"forward": 143616, "backward": 151936}
+_FEW_SHARED_MEMORY = {"forward": 143616, "backward": 219392}
 """Bytes that a block may need: `kFewBytes` of few.cuh and `kFewBackwardBytes` of few_backward.cuh for heads of 64, the
 most of all."""
 

@@ -65,8 +65,7 @@ class _Backward(ctypes.Structure):
     _fields_ = [
         ("plan", _Plan),
         ("sizes", _Sizes),
-        ("inputs", _Strided * 4),
-        ("out", _Strided),
+        ("inputs", _Strided * 5),
         ("lse", ctypes.c_void_p),
         ("grad_lse", ctypes.c_void_p),
         ("grads", ctypes.c_void_p * 3),
@@ -243,7 +242,7 @@ class EmulatedAttention:
         partials = self._partials("backward", 0 if few else 3 * batch * heads * plan.segments, dim)
         symmetric = plan.record_bytes == 368
         arguments = _Backward(
-            plan, self._sizes(q), (_Strided * 4)(*map(_strided, (k, v, q, grad))), _strided(out), lse.data_ptr(),
+            plan, self._sizes(q), (_Strided * 5)(*map(_strided, (k, v, q, grad, out))), lse.data_ptr(),
             grad_lse.data_ptr() if grad_lse is not None else None,
             (ctypes.c_void_p * 3)(*(g.data_ptr() for g in grads)), partials.data_ptr() if partials.numel() else None,
             scale, scale * math.log2(math.e), *((0, 320) if symmetric else (368, 624)), _dropout(dropout_p, seed),
