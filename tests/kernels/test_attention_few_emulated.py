@@ -24,19 +24,21 @@ def _inputs(tokens: int, heads: int, dim: int, dtype: torch.dtype = torch.float1
     ]
 
 
-def _check(graph: Graph, inputs: list[Tensor], dropout_p: float = 0.0, sign: int = 1, **options: object) -> Tensor:
+def _check(
+    graph: Graph, inputs: list[Tensor], dropout_p: float = 0.0, scale: float | None = None, **options: object
+) -> Tensor:
     """Output and log-sum-exp of one call against the oracle; returns the output."""
     q, k, v = inputs
     batch, tokens, heads, dim = q.shape
     attention = EmulatedAttention(topology_of(graph, order="locality"), **options)
     seed = torch.tensor([SEED]) if dropout_p else None
-    out, lse = attention.forward_few(q, k, v, sign * dim**-0.5, dropout_p, seed)
+    out, lse = attention.forward_few(q, k, v, dim**-0.5 if scale is None else scale, dropout_p, seed)
     none = torch.zeros_like(q), torch.zeros_like(lse)  # gradients are not looked at
     keep = keep_mask(SEED, batch, heads, tokens, dropout_p) if dropout_p else None
-    exact = oracle([sign * q, k, v], graph.mask, *none, keep, dropout_p)
-    baseline = plain([sign * q, k, v], graph.mask, *none)
+    exact = oracle([q, k, v], graph.mask, *none, keep, dropout_p, scale)
+    baseline = plain([q, k, v], graph.mask, *none, scale)
     if keep is not None:  # what plain PyTorch gets wrong without dropout, carried over to numbers that are larger
-        without = oracle([sign * q, k, v], graph.mask, *none)
+        without = oracle([q, k, v], graph.mask, *none, scale=scale)
         errors = (b.double() - w for b, w in zip(baseline, without, strict=True))
         baseline = Result(*(e + error / (1 - dropout_p) for e, error in zip(exact, errors, strict=True)))
     assert_within_budget(Result(out, lse, *exact[2:]), exact, baseline)
@@ -82,11 +84,12 @@ def test_dropout(dim: int) -> None:
     _check(graph, _inputs(74, 2, dim), dropout_p=0.4)
 
 
-def test_negative_scale_and_strides() -> None:
-    """Heads first in memory, keys and values shared by the batch."""
+@pytest.mark.parametrize("scale", [-0.125, 0.0, 1e-60])
+def test_explicit_scale_and_strides(scale: float) -> None:
+    """Heads first in memory, keys and values shared by the batch. Masked keys count nothing, whatever the scale."""
     graph = Graph(random_mask(60, 5, 0.02, True, True, 8), 5, 64)
     q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in _inputs(65, 2, 64))
-    _check(graph, [q, k[:1].expand(2, -1, -1, -1), v[:1].expand(2, -1, -1, -1)], sign=-1)
+    _check(graph, [q, k[:1].expand(2, -1, -1, -1), v[:1].expand(2, -1, -1, -1)], scale=scale)
 
 
 @pytest.mark.parametrize("schedule", ["reverse", "random"])
