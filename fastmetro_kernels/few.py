@@ -1,7 +1,7 @@
-"""Windows as the CUDA kernel for few rows reads them (`csrc/attention/few.cuh`): each with all that it needs.
+"""Windows as the CUDA kernels for few rows read them (`csrc/attention/few.cuh`): in pairs, each with all that it needs.
 
-Where a batch is small, nothing is gained by sharing rows between windows, and a plan to follow is one more thing to
-wait for. So a window names the tokens of its keys, not places in a cache.
+Where a batch is small, little is gained by sharing rows between many windows, and a plan to follow is one more thing to
+wait for. So a pair of windows names the tokens that it reads, and where in this list the keys of each window are.
 """
 
 from __future__ import annotations
@@ -15,43 +15,71 @@ from fastmetro_kernels.schedule import WINDOW_ROWS, Schedule
 LISTED_KEYS = 64
 """Keys of a window, hubs included."""
 
-WINDOW_BYTES = 2 * LISTED_KEYS + 8 * WINDOW_ROWS + 4 * WINDOW_ROWS + 16 + 4 * LISTED_KEYS
+BLOCK_WINDOWS, BLOCK_TOKENS = 2, 128
+MOST_WINDOWS = 1024
+"""Of a mesh: more would not find room on any device at once, and these kernels are for meshes that do."""
+
+_WINDOW_BYTES = 2 * LISTED_KEYS + 8 * WINDOW_ROWS + 4 * WINDOW_ROWS + WINDOW_ROWS
+BLOCK_BYTES = BLOCK_WINDOWS * _WINDOW_BYTES + 4 * BLOCK_TOKENS + 16
 
 
 def build_few(schedule: Schedule, num_hubs: int) -> Tensor | None:
-    """uint8 [W, 592] on the CPU, or None where a window has more than 64 keys.
+    """uint8 [ceil(W / 2), 1200] on the CPU, or None where a window has more than 64 keys or a pair too many tokens.
 
-    A window is a chunk (`packing.py`) of 64 keys in slots 0 to 63, hubs first; 16 int32, the tokens of the rows, -1
-    where there is none; 4 int32 of which the third is the number of groups of keys; 64 int32, the tokens of the keys,
-    the first one again where there are fewer. Tokens are numbered hubs first.
+    A pair consists of: two chunks (`packing.py`) of 64 keys, hubs first; of each window 16 int32, the tokens of the
+    rows, -1 where there is none; of each 16 bytes, the slots of the rows; 128 int32, the tokens of slots 0, 1, ...; how
+    many of them there are, and three numbers without a meaning. Tokens are numbered hubs first.
 
     Args:
         schedule: of windows of 16 rows.
         num_hubs: 0 to 64.
     """
-    room = LISTED_KEYS - num_hubs
     vertices = schedule.row_order.cpu().numpy().reshape(-1, WINDOW_ROWS).astype(np.int32)
-    rows = np.where(vertices >= 0, vertices + num_hubs, -1).astype(np.int32)
-    windows, hubs = len(rows), np.arange(num_hubs)
-    listed = schedule.keys.cpu().numpy() >= 0
-    window_of_key = np.repeat(np.arange(windows), np.diff(schedule.key_offsets.cpu().numpy()))[listed]
-    counts = np.bincount(window_of_key, minlength=windows)
-    if (counts > room).any():
+    if len(vertices) > MOST_WINDOWS:
         return None
-    place = num_hubs + np.arange(len(window_of_key)) - np.repeat(np.cumsum(counts) - counts, counts)
-    keys = np.full((windows, LISTED_KEYS), -1, np.int32)
-    keys[:, :num_hubs] = hubs
-    keys[window_of_key, place] = schedule.keys.cpu().numpy()[listed] + num_hubs
-    first = np.where(keys[:, :1] >= 0, keys[:, :1], rows[:, :1])  # a window without keys names a row of its own
-    keys = np.where(keys >= 0, keys, first)
-    seen = np.zeros((windows, LISTED_KEYS, WINDOW_ROWS), np.uint8)
-    seen[:, :num_hubs] = 1
-    bits = schedule.row_masks.cpu().numpy()[listed].astype(np.int64)
-    seen[window_of_key, place] = bits[:, None] >> np.arange(WINDOW_ROWS) & 1
-    masks = np.packbits(seen.transpose(0, 2, 1), axis=2, bitorder="little")  # [W, 16, 8]
-    slots = np.arange(LISTED_KEYS, dtype=np.int16).reshape(-1, 16).T
-    slot_bytes = np.broadcast_to(np.ascontiguousarray(slots).view(np.uint8).ravel(), (windows, 2 * LISTED_KEYS))
-    extras = np.broadcast_to(np.array([0, 0, LISTED_KEYS // 16, 0], np.int32).view(np.uint8), (windows, 16))
-    mask_bytes = masks.reshape(windows, 8 * WINDOW_ROWS)
-    parts = [slot_bytes, mask_bytes, rows.view(np.uint8), extras, keys.view(np.uint8)]
-    return torch.from_numpy(np.concatenate(parts, axis=1))
+    rows = np.where(vertices >= 0, vertices + num_hubs, -1).astype(np.int32)
+    offsets, keys = schedule.key_offsets.cpu().numpy(), schedule.keys.cpu().numpy()
+    masks = schedule.row_masks.cpu().numpy().astype(np.int64)
+    windows = []
+    for window in range(len(rows)):
+        part = slice(offsets[window], offsets[window + 1])
+        listed = keys[part] >= 0
+        windows.append((rows[window], keys[part][listed] + num_hubs, masks[part][listed]))
+    blocks = []
+    for first in range(0, len(windows), BLOCK_WINDOWS):
+        block = _block(windows[first : first + BLOCK_WINDOWS], num_hubs)
+        if block is None:
+            return None
+        blocks.append(block)
+    return torch.from_numpy(np.stack(blocks) if blocks else np.zeros((0, BLOCK_BYTES), np.uint8))
+
+
+_Window = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Tokens of its rows [16], of its keys without the hubs [K], and which rows see these [K], bit by bit."""
+
+
+def _block(windows: list[_Window], num_hubs: int) -> np.ndarray | None:
+    tokens = list(range(num_hubs))
+    for rows, keys, _ in windows:
+        tokens += keys.tolist() + rows[rows >= 0].tolist()
+    slots = {token: slot for slot, token in enumerate(dict.fromkeys(tokens))}
+    most_keys = max(len(keys) for _, keys, _ in windows)
+    if len(slots) > BLOCK_TOKENS or num_hubs + most_keys > LISTED_KEYS:
+        return None
+    chunks = np.zeros((BLOCK_WINDOWS, 256), np.uint8)
+    row_tokens = np.full((BLOCK_WINDOWS, WINDOW_ROWS), -1, np.int32)
+    row_slots = np.zeros((BLOCK_WINDOWS, WINDOW_ROWS), np.uint8)
+    for number, (rows, keys, masks) in enumerate(windows):
+        key_slots = np.zeros(LISTED_KEYS, np.int16)
+        seen = np.zeros((LISTED_KEYS, WINDOW_ROWS), np.uint8)
+        key_slots[:num_hubs], seen[:num_hubs] = np.arange(num_hubs), 1
+        key_slots[num_hubs : num_hubs + len(keys)] = [slots[key] for key in keys.tolist()]
+        seen[num_hubs : num_hubs + len(keys)] = masks[:, None] >> np.arange(WINDOW_ROWS) & 1
+        chunks[number, : 2 * LISTED_KEYS] = np.ascontiguousarray(key_slots.reshape(-1, 16).T).view(np.uint8).ravel()
+        chunks[number, 2 * LISTED_KEYS :] = np.packbits(seen.T, axis=1, bitorder="little").ravel()
+        row_tokens[number] = rows
+        row_slots[number] = [slots.get(row, 0) for row in rows.tolist()]
+    listed = np.zeros(BLOCK_TOKENS + 4, np.int32)
+    listed[: len(slots)] = list(slots)
+    listed[BLOCK_TOKENS] = len(slots)
+    return np.concatenate([part.view(np.uint8).ravel() for part in (chunks, row_tokens, row_slots, listed)])

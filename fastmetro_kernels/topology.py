@@ -60,7 +60,7 @@ class TokenTopology(nn.Module):
     columns: Tensor
     t_row_offsets: Tensor
     t_columns: Tensor
-    few_windows: Tensor | None
+    few_pairs: Tensor | None
     group_rows: Tensor
     group_entries: Tensor
     group_padding: Tensor
@@ -88,7 +88,7 @@ class TokenTopology(nn.Module):
         self._set_lists("t_", *_transposed(offsets, indices))
         self._set_groups(offsets)
         self._set_schedules()
-        self.register_buffer("few_windows", None, persistent=False)  # see `few.py`; on CUDA devices only
+        self.register_buffer("few_pairs", None, persistent=False)  # see `few.py`; on CUDA devices only
         self._plan_sizes: dict[str, tuple[int, int]] | None = None  # None: not built, {}: the pattern has no plan
 
     def _set_lists(self, prefix: str, offsets: np.ndarray, indices: np.ndarray) -> None:
@@ -190,7 +190,7 @@ class TokenTopology(nn.Module):
         self._plan_sizes = {}
         schedules = self._plan_schedules()
         few = build_few(schedules[0], self.num_hubs)
-        self.register_buffer("few_windows", None if few is None else few.to(self.columns.device), persistent=False)
+        self.register_buffer("few_pairs", None if few is None else few.to(self.columns.device), persistent=False)
         shapes = dict(_PLANS)
         for kernel in ("forward", "backward"):
             resident = resident_shape(self.num_vertices, self.num_hubs, kernel == "backward")

@@ -57,6 +57,8 @@ def test_attention_cases_take_the_kernels_they_are_for(monkeypatch: pytest.Monke
         case.topology._set_plans()  # which otherwise only moving to a GPU does
         q = torch.empty(case.batch, case.topology.num_tokens, case.heads, case.dim, dtype=case.dtype)
         assert cases.forward_kernel(q, case.topology, case.segment) == case.kernel, case
+        if case.kernel == "few":
+            assert native.takes_few("backward", q, case.topology) == case.topology.symmetric, case
         found.add(case.kernel)
     assert found == {"few", "walk", "narrow"}
 

@@ -102,7 +102,7 @@ def forward_kernel(q: Tensor, topology: TokenTopology, segment: int) -> str:
     """Which kernel the native forward takes on CUDA; "": none."""
     if native._cuda_reasons(q, topology):
         return ""
-    if segment == 0 and native.takes_few(q, topology):
+    if segment == 0 and native.takes_few("forward", q, topology):
         return "few"
     whole = native._plan(topology, "forward", q, segment).slots == topology.num_tokens
     alone = native.fills_device(q.shape[0], q.shape[2], q.shape[3], native._multiprocessors(q.device))
@@ -151,7 +151,7 @@ def attention_native() -> Iterator[Attention]:
 
 
 def attention_few() -> Iterator[Attention]:
-    """Small batches, whose forward has a kernel of its own."""
+    """Small batches, which have kernels of their own, the backward where the pattern is symmetric."""
     grid, one = mesh(9, 13, 14), TokenTopology.from_mask(torch.ones(1, 1, dtype=torch.bool), num_hubs=0)
     for dim in (8, 16, 24, 32, 64):
         yield Attention(grid, dim, HALF, heads=3)

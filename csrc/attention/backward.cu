@@ -38,33 +38,15 @@ void run(BackwardArguments& p, int64_t steps_per_segment, const Tensor& q) {
                             cluster_size, 3 * heads * p.sizes.hubs * (DIM / 4), q);
 }
 
-void check_per_row(const Tensor& tensor, const char* name, const Tensor& q) {
-  STD_TORCH_CHECK(tensor.device() == q.device() && tensor.scalar_type() == ScalarType::Float && tensor.dim() == 3 &&
-                      tensor.size(0) == q.size(0) && tensor.size(1) == q.size(2) && tensor.size(2) == q.size(1),
-                  "topology_attention: ", name, " must be float32 [B, H, L] on the device of q");
-}
-
 std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_out, std::optional<Tensor> grad_lse, Tensor q, Tensor k,
                                             Tensor v, Tensor out, Tensor lse, Tensor steps, Tensor loads,
                                             Tensor restarts, Tensor records, Tensor hub_chunks, Tensor extra_chunks,
                                             int64_t slots, int64_t windows, int64_t num_hubs, double scale,
                                             double dropout_p, std::optional<Tensor> seed, int64_t steps_per_segment) {
-  check_input(q, "q", q);
-  check_input(k, "k", q);
-  check_input(v, "v", q);
-  check_input(out, "out", q);
-  check_input(grad_out, "grad_out", q);
-  check_per_row(lse, "lse", q);
-  if (grad_lse.has_value()) check_per_row(*grad_lse, "grad_lse", q);
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
-  Tensor grads[3];
-  for (Tensor& grad : grads) grad = torch::stable::new_empty(q, q.sizes());
-  if (q.numel() == 0) return {grads[0], grads[1], grads[2]};
-  const Tensor inputs[4] = {readable(k), readable(v), readable(q), readable(grad_out)};
-  const Tensor readable_out = readable(out), row_lse = torch::stable::contiguous(lse);
-  std::optional<Tensor> row_grads;
-  if (grad_lse.has_value()) row_grads = torch::stable::contiguous(*grad_lse);
   BackwardArguments p{};
+  BackwardTensors tensors(grad_out, grad_lse, q, k, v, out, lse);
+  if (q.numel() == 0) return tensors.results();
   p.sizes = sizes_of(q, num_hubs);
   p.plan = plan_of({steps, loads, restarts, records, hub_chunks, extra_chunks, slots, windows}, q, num_hubs);
   const bool symmetric = p.plan.record_bytes == kBackwardRecordBytes;
@@ -72,17 +54,11 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_out, std::optional<Tenso
                   p.plan.record_bytes, " bytes are not those of a backward plan");
   p.transposed = symmetric ? 0 : kRecordTransposed;
   p.transposed_extras = symmetric ? kRecordExtras : kRecordTransposedExtras;
-  for (int i = 0; i < 4; ++i) p.inputs[i] = strided(inputs[i]);
-  p.out = strided(readable_out);
-  p.lse = row_lse.const_data_ptr<float>();
-  p.grad_lse = row_grads.has_value() ? row_grads->const_data_ptr<float>() : nullptr;
-  for (int i = 0; i < 3; ++i) p.grads[i] = grads[i].mutable_data_ptr();
-  p.scale = static_cast<float>(scale);
-  p.scale_log2e = static_cast<float>(scale) * kLog2e;
+  tensors.set(p, scale);
   p.dropout = dropout_of(dropout_p, seed, q);
   select_kernel(q, dropout_p > 0,
                 [&]<typename T, int DIM, bool DROPOUT>() { run<T, DIM, DROPOUT>(p, steps_per_segment, q); });
-  return {grads[0], grads[1], grads[2]};
+  return tensors.results();
 }
 
 }  // namespace

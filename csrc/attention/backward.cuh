@@ -51,14 +51,15 @@ constexpr int backward_threads(const Sizes& sizes, int windows) {
 template <int DIM>
 constexpr int kBackwardHubTiles = DIM == 128 ? 1 : 4;
 
-// Copies rows of k, v, q and the gradient to their slots, and computes sum(grad_out out) - grad_lse of each.
-template <typename T, int DIM, int BYTES = kGroupBytes<DIM>>
+// Copies rows of k, v, q and the gradient, or of the latter two, to their slots, and computes sum(grad_out out) -
+// grad_lse of each.
+template <typename T, int DIM, int BYTES = kGroupBytes<DIM>, int TENSORS = 4>
 struct BackwardCopier {
   using L = Layout<DIM, BYTES>;
   static constexpr int kRowsAtOnce = kWarp / L::kPieces;
   // A warp has so many reads of the output under way, and fewer where all warps of a narrow group's block share them.
   static constexpr int kRounds = 10, kRoundsOfAll = L::kNarrow ? 2 : kRounds;
-  RowCopier<T, DIM, 4, 4, BYTES> rows;
+  RowCopier<T, DIM, TENSORS, TENSORS, BYTES> rows;
   const unsigned char* out;
   const float *lse, *grad_lse;  // of the head of this lane's piece
   int out_bytes, piece;
@@ -68,7 +69,7 @@ struct BackwardCopier {
 
   __device__ BackwardCopier(const BackwardArguments& p, const BlockPlace& place, unsigned char* memory,
                             RowStatistics* statistics, int* slot_tokens)
-      : rows(p.inputs, p.sizes, place, shared_address(memory)),
+      : rows(p.inputs + 4 - TENSORS, p.sizes, place, shared_address(memory)),
         out_bytes(p.out.token_bytes),
         piece(threadIdx.x % L::kPieces),
         slots(memory),
@@ -111,7 +112,7 @@ struct BackwardCopier {
         const int token = entries[i].x, slot = entries[i].y;
         uint4 grads = make_uint4(0u, 0u, 0u, 0u);
         if (token >= 0) {  // this lane has copied this piece itself
-          const int row = slot * slot_bytes<DIM, BYTES>(4) + 3 * L::kBytes;
+          const int row = slot * slot_bytes<DIM, BYTES>(TENSORS) + (TENSORS - 1) * L::kBytes;
           grads = *reinterpret_cast<const uint4*>(slots + row + 16 * piece);
         }
         float sum = dot_pieces<T>(grads, outs[i]);

@@ -232,4 +232,46 @@ void set_forward(Arguments& p, const Tensor& q, const Tensor& k, const Tensor& v
   p.sign = scale < 0 ? 0x80008000u : 0u;
 }
 
+inline void check_per_row(const Tensor& tensor, const char* name, const Tensor& q) {
+  STD_TORCH_CHECK(tensor.device() == q.device() && tensor.scalar_type() == ScalarType::Float && tensor.dim() == 3 &&
+                      tensor.size(0) == q.size(0) && tensor.size(1) == q.size(2) && tensor.size(2) == q.size(1),
+                  "topology_attention: ", name, " must be float32 [B, H, L] on the device of q");
+}
+
+// What every backward op does with its tensors: checks them, makes the gradients, and keeps alive what the kernels read.
+class BackwardTensors {
+ public:
+  BackwardTensors(const Tensor& grad_out, const std::optional<Tensor>& grad_lse, const Tensor& q, const Tensor& k,
+                  const Tensor& v, const Tensor& out, const Tensor& lse) {
+    check_input(q, "q", q);
+    check_input(k, "k", q);
+    check_input(v, "v", q);
+    check_input(out, "out", q);
+    check_input(grad_out, "grad_out", q);
+    check_per_row(lse, "lse", q);
+    if (grad_lse.has_value()) check_per_row(*grad_lse, "grad_lse", q);
+    for (int i = 0; i < 3; ++i) grads_.push_back(torch::stable::new_empty(q, q.sizes()));
+    if (q.numel() == 0) return;
+    for (const Tensor& tensor : {k, v, q, grad_out, out}) read_.push_back(readable(tensor));
+    read_.push_back(torch::stable::contiguous(lse));
+    if (grad_lse.has_value()) read_.push_back(torch::stable::contiguous(*grad_lse));
+  }
+
+  template <typename Arguments>
+  void set(Arguments& p, double scale) {
+    for (int i = 0; i < 4; ++i) p.inputs[i] = strided(read_[i]);
+    p.out = strided(read_[4]);
+    p.lse = read_[5].const_data_ptr<float>();
+    p.grad_lse = read_.size() > 6 ? read_[6].const_data_ptr<float>() : nullptr;
+    for (int i = 0; i < 3; ++i) p.grads[i] = grads_[i].mutable_data_ptr();
+    p.scale = static_cast<float>(scale);
+    p.scale_log2e = static_cast<float>(scale) * kLog2e;
+  }
+
+  std::tuple<Tensor, Tensor, Tensor> results() const { return {grads_[0], grads_[1], grads_[2]}; }
+
+ private:
+  std::vector<Tensor> grads_, read_;
+};
+
 }  // namespace fm::attention

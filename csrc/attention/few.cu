@@ -9,14 +9,14 @@ namespace {
 template <typename T, int DIM, bool DROPOUT>
 void run(const FewForwardArguments& p, const Tensor& q) {
   if constexpr (DIM <= 64) {
-    const int64_t blocks = chains<DIM>(p.sizes) * few_blocks<DIM>(p.sizes, p.num_windows);
+    const int64_t blocks = chains<DIM>(p.sizes) * few_blocks<DIM>(p.sizes, p.num_pairs);
     fm::launch_kernel(few_forward_kernel<T, DIM, DROPOUT>, dim3(grid_size(blocks)), kFewThreads,
                       kFewBytes<DIM>, 1, fm::has_clusters(q.get_device_index()),
                       fm::current_stream(q), p);
   }
 }
 
-std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, Tensor windows, int64_t num_hubs, double scale,
+std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, Tensor pairs, int64_t num_hubs, double scale,
                                    double dropout_p, std::optional<Tensor> seed) {
   check_input(q, "q", q);
   check_input(k, "k", q);
@@ -29,9 +29,10 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, Tensor windows,
   const Tensor readable_q = readable(q), readable_k = readable(k), readable_v = readable(v);
   FewForwardArguments p{};
   p.sizes = sizes_of(q, num_hubs);
-  p.num_windows = static_cast<int>((q.size(1) - num_hubs + kRows - 1) / kRows);
-  check_plan_tensor(windows, "windows", p.num_windows * static_cast<int64_t>(sizeof(FewWindow)), ScalarType::Byte, q);
-  p.windows = static_cast<const FewWindow*>(windows.const_data_ptr());
+  constexpr int kPairRows = kFewWindows * kRows;
+  p.num_pairs = static_cast<int>((q.size(1) - num_hubs + kPairRows - 1) / kPairRows);
+  check_plan_tensor(pairs, "pairs", p.num_pairs * static_cast<int64_t>(sizeof(FewPair)), ScalarType::Byte, q);
+  p.pairs = static_cast<const FewPair*>(pairs.const_data_ptr());
   set_forward(p, readable_q, readable_k, readable_v, out, lse, scale);
   p.dropout = dropout_of(dropout_p, seed, q);
   select_kernel(q, dropout_p > 0, [&]<typename T, int DIM, bool DROPOUT>() { run<T, DIM, DROPOUT>(p, q); });

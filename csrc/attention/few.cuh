@@ -1,8 +1,8 @@
 // Forward pass where there are few rows: at batch 1 a mesh of 431 vertices is a few microseconds of waiting, so what
-// counts is how many things happen one after the other. Nothing is shared between windows and nothing is planned. Eight
-// warps gather the up to 64 keys of a window, one of them (one per head of the group) attends. The hubs have blocks of
-// their own, in which every warp reads its rows in the order of memory and attends to them; then, after the only
-// barrier, the block combines the warps' sums.
+// counts is how many things happen one after the other, and how much all blocks ask of L2 at the same time. A block
+// gathers the rows that a pair of windows needs, then a warp attends for each window and head of the group. The hubs
+// have blocks of their own, which read all rows in the order of memory; eight warps attend to 64 keys each, and the
+// block combines their sums.
 
 #pragma once
 
@@ -12,31 +12,33 @@ namespace fm::attention {
 
 constexpr int kFewWarps = 16;
 constexpr int kFewThreads = kFewWarps * kWarp;
-constexpr int kFewWindows = 4;                        // of a block
-constexpr int kFewTeam = kFewThreads / kFewWindows;  // threads of a window
-constexpr int kFewKeys = 2 * kGroup;                  // that a warp of a hub tile has in shared memory at a time
+constexpr int kFewWindows = 2;  // of a block
+constexpr int kFewSlots = kFewWindows * kKeys;
+constexpr int kFewHubWarps = 8;  // that attend, of a tile of hubs, to 64 keys each
+constexpr int kFewHubSlots = kFewHubWarps * kKeys;
 
-// A window as fastmetro_kernels/few.py lays it out: a chunk whose slots are 0 to 63, then as in a record, and the tokens
-// of the keys (the first one again where there are fewer than 64).
-struct FewWindow {
-  unsigned char chunk[kChunkBytes];
-  int rows[kRows];
-  Extras extras;
-  int keys[kKeys];
+// A pair of windows as fastmetro_kernels/few.py lays it out: of each a chunk, the tokens of the rows (below 0: none) and
+// the slots that these lie in; the tokens of all `count` slots.
+struct FewPair {
+  unsigned char chunks[kFewWindows][kChunkBytes];
+  int rows[kFewWindows][kRows];
+  unsigned char row_slots[kFewWindows][kRows];
+  int tokens[kFewSlots];
+  int count, unused[3];
 };
-static_assert(sizeof(FewWindow) == kForwardRecordBytes + 4 * kKeys);
+static_assert(sizeof(FewPair) % 16 == 0);
 
 struct FewForwardArguments : ForwardArguments {
-  const FewWindow* windows;
-  int num_windows;
+  const FewPair* pairs;
+  int num_pairs;
 };
 
-// Shared memory of a window: k and v of its keys, its queries, its record.
+// Shared memory of a pair of windows: k and v of its slots, its queries, its record.
 template <int DIM>
-struct FewWindowShared {
-  static constexpr int kQueries = kKeys * slot_bytes<DIM>(2);
-  static constexpr int kRecord = kQueries + kRows * slot_bytes<DIM>(1);
-  static constexpr int kBytes = kRecord + static_cast<int>(sizeof(FewWindow));
+struct FewPairShared {
+  static constexpr int kQueries = kFewSlots * slot_bytes<DIM>(2);
+  static constexpr int kRecord = kQueries + kFewWindows * kRows * slot_bytes<DIM>(1);
+  static constexpr int kBytes = kRecord + static_cast<int>(sizeof(FewPair));
 };
 
 // A tile of hubs and what a block does of it: all, or where a group has several heads, half of them.
@@ -48,33 +50,57 @@ struct FewHubs {
   static constexpr int kPieces = kBytes / 16;
   static constexpr int kSlotBytes = slot_bytes<DIM, kBytes>(2);
   static constexpr int kPitch = DIM + 4;
-  // Shared memory: of each warp its keys, in their place what it passes on, [heads, 16, kPitch] floats; the queries; of
-  // each warp with dropout the tokens of its keys.
-  static constexpr int kWarpBytes = kFewKeys * kSlotBytes;
-  static constexpr int kQueries = kFewWarps * kWarpBytes;
+  // Shared memory: of each warp its keys, in their place what it passes on, [heads, 16, kPitch] floats; the queries; with
+  // dropout the tokens of the keys.
+  static constexpr int kWarpBytes = kKeys * kSlotBytes;
+  static constexpr int kQueries = kFewHubWarps * kWarpBytes;
   static constexpr int kTokens = kQueries + kRows * (kBytes + 16);
-  static constexpr int kAllBytes = kTokens + kFewWarps * kFewKeys * 4;
+  static constexpr int kAllBytes = kTokens + kFewHubSlots * 4;
   static_assert(kHeads * kRows * kPitch * 4 <= kWarpBytes);
 };
 
-// Blocks of one batch element and group of heads: those of the hubs, which take longest, come first.
+// Blocks of one batch element and group of heads: those of the hubs, which take longest, come first. `roles`: that the
+// hubs' blocks share, 2 in the backward.
 template <int DIM>
-__host__ __device__ constexpr int few_blocks(const Sizes& sizes, int windows) {
-  return FewHubs<DIM>::kBlocks * hub_tiles(sizes) + (windows + kFewWindows - 1) / kFewWindows;
+__host__ __device__ constexpr int few_blocks(const Sizes& sizes, int pairs, int roles = 1) {
+  return roles * FewHubs<DIM>::kBlocks * hub_tiles(sizes) + pairs;
 }
 
 template <int DIM>
-constexpr int kFewBytes = FewHubs<DIM>::kAllBytes > kFewWindows * FewWindowShared<DIM>::kBytes
-                              ? FewHubs<DIM>::kAllBytes
-                              : kFewWindows * FewWindowShared<DIM>::kBytes;
+constexpr int kFewBytes =
+    FewHubs<DIM>::kAllBytes > FewPairShared<DIM>::kBytes ? FewHubs<DIM>::kAllBytes : FewPairShared<DIM>::kBytes;
+
+// What a block does.
+struct FewPlace {
+  BlockPlace block;
+  int tile, role;  // of hubs; tile -1: it has a pair of windows
+  int pair;
+
+  template <int DIM>
+  __device__ __forceinline__ static FewPlace here(const Sizes& sizes, int pairs, int roles) {
+    constexpr int kHeads = Layout<DIM>::kHeads, kShares = FewHubs<DIM>::kBlocks;
+    const int per_chain = few_blocks<DIM>(sizes, pairs, roles), of_hubs = per_chain - pairs;
+    const int chain = static_cast<int>(blockIdx.x) / per_chain, number = static_cast<int>(blockIdx.x) % per_chain;
+    const int groups = (sizes.heads + kHeads - 1) / kHeads;
+    FewPlace place{{chain / groups, 0, chain % groups * kHeads, 0, 0}, -1, 0, number - of_hubs};
+    if (number >= of_hubs) return place;
+    place.role = number % roles;
+    place.tile = number / (roles * kShares);
+    place.block.first_head += number / roles % kShares * FewHubs<DIM>::kHeads;
+    return place;
+  }
+};
 
 // The first `count` keys lie in slots 0, 1, ..., and every row sees them: the same questions as of a Chunk.
 struct FewKeys {
   int count;
 
-  __device__ __forceinline__ uint2 slots(int n) const { return make_uint2(n + ((n + 16) << 16), 0u); }
+  __device__ __forceinline__ uint2 slots(int n) const {
+    const uint32_t first = n + ((n + 16) << 16);
+    return make_uint2(first, first + 0x00200020u);
+  }
   __device__ __forceinline__ unsigned long long mask(int) const {
-    return (count < kFewKeys ? (1u << count) - 1 : 0xffffffffu) >> (2 * (threadIdx.x % 4));
+    return (count < kKeys ? (1ull << count) - 1 : ~0ull) >> (2 * (threadIdx.x % 4));
   }
   __device__ __forceinline__ int slot_of_key(int key) const { return key; }
 };
@@ -109,26 +135,28 @@ __device__ __forceinline__ void read_queries(uint32_t (*q)[4], SharedAddress row
   }
 }
 
-// All threads of a window bring its rows to shared memory.
+// The block brings the rows of a pair of windows to shared memory.
 template <typename T, int DIM>
-__device__ __forceinline__ void gather_window(const ForwardArguments& p, const BlockPlace& place,
-                                              const FewWindow& window, SharedAddress memory) {
+__device__ __forceinline__ void gather_pair(const ForwardArguments& p, const BlockPlace& place, const FewPair& pair,
+                                            SharedAddress memory) {
   using L = Layout<DIM>;
-  using Shared = FewWindowShared<DIM>;
-  constexpr int kAtOnce = kFewTeam / L::kPieces;
-  const int thread = threadIdx.x % kFewTeam, row = thread / L::kPieces;
-  int keys[kKeys / kAtOnce];
+  using Shared = FewPairShared<DIM>;
+  constexpr int kAtOnce = kFewThreads / L::kPieces, kRounds = kFewSlots / kAtOnce, kQueries = kFewWindows * kRows;
+  const int thread = threadIdx.x, row = thread / L::kPieces;
+  int tokens[kRounds];
 #pragma unroll
-  for (int i = 0; i < kKeys / kAtOnce; ++i) keys[i] = __ldg(window.keys + row + i * kAtOnce);
-  const int query = row < kRows ? __ldg(window.rows + row) : -1;
-  if (thread < static_cast<int>(sizeof(FewWindow)) / 16) {
-    copy_async_16(memory + Shared::kRecord + 16 * thread, reinterpret_cast<const uint4*>(&window) + thread, true);
+  for (int i = 0; i < kRounds; ++i) tokens[i] = __ldg(pair.tokens + row + i * kAtOnce);
+  const int count = __ldg(&pair.count), query = row < kQueries ? __ldg(pair.rows[0] + row) : -1;
+  if (thread < static_cast<int>(sizeof(FewPair)) / 16) {
+    copy_async_16(memory + Shared::kRecord + 16 * thread, reinterpret_cast<const uint4*>(&pair) + thread, true);
   }
   wait_for_previous_grid();
   const RowCopier<T, DIM, 2, 2> copier(p.kv, p.sizes, place, memory);
 #pragma unroll
-  for (int i = 0; i < kKeys / kAtOnce; ++i) copier.copy(keys[i], row + i * kAtOnce);
-  if (row < kRows) {
+  for (int i = 0; i < kRounds; ++i) {
+    if (row + i * kAtOnce < count) copier.copy(tokens[i], row + i * kAtOnce);
+  }
+  if (row < kQueries) {
     const int piece = thread % L::kPieces;
     const FewPiece own = FewPiece::of<T>(p.q, p.sizes, place.batch, place.first_head + piece / L::kHeadPieces,
                                          piece % L::kHeadPieces * 8);
@@ -140,20 +168,20 @@ __device__ __forceinline__ void gather_window(const ForwardArguments& p, const B
 
 // One warp: one head of a window that has been gathered.
 template <typename T, int DIM, bool DROPOUT>
-__device__ __forceinline__ void attend_gathered(const ForwardArguments& p, const BlockPlace& place, int head,
-                                                const unsigned char* memory) {
-  using Shared = FewWindowShared<DIM>;
+__device__ __forceinline__ void attend_gathered(const ForwardArguments& p, const BlockPlace& place, int window,
+                                                int head, const unsigned char* memory) {
+  using Shared = FewPairShared<DIM>;
   const LaneRows lane = lane_rows();
-  const FewWindow& window = *reinterpret_cast<const FewWindow*>(memory + Shared::kRecord);
+  const FewPair& pair = *reinterpret_cast<const FewPair*>(memory + Shared::kRecord);
   const SharedAddress slots = shared_address(memory);
-  const int token_low = window.rows[lane.low], token_high = window.rows[lane.high];
+  const int token_low = pair.rows[window][lane.low], token_high = pair.rows[window][lane.high];
   const int64_t batch_head = place.batch * p.sizes.heads + place.first_head + head;
-  const DropoutTile dropout{window.keys, DROPOUT ? dropout_key(*p.dropout.seed, batch_head) : 0u, p.dropout.threshold,
+  const DropoutTile dropout{pair.tokens, DROPOUT ? dropout_key(*p.dropout.seed, batch_head) : 0u, p.dropout.threshold,
                             token_low, token_high};
   uint32_t q[DIM / 16][4];
-  read_queries<T, DIM>(q, slots + Shared::kQueries, head, p.sign);
+  read_queries<T, DIM>(q, slots + Shared::kQueries + window * kRows * slot_bytes<DIM>(1), head, p.sign);
   SoftmaxState<DIM> state;
-  attend_keys<T, DIM, kGroups, DROPOUT, true>(state, q, slots, head, Chunk(window.chunk), 0, p.scale, dropout);
+  attend_keys<T, DIM, kGroups, DROPOUT, true>(state, q, slots, head, Chunk(pair.chunks[window]), 0, p.scale, dropout);
   const float sum_low = quad_sum(state.sum_low), sum_high = quad_sum(state.sum_high);
   const auto row = [&](int token) {
     return output_row<T>(p.out, p.sizes, place.batch, place.first_head + head, max(token, 0));
@@ -178,73 +206,69 @@ __device__ __forceinline__ void pass_on(const SoftmaxState<DIM>& state, float* r
   *reinterpret_cast<float2*>(rows + lane.high * kPitch + DIM) = make_float2(state.peak_high, sum_high);
 }
 
-// Copies the rows of 32 tokens from `first` on, of which this lane has a piece; rows beyond the last one are copies of
-// it, which nobody sees.
-template <int PIECES, int SLOT_BYTES>
-__device__ __forceinline__ void copy_tokens(const FewPiece& piece, int first, int tokens, SharedAddress to) {
-  const int row = threadIdx.x % kWarp / PIECES;
-#pragma unroll
-  for (int i = 0; i < kFewKeys; i += kWarp / PIECES) {
-    piece.copy(min(first + i + row, tokens - 1), to + (i + row) * SLOT_BYTES);
-  }
+// How many slots a turn of a tile of hubs fills that begins with token `first`: whole chunks, so that keys that are not
+// there are copies of the last one, which nobody sees.
+__device__ __forceinline__ int few_hub_slots(int first, int tokens) {
+  return min(kFewHubSlots, (tokens - first + kKeys - 1) / kKeys * kKeys);
 }
 
-// A warp of a tile of hubs: 32 keys in the order of memory, then those that all warps together have left, to the end.
+// A tile of hubs: keys in the order of memory, 64 for each of the warps that attend, then as many more, to the end.
 // `place` names the heads of this block.
 template <typename T, int DIM, bool DROPOUT>
 __device__ __forceinline__ void few_hubs(const ForwardArguments& p, const BlockPlace& place, int tile,
                                          unsigned char* memory) {
   using F = FewHubs<DIM>;
   using L = Layout<DIM, F::kBytes>;
+  constexpr int kRowsAtOnce = kFewThreads / F::kPieces;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, tokens = p.sizes.tokens;
-  unsigned char* own = memory + warp * F::kWarpBytes;
-  const SharedAddress slots = shared_address(own), queries = shared_address(memory) + F::kQueries;
-  int* key_tokens = reinterpret_cast<int*>(memory + F::kTokens) + warp * kFewKeys;
-  const auto piece_of = [&](const Strided& tensor, int piece) {
-    return FewPiece::of<T>(tensor, p.sizes, place.batch, place.first_head + piece / L::kHeadPieces,
-                           piece % L::kHeadPieces * 8);
-  };
-  const FewPiece key = piece_of(p.kv[0], lane % F::kPieces), value = piece_of(p.kv[1], lane % F::kPieces);
+  const int piece = threadIdx.x % F::kPieces, row = threadIdx.x / F::kPieces;
+  const SharedAddress slots = shared_address(memory), queries = slots + F::kQueries;
+  int* key_tokens = reinterpret_cast<int*>(memory + F::kTokens);
+  const RowCopier<T, DIM, 2, 2, F::kBytes> copier(p.kv, p.sizes, place, slots);
   const auto copy = [&](int first) {
-    const SharedAddress to = slots + lane % F::kPieces * 16;
-    copy_tokens<F::kPieces, F::kSlotBytes>(key, first, tokens, to);
-    copy_tokens<F::kPieces, F::kSlotBytes>(value, first, tokens, to + F::kBytes);
-    if (DROPOUT) key_tokens[lane] = first + lane;
+    const int end = few_hub_slots(first, tokens);
+#pragma unroll
+    for (int i = 0; i < kFewHubSlots / kRowsAtOnce; ++i) {
+      const int slot = row + i * kRowsAtOnce;
+      if (slot < end) copier.copy(min(first + slot, tokens - 1), slot);
+    }
+    if (DROPOUT) key_tokens[threadIdx.x] = first + threadIdx.x;
+    copy_async_commit();
+    copy_async_wait<0>();
   };
+  static_assert(kFewThreads == kFewHubSlots);
   wait_for_previous_grid();
-  const int query = threadIdx.x / F::kPieces, hub = tile * kRows + query;
-  if (query < kRows) {
-    const int piece = threadIdx.x % F::kPieces;
-    piece_of(p.q, piece).copy(hub < p.sizes.hubs ? hub : -1, queries + query * (F::kBytes + 16) + 16 * piece);
+  if (row < kRows) {
+    const int hub = tile * kRows + row;
+    const FewPiece query = FewPiece::of<T>(p.q, p.sizes, place.batch, place.first_head + piece / L::kHeadPieces,
+                                           piece % L::kHeadPieces * 8);
+    query.copy(hub < p.sizes.hubs ? hub : -1, queries + row * (F::kBytes + 16) + 16 * piece);
   }
-  const int begin = warp * kFewKeys;
-  if (begin < tokens) copy(begin);
-  copy_async_commit();
-  copy_async_wait<0>();
-  __syncthreads();
   SoftmaxState<DIM> state[F::kHeads];
 #pragma unroll
   for (int head = 0; head < F::kHeads; ++head) state[head].clear();
-  for (int first = begin; first < tokens; first += kFewWarps * kFewKeys) {
+  for (int first = 0; first < tokens; first += kFewHubSlots) {
+    if (first > 0) __syncthreads();
+    copy(first);
+    __syncthreads();
+    const int own = first + warp * kKeys;
+    if (warp >= kFewHubWarps || own >= tokens) continue;
 #pragma unroll
     for (int head = 0; head < F::kHeads; ++head) {
       const int64_t batch_head = place.batch * p.sizes.heads + place.first_head + head;
-      const DropoutTile dropout{key_tokens, DROPOUT ? dropout_key(*p.dropout.seed, batch_head) : 0u,
+      const DropoutTile dropout{key_tokens + warp * kKeys, DROPOUT ? dropout_key(*p.dropout.seed, batch_head) : 0u,
                                 p.dropout.threshold, tile * kRows + lane / 4, tile * kRows + lane / 4 + 8};
       uint32_t q[DIM / 16][4];
       read_queries<T, DIM, F::kBytes>(q, queries, head, p.sign);
-      attend_keys<T, DIM, kFewKeys / kGroup, DROPOUT, false, F::kBytes>(
-          state[head], q, slots, head, FewKeys{tokens - first}, 0, p.scale, dropout);
+      attend_keys<T, DIM, kGroups, DROPOUT, false, F::kBytes>(state[head], q, slots + warp * F::kWarpBytes, head,
+                                                              FewKeys{tokens - own}, 0, p.scale, dropout);
     }
-    __syncwarp();
-    if (first + kFewWarps * kFewKeys < tokens) copy(first + kFewWarps * kFewKeys);
-    copy_async_commit();
-    copy_async_wait<0>();
-    __syncwarp();
   }
+  __syncwarp();
+  if (warp >= kFewHubWarps) return;
 #pragma unroll
   for (int head = 0; head < F::kHeads; ++head) {
-    pass_on<DIM>(state[head], reinterpret_cast<float*>(own) + head * kRows * F::kPitch);
+    pass_on<DIM>(state[head], reinterpret_cast<float*>(memory + warp * F::kWarpBytes) + head * kRows * F::kPitch);
   }
 }
 
@@ -254,7 +278,7 @@ __device__ __forceinline__ void combine_hubs(const ForwardArguments& p, const Bl
                                              const unsigned char* memory) {
   using F = FewHubs<DIM>;
   constexpr int kPerRow = DIM / 4, kPart = F::kWarpBytes / 4;
-  const int parts = min(kFewWarps, (p.sizes.tokens + kFewKeys - 1) / kFewKeys);
+  const int parts = min(kFewHubWarps, (p.sizes.tokens + kKeys - 1) / kKeys);
   for (int e = threadIdx.x; e < F::kHeads * kRows * kPerRow; e += kFewThreads) {
     const int column = e % kPerRow * 4, i = e / kPerRow % kRows, head = e / (kPerRow * kRows);
     if (tile * kRows + i >= p.sizes.hubs || place.first_head + head >= p.sizes.heads) continue;
@@ -268,27 +292,20 @@ __device__ __forceinline__ void combine_hubs(const ForwardArguments& p, const Bl
 
 template <typename T, int DIM, bool DROPOUT>
 __global__ void __launch_bounds__(kFewThreads, 1) few_forward_kernel(const __grid_constant__ FewForwardArguments p) {
-  constexpr int kHeads = Layout<DIM>::kHeads, kShares = FewHubs<DIM>::kBlocks;
   unsigned char* memory = dynamic_shared();
-  const int per_chain = few_blocks<DIM>(p.sizes, p.num_windows), tiles = hub_tiles(p.sizes);
-  const int chain = static_cast<int>(blockIdx.x) / per_chain, number = static_cast<int>(blockIdx.x) % per_chain;
-  const int groups = (p.sizes.heads + kHeads - 1) / kHeads;
-  BlockPlace place{chain / groups, 0, chain % groups * kHeads, 0, 0};
+  const FewPlace place = FewPlace::here<DIM>(p.sizes, p.num_pairs, 1);
   launch_dependents();
-  if (number < kShares * tiles) {
-    place.first_head += number % kShares * FewHubs<DIM>::kHeads;
-    few_hubs<T, DIM, DROPOUT>(p, place, number / kShares, memory);
+  if (place.tile >= 0) {
+    few_hubs<T, DIM, DROPOUT>(p, place.block, place.tile, memory);
     __syncthreads();
-    combine_hubs<T, DIM>(p, place, number / kShares, memory);
+    combine_hubs<T, DIM>(p, place.block, place.tile, memory);
     return;
   }
-  const int team = threadIdx.x / kFewTeam, window = (number - kShares * tiles) * kFewWindows + team;
-  unsigned char* own = memory + team * FewWindowShared<DIM>::kBytes;
-  if (window < p.num_windows) gather_window<T, DIM>(p, place, p.windows[window], shared_address(own));
+  gather_pair<T, DIM>(p, place.block, p.pairs[place.pair], shared_address(memory));
   __syncthreads();
-  const int head = threadIdx.x % kFewTeam / kWarp;
-  if (window < p.num_windows && head < kHeads && place.first_head + head < p.sizes.heads) {
-    attend_gathered<T, DIM, DROPOUT>(p, place, head, own);
+  const int window = threadIdx.x / kWarp % kFewWindows, head = threadIdx.x / kWarp / kFewWindows;
+  if (head < Layout<DIM>::kHeads && place.block.first_head + head < p.sizes.heads) {
+    attend_gathered<T, DIM, DROPOUT>(p, place.block, window, head, memory);
   }
 }
 

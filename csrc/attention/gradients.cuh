@@ -56,14 +56,16 @@ __device__ __forceinline__ void differentiate(float& s, float& p, bool seen, con
 }
 
 // The first `groups` groups of 16 partners of a chunk. Adds the gradients of the scores times the first partner tensor to
-// `first`, and for owned keys the weights times the gradient to `second`.
-template <typename T, int DIM, bool OWNS_KEYS, bool DROPOUT, int BYTES = kGroupBytes<DIM>>
+// `first`, and for owned keys the weights times the gradient to `second`. A slot has all four tensors, or the partners'
+// two.
+template <typename T, int DIM, bool OWNS_KEYS, bool DROPOUT, int BYTES = kGroupBytes<DIM>, int TENSORS = 4>
 __device__ __forceinline__ void accumulate_chunk(float (*first)[4], float (*second)[4], const BackwardArguments& p,
                                                  const SharedRows& rows, const OwnedRows& owned,
                                                  const unsigned char* chunk, int groups, int head,
                                                  uint32_t dropout_key) {
   using L = Layout<DIM, BYTES>;
-  const SharedAddress partners = rows.slots + (OWNS_KEYS ? 2 * L::kBytes : 0);
+  constexpr int kSlotBytes = slot_bytes<DIM, BYTES>(TENSORS);
+  const SharedAddress partners = rows.slots + (OWNS_KEYS && TENSORS == 4 ? 2 * L::kBytes : 0);
   const LaneRows lane = lane_rows();
   const uint16_t* key_slot = reinterpret_cast<const uint16_t*>(chunk) + column_of_lane() * 4;
   const uint16_t* value_slot = reinterpret_cast<const uint16_t*>(chunk) + row_of_lane() * 4;
@@ -79,8 +81,8 @@ __device__ __forceinline__ void accumulate_chunk(float (*first)[4], float (*seco
   }
 #pragma unroll 1
   for (int group = 0; group < groups; ++group) {
-    const SharedAddress key = partners + column_piece<DIM>(head) + key_slot[group] * slot_bytes<DIM, BYTES>(4);
-    const SharedAddress value = partners + row_piece<DIM>(head) + value_slot[group] * slot_bytes<DIM, BYTES>(4);
+    const SharedAddress key = partners + column_piece<DIM>(head) + key_slot[group] * kSlotBytes;
+    const SharedAddress value = partners + row_piece<DIM>(head) + value_slot[group] * kSlotBytes;
     const uint32_t seen_low = static_cast<uint32_t>(mask_low[group]) >> (2 * (threadIdx.x % 4));
     const uint32_t seen_high = static_cast<uint32_t>(mask_high[group]) >> (2 * (threadIdx.x % 4));
     float scores[2][4], products[2][4];
@@ -123,6 +125,19 @@ __device__ __forceinline__ void clear(float (*acc)[4]) {
   for (int i = 0; i < DIM / 8; ++i) acc[i][0] = acc[i][1] = acc[i][2] = acc[i][3] = 0.f;
 }
 
+// What two rows of each lane have gathered, in one of the two roles, to the gradients.
+template <typename T, int DIM, bool OWNS_KEYS>
+__device__ __forceinline__ void store_gradients(const BackwardArguments& p, int64_t batch, int head, int token_low,
+                                                int token_high, bool has_low, bool has_high, const float (*first)[4],
+                                                const float (*second)[4]) {
+  const auto store = [&](const float(*acc)[4], void* tensor, float factor) {
+    store_rows<T, DIM>(acc, factor, factor, output_row<T>(tensor, p.sizes, batch, head, token_low),
+                       output_row<T>(tensor, p.sizes, batch, head, token_high), has_low, has_high, p.sizes.dim);
+  };
+  store(first, p.grads[OWNS_KEYS ? 1 : 0], p.scale);
+  if constexpr (OWNS_KEYS) store(second, p.grads[2], 1.f);
+}
+
 // All partners of a window's 16 vertices, in one of the two roles.
 template <typename T, int DIM, bool OWNS_KEYS, bool DROPOUT, int BYTES = kGroupBytes<DIM>>
 __device__ __forceinline__ void backward_window(const BackwardArguments& p, const BlockPlace& place,
@@ -132,7 +147,6 @@ __device__ __forceinline__ void backward_window(const BackwardArguments& p, cons
   const int* tokens = reinterpret_cast<const int*>(record + kRecordTokens);
   const int16_t* row_slots = reinterpret_cast<const int16_t*>(record + kRecordRowSlots);
   const int token_low = tokens[lane.low], token_high = tokens[lane.high];
-  const int row_elements = p.sizes.heads * p.sizes.dim;
   const Extras extras =
       *reinterpret_cast<const Extras*>(record + (OWNS_KEYS ? p.transposed_extras : kRecordExtras));
   const SharedAddress own = rows.slots + row_slots[threadIdx.x % kRows] * slot_bytes<DIM, BYTES>(4) +
@@ -152,14 +166,8 @@ __device__ __forceinline__ void backward_window(const BackwardArguments& p, cons
       const unsigned char* chunk = p.plan.extra_chunks + static_cast<int64_t>(extra) * kChunkBytes;
       accumulate_chunk<T, DIM, OWNS_KEYS, DROPOUT, BYTES>(first, second, p, rows, owned, chunk, kGroups, head, key);
     }
-    const auto store = [&](const float(*acc)[4], void* tensor, float factor) {
-      T* rows = output_row<T>(tensor, p.sizes, place.batch, place.first_head + head, 0);
-      store_rows<T, DIM>(acc, factor, factor, rows + static_cast<int64_t>(token_low) * row_elements,
-                         rows + static_cast<int64_t>(token_high) * row_elements, token_low >= 0, token_high >= 0,
-                         p.sizes.dim);
-    };
-    store(first, p.grads[OWNS_KEYS ? 1 : 0], p.scale);
-    if constexpr (OWNS_KEYS) store(second, p.grads[2], 1.f);
+    store_gradients<T, DIM, OWNS_KEYS>(p, place.batch, place.first_head + head, token_low, token_high, token_low >= 0,
+                                       token_high >= 0, first, second);
   }
 }
 
@@ -231,13 +239,8 @@ struct HubGradients {
     for (int i = 0; i < L::kHeads; ++i) {
       const int head = place.first_head + i;
       if (!mine(i) || head >= p.sizes.heads) continue;
-      const auto store = [&](const float(*acc)[4], void* tensor, float factor) {
-        store_rows<T, DIM>(acc, factor, factor, output_row<T>(tensor, p.sizes, place.batch, head, low),
-                           output_row<T>(tensor, p.sizes, place.batch, head, high), low < p.sizes.hubs,
-                           high < p.sizes.hubs, p.sizes.dim);
-      };
-      store(first[i], p.grads[OWNS_KEYS ? 1 : 0], p.scale);
-      if constexpr (OWNS_KEYS) store(second[i], p.grads[2], 1.f);
+      store_gradients<T, DIM, OWNS_KEYS>(p, place.batch, head, low, high, low < p.sizes.hubs, high < p.sizes.hubs,
+                                         first[i], second[OWNS_KEYS ? i : 0]);
     }
   }
 };

@@ -84,22 +84,26 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 FEW_MAX_HEAD_DIM = 64
-_FEW_BLOCK_WINDOWS = 4
-_FEW_SHARED_MEMORY = 16 * 32 * (2 * 128 + 16) + 16 * (128 + 16) + 16 * 32 * 4
+_FEW_SHARED_MEMORY = {"forward": 143616, "backward": 151936}
+"""Bytes that a block may need: `kFewBytes` of few.cuh and `kFewBackwardBytes` of few_backward.cuh for heads of 64, the
+most of all."""
 
 
-def takes_few(q: Tensor, topology: TokenTopology) -> bool:
-    """Whether the forward kernel for few rows is taken: where its blocks find a multiprocessor each.
+def takes_few(kernel: str, q: Tensor, topology: TokenTopology) -> bool:
+    """Whether the kernel for few rows is taken: where its blocks find a multiprocessor each.
 
     Args:
+        kernel: "forward", or "backward", where the pattern has to be symmetric.
         q: [B, L, H, D] on a CUDA device.
     """
-    dim = q.shape[-1]
-    if topology.few_windows is None or dim > FEW_MAX_HEAD_DIM or _shared_memory(q.device) < _FEW_SHARED_MEMORY:
+    dim, backward = q.shape[-1], kernel == "backward"
+    if topology.few_pairs is None or dim > FEW_MAX_HEAD_DIM or (backward and not topology.symmetric):
+        return False
+    if _shared_memory(q.device) < _FEW_SHARED_MEMORY[kernel]:
         return False
     heads_of_group = 64 // next(size for size in (16, 32, 64) if dim <= size)
-    hub_tiles = -(-topology.num_hubs // WINDOW_ROWS)
-    blocks = min(heads_of_group, 2) * hub_tiles + -(-len(topology.few_windows) // _FEW_BLOCK_WINDOWS)
+    hub_blocks = (1 + backward) * min(heads_of_group, 2) * -(-topology.num_hubs // WINDOW_ROWS)
+    blocks = hub_blocks + len(topology.few_pairs)
     return q.shape[0] * -(-q.shape[2] // heads_of_group) * blocks <= _multiprocessors(q.device)
 
 
@@ -154,9 +158,9 @@ def forward(
     """(out, lse); see `topology_attention`. `segment`: steps that one CUDA block takes, 0: as many as the size asks."""
     if q.device.type == "cuda":
         padded = map(_in_pieces, (q, k, v))
-        if segment == 0 and takes_few(q, topology):
+        if segment == 0 and takes_few("forward", q, topology):
             out, lse = _ops.attention_forward_few_cuda(
-                *padded, topology.few_windows, topology.num_hubs, scale, dropout_p, seed
+                *padded, topology.few_pairs, topology.num_hubs, scale, dropout_p, seed
             )
             return _as_before(out, q), lse
         plan = _plan(topology, "forward", q, segment)
@@ -183,11 +187,16 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv), contiguous; `segment` as in `forward`."""
     if q.device.type == "cuda":
-        plan = _plan(topology, "backward", q, segment)
         padded_grad, *padded = map(_in_pieces, (grad_out, q, k, v, out))
-        grads = _ops.attention_backward_cuda(
-            padded_grad, grad_lse, *padded, lse, *plan, topology.num_hubs, scale, dropout_p, seed, segment
-        )
+        if segment == 0 and takes_few("backward", q, topology):
+            grads = _ops.attention_backward_few_cuda(
+                padded_grad, grad_lse, *padded, lse, topology.few_pairs, topology.num_hubs, scale, dropout_p, seed
+            )
+        else:
+            plan = _plan(topology, "backward", q, segment)
+            grads = _ops.attention_backward_cuda(
+                padded_grad, grad_lse, *padded, lse, *plan, topology.num_hubs, scale, dropout_p, seed, segment
+            )
         grad_q, grad_k, grad_v = (_as_before(grad, q) for grad in grads)
         return grad_q, grad_k, grad_v
     return _ops.attention_backward_native(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastmetro_kernels.attention.configs import PASSES, Config, TritonConfig, problem
+from fastmetro_kernels.few import BLOCK_BYTES, BLOCK_WINDOWS
 from fastmetro_kernels.schedule import WINDOW_ROWS
 
 NAMESPACE = "fastmetro_kernels"
@@ -152,8 +153,13 @@ _PLAN = (
 define("attention_forward_cuda", f"(Tensor q, Tensor k, Tensor v, {_PLAN}) -> (Tensor out, Tensor lse)")
 define(
     "attention_forward_few_cuda",
-    "(Tensor q, Tensor k, Tensor v, Tensor windows, int num_hubs, float scale, float dropout_p, Tensor? seed) -> "
+    "(Tensor q, Tensor k, Tensor v, Tensor pairs, int num_hubs, float scale, float dropout_p, Tensor? seed) -> "
     "(Tensor out, Tensor lse)",
+)
+define(
+    "attention_backward_few_cuda",
+    "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor pairs, "
+    "int num_hubs, float scale, float dropout_p, Tensor? seed) -> (Tensor, Tensor, Tensor)",
 )
 define(
     "attention_backward_cuda",
@@ -167,6 +173,13 @@ def check_plan(q: Tensor, records: Tensor, num_hubs: int) -> None:
     torch._check(0 <= num_hubs <= 64, lambda: f"num_hubs must be 0 to 64, got {num_hubs}")
     windows = -(-(q.size(1) - num_hubs) // WINDOW_ROWS)
     _check_tensor("records", records, (windows, records.size(1)), torch.uint8, q.device)
+
+
+def check_pairs(q: Tensor, pairs: Tensor, num_hubs: int) -> None:
+    """The pairs of windows of `few.py` must be those of the L - num_hubs vertices of q."""
+    torch._check(0 <= num_hubs <= 64, lambda: f"num_hubs must be 0 to 64, got {num_hubs}")
+    count = -(-(q.size(1) - num_hubs) // (BLOCK_WINDOWS * WINDOW_ROWS))
+    _check_tensor("pairs", pairs, (count, BLOCK_BYTES), torch.uint8, q.device)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::attention_forward_cuda")
@@ -199,14 +212,14 @@ def _forward_few_cuda_fake(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    windows: Tensor,
+    pairs: Tensor,
     num_hubs: int,
     scale: float,
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     check_qkv(q, k, v)
-    check_plan(q, windows, num_hubs)
+    check_pairs(q, pairs, num_hubs)
     check_dropout(q, dropout_p, seed)
     return empty_outputs(q)
 
@@ -236,6 +249,28 @@ def _backward_cuda_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_qkv(q, k, v)
     check_plan(q, records, num_hubs)
+    check_dropout(q, dropout_p, seed)
+    check_saved(q, grad_out, grad_lse, out, lse)
+    return empty_gradients(q)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::attention_backward_few_cuda")
+def _backward_few_cuda_fake(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    pairs: Tensor,
+    num_hubs: int,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_qkv(q, k, v)
+    check_pairs(q, pairs, num_hubs)
     check_dropout(q, dropout_p, seed)
     check_saved(q, grad_out, grad_lse, out, lse)
     return empty_gradients(q)

@@ -58,7 +58,7 @@ class _Forward(ctypes.Structure):
 
 
 class _FewForward(ctypes.Structure):
-    _fields_ = [("forward", _Forward), ("windows", ctypes.c_void_p), ("num_windows", ctypes.c_int32)]
+    _fields_ = [("forward", _Forward), ("pairs", ctypes.c_void_p), ("num_pairs", ctypes.c_int32)]
 
 
 class _Backward(ctypes.Structure):
@@ -77,6 +77,10 @@ class _Backward(ctypes.Structure):
         ("transposed_extras", ctypes.c_int32),
         ("dropout", _Dropout),
     ]
+
+
+class _FewBackward(ctypes.Structure):
+    _fields_ = [("backward", _Backward), ("pairs", ctypes.c_void_p), ("num_pairs", ctypes.c_int32)]
 
 
 @functools.cache
@@ -200,9 +204,6 @@ class EmulatedAttention:
     ) -> tuple[Tensor, Tensor]:
         """Output and log-sum-exp by the kernel for few rows."""
         batch, tokens, heads, dim = q.shape
-        windows = build_few(self.topology.schedule, self.topology.num_hubs)
-        if windows is None:
-            raise ValueError("a window has more than 64 keys")
         out = torch.full((batch, tokens, heads, dim), math.nan, dtype=q.dtype)
         lse = torch.full((batch, heads, tokens), math.nan)
         forward = _Forward(
@@ -210,18 +211,27 @@ class EmulatedAttention:
             lse.data_ptr(), None, _forward_scale(scale), 0x80008000 if scale < 0 else 0,
             _dropout(dropout_p, seed),
         )  # fmt: skip
-        arguments = _FewForward(forward, windows.data_ptr(), len(windows))
-        inputs = [windows, q, k, v, *([] if seed is None else [seed])]
+        self._run_few("attention_forward_few", _FewForward, forward, [q, k, v, seed], [out, lse])
+        return out, lse
+
+    def _run_few(
+        self, name: str, kind: type[ctypes.Structure], arguments: ctypes.Structure, reads: Sequence[Tensor | None],
+        writes: Sequence[Tensor],
+    ) -> None:  # fmt: skip
+        """A kernel for few rows; the first tensor read tells the type."""
+        pairs = build_few(self.topology.schedule, self.topology.num_hubs)
+        if pairs is None:
+            raise ValueError("a window has more than 64 keys")
+        inputs = [tensor for tensor in (*reads, pairs) if tensor is not None]
         statistics = _harness().run(
-            "attention_forward_few",
-            arguments,
-            int(q.dtype == torch.bfloat16),
+            name,
+            kind(arguments, pairs.data_ptr(), len(pairs)),
+            int(inputs[0].dtype == torch.bfloat16),
             reads={f"read{i}": tensor for i, tensor in enumerate(inputs)},
-            writes={"out": out, "lse": lse},
+            writes={f"write{i}": tensor for i, tensor in enumerate(writes)},
             **self.options,
         )
         self.statistics.append(statistics)
-        return out, lse
 
     def _partials(self, which: str, parts: int, dim: int) -> Tensor:
         """Where segments leave their sums of hub rows; empty where there is one segment, or a cluster of them."""
@@ -230,13 +240,13 @@ class EmulatedAttention:
 
     def backward(
         self, grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-        scale: float, dropout_p: float = 0.0, seed: Tensor | None = None,
+        scale: float, dropout_p: float = 0.0, seed: Tensor | None = None, few: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """Gradients of q, k, v."""
+        """Gradients of q, k, v; `few`: by the kernel for few rows."""
         batch, tokens, heads, dim = q.shape
         grads = [torch.full((batch, tokens, heads, dim), math.nan, dtype=q.dtype) for _ in range(3)]
         plan = self.plans["backward"]
-        partials = self._partials("backward", 3 * batch * heads * plan.segments, dim)
+        partials = self._partials("backward", 0 if few else 3 * batch * heads * plan.segments, dim)
         symmetric = plan.record_bytes == 368
         arguments = _Backward(
             plan, self._sizes(q), (_Strided * 4)(*map(_strided, (k, v, q, grad))), _strided(out), lse.data_ptr(),
@@ -245,5 +255,8 @@ class EmulatedAttention:
             scale, scale * math.log2(math.e), *((0, 320) if symmetric else (368, 624)), _dropout(dropout_p, seed),
         )  # fmt: skip
         reads = [grad, grad_lse, q, k, v, out, lse, seed]
-        self._run("attention_backward", "backward", arguments, reads, [*grads, partials])
+        if few:
+            self._run_few("attention_backward_few", _FewBackward, arguments, reads, grads)
+        else:
+            self._run("attention_backward", "backward", arguments, reads, [*grads, partials])
         return grads[0], grads[1], grads[2]

@@ -1,7 +1,7 @@
 // Runs the attention kernels in the emulator, for tests/kernels/test_attention_emulated.py. The arguments are laid out
 // as in ForwardArguments and BackwardArguments.
 #include "attention/backward.cuh"
-#include "attention/few.cuh"
+#include "attention/few_backward.cuh"
 #include "attention/forward.cuh"
 
 namespace {
@@ -50,6 +50,13 @@ void backward(const BackwardArguments p) {
   }
 }
 
+// `blocks`: of one batch element and group of heads.
+template <int DIM>
+dim3 few_grid(const Sizes& sizes, int blocks) {
+  const int groups = (sizes.heads + Layout<DIM>::kHeads - 1) / Layout<DIM>::kHeads;
+  return dim3(static_cast<unsigned>(sizes.batch * groups * blocks));
+}
+
 // The combinations that the tests look at. Bits of `variant`: bfloat16, narrow groups of heads.
 template <typename Arguments, typename Run>
 void select(const Arguments& p, int64_t variant, Run run) {
@@ -86,10 +93,21 @@ FM_EMULATION_EXPORT int32_t attention_forward_few(const FewForwardArguments* p, 
   return fm_emulation::reported([&] {
     select(*p, variant, []<typename T, int DIM, bool DROPOUT, int>(const FewForwardArguments arguments) {
       if constexpr (DIM <= 64) {
-        const int groups = (arguments.sizes.heads + Layout<DIM>::kHeads - 1) / Layout<DIM>::kHeads;
-        const int64_t blocks = arguments.sizes.batch * groups * few_blocks<DIM>(arguments.sizes, arguments.num_windows);
         fm_emulation::launch([&] { few_forward_kernel<T, DIM, DROPOUT>(arguments); },
-                             dim3(static_cast<unsigned>(blocks)), kFewThreads, kFewBytes<DIM>);
+                             few_grid<DIM>(arguments.sizes, few_blocks<DIM>(arguments.sizes, arguments.num_pairs)),
+                             kFewThreads, kFewBytes<DIM>);
+      }
+    });
+  });
+}
+
+FM_EMULATION_EXPORT int32_t attention_backward_few(const FewBackwardArguments* p, int64_t variant) {
+  return fm_emulation::reported([&] {
+    select(*p, variant, []<typename T, int DIM, bool DROPOUT, int>(const FewBackwardArguments arguments) {
+      if constexpr (DIM <= 64) {
+        const int blocks = few_blocks<DIM>(arguments.sizes, arguments.num_pairs, 2);
+        fm_emulation::launch([&] { few_backward_kernel<T, DIM, DROPOUT>(arguments); },
+                             few_grid<DIM>(arguments.sizes, blocks), kFewThreads, kFewBackwardBytes<DIM>);
       }
     });
   });

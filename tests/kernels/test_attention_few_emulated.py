@@ -1,4 +1,4 @@
-"""The CUDA kernel for few rows (`csrc/attention/few.cuh`) in the emulator, which looks for races, against float64."""
+"""The CUDA kernels for few rows (`csrc/attention/few*.cuh`) in the emulator, which looks for races, against float64."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from emulation import build
 from emulation.attention import EmulatedAttention
 from torch import Tensor
 
-from fastmetro_kernels.few import WINDOW_BYTES, build_few
+from fastmetro_kernels.few import BLOCK_BYTES, build_few
 
 if build.reasons():
     pytest.skip(f"kernels cannot be emulated: {'; '.join(build.reasons())}", allow_module_level=True)
@@ -26,23 +26,35 @@ def _inputs(tokens: int, heads: int, dim: int, dtype: torch.dtype = torch.float1
 
 def _check(
     graph: Graph, inputs: list[Tensor], dropout_p: float = 0.0, scale: float | None = None, **options: object
-) -> Tensor:
-    """Output and log-sum-exp of one call against the oracle; returns the output."""
+) -> Result:
+    """Forward, and for a symmetric pattern backward, of one call against the oracle; returns the results."""
     q, k, v = inputs
     batch, tokens, heads, dim = q.shape
-    attention = EmulatedAttention(topology_of(graph, order="locality"), **options)
+    topology = topology_of(graph, order="locality")
+    attention = EmulatedAttention(topology, **options)
     seed = torch.tensor([SEED]) if dropout_p else None
-    out, lse = attention.forward_few(q, k, v, dim**-0.5 if scale is None else scale, dropout_p, seed)
-    none = torch.zeros_like(q), torch.zeros_like(lse)  # gradients are not looked at
+    factor = dim**-0.5 if scale is None else scale
+    out, lse = attention.forward_few(q, k, v, factor, dropout_p, seed)
+    generator = torch.Generator().manual_seed(7)
+    grads = torch.randn(q.shape, generator=generator).to(q.dtype), torch.randn(lse.shape, generator=generator)
+    if not topology.symmetric:
+        grads = torch.zeros_like(q), torch.zeros_like(lse)  # nobody looks at what comes of them
     keep = keep_mask(SEED, batch, heads, tokens, dropout_p) if dropout_p else None
-    exact = oracle([q, k, v], graph.mask, *none, keep, dropout_p, scale)
-    baseline = plain([q, k, v], graph.mask, *none, scale)
+    exact = oracle([q, k, v], graph.mask, *grads, keep, dropout_p, scale)
+    baseline = plain([q, k, v], graph.mask, *grads, scale)
     if keep is not None:  # what plain PyTorch gets wrong without dropout, carried over to numbers that are larger
-        without = oracle([q, k, v], graph.mask, *none, scale=scale)
+        without = oracle([q, k, v], graph.mask, *grads, scale=scale)
         errors = (b.double() - w for b, w in zip(baseline, without, strict=True))
         baseline = Result(*(e + error / (1 - dropout_p) for e, error in zip(exact, errors, strict=True)))
-    assert_within_budget(Result(out, lse, *exact[2:]), exact, baseline)
-    return out
+    if not topology.symmetric:
+        result = Result(out, lse, *exact[2:])
+        assert_within_budget(result, exact, baseline)
+        return result
+    saved = exact[0].to(q.dtype), exact[1].float()
+    dq, dk, dv = attention.backward(*grads, q, k, v, *saved, factor, dropout_p, seed, few=True)
+    result = Result(out, lse, dq, dk, dv)
+    assert_within_budget(result, exact, baseline)
+    return result
 
 
 @pytest.mark.parametrize("dim", [8, 16, 24, 32, 48, 64])
@@ -80,7 +92,7 @@ def test_vertices_without_keys(symmetric: bool) -> None:
 @pytest.mark.parametrize("dim", [16, 64])
 def test_dropout(dim: int) -> None:
     """The same weights are dropped as by the rule."""
-    graph = Graph(random_mask(60, 14, 0.02, False, True, 8), 14, dim)
+    graph = Graph(random_mask(60, 14, 0.02, True, True, 8), 14, dim)
     _check(graph, _inputs(74, 2, dim), dropout_p=0.4)
 
 
@@ -97,20 +109,30 @@ def test_order_of_threads_does_not_matter(schedule: str) -> None:
     """Warps run in other orders; with a missing barrier results would differ."""
     graph = Graph(random_mask(70, 14, 0.015, True, True, 9), 14, 64)
     inputs = _inputs(84, 1, 64, batch=1)
-    assert torch.equal(_check(graph, inputs, schedule=schedule), _check(graph, inputs))
+    results = zip(_check(graph, inputs, schedule=schedule), _check(graph, inputs), strict=True)
+    assert all(torch.equal(one, other) for one, other in results)
 
 
-def test_windows() -> None:
-    """The bytes of a window, and none for lists of more than 64 keys."""
-    graph = Graph(random_mask(50, 2, 0.03, True, True, 9), 2, 16)
+def test_pairs() -> None:
+    """The bytes of a pair of windows, and none for lists of more than 64 keys."""
+    graph = Graph(random_mask(82, 2, 0.02, True, True, 9), 2, 16)
     topology = topology_of(graph, order="locality")
-    windows = build_few(topology.schedule, 2)
-    assert windows is not None and windows.shape == (4, WINDOW_BYTES)
-    for window in windows.numpy():
-        masks, rows, keys = window[128:256].view("<u8"), window[256:320].view("<i4"), window[336:].view("<i4")
-        for row, mask in zip(rows, masks, strict=True):
-            seen = {int(key) for n, key in enumerate(keys) if int(mask) >> n & 1}
-            expected = set() if row < 0 else set(graph.mask[row].nonzero().ravel().tolist())
-            assert seen == expected or (row < 0 and seen == {0, 1})
+    pairs = build_few(topology.schedule, 2)
+    assert pairs is not None and pairs.shape == (3, BLOCK_BYTES)
+    rows_seen = []
+    for pair in pairs.numpy():
+        chunks, rows = pair[:512].reshape(2, 256), pair[512:640].view("<i4").reshape(2, 16)
+        row_slots, tokens, count = pair[640:672].reshape(2, 16), pair[672:1184].view("<i4"), pair[1184:1188].view("<i4")
+        assert len(set(tokens[: count[0]].tolist())) == count[0]
+        for window in range(2):
+            slots = chunks[window, :128].view("<i2").reshape(16, 4).T.ravel()
+            masks = chunks[window, 128:].view("<u8")
+            for row, mask, slot in zip(rows[window], masks, row_slots[window], strict=True):
+                if row < 0:
+                    continue
+                seen = [int(tokens[slots[n]]) for n in range(64) if int(mask) >> n & 1]
+                assert sorted(seen) == graph.mask[row].nonzero().ravel().tolist() and tokens[slot] == row
+                rows_seen.append(int(row))
+    assert sorted(rows_seen) == list(range(2, 84))
     dense = Graph(torch.ones(80, 80, dtype=torch.bool), 0, 16)
     assert build_few(topology_of(dense).schedule, 0) is None
