@@ -9,8 +9,12 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from fastmetro_kernels import backends
+from fastmetro_kernels.attention import native
+from fastmetro_kernels.bulk import DEFAULT_CUTS, build_bulk
+from fastmetro_kernels.streams import Cut
 
 TOOLS = Path(__file__).resolve().parents[1] / "tools"
 
@@ -26,6 +30,10 @@ def load(name: str) -> ModuleType:
 
 sanitize, cases = load("sanitize"), load("sanitize_cases")
 CLEAN = "cases: 4\n========= ERROR SUMMARY: 0 errors\n"
+NOT_ALL_PRINTED = (
+    "cases: 4\n========= ERROR SUMMARY: 64 errors\n"
+    "========= ERROR SUMMARY: 44 errors were not printed. Use --print-limit option to adjust the number\n"
+)
 
 
 def test_every_group_of_cases_is_run() -> None:
@@ -40,6 +48,28 @@ def test_cases_are_right(group: str) -> None:
     assert count == len(list(cases.GROUPS[group]())) and not left_out
 
 
+def test_attention_cases_take_the_kernels_they_are_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an H200, whose plans are made here without one."""
+    monkeypatch.setattr(native, "_shared_memory", lambda device: 227 * 1024)
+    monkeypatch.setattr(native, "_multiprocessors", lambda device: cases.MULTIPROCESSORS)
+    found = set()
+    for case in cases.attention_native():
+        case.topology._set_plans()  # which otherwise only moving to a GPU does
+        q = torch.empty(case.batch, case.topology.num_tokens, case.heads, case.dim, dtype=case.dtype)
+        assert cases.forward_kernel(q, case.topology, case.segment) == case.kernel, case
+        if case.kernel == "few":
+            assert native.takes_few("backward", q, case.topology) == case.topology.symmetric, case
+        found.add(case.kernel)
+    assert found == {"few", "walk", "narrow"}
+
+
+def test_upsampling_cases_can_be_copied_in_bulk() -> None:
+    """In both directions, by every cut."""
+    for matrix in {id(case.matrix): case.matrix for case in cases.upsampling_bulk()}.values():
+        for csr in (matrix.to_scipy(), matrix.to_scipy().T.tocsr()):
+            assert len(build_bulk(csr)[1]) == len(Cut._fields) * len(DEFAULT_CUTS[False])
+
+
 @pytest.mark.parametrize(
     ("output", "status", "line"),
     [
@@ -48,6 +78,8 @@ def test_cases_are_right(group: str) -> None:
         ("cases: 4\n========= ERROR SUMMARY: 2 errors\n", 66, "2 FINDINGS   4 cases, 1.0 s"),
         ("cases: 4\n========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n", 0, "clean        4"),
         ("cases: 4\n========= RACECHECK SUMMARY: 1 hazard displayed (0 errors, 1 warning)\n", 0, "1 FINDINGS   4"),
+        ("cases: 4\n========= RACECHECK SUMMARY: 9 hazards displayed (8 errors, 1 warning)\n", 66, "9 FINDINGS   4"),
+        (NOT_ALL_PRINTED, 66, "64 FINDINGS  4 cases"),
         ("========= ERROR SUMMARY: 1 error\n", 66, "1 FINDINGS   did not run to its end"),
         ("========= ERROR SUMMARY: 0 errors\n", 0, "FAILED       did not run to its end"),  # nothing was run
         (CLEAN, 1, "FAILED       did not run to its end"),

@@ -42,7 +42,8 @@ LEFT_OUT = {("racecheck", group): _REDUCTIONS for group in GROUPS if group.endsw
 SECONDS = 300
 FOUND_STATUS = 66
 LOG = "sanitize.log"
-SUMMARY = re.compile(r"(?:ERROR SUMMARY: (\d+) errors?|RACECHECK SUMMARY: (\d+) hazards? displayed)")
+# Beyond the print limit a second line says how many of the errors "were not printed": those are counted already.
+SUMMARY = re.compile(r"(?:ERROR SUMMARY: (\d+) errors?\b(?! were not)|RACECHECK SUMMARY: (\d+) hazards? displayed)")
 
 
 @dataclass(frozen=True)

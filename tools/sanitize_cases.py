@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -31,10 +32,17 @@ from fastmetro_kernels import (  # noqa: E402
     sparse_upsample,
     topology_attention,
 )
+from fastmetro_kernels.attention import dispatch, native  # noqa: E402
 
 HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32
 TOLERANCE = {HALF: 1e-2, BFLOAT: 6e-2, FLOAT: 1e-4}
 """Largest difference to float32 on the CPU, relative to the largest number."""
+MULTIPROCESSORS = torch.cuda.get_device_properties(0).multi_processor_count if torch.cuda.is_available() else 132
+"""Of an H200 where there is no GPU. Which kernel takes a case depends on it."""
+
+
+class NotHere(Exception):
+    """This device takes another kernel for a case than the one that the case is for."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +56,15 @@ class Attention:
     heads: int = 2
     dropout_p: float = 0.0
     layout: str = "contiguous"  # see laid_out
+    kernel: str = "few"  # of the forward on CUDA by the native backend: "few", "narrow" or "walk"
+    segment: int = 0  # steps that a block walks over, 0: by size
 
     def run(self, backend: str, device: str) -> None:
+        if (backend, device) == ("native", "cuda"):
+            shape = (self.batch, self.topology.num_tokens, self.heads, self.dim)
+            q = torch.empty(shape, dtype=self.dtype, device=device)
+            if (taken := forward_kernel(q, self.topology.to(device), self.segment)) != self.kernel:
+                raise NotHere(f'takes the kernel "{taken}"')
         got = self._results(self._inputs(), backend, device)
         want = self._results([x.float() for x in self._inputs()], "reference", "cpu")
         for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), got, want, strict=True):
@@ -67,11 +82,31 @@ class Attention:
         leaves = [laid_out(x, self.layout, device).requires_grad_() for x in qkv]
         seed = torch.tensor([77]).to(device) if self.dropout_p else None
         options: dict[str, Any] = {"dropout_p": self.dropout_p, "seed": seed, "return_lse": True, "backend": backend}
-        out, lse = topology_attention(*leaves, self.topology.to(device), **options)
+        with mock.patch.object(dispatch, "choose", self._choose):
+            out, lse = topology_attention(*leaves, self.topology.to(device), **options)
         # Where nobody is seen, the gradient of log-sum-exp is not defined.
         grad_lse = torch.where(torch.isfinite(lse.detach().cpu()), grad_lse, 0.0)
         gradients = torch.autograd.grad([out, lse], leaves, [grad_out.to(device), grad_lse.to(device)])
         return [x.detach().cpu() for x in (out, lse, *gradients)]
+
+    def _choose(self, *arguments: Any) -> list[dispatch.Choice]:
+        """Without the table of measurements, which may hold other segments."""
+        chosen = CHOOSE(*arguments)
+        return [one._replace(configuration=self.segment) if one.backend == "native" else one for one in chosen]
+
+
+CHOOSE = dispatch.choose
+
+
+def forward_kernel(q: Tensor, topology: TokenTopology, segment: int) -> str:
+    """Which kernel the native forward takes on CUDA; "": none."""
+    if native._cuda_reasons(q, topology):
+        return ""
+    if segment == 0 and native.takes_few("forward", q, topology):
+        return "few"
+    whole = native._plan(topology, "forward", q, segment).slots == topology.num_tokens
+    alone = native.fills_device(q.shape[0], q.shape[2], q.shape[3], native._multiprocessors(q.device))
+    return "narrow" if segment == 0 and whole and alone else "walk"
 
 
 def laid_out(x: Tensor, layout: str, device: str) -> Tensor:
@@ -110,19 +145,50 @@ def pattern(vertices: int, hubs: int, density: float) -> TokenTopology:
 
 
 def attention_native() -> Iterator[Attention]:
+    yield from attention_few()
+    yield from attention_walk()
+    yield from attention_narrow()
+
+
+def attention_few() -> Iterator[Attention]:
+    """Small batches, which have kernels of their own, the backward where the pattern is symmetric."""
     grid, one = mesh(9, 13, 14), TokenTopology.from_mask(torch.ones(1, 1, dtype=torch.bool), num_hubs=0)
-    for dim in (8, 16, 24, 32, 64, 128):
+    for dim in (8, 16, 24, 32, 64):
         yield Attention(grid, dim, HALF, heads=3)
     yield Attention(grid, 64, BFLOAT, batch=2, dropout_p=0.3)
     yield Attention(grid, 16, HALF, batch=2, heads=5, dropout_p=0.3)
     yield Attention(grid, 64, HALF, batch=3, layout="shared")
     yield Attention(grid, 16, HALF, batch=2, layout="strided")
-    yield Attention(mesh(20, 21, 14), 64, HALF)  # several steps and segments
     yield Attention(mesh(7, 7, 0), 16, HALF)
     yield Attention(pattern(37, 0, 0.1), 16, HALF)
-    yield Attention(pattern(61, 17, 0.1), 64, HALF, dropout_p=0.2)
-    yield Attention(pattern(90, 3, 0.5), 64, HALF)  # lists of more than 64 keys
     yield Attention(one, 8, HALF)
+
+
+def attention_walk() -> Iterator[Attention]:
+    """The kernels that walk over the mesh, in segments: these steer what large batches take by their size."""
+    grid, large = mesh(9, 13, 14), mesh(20, 21, 14)
+    for dim in (8, 16, 24, 32, 64):
+        yield Attention(grid, dim, HALF, heads=3, kernel="walk", segment=2)
+    yield Attention(grid, 128, HALF, heads=3, kernel="walk")
+    yield Attention(grid, 64, BFLOAT, batch=2, dropout_p=0.3, kernel="walk", segment=1)
+    yield Attention(grid, 16, HALF, batch=2, heads=5, dropout_p=0.3, kernel="walk", segment=1)
+    yield Attention(grid, 64, HALF, batch=3, layout="shared", kernel="walk", segment=100)
+    yield Attention(grid, 16, HALF, batch=2, layout="strided", kernel="walk", segment=100)
+    yield Attention(large, 64, HALF, kernel="walk", segment=1)  # more segments than a cluster has blocks
+    yield Attention(large, 64, HALF, kernel="walk", segment=4)
+    yield Attention(mesh(7, 7, 0), 16, HALF, kernel="walk", segment=1)
+    yield Attention(pattern(37, 0, 0.1), 16, HALF, kernel="walk", segment=1)
+    yield Attention(pattern(61, 17, 0.1), 64, HALF, dropout_p=0.2, kernel="walk", segment=1)
+    yield Attention(pattern(90, 3, 0.5), 64, HALF, kernel="walk")  # lists of more than 64 keys
+
+
+def attention_narrow() -> Iterator[Attention]:
+    """Narrow heads in one wave of blocks, each of which walks over a small mesh alone."""
+    small, asymmetric = mesh(7, 8, 14), pattern(61, 17, 0.1)
+    yield Attention(small, 16, HALF, batch=MULTIPROCESSORS // 2, heads=3, kernel="narrow")
+    yield Attention(small, 32, BFLOAT, batch=MULTIPROCESSORS // 2, heads=2, dropout_p=0.3, kernel="narrow")
+    yield Attention(asymmetric, 24, HALF, batch=MULTIPROCESSORS // 3, heads=3, kernel="narrow")
+    yield Attention(mesh(20, 21, 14), 16, HALF, batch=MULTIPROCESSORS, heads=1, layout="shared", kernel="narrow")
 
 
 def attention_triton() -> Iterator[Attention]:
@@ -186,6 +252,16 @@ def upsampling_native() -> Iterator[Upsampling]:
     streamed = matrix(900, 300, 3, 3)  # in both directions
     yield Upsampling(streamed, 70, 3, FLOAT)
     yield Upsampling(streamed, 71, 3, HALF)
+    yield from upsampling_bulk()
+
+
+def upsampling_bulk() -> Iterator[Upsampling]:
+    """Rows of uneven lengths and batches that fill the GPU, which compute capability 9.0 copies in bulk."""
+    uneven = matrix(900, 300, 0, 9)  # in the backward the rows are long
+    for batch, dtype in ((30, FLOAT), (31, HALF), (70, FLOAT), (71, BFLOAT)):  # four blocks per element, then two
+        yield Upsampling(uneven, batch, 3, dtype)
+    yield Upsampling(uneven, 300, 3, HALF)  # several elements per block, one after the other
+    yield Upsampling(uneven, 70, 3, FLOAT, "shared")
 
 
 def upsampling_triton() -> Iterator[Upsampling]:
@@ -250,7 +326,7 @@ def run_group(name: str, device: str) -> tuple[int, list[str]]:
             if device == "cuda":
                 torch.cuda.synchronize()
             count += 1
-        except BackendUnavailable as error:
+        except (BackendUnavailable, NotHere) as error:
             left_out.append(f"{case}: {error}")
         except Exception as error:
             raise RuntimeError(f"{case}: {error}") from error

@@ -20,6 +20,7 @@ OURS = ("auto", "native", "triton", "reference")
 MASKED_SDPA = ("sdpa_bool", "sdpa_additive", "sdpa_cudnn")
 DENSE = "sdpa_dense"
 FLEX = ("flex_natural", "flex_rcm")
+FLEX_DEFAULT = f"block {flex.DEFAULT_BLOCK}"  # their variant with what PyTorch does if it is not told otherwise
 NAMES = (*OURS, *MASKED_SDPA, DENSE, *FLEX)
 DEFAULT_CUDA = tuple(name for name in NAMES if name != "sdpa_cudnn")
 DEFAULT_CPU = ("auto", "sdpa_bool")
@@ -34,6 +35,7 @@ class Variant:
     Attributes:
         masked: Whether it heeds the mask of the mesh.
         costly: Takes many seconds to compile and is tried only where time is left.
+        kept: Timed also where another variant is faster, because ratios to it are wanted, too.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Variant:
     attend: Attend
     masked: bool = True
     costly: bool = False
+    kept: bool = False
 
     def run(self, tensors: Tensors) -> Tensors:
         """(out), or (out, dq, dk, dv) where q requires a gradient, in the layout."""
@@ -117,4 +120,6 @@ def _flex(name: str, case: Case, backward: bool, autotune: bool) -> Iterator[Var
         choices += [(block, True) for block in flex.blocks(case.shape.dim, backward, autotune=True)]
     for number, (block, tuned) in enumerate(choices):
         how = ", autotuned" if tuned else "" if case.device.type == "cuda" else ", not compiled"
-        yield Variant(f"block {block}{how}", layout, flex.attention(mask, block, tuned), costly=number > 0)
+        title = f"block {block}{how}"
+        attend = flex.attention(mask, block, tuned)
+        yield Variant(title, layout, attend, costly=number > 0, kept=title == FLEX_DEFAULT)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 RECOMPILES = 256
+DEFAULT_BLOCK = 128  # of `create_block_mask`
 
 
 def block_mask(mask: Tensor, block: int) -> BlockMask:
@@ -43,8 +44,8 @@ def forward_options(block: int) -> dict[str, int] | None:
 def blocks(dim: int, backward: bool, autotune: bool) -> tuple[int, ...]:
     """Block sizes to try, the best guess first."""
     if backward and dim >= 64 and not autotune:
-        return (128,)
-    return (128, 64)
+        return (DEFAULT_BLOCK,)
+    return (DEFAULT_BLOCK, 64)
 
 
 def attention(mask: Tensor, block: int, autotune: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

@@ -1,6 +1,7 @@
 """One stage of the benchmark: every contender on one case, forward or forward + backward.
 
-First each contender is compiled and checked, variant by variant, and its fastest variant is captured into CUDA graphs.
+First each contender is compiled and checked, variant by variant, and its fastest variant is captured into CUDA graphs,
+with those that are `kept` although they are slower.
 Then all of them are timed in turn, round by round, so that drifting clocks and a busy machine hit all alike; a ratio
 is the median of the ratios of the rounds.
 
@@ -101,7 +102,7 @@ class Stage:
         return "warm" if case.shape.batch == 1 and case.set_bytes <= case.l2 else "cold"
 
     def measure(self, names: list[str]) -> list[Entry]:
-        """Checks and times the contenders; entries in the order of `names`, the timed variant of each first."""
+        """Checks and times the contenders; entries in the order of `names`, the fastest variant of each first."""
         entries: list[Entry] = []
         with torch.set_grad_enabled(self.backward):
             oracles = {True: self._oracle(masked=True)}
@@ -144,15 +145,12 @@ class Stage:
             else:
                 entries.append(self._try(name, variant, oracles[variant.masked]))
         right = sorted((entry for entry in entries if entry.status == "ok"), key=lambda entry: entry.trial_ms)
-        for entry in right[1:]:
-            entry.status = "slower"
-            entry.reason = f"{entry.trial_ms:.4f} ms in the trial, the chosen variant {right[0].trial_ms:.4f} ms"
-        for entry in right[:1]:
-            try:
+        for entry in right:
+            if entry is right[0] or (entry.variant and entry.variant.kept):
                 self._capture(entry)
-            except Exception as error:
-                failed = _problem(name, entry.variant, error)
-                entry.status, entry.reason = failed.status, failed.reason
+            else:
+                entry.status = "slower"
+                entry.reason = f"{entry.trial_ms:.4f} ms in the trial, the chosen variant {right[0].trial_ms:.4f} ms"
         return right + [entry for entry in entries if entry not in right]
 
     def _try(self, name: str, variant: Variant, truth: checks.Oracle | Exception) -> Entry:
@@ -179,11 +177,19 @@ class Stage:
         return min(graph.milliseconds() for _ in range(3)), None
 
     def _capture(self, entry: Entry) -> None:
-        """Captures the graphs "warm" (unless one set alone exceeds L2 by far) and "cold"."""
+        """Captures the graphs of an entry; what prevents it becomes its status."""
         if not self.case.on_gpu or entry.variant is None:
             return
-        run = entry.variant.run
-        sets = self.case.inputs(entry.variant.layout, self.backward)
+        try:
+            self._capture_variant(entry, entry.variant)
+        except Exception as error:
+            failed = _problem(entry.name, entry.variant, error)
+            entry.status, entry.reason = failed.status, failed.reason
+
+    def _capture_variant(self, entry: Entry, variant: Variant) -> None:
+        """ "warm" (unless one set alone exceeds L2 by far) and "cold"."""
+        run = variant.run
+        sets = self.case.inputs(variant.layout, self.backward)
         wanted = max(2, min(GRAPH_CALLS, round(GRAPH_MS / entry.trial_ms)))
         if self.case.set_bytes < Case.L2_FACTOR * self.case.l2:
             entry.graphs["warm"] = common.capture([lambda: run(sets[0])] * wanted)

@@ -228,7 +228,7 @@ void set_forward(Arguments& p, const Tensor& q, const Tensor& k, const Tensor& v
   p.kv[1] = strided(v);
   p.out = out.mutable_data_ptr();
   p.lse = static_cast<float*>(lse.mutable_data_ptr());
-  p.scale = static_cast<float>(std::abs(scale)) * kLog2e;
+  p.scale = forward_scale(scale);
   p.sign = scale < 0 ? 0x80008000u : 0u;
 }
 

@@ -4,6 +4,8 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 
 #include "attention/dropout.cuh"
 #include "attention/softmax.cuh"
@@ -17,10 +19,16 @@ struct ForwardArguments {
   void* out;        // [B, L, H, D] contiguous
   float* lse;       // [B, H, L]
   float* partials;  // [B, H, segments, hubs, DIM + 4]; null where the blocks of a cluster combine their hub rows
-  float scale;      // |scale| log2(e)
+  float scale;      // see forward_scale
   uint32_t sign;    // flips q where the scale is negative
   Dropout dropout;
 };
+
+// |scale| log2(e), what scores are multiplied with after masked ones were set to -inf: so it must not be 0. Times the
+// smallest normal number all others are as good as 0.
+inline float forward_scale(double scale) {
+  return std::max(static_cast<float>(std::abs(scale)) * kLog2e, std::numeric_limits<float>::min());
+}
 
 // A tile of hubs is the work of one warp, or where a group has several heads of two, each with half of the heads; in
 // narrow groups of a warp per head. There the keys are shared out as well, as far as warps are left: `hub_parts` warps

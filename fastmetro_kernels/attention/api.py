@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastmetro_kernels.attention import dispatch, reference
 from fastmetro_kernels.attention.dispatch import Choice
+from fastmetro_kernels.attention.ops import lse_dtype
 from fastmetro_kernels.attention.weights import SparseAttentionWeights, attention_weights
 from fastmetro_kernels.topology import TokenTopology
 
@@ -40,7 +41,7 @@ def topology_attention(
         q, k, v: [B, L, H, D], tokens hubs first, L = `topology.num_tokens`; float32, float16, bfloat16 or (reference
             and native on the CPU) float64; any strides, also a batch stride of 0.
         topology: The pattern, on the device of q.
-        scale: Factor of the scores; 1 / sqrt(D) by default.
+        scale: Factor of the scores, finite, also 0 or negative; 1 / sqrt(D) by default.
         dropout_p: Probability in [0, 1) of dropping a weight after the softmax; kept ones are divided by
             1 - dropout_p.
         seed: Of the dropout mask: an integer, an int64 tensor of one element on the device of q, or None to
@@ -213,6 +214,9 @@ def _scale(scale: float | None, q: Tensor) -> float:
         raise TypeError(f"scale must be a float or None, got {type(scale).__name__}")
     if not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}")
+    largest = torch.finfo(lse_dtype(q.dtype)).max / 2  # kernels multiply it by log2(e)
+    if abs(scale) > largest:
+        raise ValueError(f"scale must be at most {largest:.2g} in size for {q.dtype}, got {scale}")
     return float(scale)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from bench import common
 from bench.attention import cases, checks, command, contenders, flex, measure, report
 from bench.attention.cases import HEADS_FIRST, Case, Shape
+from bench.attention.contenders import Variant
 from fastmetro_kernels import TokenTopology, topology_attention
 
 CPU = torch.device("cpu")
@@ -156,8 +158,31 @@ def test_times_inside_graphs(graph_case: Case, backward: bool, monkeypatch: pyte
     for row in rows:
         assert float(row["floor_ms"]) == pytest.approx(expected, rel=1e-3)
         assert float(row["floor_share"]) == pytest.approx(expected / float(row["cold_ms"]), rel=1e-2, abs=1e-3)
-        assert row["sm_mhz_after"] == "1900" and all(row[name] for name in report.RATIOS if name != "flex_ratio")
+        assert row["sm_mhz_after"] == "1900" and all(row[name] for name in report.RATIOS if "flex" not in name)
     assert "cold" in report.stage_table(rows)
+
+
+def test_the_default_variant_is_timed_beside_a_faster_one(graph_case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slower variants get no times but for those that are kept; each counts for the baselines that include it."""
+
+    def slowed(milliseconds: float, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        time.sleep(milliseconds / 1e3)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=graph_case.mask)
+
+    def variants(name: str, *_: Any) -> Iterator[Variant]:
+        for block, milliseconds in ((128, 6.0), (64, 1.0), (32, 3.0)):
+            attend = functools.partial(slowed, milliseconds)
+            yield Variant(f"block {block}", HEADS_FIRST, attend, kept=block == 128)
+
+    monkeypatch.setattr(common, "capture", _Replayed)
+    monkeypatch.setattr(measure, "variants", variants)
+    stage = measure.Stage(graph_case, backward=False, repeats=2)
+    rows = report.stage_rows(stage, stage.measure(["flex_rcm"]), report.Conditions(), {})
+    assert [(row["variant"], row["status"]) for row in rows] == [
+        ("block 64", "ok"), ("block 32", "slower"), ("block 128", "ok"),
+    ]  # fmt: skip
+    assert rows[0]["flex_ratio"] == "1" and float(rows[0]["flex_default_ratio"]) > 2
+    assert rows[2]["flex_default_ratio"] == "1" and float(rows[2]["flex_ratio"]) < 0.5 and rows[2]["cold_ms"]
 
 
 def test_a_graph_that_misses_its_work_is_wrong(graph_case: Case, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,6 +105,12 @@ def _strided(tensor: Tensor) -> _Strided:
     return _Strided(tensor.data_ptr(), batch, head, token * tensor.element_size())
 
 
+def _forward_scale(scale: float) -> float:
+    function = _harness().library.attention_forward_scale
+    function.restype, function.argtypes = ctypes.c_float, [ctypes.c_double]
+    return function(scale)
+
+
 def _dropout(dropout_p: float, seed: Tensor | None) -> _Dropout:
     pointer = seed.data_ptr() if seed is not None and dropout_p > 0 else None
     return _Dropout(pointer, dropout.threshold(dropout_p), 1 / (1 - dropout_p))
@@ -186,7 +192,7 @@ class EmulatedAttention:
         partials = self._partials(which, batch * heads * self.plans[which].segments, dim)
         arguments = _Forward(
             self.plans[which], self._sizes(q), _strided(q), (_Strided * 2)(_strided(k), _strided(v)), out.data_ptr(),
-            lse.data_ptr(), partials.data_ptr() if partials.numel() else None, abs(scale) * math.log2(math.e),
+            lse.data_ptr(), partials.data_ptr() if partials.numel() else None, _forward_scale(scale),
             0x80008000 if scale < 0 else 0, _dropout(dropout_p, seed),
         )  # fmt: skip
         self._run("attention_forward", which, arguments, [q, k, v, seed], [out, lse, partials])
@@ -201,7 +207,7 @@ class EmulatedAttention:
         lse = torch.full((batch, heads, tokens), math.nan)
         forward = _Forward(
             _Plan(), self._sizes(q), _strided(q), (_Strided * 2)(_strided(k), _strided(v)), out.data_ptr(),
-            lse.data_ptr(), None, abs(scale) * math.log2(math.e), 0x80008000 if scale < 0 else 0,
+            lse.data_ptr(), None, _forward_scale(scale), 0x80008000 if scale < 0 else 0,
             _dropout(dropout_p, seed),
         )  # fmt: skip
         self._run_few("attention_forward_few", _FewForward, forward, [q, k, v, seed], [out, lse])

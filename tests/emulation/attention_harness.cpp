@@ -120,3 +120,5 @@ FM_EMULATION_EXPORT int32_t attention_backward(const BackwardArguments* p, int64
     });
   });
 }
+
+FM_EMULATION_EXPORT float attention_forward_scale(double scale) { return forward_scale(scale); }

@@ -165,24 +165,28 @@ def oracle_forward(
 
 
 def oracle(
-    inputs: list[Tensor], mask: Tensor, grad_out: Tensor, grad_lse: Tensor, keep: Tensor | None = None, p: float = 0.0
-) -> Result:
+    inputs: list[Tensor], mask: Tensor, grad_out: Tensor, grad_lse: Tensor, keep: Tensor | None = None, p: float = 0.0,
+    scale: float | None = None,
+) -> Result:  # fmt: skip
     """Outputs and gradients in float64 on the CPU."""
     q, k, v = (x.detach().cpu().double().requires_grad_() for x in inputs)
-    out, lse, _ = oracle_forward(q, k, v, mask.cpu(), q.shape[-1] ** -0.5, keep, p)
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    out, lse, _ = oracle_forward(q, k, v, mask.cpu(), factor, keep, p)
     return _with_gradients(out, lse, [q, k, v], grad_out.cpu().double(), grad_lse.cpu().double())
 
 
-def plain(inputs: list[Tensor], mask: Tensor, grad_out: Tensor, grad_lse: Tensor) -> Result:
+def plain(inputs: list[Tensor], mask: Tensor, grad_out: Tensor, grad_lse: Tensor, scale: float | None = None) -> Result:
     """Masked `scaled_dot_product_attention` in the dtype of the inputs, log-sum-exp in float32 from its scores."""
     q, k, v = (x.detach().clone().requires_grad_() for x in inputs)
     mask = mask.to(q.device)
     empty = ~mask.any(1)  # SDPA leaves rows without keys undefined: compute something else there and drop it
+    seen = mask | empty[:, None]
     heads_first = (x.transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(*heads_first, attn_mask=mask | empty[:, None]).transpose(1, 2)
+    out = F.scaled_dot_product_attention(*heads_first, attn_mask=seen, scale=scale).transpose(1, 2)
     out = torch.where(empty[None, :, None, None], torch.zeros_like(out), out)
     wide = torch.promote_types(q.dtype, torch.float32)
-    lse = oracle_forward(q.to(wide), k.to(wide), v.to(wide), mask, q.shape[-1] ** -0.5)[1]
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    lse = oracle_forward(q.to(wide), k.to(wide), v.to(wide), mask, factor)[1]
     return _with_gradients(out, lse, [q, k, v], grad_out, grad_lse)
 
 

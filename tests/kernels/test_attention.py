@@ -53,15 +53,22 @@ def cotangents(inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
     return grad_out, grad_lse.to(inputs[0].device, wide)
 
 
-def check(runner: Runner, graph: Graph, inputs: list[Tensor], order: str = "natural", slack: float = 0.0) -> None:
+def check(
+    runner: Runner,
+    graph: Graph,
+    inputs: list[Tensor],
+    order: str = "natural",
+    slack: float = 0.0,
+    scale: float | None = None,
+) -> None:
     """Holds outputs and gradients against the budget, widened by `slack`."""
     gradients = cotangents(inputs)
-    out, lse = attend(runner, inputs, topology_of(graph, runner.device, order))
+    out, lse = attend(runner, inputs, topology_of(graph, runner.device, order), scale=scale)
     assert out.dtype == runner.dtype and out.is_contiguous()
     assert lse.dtype == torch.promote_types(runner.dtype, torch.float32)
     result = measured(out, lse, inputs, *gradients)
-    baseline = plain(inputs, graph.mask, *gradients)
-    assert_within_budget(result, oracle(inputs, graph.mask, *gradients), baseline, slack)
+    baseline = plain(inputs, graph.mask, *gradients, scale=scale)
+    assert_within_budget(result, oracle(inputs, graph.mask, *gradients, scale=scale), baseline, slack)
 
 
 @pytest.mark.parametrize("name", graphs())
@@ -117,16 +124,13 @@ def test_mesh_sizes(runner: Runner, count: int) -> None:
     check(runner, Graph(mask, 14, 16), random_inputs(runner, 1, count + 14, 2, 16), order="locality")
 
 
-@kernel_runner
-def test_explicit_scale(runner: Runner) -> None:
-    graph = graphs()["asymmetric"]
-    q, k, v = random_inputs(runner, 1, len(graph.mask), 2, 16)
-    topology = topology_of(graph, runner.device)
-    out, lse = attend(runner, [q, k, v], topology, scale=-0.7)
-    double = [x.detach().cpu().double() for x in (q, k, v)]
-    want = oracle_forward(*double, graph.mask, -0.7)
-    torch.testing.assert_close(out.cpu().double(), want[0], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(lse.cpu().double(), want[1], rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("scale", [-0.7, 0.0, 1e-60])
+@pytest.mark.parametrize("name", ["asymmetric", "isolated_without_hubs"])
+@every_runner
+def test_explicit_scale(runner: Runner, name: str, scale: float) -> None:
+    """Negative; and 0, or so small that it is 0 in float32: all allowed keys count the same, masked ones nothing."""
+    graph = graphs()[name]
+    check(runner, graph, random_inputs(runner, 1, len(graph.mask), 2, 16), scale=scale)
 
 
 @settings(max_examples=20, deadline=None)

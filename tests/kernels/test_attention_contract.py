@@ -383,6 +383,8 @@ Q = torch.zeros(2, 38, 2, 16)
         ({"scale": "1"}, TypeError, "scale must be a float or None, got str"),
         ({"scale": True}, TypeError, "scale must be a float or None, got bool"),
         ({"scale": float("nan")}, ValueError, "scale must be finite, got nan"),
+        ({"scale": -float("inf")}, ValueError, "scale must be finite, got -inf"),
+        ({"scale": 1e39}, ValueError, r"scale must be at most 1.7e\+38 in size for torch.float32, got 1e\+39"),
         ({"dropout_p": 1.0}, ValueError, r"dropout_p must be in \[0, 1\), got 1.0"),
         ({"dropout_p": -0.1}, ValueError, r"dropout_p must be in \[0, 1\), got -0.1"),
         ({"dropout_p": float("nan")}, ValueError, "dropout_p must be in"),

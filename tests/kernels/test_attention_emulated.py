@@ -45,6 +45,7 @@ def _check(
     steps_per_segment: int = 0,
     dropout_p: float = 0.0,
     order: str = "natural",
+    scale: float | None = None,
     **options: object,
 ) -> EmulatedAttention:
     """Outputs and gradients of one call against the oracle."""
@@ -52,16 +53,16 @@ def _check(
     batch, tokens, heads, dim = q.shape
     attention = EmulatedAttention(topology_of(graph, order=order), steps_per_segment, **options)
     seed = torch.tensor([SEED]) if dropout_p else None
-    scale = dim**-0.5
+    factor = dim**-0.5 if scale is None else scale
     grad_lse = torch.randn(batch, heads, tokens, generator=torch.Generator().manual_seed(7))
     grad_lse = grad_lse.masked_fill(~graph.mask.any(1), 0.0)
-    out, lse = attention.forward(q, k, v, scale, dropout_p, seed)
-    grads = attention.backward(grad, grad_lse, q, k, v, out, lse, scale, dropout_p, seed)
+    out, lse = attention.forward(q, k, v, factor, dropout_p, seed)
+    grads = attention.backward(grad, grad_lse, q, k, v, out, lse, factor, dropout_p, seed)
     keep = keep_mask(SEED, batch, heads, tokens, dropout_p) if dropout_p else None
-    exact = oracle([q, k, v], graph.mask, grad, grad_lse, keep, dropout_p)
-    baseline = plain([q, k, v], graph.mask, grad, grad_lse)
+    exact = oracle([q, k, v], graph.mask, grad, grad_lse, keep, dropout_p, scale)
+    baseline = plain([q, k, v], graph.mask, grad, grad_lse, scale)
     if keep is not None:  # what plain PyTorch gets wrong without dropout, carried over to numbers that are larger
-        without = oracle([q, k, v], graph.mask, grad, grad_lse)
+        without = oracle([q, k, v], graph.mask, grad, grad_lse, scale=scale)
         errors = (b.double() - w for b, w in zip(baseline, without, strict=True))
         baseline = Result(*(e + error / (1 - dropout_p) for e, error in zip(exact, errors, strict=True)))
     assert_within_budget(Result(out, lse, *grads), exact, baseline)
@@ -168,6 +169,18 @@ def test_strides_and_shared_tokens() -> None:
     scores = torch.einsum("bihd,bjhd->bhij", views[0].double(), views[1].double()) * -0.3
     exact = torch.logsumexp(scores.masked_fill(~graph.mask, -torch.inf), -1)
     assert (lse - exact).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("scale", [-0.7, 0.0, 1e-60])
+@pytest.mark.parametrize("narrow", [False, True])
+def test_explicit_scale(narrow: bool, scale: float) -> None:
+    """Masked keys count nothing, whatever the scale: 0, too, and what is 0 in float32."""
+    graph = graphs()["asymmetric"]
+    _check(graph, _inputs(len(graph.mask), 2, 16, torch.float16), scale=scale, narrow=narrow)
+    if not narrow:  # rows that see nobody, lists beyond a chunk, hub rows in segments
+        _check(graphs()["isolated_without_hubs"], _inputs(21, 2, 16, torch.float16), scale=scale)
+        dense = Graph(random_mask(90, 3, 0.5, True, True, 3), 3, 64)
+        _check(dense, _inputs(93, 1, 64, torch.float16), 1, dropout_p=0.3, scale=scale)
 
 
 def test_few_bank_conflicts() -> None:

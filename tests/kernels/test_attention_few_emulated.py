@@ -24,24 +24,26 @@ def _inputs(tokens: int, heads: int, dim: int, dtype: torch.dtype = torch.float1
     ]
 
 
-def _check(graph: Graph, inputs: list[Tensor], dropout_p: float = 0.0, sign: int = 1, **options: object) -> Result:
+def _check(
+    graph: Graph, inputs: list[Tensor], dropout_p: float = 0.0, scale: float | None = None, **options: object
+) -> Result:
     """Forward, and for a symmetric pattern backward, of one call against the oracle; returns the results."""
     q, k, v = inputs
     batch, tokens, heads, dim = q.shape
     topology = topology_of(graph, order="locality")
     attention = EmulatedAttention(topology, **options)
     seed = torch.tensor([SEED]) if dropout_p else None
-    scale = sign * dim**-0.5
-    out, lse = attention.forward_few(q, k, v, scale, dropout_p, seed)
+    factor = dim**-0.5 if scale is None else scale
+    out, lse = attention.forward_few(q, k, v, factor, dropout_p, seed)
     generator = torch.Generator().manual_seed(7)
     grads = torch.randn(q.shape, generator=generator).to(q.dtype), torch.randn(lse.shape, generator=generator)
     if not topology.symmetric:
         grads = torch.zeros_like(q), torch.zeros_like(lse)  # nobody looks at what comes of them
     keep = keep_mask(SEED, batch, heads, tokens, dropout_p) if dropout_p else None
-    exact = oracle([sign * q, k, v], graph.mask, *grads, keep, dropout_p)
-    baseline = plain([sign * q, k, v], graph.mask, *grads)
+    exact = oracle([q, k, v], graph.mask, *grads, keep, dropout_p, scale)
+    baseline = plain([q, k, v], graph.mask, *grads, scale)
     if keep is not None:  # what plain PyTorch gets wrong without dropout, carried over to numbers that are larger
-        without = oracle([sign * q, k, v], graph.mask, *grads)
+        without = oracle([q, k, v], graph.mask, *grads, scale=scale)
         errors = (b.double() - w for b, w in zip(baseline, without, strict=True))
         baseline = Result(*(e + error / (1 - dropout_p) for e, error in zip(exact, errors, strict=True)))
     if not topology.symmetric:
@@ -49,8 +51,8 @@ def _check(graph: Graph, inputs: list[Tensor], dropout_p: float = 0.0, sign: int
         assert_within_budget(result, exact, baseline)
         return result
     saved = exact[0].to(q.dtype), exact[1].float()
-    dq, dk, dv = attention.backward(*grads, q, k, v, *saved, scale, dropout_p, seed, few=True)
-    result = Result(out, lse, sign * dq, dk, dv)
+    dq, dk, dv = attention.backward(*grads, q, k, v, *saved, factor, dropout_p, seed, few=True)
+    result = Result(out, lse, dq, dk, dv)
     assert_within_budget(result, exact, baseline)
     return result
 
@@ -94,11 +96,12 @@ def test_dropout(dim: int) -> None:
     _check(graph, _inputs(74, 2, dim), dropout_p=0.4)
 
 
-def test_negative_scale_and_strides() -> None:
-    """Heads first in memory, keys and values shared by the batch."""
+@pytest.mark.parametrize("scale", [-0.125, 0.0, 1e-60])
+def test_explicit_scale_and_strides(scale: float) -> None:
+    """Heads first in memory, keys and values shared by the batch. Masked keys count nothing, whatever the scale."""
     graph = Graph(random_mask(60, 5, 0.02, True, True, 8), 5, 64)
     q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in _inputs(65, 2, 64))
-    _check(graph, [q, k[:1].expand(2, -1, -1, -1), v[:1].expand(2, -1, -1, -1)], sign=-1)
+    _check(graph, [q, k[:1].expand(2, -1, -1, -1), v[:1].expand(2, -1, -1, -1)], scale=scale)
 
 
 @pytest.mark.parametrize("schedule", ["reverse", "random"])
