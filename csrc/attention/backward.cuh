@@ -162,9 +162,12 @@ __global__ void __launch_bounds__(DIM == 128 ? 256 : kBackwardWarps * kWarp, 1)
   const int hub_shares_of_tile = hub_shares<DIM, BYTES>(p.sizes, windows);
   const int hub_warps = blockDim.x / kWarp - windows - kCopyingWarps;
   const SharedRows rows{slots, statistics, slot_tokens, in_register(p.scale_log2e)};
+  launch_dependents();
   const Step first = read_step(p.plan, place.first_step);
   const BackwardCopier<T, DIM, BYTES> copier(p, place, memory, statistics, slot_tokens);
-  if (warp == 0) shared.tables.copy(p.plan, place.first_step, first, tables);
+  const bool last_warp = warp == static_cast<int>(blockDim.x) / kWarp - 1;  // it has the fewest rows to copy
+  if (last_warp) shared.tables.copy(p.plan, place.first_step, first, tables);
+  wait_for_previous_grid();
   const auto restart = [&](int number) {
     const int4 entry = __ldg(p.plan.restarts + number);
     return make_int2(entry.z < place.end_step ? entry.x : -1, entry.y);

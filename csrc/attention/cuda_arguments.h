@@ -13,7 +13,7 @@
 #include <optional>
 #include <vector>
 
-#include "attention/stream.cuh"
+#include "attention/tiles.cuh"
 #include "common/cuda.h"
 
 namespace fm::attention {
@@ -186,10 +186,11 @@ void launch(void (*kernel)(Arguments), void (*combine)(Arguments), const Argumen
             int threads, int memory, int cluster_size, int64_t combine_threads, const Tensor& q) {
   check_memory(memory);
   const cudaStream_t stream = fm::current_stream(q);
-  fm::launch_kernel(kernel, dim3(grid_size(blocks)), threads, memory, cluster_size, false, stream, arguments);
+  const bool early = fm::has_clusters(q.get_device_index());
+  fm::launch_kernel(kernel, dim3(grid_size(blocks)), threads, memory, cluster_size, early, stream, arguments);
   if (combine == nullptr) return;
   const dim3 grid(grid_size((combine_threads + 127) / 128));
-  fm::launch_kernel(combine, grid, 128, 0, 1, fm::has_clusters(q.get_device_index()), stream, arguments);
+  fm::launch_kernel(combine, grid, 128, 0, 1, early, stream, arguments);
 }
 
 // Launches blocks of narrow groups; there are few of them.
@@ -198,7 +199,8 @@ void launch_narrow(void (*kernel)(Arguments), const Arguments& arguments, int th
   check_memory(memory);
   const dim3 grid(static_cast<unsigned>(groups_of_heads<DIM, kNarrowBytes>(arguments.sizes)),
                   static_cast<unsigned>(arguments.sizes.batch));
-  fm::launch_kernel(kernel, grid, threads, memory, 1, false, fm::current_stream(q), arguments);
+  fm::launch_kernel(kernel, grid, threads, memory, 1, fm::has_clusters(q.get_device_index()), fm::current_stream(q),
+                    arguments);
 }
 
 // Calls run.operator()<T, DIM, DROPOUT>() for the inputs at hand.

@@ -194,18 +194,6 @@ __device__ __forceinline__ void attend_gathered(const ForwardArguments& p, const
   if (token_high >= 0) lse[token_high] = log_sum_exp(state.peak_high, sum_high);
 }
 
-// One warp: a tile of rows, not yet divided by their sums, to [16, DIM + 4] floats; behind its columns a row's peak and sum.
-template <int DIM>
-__device__ __forceinline__ void pass_on(const SoftmaxState<DIM>& state, float* rows) {
-  constexpr int kPitch = DIM + 4;
-  const LaneRows lane = lane_rows();
-  store_partial_rows<DIM>(state.out, 1.f, rows, kPitch, true, true);
-  const float sum_low = quad_sum(state.sum_low), sum_high = quad_sum(state.sum_high);
-  if (threadIdx.x % 4 != 0) return;
-  *reinterpret_cast<float2*>(rows + lane.low * kPitch + DIM) = make_float2(state.peak_low, sum_low);
-  *reinterpret_cast<float2*>(rows + lane.high * kPitch + DIM) = make_float2(state.peak_high, sum_high);
-}
-
 // The block copies `count` rows of TENSORS tensors to slots; token_of(slot) tells which. A loop, because code that runs
 // once is slow to come.
 template <typename T, int DIM, int TENSORS, int BYTES, typename TokenOf>

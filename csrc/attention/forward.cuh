@@ -17,11 +17,11 @@ struct BlockBases {
   float* lse;
 };
 
-// Shared memory: k and v of the slots, the queries of the windows, tables, what parts of hub tiles hand over, bases,
-// with dropout the tokens of the slots.
+// Shared memory: k and v of the slots, the queries of the windows, tables, what parts of hub tiles pass on, bases, with
+// dropout the tokens of the slots.
 template <int DIM, int BYTES = kGroupBytes<DIM>>
 struct ForwardShared {
-  static constexpr int kHubSums = Layout<DIM, BYTES>::kNarrow ? kHubPartUnits * (DIM / 8 + 1) * kWarp * 16 : 0;
+  static constexpr int kHubSums = Layout<DIM, BYTES>::kNarrow ? kMostHubParts * kRows * (DIM + 4) * 4 : 0;
   Tables tables;
   int queries, first_table, hub_sums, bases, tokens, bytes;
 
@@ -130,8 +130,10 @@ __global__ void __launch_bounds__(kMostForwardThreads<DIM, BYTES>, 1)
     copier.copy(token, slot);
     if (DROPOUT && threadIdx.x % L::kPieces == 0) slot_tokens[slot] = token;
   };
+  float* hub_sums = reinterpret_cast<float*>(memory + shared.hub_sums);
   const SharedAddress buffer = slots + shared.queries + warp * kRows * slot_bytes<DIM, BYTES>(1);
 
+  launch_dependents();
   const Step first = read_step(p.plan, place.first_step);
   const bool queries_first = warp < windows && first.window_begin + warp < first.window_end;
   int first_token = -1;  // of row l % 16: asked for before the rows, which wait for lists of their own
@@ -139,11 +141,12 @@ __global__ void __launch_bounds__(kMostForwardThreads<DIM, BYTES>, 1)
     const int64_t record = static_cast<int64_t>(first.window_begin + warp) * kForwardRecordBytes;
     first_token = __ldg(reinterpret_cast<const int*>(p.plan.records + record + kRecordTokens) + threadIdx.x % kRows);
   }
-  copy_restart<DIM, BYTES>(p.plan, first, place.end_step, copy);
-  if (warp < 2 && place.first_step + warp < place.end_step) {
-    const int number = place.first_step + warp;
-    shared.tables.copy(p.plan, number, read_step(p.plan, number), tables + warp * table_bytes);
+  // The last two warps, which have the fewest rows to copy, bring a table each.
+  if (const int ahead = hub_end - warp; ahead < 2 && place.first_step + ahead < place.end_step) {
+    const int number = place.first_step + ahead;
+    shared.tables.copy(p.plan, number, read_step(p.plan, number), tables + ahead * table_bytes);
   }
+  copy_restart<DIM, BYTES>(p.plan, first, place.end_step, copy);
   const BlockBases bases{head_base<T>(p.q, place.batch, place.first_head),
                          output_row<T>(p.out, p.sizes, place.batch, place.first_head, 0),
                          p.lse + (place.batch * p.sizes.heads + place.first_head) * p.sizes.tokens};
@@ -187,19 +190,17 @@ __global__ void __launch_bounds__(kMostForwardThreads<DIM, BYTES>, 1)
       const int keys = reinterpret_cast<const Step*>(table(number))->hub_keys;
       hubs.template attend<DROPOUT>(p, place, keys, table(number) + shared.tables.hub_offset(), slots, slot_tokens);
     });
+    const int64_t rows = p.sizes.hubs * (DIM + 4), segments = p.plan.num_segments;
     if constexpr (L::kNarrow) {
-      hubs.finish(p, place, memory + shared.hub_sums);
-      return;
-    }
-    const int64_t rows = p.sizes.hubs * (DIM + 4);
-    if (p.partials != nullptr) {
-      const int64_t segments = p.plan.num_segments;
+      hubs.finish(p, place, hub_sums);
+    } else if (p.partials != nullptr) {
       const int64_t part = (place.batch * p.sizes.heads + place.first_head) * segments + place.segment;
       hubs.store(p, place, p.partials + part * rows, segments * rows);
       return;
+    } else {
+      leave_slots();
+      hubs.store(p, place, reinterpret_cast<float*>(memory), rows);
     }
-    leave_slots();
-    hubs.store(p, place, reinterpret_cast<float*>(memory), rows);
   } else {
     const auto copy_listed = [&](int token, int slot) { copy_batch<DIM, kWarp, BYTES>(token, slot, copy); };
     LoadList list;
@@ -217,7 +218,10 @@ __global__ void __launch_bounds__(kMostForwardThreads<DIM, BYTES>, 1)
     });
   }
   if constexpr (L::kNarrow) {
-    if (hub_end - windows > whole_hub_warps<DIM, BYTES>(p.sizes)) leave_slots();
+    const int parts = hub_end > windows ? (hub_end - windows) / whole_hub_warps<DIM, BYTES>(p.sizes) : 1;
+    if (parts == 1) return;
+    leave_slots();
+    combine_in_block<T, DIM, BYTES>(p, place, hub_sums, parts);
     return;
   }
   if (p.partials != nullptr || p.sizes.hubs == 0) return;

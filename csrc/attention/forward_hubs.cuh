@@ -4,8 +4,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
-#include <limits>
 
 #include "attention/dropout.cuh"
 #include "attention/softmax.cuh"
@@ -24,12 +22,6 @@ struct ForwardArguments {
   Dropout dropout;
 };
 
-// |scale| log2(e), what scores are multiplied with after masked ones were set to -inf: so it must not be 0. Times the
-// smallest normal number all others are as good as 0.
-inline float forward_scale(double scale) {
-  return std::max(static_cast<float>(std::abs(scale)) * kLog2e, std::numeric_limits<float>::min());
-}
-
 // A tile of hubs is the work of one warp, or where a group has several heads of two, each with half of the heads; in
 // narrow groups of a warp per head. There the keys are shared out as well, as far as warps are left: `hub_parts` warps
 // take turns with the chunks, so that nobody waits for the hubs.
@@ -38,7 +30,6 @@ constexpr int kHubSplit = std::min(Layout<DIM, BYTES>::kHeads, 2);
 
 constexpr int kNarrowForwardWarps = 20;  // of 96 registers
 constexpr int kMostHubParts = 4;
-constexpr int kHubPartUnits = 3;  // most warps whose sums others add to theirs: 4 warps share the work of one or two
 
 // Warps that the hubs need at least.
 template <int DIM, int BYTES = kGroupBytes<DIM>>
@@ -57,6 +48,18 @@ constexpr int hub_parts(const Sizes& sizes, int windows) {
 template <int DIM, int BYTES = kGroupBytes<DIM>>
 constexpr int hub_warps(const Sizes& sizes, int windows) {
   return whole_hub_warps<DIM, BYTES>(sizes) * hub_parts<DIM, BYTES>(sizes, windows);
+}
+
+// One warp: a tile of rows, not yet divided by their sums, to [16, DIM + 4] floats; behind its columns a row's peak and sum.
+template <int DIM>
+__device__ __forceinline__ void pass_on(const SoftmaxState<DIM>& state, float* rows) {
+  constexpr int kPitch = DIM + 4;
+  const LaneRows lane = lane_rows();
+  store_partial_rows<DIM>(state.out, 1.f, rows, kPitch, true, true);
+  const float sum_low = quad_sum(state.sum_low), sum_high = quad_sum(state.sum_high);
+  if (threadIdx.x % 4 != 0) return;
+  *reinterpret_cast<float2*>(rows + lane.low * kPitch + DIM) = make_float2(state.peak_low, sum_low);
+  *reinterpret_cast<float2*>(rows + lane.high * kPitch + DIM) = make_float2(state.peak_high, sum_high);
 }
 
 // A tile of 16 hubs: what its warp keeps over all steps, for its share of the heads of the group and of the chunks.
@@ -142,19 +145,13 @@ struct HubQueries {
     }
   }
 
-  // All sums where one block has met every key: of the tile's parts, then to the output. What the parts but the first
-  // have added up goes through `shared`; every warp of the block takes part in the barrier between.
-  __device__ __forceinline__ void finish(const ForwardArguments& p, const BlockPlace& place, unsigned char* shared) {
+  // All sums where one block has met every key: to the output, or where others have parts of them to `shared`, floats
+  // [tiles and heads, parts, 16, DIM + 4].
+  __device__ __forceinline__ void finish(const ForwardArguments& p, const BlockPlace& place, float* shared) {
     static_assert(kHeads == 1 || !L::kNarrow);
     if (parts > 1) {
-      constexpr int kVectors = DIM / 8 + 1;
       const int tile_head = tile * kHubSplit<DIM, BYTES> + first_head;
-      float4* mine = reinterpret_cast<float4*>(shared) + tile_head * (parts - 1) * kVectors * kWarp;
-      mine += threadIdx.x % kWarp;
-      if (part > 0) state[0].save(mine + (part - 1) * kVectors * kWarp);
-      leave_slots();
-      if (part > 0) return;
-      for (int other = 1; other < parts; ++other) state[0].add(mine + (other - 1) * kVectors * kWarp);
+      return pass_on<DIM>(state[0], shared + (tile_head * parts + part) * kRows * (DIM + 4));
     }
     const int head = place.first_head + first_head;
     if (head >= p.sizes.heads) return;
@@ -228,6 +225,23 @@ __device__ __forceinline__ void combine_in_cluster(const ForwardArguments& p, co
         p, place.batch, head, row % p.sizes.hubs, column, blocks,
         [&](int i) { return load_cluster_float4(first + 4 * column, i); },
         [&](int i) { return load_cluster_float2(first + 4 * DIM, i); });
+  }
+}
+
+// All threads of a block: the hub rows of which several of its warps have passed on parts.
+template <typename T, int DIM, int BYTES>
+__device__ __forceinline__ void combine_in_block(const ForwardArguments& p, const BlockPlace& place,
+                                                 const float* shared, int parts) {
+  constexpr int kPerRow = DIM / 4, kPitch = DIM + 4, kSplit = kHubSplit<DIM, BYTES>;
+  for (int e = threadIdx.x; e < hub_tiles(p.sizes) * kSplit * kRows * kPerRow; e += blockDim.x) {
+    const int column = e % kPerRow * 4, i = e / kPerRow % kRows, tile_head = e / (kPerRow * kRows);
+    const int head = place.first_head + tile_head % kSplit, row = tile_head / kSplit * kRows + i;
+    if (row >= p.sizes.hubs || head >= p.sizes.heads) continue;
+    const float* first = shared + (tile_head * parts * kRows + i) * kPitch;
+    combine_row<T, DIM>(
+        p, place.batch, head, row, column, parts,
+        [&](int n) { return *reinterpret_cast<const float4*>(first + n * kRows * kPitch + column); },
+        [&](int n) { return *reinterpret_cast<const float2*>(first + n * kRows * kPitch + DIM); });
   }
 }
 

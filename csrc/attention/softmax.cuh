@@ -42,29 +42,6 @@ struct SoftmaxState {
     peak_high = high;
   }
 
-  // To and from vectors in shared memory that are a warp's width apart: what two warps have summed up for the same
-  // rows.
-  __device__ __forceinline__ void save(float4* to) const {
-#pragma unroll
-    for (int i = 0; i < DIM / 8; ++i) to[i * kWarp] = make_float4(out[i][0], out[i][1], out[i][2], out[i][3]);
-    to[DIM / 8 * kWarp] = make_float4(peak_low, peak_high, sum_low, sum_high);
-  }
-
-  __device__ __forceinline__ void add(const float4* from) {
-    const float4 other = from[DIM / 8 * kWarp];
-    raise<false>(fmaxf(peak_low, other.x), fmaxf(peak_high, other.y));
-    const float weight_low = exp2_fast(other.x - peak_low), weight_high = exp2_fast(other.y - peak_high);
-    sum_low = fmaf(weight_low, other.z, sum_low);
-    sum_high = fmaf(weight_high, other.w, sum_high);
-#pragma unroll
-    for (int i = 0; i < DIM / 8; ++i) {
-      const float4 columns = from[i * kWarp];
-      out[i][0] = fmaf(weight_low, columns.x, out[i][0]);
-      out[i][1] = fmaf(weight_low, columns.y, out[i][1]);
-      out[i][2] = fmaf(weight_high, columns.z, out[i][2]);
-      out[i][3] = fmaf(weight_high, columns.w, out[i][3]);
-    }
-  }
 };
 
 // A chunk of 64 keys, in shared or global memory, as this lane reads it.

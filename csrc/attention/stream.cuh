@@ -187,15 +187,20 @@ __device__ __forceinline__ void copy_batch(int token, int slot, Copy copy) {
   }
 }
 
-// All warps: what the cache holds when a block begins at its first step.
+// All warps: what the cache holds when a block begins at its first step. Waits for the grid before as late as it can.
 template <int DIM, int BYTES = kGroupBytes<DIM>, typename Copy>
 __device__ __forceinline__ void copy_restart(const Plan& plan, const Step& step, int end_step, Copy copy) {
   constexpr int kBatch = 16;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  int number = step.restart_begin + warp * kBatch + lane % kBatch;
+  const auto entry_of = [&] { return __ldg(plan.restarts + min(number, step.restart_end - 1)); };
+  int4 entry = step.restart_begin < step.restart_end ? entry_of() : make_int4(0, 0, 0, 0);
+  wait_for_previous_grid();
   for (int first = step.restart_begin + warp * kBatch; first < step.restart_end; first += warps * kBatch) {
-    const int number = first + lane % kBatch;
-    const int4 entry = __ldg(plan.restarts + min(number, step.restart_end - 1));
-    copy_batch<DIM, kBatch, BYTES>(number < step.restart_end && entry.z < end_step ? entry.x : -1, entry.y, copy);
+    const bool needed = number < step.restart_end && entry.z < end_step;
+    copy_batch<DIM, kBatch, BYTES>(needed ? entry.x : -1, entry.y, copy);
+    number += warps * kBatch;
+    if (first + warps * kBatch < step.restart_end) entry = entry_of();
   }
 }
 

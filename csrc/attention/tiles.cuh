@@ -2,6 +2,10 @@
 
 #pragma once
 
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
 #include "attention/stream.cuh"
 
 namespace fm::attention {
@@ -10,6 +14,12 @@ constexpr int kGroups = kKeys / kGroup;
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 constexpr float kLowest = -1e30f;  // stands for "no key seen yet" where -inf would give NaN
+
+// |scale| log2(e), what scores are multiplied with after masked ones were set to -inf: so it must not be 0. Times the
+// smallest normal number all others are as good as 0.
+inline float forward_scale(double scale) {
+  return std::max(static_cast<float>(std::abs(scale)) * kLog2e, std::numeric_limits<float>::min());
+}
 
 // The two rows (l / 4 and l / 4 + 8) of 16 rows that this lane holds scores of.
 struct LaneRows {
