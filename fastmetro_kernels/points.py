@@ -154,7 +154,7 @@ def _slots_of(length: int, parts: int, split: int) -> int:
 
 def _reads(block: _Block, tokens: _Ints) -> tuple[_Ints, _Ints, _Ints]:
     """Token (its number in the list), channel and phase of everything that is read, each once per phase."""
-    warps, slots, rows = block.columns.shape
+    _, slots, rows = block.columns.shape
     phases = -(-rows * POINT // LANES) * LANES // PHASE  # for all rows of a warp
     warp, slot, row = np.nonzero(block.columns >= 0)
     token = np.searchsorted(tokens, block.columns[warp, slot, row])
@@ -166,8 +166,8 @@ def _reads(block: _Block, tokens: _Ints) -> tuple[_Ints, _Ints, _Ints]:
 
 
 def _phase(position: _Ints) -> _Ints:
-    """The phase of a position of a warp. Of 32 positions, the first 24 go to lanes channel by channel: 8 lanes then read
-    one channel of 8 rows, which often share a token."""
+    """The phase of a position of a warp, as in ``position_of_lane``: 8 lanes read one channel of 8 rows, which often
+    share a token; the last 8 of 32 have what is left."""
     within = position % LANES
     return position // LANES * (LANES // PHASE) + np.where(within < POINT * PHASE, within % POINT, POINT)
 

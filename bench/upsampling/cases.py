@@ -257,7 +257,7 @@ def _streams(matrix: SparseMatrix, transposed: bool, kernel: int, cut: tuple[int
 
 
 def _variants(case: Case, transposed: bool) -> dict[str, Run]:
-    """Every configuration of the CUDA kernels (`csrc/upsampling/launch.h`; cuts of `points.py`, `streams.py` and `bulk.py`)."""
+    """Every configuration of the CUDA kernels (`csrc/upsampling/launch.h`; cuts of `BUILDERS`)."""
     m, word = case.matrix, 4 // case.dtype.itemsize
     arrays = (m.row_offsets, m.columns, m.values, m.ell_columns, m.ell_values, m.shape[0])
     if transposed:
