@@ -143,11 +143,22 @@ struct Copier {
   }
 };
 
-template <typename T, int PACK>
-__device__ __forceinline__ void add_entry(fm::SharedAddress entry, float value, float (&sums)[PACK]) {
-  const auto pack = fm::load_shared<Pack<T, PACK>>(entry);
+// COUNT entries from number `start` on, all read before the first of them is used; those of one position go to sums
+// 0, 1..., OWN of them, in turn.
+template <int COUNT, int OWN, typename T, int PACK, int HELD>
+__device__ __forceinline__ void add_entries(const uint32_t (&entries)[HELD], const float (&values)[HELD], int start,
+                                            uint32_t stage, float (&sums)[OWN][PACK]) {
+  Pack<T, PACK> packs[COUNT];
 #pragma unroll
-  for (int i = 0; i < PACK; ++i) sums[i] = fmaf(value, to_float(pack.item[i]), sums[i]);
+  for (int k = 0; k < COUNT; ++k) packs[k] = fm::load_shared<Pack<T, PACK>>(entries[start + k] + stage);
+#pragma unroll
+  for (int k = 0; k < COUNT; ++k) {
+#pragma unroll
+    for (int i = 0; i < PACK; ++i) {
+      float& sum = sums[(start + k) % OWN][i];
+      sum = fmaf(values[start + k], to_float(packs[k].item[i]), sum);
+    }
+  }
 }
 
 // Three positions, 32 apart, of three entries each; `room` is how many positions the block has from the first one on.
@@ -157,28 +168,27 @@ __device__ __forceinline__ void gather_points(const uint32_t (&entries)[9], cons
   T* out[PACK];
 #pragma unroll
   for (int s = 0; s < 3; ++s) {
-    float sums[PACK] = {};
-#pragma unroll
-    for (int k = 3 * s; k < 3 * s + 3; ++k) add_entry<T>(entries[k] + STAGE * kStageBytes, values[k], sums);
+    float sums[1][PACK] = {};
+    add_entries<3, 1, T>(entries, values, 3 * s, STAGE * kStageBytes, sums);
     if (s == 0) elements.find(out);
 #pragma unroll
     for (int i = 0; i < PACK; ++i) {
-      if (32 * s < room) out[i][32 * s] = from_float<T>(sums[i]);
+      if (32 * s < room) out[i][32 * s] = from_float<T>(sums[0][i]);
     }
   }
 }
 
 // One position, whose entries SPLIT lanes share. Sums are taken in the order of add_row: PARTS parts, of which this lane
 // has every SPLIT-th, are added up in a tree. All lanes of the warp must take part.
-template <int STAGE, int PARTS, int SPLIT, int SLOTS, typename T, int PACK>
+template <int STAGE, int PARTS, int SPLIT, int AT_ONCE, int SLOTS, typename T, int PACK>
 __device__ __forceinline__ void gather_shared_point(const uint32_t (&entries)[SLOTS], const float (&values)[SLOTS],
                                                     int used, const Elements<T, PACK>& elements, bool writes) {
   constexpr int own = PARTS / SPLIT;
   float sums[own][PACK] = {};
 #pragma unroll
-  for (int k = 0; k < SLOTS; ++k) {
-    if (k >= used) break;
-    add_entry<T>(entries[k] + STAGE * kStageBytes, values[k], sums[k % own]);
+  for (int k = 0; k < SLOTS; k += AT_ONCE) {
+    if (k >= used) break;  // slots between `used` and the next multiple of AT_ONCE read zeros
+    add_entries<AT_ONCE, own, T>(entries, values, k, STAGE * kStageBytes, sums);
   }
 #pragma unroll
   for (int step = own / 2; step > 0; step /= 2) {
@@ -210,12 +220,13 @@ template <int LENGTH, int PARTS, int SLOTS, int WORD>
 struct PointLane {
   static constexpr bool threes = LENGTH == 3;
   static constexpr int rows = threes ? 32 : kPointRows, held = (threes ? 3 : 1) * SLOTS;
+  static constexpr int kIdle = -32;  // less room than a lane of a warp with rows may have
 
   uint32_t entries[held];  // addresses in the first stage
   float values[held];
-  uint32_t first;  // where the first position lies in an element of out
-  int room;        // positions that the block has from there on
-  int used, split;
+  uint32_t first;   // where the first position lies in an element of out
+  int room;         // positions that the block has from there on
+  int used, split;  // entries of a position, lanes of a position
 
   // `table` of the block, `own` of the warp.
   __device__ __forceinline__ PointLane(const uint32_t* table, const uint32_t* own, const Points& s, int64_t all_rows)
@@ -232,9 +243,10 @@ struct PointLane {
       values[k] = __uint_as_float(__ldg(word + SLOTS * rows));
     }
     if constexpr (threes) {
-      first = (blockIdx.x * s.block_rows + warp * rows) * kPoint + position;
+      const uint32_t begin = blockIdx.x * s.block_rows + warp * rows;
       const int64_t end = min(static_cast<int64_t>(s.block_rows) * (blockIdx.x + 1), all_rows);
-      room = static_cast<int>(end * kPoint - first);
+      first = begin * kPoint + position;
+      room = begin < end ? static_cast<int>(end * kPoint - first) : kIdle;
     } else {
       const uint32_t word = __ldg(table + 1 + warp);
       const uint32_t row = __ldg(table + 1 + warps + warp * rows + position / kPoint);
@@ -245,16 +257,17 @@ struct PointLane {
     }
   }
 
-  template <int STAGE, typename T, int PACK>
+  // AT_ONCE: entries of a position that are read before the first of them is used, where rows have any length.
+  template <int STAGE, int AT_ONCE, typename T, int PACK>
   __device__ __forceinline__ void gather(const Elements<T, PACK>& out) const {
     if constexpr (threes) {
-      if (room > -32 * (held - 1)) gather_points<STAGE>(entries, values, out, room);  // or else the warp has none
+      if (room > kIdle) gather_points<STAGE>(entries, values, out, room);
     } else if (split == 1) {
-      gather_shared_point<STAGE, PARTS, 1>(entries, values, used, out, room > 0);
+      gather_shared_point<STAGE, PARTS, 1, AT_ONCE>(entries, values, used, out, room > 0);
     } else if (PARTS > 1 && split == 2) {
-      gather_shared_point<STAGE, PARTS, PARTS < 2 ? 1 : 2>(entries, values, used, out, room > 0);
+      gather_shared_point<STAGE, PARTS, PARTS < 2 ? 1 : 2, AT_ONCE>(entries, values, used, out, room > 0);
     } else {
-      gather_shared_point<STAGE, PARTS, PARTS>(entries, values, used, out, room > 0);
+      gather_shared_point<STAGE, PARTS, PARTS, AT_ONCE>(entries, values, used, out, room > 0);
     }
   }
 };
@@ -271,10 +284,13 @@ __global__ void __launch_bounds__(point_threads(LENGTH, PACK, ONE)) points_kerne
   // The matrix is constant, so this need not wait for the kernel before.
   Copier<T, PACK, kPointCopies<LENGTH>> copier(p, tokens, __ldg(table));
   const Lane lane(table, tokens + s.places + 2 * SLOTS * Lane::rows * (threadIdx.x / 32), s, p.rows);
-  if (!Lane::threes && threadIdx.x < (ONE ? 1 : 2) * kZeroPlaces * kPoint) {
-    const uint32_t zero = s.places * kPoint + threadIdx.x % (kZeroPlaces * kPoint);
-    const uint32_t stage = threadIdx.x / (kZeroPlaces * kPoint) * kStageBytes;
-    fm::store_shared(fm::shared_address(fm::dynamic_shared()) + stage + zero * uint32_t{sizeof(Word)}, Word{});
+  if constexpr (!Lane::threes) {
+    constexpr uint32_t zeros = kZeroPlaces * kPoint;
+    for (uint32_t i = threadIdx.x; i < (ONE ? 1 : 2) * zeros; i += blockDim.x) {
+      const uint32_t word = s.places * kPoint + i % zeros;
+      const uint32_t offset = i / zeros * kStageBytes + word * static_cast<uint32_t>(sizeof(Word));
+      fm::store_shared(fm::shared_address(fm::dynamic_shared()) + offset, Word{});
+    }
   }
   fm::wait_for_previous_grid();
 
@@ -286,7 +302,7 @@ __global__ void __launch_bounds__(point_threads(LENGTH, PACK, ONE)) points_kerne
   const uint32_t out_stride = static_cast<uint32_t>(p.rows * kPoint * sizeof(T));
   const auto fetch = [&](uint32_t from) { copier.fetch({p.x, x_stride, from, end - 1}); };
   const auto gather = [&]<int STAGE>(std::integral_constant<int, STAGE>) {
-    lane.template gather<STAGE>(Elements<T, PACK>{out, out_stride, element, end - 1});
+    lane.template gather<STAGE, ONE && PACK <= 4 ? 4 : 2>(Elements<T, PACK>{out, out_stride, element, end - 1});
   };
   fetch(element);
   copier.template put<0>();
