@@ -4,8 +4,8 @@ A cut splits the rows into blocks. A block's entries are dealt to the lanes that
 gets the list of the tokens (columns) that it touches: they are all that it reads of a batch element. A lane makes one
 position (row and channel) at a time, for several batch elements.
 
-- Where every row has three entries, as in the published steps, blocks are ranges of rows, and 32 rows of a warp are 96
-  positions in the order of memory, three for each lane.
+- Where rows have three entries and few have less, as in the published steps, blocks are ranges of rows, and 32 rows of
+  a warp are 96 positions in the order of memory, three for each lane.
 - Other rows are grouped into patches of the mesh that cost about equally much, so that a block touches few tokens. In a
   block they are sorted by length, so that the rows of a warp are about equally long; a warp has ten of them, a position
   per lane. Rows with more entries than a lane holds are split over 2 or 4 lanes per position.
@@ -28,12 +28,12 @@ import scipy.sparse as sp
 from fastmetro_kernels.streams import LANES, POINT, SMALLEST, Cut, _patches, parts_of
 
 PHASE = 8  # lanes that shared memory serves at a time when each reads 16 bytes
-ROWS = {True: LANES, False: LANES // POINT}  # of a warp, by whether all rows have three entries
+ROWS = {True: LANES, False: LANES // POINT}  # of a warp, by whether rows have three entries
 SLOTS = {True: 3, False: 16}  # entries of a position that a lane holds, at most
-COPIES = {True: 3, False: 4}  # words that a thread copies of a pack, at most, by whether all rows have three entries
+COPIES = {True: 3, False: 4}  # words that a thread copies of a pack, at most, by whether rows have three entries
 MOST_WARPS = {True: 28, False: 20}  # of a block, which leaves 72 or 96 registers to a thread
 MOST_PARTS = 4
-ZEROS = {True: 0, False: PHASE}  # places that hold zeros, one for every residue
+ZEROS = PHASE  # places that hold zeros, one for every residue
 NO_ROW = 0xFFFFFFFF
 MOST_PLACES = 0xFFFF - PHASE
 ROW_COST = 4  # of a row beside its entries, in entries
@@ -41,9 +41,11 @@ SWEEPS = 3  # over the tokens of a block, each of which may move to a better pla
 ROOM = 1.06  # places for each token
 
 POINTS = 2  # kind of a cut
-DEFAULT_CUTS = {True: ((8, 27), (16, 14), (32, 9)), False: ((12, 20), (16, 16), (32, 11))}
-"""Blocks and warps of a block, by whether all rows have three entries. Few blocks read the least; the others are for
-batches that would leave multiprocessors without work. The warps hold the rows of the body mesh, 6,890 and 1,723."""
+BLOCKS = {True: (8, 16, 32, 64), False: (12, 16, 32, 64, 128)}
+MOST_CUTS = 3
+"""Blocks of the cuts, the first that are possible, by whether rows have three entries. Few blocks read the least; the
+others are for batches that would leave multiprocessors without work.
+"""
 
 _Ints = npt.NDArray[np.int64]
 
@@ -58,17 +60,22 @@ class _Block(NamedTuple):
     splits: _Ints
     rows: _Ints
 
+    def first(self, warps: int) -> _Block:
+        """The block without the warps behind the first ones, which have no rows."""
+        return _Block(self.columns[:warps], self.values[:warps], self.used[:warps], self.splits[:warps],
+                      self.rows[:warps])  # fmt: skip
+
 
 def build_points(csr: sp.csr_array, cuts: Sequence[tuple[int, int]] | None = None) -> tuple[np.ndarray, list[int]]:
     """All cuts that are possible, as one int32 array and the sizes of each, one after the other.
 
     Args:
         csr: The matrix, columns ascending in each row.
-        cuts: Blocks and warps of a block; by default none for small matrices.
+        cuts: Blocks and warps of a block (0: as few as will do); by default `MOST_CUTS`, or none for small matrices.
     """
-    threes = csr.nnz > 0 and bool((np.diff(csr.indptr) == POINT).all())
+    threes = csr.nnz >= 2 * csr.shape[0] and int(np.diff(csr.indptr).max(initial=0)) <= POINT
     if cuts is None:
-        cuts = DEFAULT_CUTS[threes] if csr.shape[0] >= SMALLEST else ()
+        cuts = [(blocks, 0) for blocks in BLOCKS[threes]] if csr.shape[0] >= SMALLEST else ()
     words: list[np.ndarray] = [np.zeros(0, np.int32)]
     sizes: list[int] = []
     for blocks, warps in cuts:
@@ -77,24 +84,29 @@ def build_points(csr: sp.csr_array, cuts: Sequence[tuple[int, int]] | None = Non
             tables, cut = made
             sizes += cut._replace(offset=sum(map(len, words)))
             words.append(tables)
+        if len(words) > MOST_CUTS:
+            break
     return np.concatenate(words), sizes
 
 
 def _build_cut(csr: sp.csr_array, blocks: int, warps: int, threes: bool) -> tuple[np.ndarray, Cut] | None:
     parts = parts_of(csr.nnz, csr.shape[0]) if csr.nnz else 0
-    if not 0 < parts <= MOST_PARTS or not 0 < warps <= MOST_WARPS[threes]:
+    if not 0 < parts <= MOST_PARTS or warps > MOST_WARPS[threes]:
         return None
     patches = _ranges(csr.shape[0], blocks) if threes else _patches(csr, blocks, ROW_COST)
-    dealt = [block for block in (_deal(csr, patch, warps, parts, threes) for patch in patches) if block is not None]
+    most = warps or MOST_WARPS[threes]
+    dealt = [block for block in (_deal(csr, patch, most, parts, threes) for patch in patches) if block is not None]
     if len(dealt) < len(patches):
         return None
     lists = [_tokens(block) for block in dealt]
     placed = [_places(*_reads(block, listed), len(listed)) for block, listed in zip(dealt, lists, strict=True)]
     places = max(_padded(place) for place in placed)
-    if places > MOST_PLACES or places * POINT > COPIES[threes] * warps * LANES:
+    least = max(-(-places * POINT // (COPIES[threes] * LANES)), *(_warps_with_rows(block) for block in dealt))
+    warps = warps or least
+    if places > MOST_PLACES or not least <= warps <= MOST_WARPS[threes]:
         return None
     tables = [
-        _tables(block, listed, place, places, threes)
+        _tables(block.first(warps), listed, place, places, threes)
         for block, listed, place in zip(dealt, lists, placed, strict=True)
     ]
     block_rows = max(map(len, patches))
@@ -106,6 +118,10 @@ def _tokens(block: _Block) -> _Ints:
     """What the rows of a block touch, and at least something that can be copied."""
     found = np.unique(block.columns[block.columns >= 0])
     return found if len(found) else np.zeros(1, np.int64)
+
+
+def _warps_with_rows(block: _Block) -> int:
+    return int((block.rows != NO_ROW).any(1).sum())
 
 
 def _padded(place: _Ints) -> int:
@@ -212,8 +228,8 @@ def _tables(block: _Block, tokens: _Ints, place: _Ints, places: int, threes: boo
     has = block.columns >= 0
     word[has] = POINT * place[np.searchsorted(tokens, block.columns[has])]
     head = [np.array([_padded(place)])]
+    _fill_with_zeros(word, has, places)
     if not threes:
-        _fill_with_zeros(word, has, places)
         head += [block.used | block.splits << 8, block.rows.ravel()]
     both = np.stack([word.astype(np.uint32), block.values.view(np.uint32)], axis=1)  # [warps, 2, slots, rows]
     return np.concatenate([*(array.astype(np.uint32) for array in (*head, copied)), both.ravel()]).view(np.int32)

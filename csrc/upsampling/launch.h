@@ -74,7 +74,7 @@ Plan choose_plan(const Problem<T>& p, bool three_each, const Cuts& cuts, const D
     for (const int batch_tile : {4 * word, 2 * word}) {
       for (int cut = 0; cut < count; ++cut) {
         if (cuts.list[cut].blocks * ceil_div(p.batch, batch_tile) >= enough &&
-            can_take_points(p, cuts.list[cut], three_each, batch_tile, device.shared_limit)) {
+            can_take_points(p, cuts.list[cut], batch_tile, device.shared_limit)) {
           return {Kernel::points, batch_tile, 0, early, cut};
         }
       }
@@ -184,11 +184,11 @@ class Launcher {
 
   void points() const {
     if (plan_.cut >= static_cast<int>(cuts_.list.size()) || !fits_32_bits(p_) ||
-        !can_take_points(p_, cuts_.list[plan_.cut], three_each_, plan_.batch_tile, device_.shared_limit)) {
+        !can_take_points(p_, cuts_.list[plan_.cut], plan_.batch_tile, device_.shared_limit)) {
       throw std::runtime_error("upsample_native: there is no cut of this matrix for such points");
     }
     PointLauncher(p_, cuts_, cuts_.list[plan_.cut], device_.multiprocessors, plan_.early, launch_)
-        .run(three_each_, parts_of(entries_, p_.rows), plan_.batch_tile);
+        .run(parts_of(entries_, p_.rows), plan_.batch_tile);
   }
 
   template <int LENGTH, int PARTS>

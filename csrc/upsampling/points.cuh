@@ -35,7 +35,7 @@ constexpr int kPointCopies = LENGTH == 3 ? 3 : 4;
 // One cut of the matrix; the words of block b begin at tables + b * block_words.
 //
 //   [1]             places that the block copies to, a multiple of 32
-//   [warps]         slots that a warp uses | lanes that share a position << 8    } not where all rows have three
+//   [warps]         slots that a warp uses | lanes that share a position << 8    } not where rows have three
 //   [warps][10]     the rows of a warp, or kNoPointRow                           } entries: there they are in order
 //   [places]        the token that goes to each place
 //   of each warp:
@@ -213,7 +213,7 @@ __device__ __forceinline__ void gather_shared_point(const uint32_t (&entries)[SL
   for (int i = 0; i < PACK; ++i) *out[i] = from_float<T>(sums[0][i]);
 }
 
-// What a lane holds of the matrix, and what it makes of a pack. LENGTH 3: 32 rows of a warp are in the order of memory, so
+// What a lane holds of the matrix, and what it makes of a pack. LENGTH 3, or less: 32 rows of a warp are in the order of memory, so
 // a lane has three positions, 32 apart; else it has one. PARTS: lanes that would share a row in gather_kernel; they
 // determine the order of the sums.
 template <int LENGTH, int PARTS, int SLOTS, int WORD>
@@ -284,13 +284,11 @@ __global__ void __launch_bounds__(point_threads(LENGTH, PACK, ONE)) points_kerne
   // The matrix is constant, so this need not wait for the kernel before.
   Copier<T, PACK, kPointCopies<LENGTH>> copier(p, tokens, __ldg(table));
   const Lane lane(table, tokens + s.places + 2 * SLOTS * Lane::rows * (threadIdx.x / 32), s, p.rows);
-  if constexpr (!Lane::threes) {
-    constexpr uint32_t zeros = kZeroPlaces * kPoint;
-    for (uint32_t i = threadIdx.x; i < (ONE ? 1 : 2) * zeros; i += blockDim.x) {
-      const uint32_t word = s.places * kPoint + i % zeros;
-      const uint32_t offset = i / zeros * kStageBytes + word * static_cast<uint32_t>(sizeof(Word));
-      fm::store_shared(fm::shared_address(fm::dynamic_shared()) + offset, Word{});
-    }
+  constexpr uint32_t zeros = kZeroPlaces * kPoint;
+  for (uint32_t i = threadIdx.x; i < (ONE ? 1 : 2) * zeros; i += blockDim.x) {
+    const uint32_t word = s.places * kPoint + i % zeros;
+    const uint32_t offset = i / zeros * kStageBytes + word * static_cast<uint32_t>(sizeof(Word));
+    fm::store_shared(fm::shared_address(fm::dynamic_shared()) + offset, Word{});
   }
   fm::wait_for_previous_grid();
 

@@ -14,20 +14,19 @@ constexpr int kPointCut = 2;
 
 // Bytes of shared memory: a pack that is gathered from and, where there is more than one, a pack that is copied to.
 template <typename T>
-int64_t point_bytes(const Cut& cut, bool three_each, int batch_tile, int64_t packs) {
-  const int64_t places = cut.places + (three_each ? 0 : kZeroPlaces);
-  return (packs > 1 ? kStageBytes : 0) + places * kPoint * batch_tile * static_cast<int64_t>(sizeof(T));
+int64_t point_bytes(const Cut& cut, int batch_tile, int64_t packs) {
+  return (packs > 1 ? kStageBytes : 0) + (cut.places + kZeroPlaces) * kPoint * batch_tile * static_cast<int64_t>(sizeof(T));
 }
 
 // `batch_tile` elements of a pack fill the 8 or 16 bytes that a lane reads at once. Offsets are 32 bits wide.
 template <typename T>
-bool can_take_points(const Problem<T>& p, const Cut& cut, bool three_each, int batch_tile, int64_t shared_limit) {
+bool can_take_points(const Problem<T>& p, const Cut& cut, int batch_tile, int64_t shared_limit) {
   constexpr int64_t most = std::numeric_limits<uint32_t>::max() / sizeof(T);
   const int64_t word = batch_tile * static_cast<int64_t>(sizeof(T));
-  return cut.kind == kPointCut && p.channels == kPoint && cut.threads <= point_threads(three_each ? 3 : 0, batch_tile, false) && (word == 8 || word == 16) && p.batch_stride <= most &&
+  return cut.kind == kPointCut && p.channels == kPoint && cut.threads <= point_threads(static_cast<int>(cut.slots), batch_tile, false) && (word == 8 || word == 16) && p.batch_stride <= most &&
          p.rows * kPoint <= most && p.batch <= std::numeric_limits<int32_t>::max() &&
-         point_bytes<T>(cut, three_each, batch_tile, 1) <= kStageBytes &&
-         point_bytes<T>(cut, three_each, batch_tile, 2) <= shared_limit;
+         point_bytes<T>(cut, batch_tile, 1) <= kStageBytes &&
+         point_bytes<T>(cut, batch_tile, 2) <= shared_limit;
 }
 
 template <typename T, typename Launch>
@@ -37,16 +36,16 @@ class PointLauncher {
                 const Launch& launch)
       : p_(problem), cuts_(cuts), cut_(cut), multiprocessors_(multiprocessors), early_(early), launch_(launch) {}
 
-  // `parts`: lanes that would share a row in the other kernels; `three_each`: every row has exactly three entries.
-  void run(bool three_each, int parts, int batch_tile) const {
-    if (batch_tile * sizeof(T) == 16) return with_pack<16 / sizeof(T)>(three_each, parts);
-    with_pack<8 / sizeof(T)>(three_each, parts);
+  // `parts`: lanes that would share a row in the other kernels.
+  void run(int parts, int batch_tile) const {
+    if (batch_tile * sizeof(T) == 16) return with_pack<16 / sizeof(T)>(parts);
+    with_pack<8 / sizeof(T)>(parts);
   }
 
  private:
   template <int PACK>
-  void with_pack(bool three_each, int parts) const {
-    if (three_each) return start<PACK, 3, 1, 3>();
+  void with_pack(int parts) const {
+    if (cut_.slots == 3) return start<PACK, 3, 1, 3>();
     switch (parts) {
       case 1: return start<PACK, kAnyLength, 1, kPointSlots>();
       case 2: return start<PACK, kAnyLength, 2, kPointSlots>();
@@ -73,7 +72,7 @@ class PointLauncher {
   void start() const {
     const int64_t packs = ceil_div(p_.batch, PACK);
     const int64_t each = packs_per_block(packs, point_threads(LENGTH, PACK, false),
-                                         point_bytes<T>(cut_, LENGTH == 3, PACK, packs));
+                                         point_bytes<T>(cut_, PACK, packs));
     if (each > 1) return start<PACK, LENGTH, PARTS, SLOTS, false>(packs, each);
     start<PACK, LENGTH, PARTS, SLOTS, true>(packs, 1);
   }
@@ -85,7 +84,7 @@ class PointLauncher {
                         static_cast<int32_t>(each)};
     launch_.template operator()<points_kernel<T, PACK, LENGTH, PARTS, SLOTS, ONE>>(
         p_, points, static_cast<uint32_t>(cut_.blocks), static_cast<uint32_t>(ceil_div(packs, each)),
-        static_cast<int>(cut_.threads), static_cast<uint32_t>(point_bytes<T>(cut_, LENGTH == 3, PACK, each)), early_);
+        static_cast<int>(cut_.threads), static_cast<uint32_t>(point_bytes<T>(cut_, PACK, each)), early_);
   }
 
   const Problem<T>& p_;

@@ -49,10 +49,10 @@ std::vector<Cut> cuts_of(const std::optional<Tensor>& streams, const std::vector
     const bool points = cut.kind == fm_upsampling::kPointCut;
     const int slots = static_cast<int>(cut.slots);
     const int most = bulk ? fm_upsampling::bulk_threads(slots)
-                   : points ? fm_upsampling::point_threads(three_each ? 3 : 0, 1, false)
+                   : points ? fm_upsampling::point_threads(slots, 1, false)
                             : fm_upsampling::kStreamThreads;
     // Blocks of the stream kernel are ranges of rows where all have three entries, else lists of up to block_rows.
-    const bool no_empty_range = bulk || !three_each || (cut.blocks - 1) * cut.block_rows < rows;
+    const bool no_empty_range = bulk || !(points ? slots == 3 : three_each) || (cut.blocks - 1) * cut.block_rows < rows;
     STD_TORCH_CHECK(cut.offset >= 0 && cut.block_words >= 0 && cut.blocks > 0 &&
                         cut.offset + cut.blocks * cut.block_words <= streams->size(0) &&
                         no_empty_range && rows <= cut.blocks * cut.block_rows &&
