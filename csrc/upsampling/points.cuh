@@ -23,9 +23,9 @@ constexpr uint32_t kStageBytes = 48 * 1024;  // of a pack in shared memory at mo
 
 // Of a block at most, so that there are registers for what a thread holds. Where blocks have one pack, two of half the
 // size fit a multiprocessor: the next kernel can start up beside this one.
-constexpr int point_threads(int length, int pack, bool one) {
-  if (one) return length == 3 || pack <= 4 ? 1024 : 768;
-  return length == 3 ? 896 : pack <= 4 ? 640 : 512;
+constexpr int point_threads(int slots, int pack, bool one) {
+  if (one) return slots == 3 || pack <= 4 ? 1024 : 768;
+  return slots == 3 ? 896 : pack <= 4 ? 640 : 512;
 }
 
 // Words that a thread copies of a pack, at most.
@@ -274,7 +274,7 @@ struct PointLane {
 
 // ONE: every block has one pack only.
 template <typename T, int PACK, int LENGTH, int PARTS, int SLOTS, bool ONE>
-__global__ void __launch_bounds__(point_threads(LENGTH, PACK, ONE)) points_kernel(const Problem<T> p, const Points s) {
+__global__ void __launch_bounds__(point_threads(SLOTS, PACK, ONE)) points_kernel(const Problem<T> p, const Points s) {
   fm::launch_dependents();  // they wait for all of this kernel before they touch anything but tables
   using Word = Pack<T, PACK>;
   using Lane = PointLane<LENGTH, PARTS, SLOTS, sizeof(Word)>;

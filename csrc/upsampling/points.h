@@ -23,7 +23,9 @@ template <typename T>
 bool can_take_points(const Problem<T>& p, const Cut& cut, int batch_tile, int64_t shared_limit) {
   constexpr int64_t most = std::numeric_limits<uint32_t>::max() / sizeof(T);
   const int64_t word = batch_tile * static_cast<int64_t>(sizeof(T));
-  return cut.kind == kPointCut && p.channels == kPoint && cut.threads <= point_threads(static_cast<int>(cut.slots), batch_tile, false) && (word == 8 || word == 16) && p.batch_stride <= most &&
+  if (word != 8 && word != 16) return false;
+  return cut.kind == kPointCut && p.channels == kPoint && p.batch_stride <= most &&
+         cut.threads <= point_threads(static_cast<int>(cut.slots), batch_tile, false) &&
          p.rows * kPoint <= most && p.batch <= std::numeric_limits<int32_t>::max() &&
          point_bytes<T>(cut, batch_tile, 1) <= kStageBytes &&
          point_bytes<T>(cut, batch_tile, 2) <= shared_limit;
@@ -71,7 +73,7 @@ class PointLauncher {
   template <int PACK, int LENGTH, int PARTS, int SLOTS>
   void start() const {
     const int64_t packs = ceil_div(p_.batch, PACK);
-    const int64_t each = packs_per_block(packs, point_threads(LENGTH, PACK, false),
+    const int64_t each = packs_per_block(packs, point_threads(SLOTS, PACK, false),
                                          point_bytes<T>(cut_, PACK, packs));
     if (each > 1) return start<PACK, LENGTH, PARTS, SLOTS, false>(packs, each);
     start<PACK, LENGTH, PARTS, SLOTS, true>(packs, 1);
