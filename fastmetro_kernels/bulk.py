@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.sparse as sp
 
+from fastmetro_kernels.points import build_points
 from fastmetro_kernels.streams import LANES, POINT, SMALLEST, Cut, build_streams
 
 UNIT = 8  # tokens: segments begin and end at multiples, so that all begin equally far from a multiple of 16 bytes
@@ -50,14 +51,16 @@ _Placed = tuple[int, _Ints, _Ints]
 
 
 def build_tables(csr: sp.csr_array) -> tuple[np.ndarray, list[int]]:
-    """The cuts of both kernels as one int32 array, and the sizes of each, one after the other: as ``build_streams``."""
-    words, sizes = build_bulk(csr)
-    more, more_sizes = build_streams(csr)
+    """The cuts of all kernels as one int32 array, and the sizes of each, one after the other: as ``build_streams``."""
+    words, sizes = build_points(csr)
     width = len(Cut._fields)
-    for start in range(0, len(more_sizes), width):
-        cut = Cut(*more_sizes[start : start + width])
-        sizes += cut._replace(offset=cut.offset + len(words))
-    return np.concatenate([words, more]), sizes
+    for build in (build_bulk, build_streams):
+        more, more_sizes = build(csr)
+        for start in range(0, len(more_sizes), width):
+            cut = Cut(*more_sizes[start : start + width])
+            sizes += cut._replace(offset=cut.offset + len(words))
+        words = np.concatenate([words, more])
+    return words, sizes
 
 
 def build_bulk(csr: sp.csr_array, cuts: Sequence[tuple[int, int]] | None = None) -> tuple[np.ndarray, list[int]]:

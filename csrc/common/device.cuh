@@ -32,6 +32,38 @@ __device__ __forceinline__ unsigned char* dynamic_shared() {
   return fm_dynamic_shared_memory;
 }
 
+// Reads and writes 8 or 16 bytes of shared memory. With addresses that are kept in registers a kernel spares the
+// instructions by which the compiler makes them anew from pointers.
+template <typename Word>
+__device__ __forceinline__ Word load_shared(SharedAddress address) {
+  static_assert(sizeof(Word) == 8 || sizeof(Word) == 16);
+  uint32_t w[sizeof(Word) / 4];
+  if constexpr (sizeof(Word) == 8) {
+    asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(w[0]), "=r"(w[1]) : "r"(address) : "memory");
+  } else {
+    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
+                 : "r"(address)
+                 : "memory");
+  }
+  Word word;
+  memcpy(&word, w, sizeof(Word));
+  return word;
+}
+
+template <typename Word>
+__device__ __forceinline__ void store_shared(SharedAddress address, const Word& word) {
+  static_assert(sizeof(Word) == 8 || sizeof(Word) == 16);
+  uint32_t w[sizeof(Word) / 4];
+  memcpy(w, &word, sizeof(Word));
+  if constexpr (sizeof(Word) == 8) {
+    asm volatile("st.shared.v2.u32 [%0], {%1,%2};" ::"r"(address), "r"(w[0]), "r"(w[1]) : "memory");
+  } else {
+    asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3])
+                 : "memory");
+  }
+}
+
 // Starts a copy of 16 bytes to shared memory, or writes zeros there where there is nothing to copy.
 __device__ __forceinline__ void copy_async_16(SharedAddress to, const void* from, bool valid) {
   const int bytes = valid ? 16 : 0;

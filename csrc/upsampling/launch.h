@@ -9,18 +9,19 @@
 
 #include "bulk.h"
 #include "kernels.cuh"
+#include "points.h"
 #include "stream.h"
 
 namespace fm_upsampling {
 
-enum class Kernel : int { gather, staged, stream, bulk };
+enum class Kernel : int { gather, staged, stream, bulk, points };
 
 struct Plan {
   Kernel kernel;
-  int batch_tile;  // batch elements per thread; of the bulk kernel: in shared memory at once
+  int batch_tile;  // batch elements per thread; of the bulk kernel: in shared memory at once; of points: in a word
   int threads;     // of a block; 0: as many as spread the work evenly
   bool early;      // programmatic dependent launch: the kernel starts up while the one before it still runs
-  int cut = 0;     // of the stream and the bulk kernel, which have their threads from there
+  int cut = 0;     // of the stream, bulk and points kernel, which have their threads from there
 };
 
 struct Device {
@@ -70,6 +71,14 @@ Plan choose_plan(const Problem<T>& p, bool three_each, const Cuts& cuts, const D
   const int64_t enough = 2 * device.multiprocessors / 3;
   const int count = static_cast<int>(cuts.list.size());
   if (fits_32_bits(p)) {
+    for (const int batch_tile : {4 * word, 2 * word}) {
+      for (int cut = 0; cut < count; ++cut) {
+        if (cuts.list[cut].blocks * ceil_div(p.batch, batch_tile) >= enough &&
+            can_take_points(p, cuts.list[cut], batch_tile, device.shared_limit)) {
+          return {Kernel::points, batch_tile, 0, early, cut};
+        }
+      }
+    }
     for (int cut = 0; cut < count; ++cut) {
       constexpr int stages = 2;  // more are not faster
       if (cuts.list[cut].blocks * p.batch >= enough &&
@@ -144,6 +153,7 @@ class Launcher {
     if (p_.batch == 0 || p_.rows == 0 || p_.channels == 0) return;
     if (plan_.kernel == Kernel::stream) return stream();
     if (plan_.kernel == Kernel::bulk) return bulk();
+    if (plan_.kernel == Kernel::points) return points();
     if (!fits_32_bits(p_)) return far();
     switch (parts_of(entries_, p_.rows)) {
       case 1: return three_each_ ? with_rows<3, 1>() : with_rows<kAnyLength, 1>();
@@ -170,6 +180,15 @@ class Launcher {
     }
     BulkLauncher(p_, cuts_, cuts_.list[plan_.cut], plan_.batch_tile, device_.multiprocessors, plan_.early, launch_)
         .run(three_each_);
+  }
+
+  void points() const {
+    if (plan_.cut >= static_cast<int>(cuts_.list.size()) || !fits_32_bits(p_) ||
+        !can_take_points(p_, cuts_.list[plan_.cut], plan_.batch_tile, device_.shared_limit)) {
+      throw std::runtime_error("upsample_native: there is no cut of this matrix for such points");
+    }
+    PointLauncher(p_, cuts_, cuts_.list[plan_.cut], device_.multiprocessors, plan_.early, launch_)
+        .run(parts_of(entries_, p_.rows), plan_.batch_tile);
   }
 
   template <int LENGTH, int PARTS>

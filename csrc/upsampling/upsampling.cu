@@ -46,13 +46,17 @@ std::vector<Cut> cuts_of(const std::optional<Tensor>& streams, const std::vector
   if (!cuts.empty()) fm_upsampling::check_list(*streams, 1, ScalarType::Int, x, "streams");
   for (const Cut& cut : cuts) {
     const bool bulk = cut.kind == fm_upsampling::kBulkCut;
-    const int most = bulk ? fm_upsampling::bulk_threads(static_cast<int>(cut.slots)) : fm_upsampling::kStreamThreads;
+    const bool points = cut.kind == fm_upsampling::kPointCut;
+    const int slots = static_cast<int>(cut.slots);
+    const int most = bulk ? fm_upsampling::bulk_threads(slots)
+                   : points ? fm_upsampling::point_threads(slots, 1, false)
+                            : fm_upsampling::kStreamThreads;
     // Blocks of the stream kernel are ranges of rows where all have three entries, else lists of up to block_rows.
-    const bool no_empty_range = bulk || !three_each || (cut.blocks - 1) * cut.block_rows < rows;
+    const bool no_empty_range = bulk || !(points ? slots == 3 : three_each) || (cut.blocks - 1) * cut.block_rows < rows;
     STD_TORCH_CHECK(cut.offset >= 0 && cut.block_words >= 0 && cut.blocks > 0 &&
                         cut.offset + cut.blocks * cut.block_words <= streams->size(0) &&
                         no_empty_range && rows <= cut.blocks * cut.block_rows &&
-                        cut.threads > 0 && cut.threads % (bulk ? 32 : 96) == 0 && cut.threads <= most,
+                        cut.threads > 0 && cut.threads % (bulk || points ? 32 : 96) == 0 && cut.threads <= most,
                     "upsample_native: streams and stream_sizes do not belong to this matrix");
   }
   return cuts;
@@ -104,8 +108,8 @@ Tensor upsample(Tensor x, Tensor row_offsets, Tensor columns, Tensor values, std
 Tensor upsample_as(Tensor x, Tensor row_offsets, Tensor columns, Tensor values, std::optional<Tensor> ell_columns,
                    std::optional<Tensor> ell_values, int64_t rows, std::optional<Tensor> streams,
                    std::vector<int64_t> stream_sizes, int64_t kernel, int64_t batch_tile, int64_t threads, bool early) {
-  STD_TORCH_CHECK(kernel >= 0 && kernel <= static_cast<int64_t>(fm_upsampling::Kernel::bulk),
-                  "upsample_native: kernel must be 0 (gather), 1 (staged), 2 (stream) or 3 (bulk), got ", kernel);
+  STD_TORCH_CHECK(kernel >= 0 && kernel <= static_cast<int64_t>(fm_upsampling::Kernel::points),
+                  "upsample_native: kernel must be 0 (gather), 1 (staged), 2 (stream), 3 (bulk) or 4 (points), got ", kernel);
   STD_TORCH_CHECK(threads >= 0 && threads <= fm_upsampling::kMaxThreads && threads % 32 == 0,
                   "upsample_native: threads must be a multiple of 32 up to ", fm_upsampling::kMaxThreads, ", got ",
                   threads);

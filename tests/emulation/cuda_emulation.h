@@ -261,6 +261,21 @@ using fm_emulation::Place;
 inline SharedAddress shared_address(const void* pointer, Place place = Place::current()) {
   return fm_emulation::shared_address(pointer, place);
 }
+// What an address names; accesses are checked where they happen.
+template <typename Word>
+inline Word* shared_word(SharedAddress address, const Place& place) {
+  unsigned char* const start = fm_emulation::shared_memory();
+  if (address % sizeof(Word) != 0) fm_emulation::trap("shared memory at an address that is no multiple of a word", place);
+  return reinterpret_cast<Word*>(start + (address - fm_emulation::shared_address(start, place)));
+}
+template <typename Word>
+inline Word load_shared(SharedAddress address, Place place = Place::current()) {
+  return *shared_word<Word>(address, place);
+}
+template <typename Word>
+inline void store_shared(SharedAddress address, const Word& word, Place place = Place::current()) {
+  *shared_word<Word>(address, place) = word;
+}
 inline unsigned char* dynamic_shared() { return fm_emulation::shared_memory(); }
 
 inline void copy_async_16(SharedAddress to, const void* from, bool valid, Place place = Place::current()) {

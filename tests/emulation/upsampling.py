@@ -16,7 +16,8 @@ from torch import Tensor
 from fastmetro_kernels.streams import Cut
 
 KIB = 1024
-GATHER, STAGED, STREAM, BULK = range(4)
+GATHER, STAGED, STREAM, BULK, POINTS = range(5)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Plan(NamedTuple):
@@ -32,7 +33,7 @@ class _Arguments(ctypes.Structure):
         (name, ctypes.c_int64)
         for name in (
             *("batch", "tokens", "channels", "batch_stride", "token_stride", "channel_stride"),
-            *("rows", "entries", "three_each", "bytes_of_element"),
+            *("rows", "entries", "three_each", "dtype"),
             *("kernel", "batch_tile", "threads", "multiprocessors", "shared_limit", "cuts"),
         )
     ]
@@ -40,7 +41,7 @@ class _Arguments(ctypes.Structure):
 
 @functools.cache
 def harness() -> build.Harness:
-    """The compiled kernels for float32 and float16."""
+    """The compiled kernels."""
     return build.build_harness(Path(build.__file__).with_name("upsampling_harness.cpp"))
 
 
@@ -60,7 +61,7 @@ def upsample(
     shared_limit: int = 227 * KIB,
     schedule: str = "forward",
 ) -> Tensor:
-    """``upsample_native`` for float32 or float16; without a plan in the configuration that the op would choose.
+    """``upsample_native``; without a plan in the configuration that the op would choose.
 
     Raises:
         EmulationError: the kernel did something wrong, or there is none for this plan.
@@ -73,7 +74,7 @@ def upsample(
     arguments = _Arguments(
         *(batch, tokens, channels, *x.stride(), rows, columns.numel()),
         ell_columns is not None and ell_columns.shape[1] == 3 and columns.numel() == 3 * rows,
-        x.element_size(),
+        DTYPES.index(x.dtype),
         *((-1, 0, 0) if plan is None else plan),
         *(multiprocessors, shared_limit, len(sizes) // len(Cut._fields)),
     )

@@ -17,7 +17,7 @@ struct EmulatedLaunch {
 // device. The fields are those of upsampling.py.
 struct Arguments {
   int64_t batch, tokens, channels, batch_stride, token_stride, channel_stride;
-  int64_t rows, entries, three_each, bytes_of_element;
+  int64_t rows, entries, three_each, dtype;
   int64_t kernel, batch_tile, threads, multiprocessors, shared_limit, cuts;
 };
 
@@ -41,7 +41,11 @@ FM_EMULATION_EXPORT int32_t run_upsampling(const Arguments* a, const void* x, vo
                                            const int32_t* columns, const float* values, const uint32_t* streams,
                                            const fm_upsampling::Cut* cuts) {
   return fm_emulation::reported([&] {
-    a->bytes_of_element == 4 ? run<float>(*a, x, out, row_offsets, columns, values, streams, cuts)
-                             : run<__half>(*a, x, out, row_offsets, columns, values, streams, cuts);
+    const auto run_as = [&]<typename T>(T*) { run<T>(*a, x, out, row_offsets, columns, values, streams, cuts); };
+    switch (a->dtype) {
+      case 0: return run_as(static_cast<float*>(nullptr));
+      case 1: return run_as(static_cast<__half*>(nullptr));
+      default: return run_as(static_cast<__nv_bfloat16*>(nullptr));
+    }
   });
 }

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fastmetro_kernels import SparseMatrix, backends, sparse_upsample
 from fastmetro_kernels.bulk import build_bulk
+from fastmetro_kernels.points import build_points
 from fastmetro_kernels.streams import build_streams
 from fastmetro_kernels.upsampling import ops
 
@@ -104,10 +105,29 @@ def test_bulk_copies(lengths: int | tuple[int, int], dtype: torch.dtype) -> None
                 assert torch.equal(product_as(matrix, moved, (3, 2, 0, True), streams), expected)
 
 
+@pytest.mark.parametrize("dtype", [FLOAT, HALF, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("lengths", [3, (0, 3), (1, 9), (0, 30), (6, 50)], ids=str)
+def test_points_give_the_same_bits(lengths: int | tuple[int, int], dtype: torch.dtype) -> None:
+    matrix = random_matrix(700, 240, lengths).to("cuda")
+    built = [build_points(matrix.to_scipy(), [cut]) for cut in ((8, 12), (16, 20), (32, 9))]
+    found = [(torch.from_numpy(words).cuda(), sizes) for words, sizes in built if sizes]
+    assert found
+    for batch in (1, 2, 7, 300, 1111):
+        x = random_input(matrix, batch, 3, dtype, "cuda")
+        expected = product_as(matrix, x, (0, 1, 0, False))
+        check_product(expected, matrix, x)
+        for streams in found:
+            for tile in (8 // dtype.itemsize, 16 // dtype.itemsize):
+                for early in (False, True):
+                    got = product_as(matrix, x, (4, tile, 0, early), streams)
+                    assert torch.equal(got, expected), (streams[1], tile, early)
+
+
 def test_early_launches_wait_for_what_they_read() -> None:
     up = mesh_like_matrix(6890, 1723).to("cuda")
     down = up.transpose()
     up_streams, down_streams = tables(up, build_streams, (4, 27)), tables(down, build_streams, (4, 27))
+    up_points, down_points = tables(up, build_points, (16, 14)), tables(down, build_points, (16, 16))
     up_bulk, down_bulk = tables(up, build_bulk, (4, 18)), tables(down, build_bulk, (4, 16))
 
     def chain(early: bool) -> Callable[[], Tensor]:
@@ -120,6 +140,10 @@ def test_early_launches_wait_for_what_they_read() -> None:
                 y = product_as(down, y, (2, 2, 0, early), down_streams)
                 y = product_as(up, y, (3, 2, 0, early), up_bulk)
                 y = product_as(down, y, (3, 3, 0, early), down_bulk)
+                y = product_as(up, y, (4, 4, 0, early), up_points)
+                y = product_as(down, y, (4, 4, 0, early), down_points)
+                y = product_as(up, y, (4, 2, 0, early), up_points)
+                y = product_as(down, y, (4, 2, 0, early), down_points)
                 y = product_as(up, y, (3, 4, 0, early), up_bulk)
                 y = product_as(down, y, (0, 4, 256, early))
                 y = y / y.abs().amax()  # kernels of PyTorch in between
