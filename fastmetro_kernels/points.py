@@ -38,7 +38,8 @@ NO_ROW = 0xFFFFFFFF
 MOST_PLACES = 0xFFFF - PHASE
 ROW_COST = 4  # of a row beside its entries, in entries
 SWEEPS = 3  # over the tokens of a block, each of which may move to a better place
-ROOM = 1.06  # places for each token
+GROUP = 32  # places that neighbours in the list of tokens have among themselves
+CROWD = 30  # tokens of a group; the rest leaves room to move
 
 POINTS = 2  # kind of a cut
 BLOCKS = {True: (8, 16, 32, 64), False: (12, 16, 32, 64, 128)}
@@ -192,37 +193,42 @@ def _places(token: _Ints, channel: _Ints, phase: _Ints, count: int) -> _Ints:
     """Where each token goes: in the residue modulo 8 in which it meets the fewest others, the most used ones first.
 
     The word of channel c of place p lies in the four banks (3 p + c) mod 8, and a phase is passed as often as the
-    fullest of its banks has words. So the cost grows faster than the number of those that are met.
+    fullest of its banks has words. So the cost grows faster than the number of those that are met. Neighbours in the
+    list stay together, in groups of 32 places, because the lanes that copy neighbouring places read memory together,
+    too, and every line of it that they touch takes its time.
     """
     starts = np.searchsorted(token, np.arange(count + 1))
     load = np.zeros((int(phase.max(initial=0)) + 1, PHASE), np.int64)  # words in each bank, by phase
     bank = (POINT * np.arange(PHASE)[:, None] + channel) % PHASE
-    most = int(ROOM * count) // PHASE + 1
-    taken = np.zeros(PHASE, np.int64)
+    group = np.arange(count) // CROWD
+    taken = np.zeros((-(-count // CROWD), PHASE), np.int64)
     residue = np.full(count, -1)
     order = np.argsort(-np.diff(starts), kind="stable")
     for one in np.tile(order, SWEEPS):
-        own = slice(starts[one], starts[one + 1])
+        own, near = slice(starts[one], starts[one + 1]), taken[group[one]]
         at, banks = phase[own], bank[:, own]
         if residue[one] >= 0:
             load[at, banks[residue[one]]] -= 1
-            taken[residue[one]] -= 1
+            near[residue[one]] -= 1
         met = load[at, banks]
-        cost = np.where(taken < most, (met * met).sum(1), np.iinfo(np.int64).max)
+        cost = np.where(near < GROUP // PHASE, (met * met).sum(1), np.iinfo(np.int64).max)
         best = int(cost.argmin())
         residue[one] = best
         load[at, banks[best]] += 1
-        taken[best] += 1
+        near[best] += 1
     place = np.zeros(count, np.int64)
-    for one in range(PHASE):
-        own_places = np.flatnonzero(residue == one)
-        place[own_places] = PHASE * np.arange(len(own_places)) + one
+    seats = np.zeros_like(taken)
+    for one in range(count):
+        seat = seats[group[one], residue[one]]
+        place[one] = GROUP * group[one] + PHASE * seat + residue[one]
+        seats[group[one], residue[one]] += 1
     return place
 
 
 def _tables(block: _Block, tokens: _Ints, place: _Ints, places: int, threes: bool) -> np.ndarray:
     """The words of a block, as they are described in ``points.cuh``."""
-    copied = np.full(places, tokens[0])
+    near = np.minimum(np.arange(places) // GROUP * CROWD, len(tokens) - 1)  # what is copied where no token goes
+    copied = tokens[near]
     copied[place] = tokens
     word = np.zeros(block.columns.shape, np.int64)
     has = block.columns >= 0

@@ -65,7 +65,7 @@ class PointLauncher {
       const int64_t groups = std::max<int64_t>(1, multiprocessors_ * resident / cut_.blocks);
       const int64_t each = ceil_div(packs, groups);
       const int64_t work = ceil_div(ceil_div(packs, each) * cut_.blocks, multiprocessors_) * each;
-      if (work < least) best = each, least = work;
+      if (work <= least) best = each, least = work;
     }
     return best;
   }
