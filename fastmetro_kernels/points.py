@@ -24,9 +24,12 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import scipy.sparse as sp
+import torch
 
-from fastmetro_kernels.streams import LANES, POINT, SMALLEST, Cut, _patches, parts_of
+from fastmetro_kernels.schedule import locality_order
 
+LANES = 32
+POINT = 3
 PHASE = 8  # lanes that shared memory serves at a time when each reads 16 bytes
 ROWS = {True: LANES, False: LANES // POINT}  # of a warp, by whether rows have three entries
 SLOTS = {True: 3, False: 16}  # entries of a position that a lane holds, at most
@@ -36,12 +39,13 @@ MOST_PARTS = 4
 ZEROS = PHASE  # places that hold zeros, one for every residue
 NO_ROW = 0xFFFFFFFF
 MOST_PLACES = 0xFFFF - PHASE
+MOST_NEIGHBOURS = 64  # of a row: beyond that the locality order would take long
+SMALLEST = 256  # rows of a matrix that is worth its tables
 ROW_COST = 4  # of a row beside its entries, in entries
 SWEEPS = 3  # over the tokens of a block, each of which may move to a better place
 GROUP = 32  # places that neighbours in the list of tokens have among themselves
 CROWD = 30  # tokens of a group; the rest leaves room to move
 
-POINTS = 2  # kind of a cut
 BLOCKS = {True: (8, 16, 32, 64), False: (12, 16, 32, 64, 128)}
 MOST_CUTS = 3
 """Blocks of the cuts, the first that are possible, by whether rows have three entries. Few blocks read the least; the
@@ -49,6 +53,22 @@ others are for batches that would leave multiprocessors without work.
 """
 
 _Ints = npt.NDArray[np.int64]
+
+
+class Cut(NamedTuple):
+    """Sizes of one cut. The order is that of ``Cut`` in ``csrc/upsampling/points.h``."""
+
+    offset: int
+    """First word of its tables."""
+    blocks: int
+    block_rows: int
+    """Most rows of a block; where rows have three entries, all blocks but the last have so many."""
+    threads: int
+    slots: int
+    places: int
+    """Of tokens in shared memory, without those that hold zeros."""
+    block_words: int
+    """Size of the tables of a block."""
 
 
 class _Block(NamedTuple):
@@ -65,6 +85,12 @@ class _Block(NamedTuple):
         """The block without the warps behind the first ones, which have no rows."""
         return _Block(self.columns[:warps], self.values[:warps], self.used[:warps], self.splits[:warps],
                       self.rows[:warps])  # fmt: skip
+
+
+def parts_of(entries: int, rows: int) -> int:
+    """Lanes that share a row, as in ``csrc/upsampling/launch.h``."""
+    per_row = -(-entries // rows)
+    return 1 if per_row <= 4 else 2 if per_row <= 8 else 4 if per_row <= 32 else 16
 
 
 def build_points(csr: sp.csr_array, cuts: Sequence[tuple[int, int]] | None = None) -> tuple[np.ndarray, list[int]]:
@@ -94,7 +120,7 @@ def _build_cut(csr: sp.csr_array, blocks: int, warps: int, threes: bool) -> tupl
     parts = parts_of(csr.nnz, csr.shape[0]) if csr.nnz else 0
     if not 0 < parts <= MOST_PARTS or warps > MOST_WARPS[threes]:
         return None
-    patches = _ranges(csr.shape[0], blocks) if threes else _patches(csr, blocks, ROW_COST)
+    patches = _ranges(csr.shape[0], blocks) if threes else _patches(csr, blocks)
     most = warps or MOST_WARPS[threes]
     dealt = [block for block in (_deal(csr, patch, most, parts, threes) for patch in patches) if block is not None]
     if len(dealt) < len(patches):
@@ -111,7 +137,7 @@ def _build_cut(csr: sp.csr_array, blocks: int, warps: int, threes: bool) -> tupl
         for block, listed, place in zip(dealt, lists, placed, strict=True)
     ]
     block_rows = max(map(len, patches))
-    cut = Cut(0, len(patches), block_rows, warps * LANES, SLOTS[threes], places, places, len(tables[0]), POINTS)
+    cut = Cut(0, len(patches), block_rows, warps * LANES, SLOTS[threes], places, len(tables[0]))
     return np.concatenate(tables), cut
 
 
@@ -133,6 +159,19 @@ def _padded(place: _Ints) -> int:
 def _ranges(rows: int, blocks: int) -> list[_Ints]:
     size = -(-rows // (blocks * LANES)) * LANES
     return [np.arange(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def _patches(csr: sp.csr_array, blocks: int) -> list[np.ndarray]:
+    """Rows near each other, a cut of the locality order into patches that cost about equally much."""
+    pattern = sp.csr_array((np.ones(csr.nnz), csr.indices, csr.indptr), shape=csr.shape)
+    order = np.arange(csr.shape[0])
+    shared = np.bincount(csr.indices).astype(np.int64)  # entries of each token
+    if (shared**2).sum() <= MOST_NEIGHBOURS * len(order):
+        graph = sp.csr_array(pattern @ pattern.T)
+        order = locality_order(torch.from_numpy(graph.indptr), torch.from_numpy(graph.indices)).numpy()
+    done = np.cumsum(np.diff(csr.indptr)[order] + ROW_COST)
+    cuts = np.searchsorted(done, np.arange(1, blocks) * done[-1] / blocks)
+    return [np.sort(patch) for patch in np.split(order, cuts) if len(patch)]
 
 
 def _deal(csr: sp.csr_array, patch: _Ints, warps: int, parts: int, threes: bool) -> _Block | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmetro_kernels.adjacency import check_compressed, compressed_entries
-from fastmetro_kernels.bulk import build_tables
+from fastmetro_kernels.points import build_points
 
 _INT32_MAX = 2**31 - 1
 _ELL_MAX_WIDTH = 8
@@ -40,8 +40,7 @@ class SparseMatrix(nn.Module):
         values64: float64 ``[nnz]``.
         ell_columns: int32 ``[M, W]`` with -1 in slots that hold no entry, or None where rows are long or uneven.
         ell_values: float32 ``[M, W]`` with 0 in slots that hold no entry, or None.
-        streams: int32 words, tables of the CUDA kernels for large batches of points (``bulk.py``, ``streams.py``); may
-            be empty.
+        streams: int32 words, tables of the CUDA kernels for large batches of points (``points.py``); may be empty.
         stream_sizes: Sizes of the cuts in ``streams``.
         t_row_offsets, t_columns, t_values, t_values64, t_ell_columns, t_ell_values, t_streams, t_stream_sizes: the
             same of the transpose.
@@ -81,7 +80,7 @@ class SparseMatrix(nn.Module):
 
     def _register_layouts(self, prefix: str, csr: sp.csr_array) -> None:
         ell_columns, ell_values = _ell_layout(csr)
-        streams, sizes = build_tables(csr)
+        streams, sizes = build_points(csr)
         setattr(self, prefix + "stream_sizes", sizes)
         layouts = {
             "row_offsets": torch.from_numpy(csr.indptr.astype(np.int32)),

@@ -1,6 +1,6 @@
 """Draws docs/images/upsampling_stream.png from the shipped body mesh: `python -m tools.upsampling_drawing`.
 
-The picture shows what `fastmetro_kernels/streams.py` decides: which rows a block owns and where their tokens lie in
+The picture shows what `fastmetro_kernels/points.py` decides: which rows a block owns and where their tokens lie in
 shared memory; and how the kernel goes through a batch.
 """
 
@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 
 import fastmetro
 from fastmetro_kernels import SparseMatrix
-from fastmetro_kernels.streams import LANES, NOTHING, Cut
+from fastmetro_kernels.points import LANES, PHASE, POINT, ROWS, SLOTS, ZEROS, Cut, _phase
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "images" / "upsampling_stream.png"
 PACKS = 4
@@ -30,27 +30,28 @@ def blocks_of(words: np.ndarray, cut: Cut) -> list[np.ndarray]:
 
 
 def passes(words: np.ndarray, cut: Cut, placed: bool) -> np.ndarray:
-    """How often the banks are passed for each read of a warp; without `placed`, as if tokens lay in their own order."""
+    """How often the banks are passed for 8 lanes of a read; without `placed`, as if tokens lay in their own order."""
     warps, found = cut.threads // LANES, []
+    position = np.arange(POINT * ROWS[True])
     for table in blocks_of(words, cut):
-        listed = table[1 + 3 * warps :][: cut.tokens]
-        places = np.full(cut.places + 1, -1)
-        listed = listed[listed != NOTHING] >> 16
-        places[listed] = listed if placed else np.arange(len(listed))
-        for used, start in zip(table[1 : 1 + warps], table[1 + 2 * warps : 1 + 3 * warps], strict=True):
-            for read in places[table[start:][: used * LANES].reshape(used, LANES) & 0xFFFF]:
-                banks = np.unique(read[read >= 0]) % LANES
-                found.append(np.bincount(banks, minlength=1).max())
+        tokens = table[1:][: table[0]]
+        places = np.arange(cut.places + ZEROS)
+        if not placed:
+            places[: len(tokens)] = np.unique(tokens, return_inverse=True)[1]
+        entries = table[1 + cut.places :][: 2 * warps * SLOTS[True] * ROWS[True]]
+        for read in entries.reshape(warps, 2, SLOTS[True], ROWS[True])[: cut.block_rows // LANES, 0].reshape(-1, LANES):
+            word = POINT * places[read // POINT][position // POINT] + position % POINT
+            for phase in range(len(position) // PHASE):
+                own = np.unique(word[_phase(position) == phase]) % PHASE
+                found.append(np.bincount(own).max())
     return np.array(found)
 
 
-def draw_blocks(axes: Axes, vertices: np.ndarray, words: np.ndarray, cut: Cut) -> None:
+def draw_blocks(axes: Axes, vertices: np.ndarray, cut: Cut) -> None:
     """The fine vertices from the front, coloured by the block that computes them."""
-    block_of = np.zeros(len(vertices))
-    for number, table in enumerate(blocks_of(words, cut)):
-        block_of[table[1 + 3 * cut.threads // LANES + cut.tokens :][: table[0]]] = number
+    block_of = np.arange(len(vertices)) // cut.block_rows
     order = np.argsort(vertices[:, 2])  # what is in front is drawn last
-    axes.scatter(vertices[order, 0], vertices[order, 1], c=block_of[order], s=2, cmap="Set1")
+    axes.scatter(vertices[order, 0], vertices[order, 1], c=block_of[order], s=2, cmap="tab10")
     axes.set_aspect("equal")
     axes.axis("off")
     axes.set_title(f"{len(vertices):,} rows in {cut.blocks} blocks", fontsize=11)
@@ -63,7 +64,7 @@ def draw_passes(axes: Axes, words: np.ndarray, cut: Cut) -> None:
         shares = np.bincount(found, minlength=7)[1:7] / len(found)
         label = f"{'chosen places' if placed else 'in order'}: {found.mean():.2f} on average"
         axes.bar(np.arange(1, 7) + offset, shares, 0.4, color=colour, label=label)
-    axes.set_xlabel("passes over the banks of shared memory for one read of a warp")
+    axes.set_xlabel("passes over the banks of shared memory for 8 lanes of a read")
     axes.set_ylabel("share of the reads")
     axes.legend(frameon=False, fontsize=9)
 
@@ -81,7 +82,7 @@ def draw_time(axes: Axes) -> None:
     axes.set_yticks([-1, 0, 1, 2], ["once", *stages])
     axes.invert_yaxis()
     axes.set_xticks([])
-    axes.set_xlabel("time of a block; a pack is two batch elements")
+    axes.set_xlabel("time of a block; a pack is four batch elements")
 
 
 def main() -> None:
@@ -93,7 +94,7 @@ def main() -> None:
     words, cut = step.streams.numpy(), Cut(*step.stream_sizes[: len(Cut._fields)])
     figure = plt.figure(figsize=(12, 5.6), layout="constrained")
     panels = figure.subplot_mosaic([["blocks", "time"], ["blocks", "passes"]], width_ratios=(1, 1.7))
-    draw_blocks(panels["blocks"], vertices, words, cut)
+    draw_blocks(panels["blocks"], vertices, cut)
     draw_time(panels["time"])
     draw_passes(panels["passes"], words, cut)
     figure.savefig(TARGET, dpi=110)

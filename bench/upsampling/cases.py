@@ -17,9 +17,7 @@ from torch import Tensor
 
 from bench import common
 from fastmetro_kernels import SparseMatrix, sparse_upsample
-from fastmetro_kernels.bulk import build_bulk
 from fastmetro_kernels.points import build_points
-from fastmetro_kernels.streams import build_streams
 from fastmetro_kernels.upsampling import ops
 
 PUBLISHED = common.SHARED / "data" / "fastmetro" / "mesh_downsampling.npz"
@@ -233,31 +231,25 @@ def _both_passes(product: Callable[[Tensor], Tensor]) -> Run:
     return run
 
 
-GATHER, STAGED, STREAM, BULK, POINTS = range(5)
+GATHER, STAGED, POINTS = range(3)
 _Streams = tuple[Tensor | None, list[int]]
-STREAM_CUTS = ((4, 27), (8, 27), (8, 15), (8, 9), (16, 27), (16, 15), (16, 9))
-BULK_CUTS = (
-    ((1, 24), (2, 18), (2, 27), (4, 14), (4, 18), (4, 27), (8, 9), (8, 14)),
-    ((2, 24), (2, 28), (4, 12), (4, 16), (4, 24), (8, 8), (8, 16)),
-)
 POINT_CUTS = (
     ((8, 27), (8, 28), (16, 14), (16, 20), (32, 9), (32, 14)),
     ((12, 20), (16, 16), (16, 20), (32, 11), (32, 16)),
 )
 """Of the matrix and of its transpose."""
-BUILDERS = {STREAM: build_streams, BULK: build_bulk, POINTS: build_points}
 
 
 @functools.cache
-def _streams(matrix: SparseMatrix, transposed: bool, kernel: int, cut: tuple[int, int]) -> _Streams:
+def _streams(matrix: SparseMatrix, transposed: bool, cut: tuple[int, int]) -> _Streams:
     """The tables of one cut, which take a second to make."""
     csr = matrix.to_scipy()
-    words, sizes = BUILDERS[kernel](csr.T.tocsr() if transposed else csr, (cut,))
+    words, sizes = build_points(csr.T.tocsr() if transposed else csr, (cut,))
     return torch.from_numpy(words).to(matrix.columns.device), sizes
 
 
 def _variants(case: Case, transposed: bool) -> dict[str, Run]:
-    """Every configuration of the CUDA kernels (`csrc/upsampling/launch.h`; cuts of `BUILDERS`)."""
+    """Every configuration of the CUDA kernels (`csrc/upsampling/launch.h`; cuts of `points.py`)."""
     m, word = case.matrix, 4 // case.dtype.itemsize
     arrays = (m.row_offsets, m.columns, m.values, m.ell_columns, m.ell_values, m.shape[0])
     if transposed:
@@ -265,16 +257,8 @@ def _variants(case: Case, transposed: bool) -> dict[str, Run]:
     plans: list[tuple[str, _Streams, tuple[int, int, int]]]
     plans = [("gather", (None, []), (GATHER, tile, threads)) for tile in (1, 4, 8) for threads in (0, 256)]
     plans += [("staged", (None, []), (STAGED, word * tile, 1024)) for tile in (1, 2, 4)]
-    for blocks, warps in STREAM_CUTS if case.channels == 3 else ():
-        built = _streams(m, transposed, STREAM, (blocks, warps))
-        if built[1]:
-            plans += [(f"stream {blocks} x {warps},", built, (STREAM, tile, 0)) for tile in {word, 2}]
-    for blocks, warps in BULK_CUTS[transposed] if case.channels == 3 else ():
-        built = _streams(m, transposed, BULK, (blocks, warps))
-        if built[1]:
-            plans += [(f"bulk {blocks} x {warps},", built, (BULK, stages, 0)) for stages in (2, 3, 4)]
     for blocks, warps in POINT_CUTS[transposed] if case.channels == 3 else ():
-        built = _streams(m, transposed, POINTS, (blocks, warps))
+        built = _streams(m, transposed, (blocks, warps))
         if built[1]:
             plans += [(f"points {blocks} x {warps},", built, (POINTS, tile, 0)) for tile in (2 * word, 4 * word)]
     found: dict[str, Run] = {}

@@ -3,13 +3,11 @@
 // A thread makes one output position (a row and a channel, or 16 bytes of channels) of several batch elements, which
 // share the loads of the row's indices and values. Neighbouring threads take neighbouring positions, so that 3 channels
 // are written without gaps. Long rows are split over PARTS neighbouring lanes and added up by shuffles. Sums are in
-// float32, and their order depends on the matrix alone: not on strides, and not on which of the first three kernels
-// runs. bulk_kernel takes its own order, which depends on the matrix and the cut.
+// float32, and their order depends on the matrix alone: not on strides, and not on which of the kernels runs.
 //
 //   gather_kernel  reads x where it lies; the rows of a block share what they read through L1
 //   staged_kernel  first copies whole batch elements of x to shared memory, where scattered reads are cheaper
-//   stream_kernel  for points and large batches, with tables that are made once per matrix: see stream.cuh
-//   bulk_kernel    the same where points lie one behind the other, for the copy engine of 9.0: see bulk.cuh
+//   points_kernel  for points and large batches, with tables that are made once per matrix: see points.cuh
 #pragma once
 
 #include "common/device.cuh"

@@ -7,27 +7,25 @@
 #include <limits>
 #include <stdexcept>
 
-#include "bulk.h"
 #include "kernels.cuh"
 #include "points.h"
-#include "stream.h"
 
 namespace fm_upsampling {
 
-enum class Kernel : int { gather, staged, stream, bulk, points };
+enum class Kernel : int { gather, staged, points };
 
 struct Plan {
   Kernel kernel;
-  int batch_tile;  // batch elements per thread; of the bulk kernel: in shared memory at once; of points: in a word
+  int batch_tile;  // batch elements per thread; of the points kernel: in a word
   int threads;     // of a block; 0: as many as spread the work evenly
   bool early;      // programmatic dependent launch: the kernel starts up while the one before it still runs
-  int cut = 0;     // of the stream, bulk and points kernel, which have their threads from there
+  int cut = 0;     // of the points kernel, which has its threads from there
 };
 
 struct Device {
   int multiprocessors;
   int shared_limit;   // bytes that a block may ask for
-  bool early_launch;  // compute capability 9.0 or newer, which also has the engine for bulk copies
+  bool early_launch;  // compute capability 9.0 or newer
 };
 
 // Offsets within one batch element of x and of out, and the positions of one tile.
@@ -60,10 +58,9 @@ inline int parts_of(int64_t entries, int64_t rows) {
 }
 
 // The table of configurations, the fastest of `python -m bench upsampling --variants` on an H200. Points and a batch that
-// fills the GPU are copied in bulk where rows have many entries, else streamed, with the widest reads of shared memory
-// and the fewest blocks (they read the least) with which there is work for every multiprocessor. Other channels are
-// staged where that fills the GPU too. What is left is gathered: rows of three entries leave room for eight elements
-// under way in a thread, longer ones for four.
+// fills the GPU take the kernel for them, with the widest reads of shared memory and the fewest blocks (they read the
+// least) with which there is work for every multiprocessor. Other channels are staged where that fills the GPU too. What
+// is left is gathered: rows of three entries leave room for eight elements under way in a thread, longer ones for four.
 template <typename T>
 Plan choose_plan(const Problem<T>& p, bool three_each, const Cuts& cuts, const Device& device) {
   const bool early = device.early_launch;
@@ -76,21 +73,6 @@ Plan choose_plan(const Problem<T>& p, bool three_each, const Cuts& cuts, const D
         if (cuts.list[cut].blocks * ceil_div(p.batch, batch_tile) >= enough &&
             can_take_points(p, cuts.list[cut], batch_tile, device.shared_limit)) {
           return {Kernel::points, batch_tile, 0, early, cut};
-        }
-      }
-    }
-    for (int cut = 0; cut < count; ++cut) {
-      constexpr int stages = 2;  // more are not faster
-      if (cuts.list[cut].blocks * p.batch >= enough &&
-          can_bulk(p, cuts.list[cut], stages, early, device.shared_limit)) {
-        return {Kernel::bulk, stages, 0, early, cut};
-      }
-    }
-    for (int batch_tile = 2; batch_tile >= word; --batch_tile) {
-      for (int cut = 0; cut < count; ++cut) {
-        if (cuts.list[cut].blocks * ((p.batch + batch_tile - 1) / batch_tile) >= enough &&
-            can_stream(p, cuts.list[cut], three_each, batch_tile, device.shared_limit)) {
-          return {Kernel::stream, batch_tile, 0, early, cut};
         }
       }
     }
@@ -151,8 +133,6 @@ class Launcher {
   // `three_each`: every row has exactly three entries.
   void run() const {
     if (p_.batch == 0 || p_.rows == 0 || p_.channels == 0) return;
-    if (plan_.kernel == Kernel::stream) return stream();
-    if (plan_.kernel == Kernel::bulk) return bulk();
     if (plan_.kernel == Kernel::points) return points();
     if (!fits_32_bits(p_)) return far();
     switch (parts_of(entries_, p_.rows)) {
@@ -164,24 +144,6 @@ class Launcher {
   }
 
  private:
-  void stream() const {
-    if (plan_.cut >= static_cast<int>(cuts_.list.size()) || !fits_32_bits(p_) ||
-        !can_stream(p_, cuts_.list[plan_.cut], three_each_, plan_.batch_tile, device_.shared_limit)) {
-      throw std::runtime_error("upsample_native: x cannot be streamed past this matrix");
-    }
-    StreamLauncher(p_, cuts_, cuts_.list[plan_.cut], device_.multiprocessors, plan_.early, launch_)
-        .run(three_each_, parts_of(entries_, p_.rows), plan_.batch_tile);
-  }
-
-  void bulk() const {
-    if (plan_.cut >= static_cast<int>(cuts_.list.size()) || !fits_32_bits(p_) ||
-        !can_bulk(p_, cuts_.list[plan_.cut], plan_.batch_tile, device_.early_launch, device_.shared_limit)) {
-      throw std::runtime_error("upsample_native: x cannot be copied in bulk past this matrix");
-    }
-    BulkLauncher(p_, cuts_, cuts_.list[plan_.cut], plan_.batch_tile, device_.multiprocessors, plan_.early, launch_)
-        .run(three_each_);
-  }
-
   void points() const {
     if (plan_.cut >= static_cast<int>(cuts_.list.size()) || !fits_32_bits(p_) ||
         !can_take_points(p_, cuts_.list[plan_.cut], plan_.batch_tile, device_.shared_limit)) {

@@ -11,10 +11,10 @@
 #pragma once
 
 #include "kernels.cuh"
-#include "stream.cuh"
 
 namespace fm_upsampling {
 
+constexpr int kPoint = 3;         // channels
 constexpr int kZeroPlaces = 8;   // which slots without an entry read, one in every bank
 constexpr int kPointRows = 10;   // of a warp, where rows have any length
 constexpr int kPointSlots = 16;  // entries of a position that a lane holds there, at most

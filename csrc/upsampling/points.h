@@ -4,13 +4,26 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
+#include <span>
 
-#include "bulk.h"
 #include "points.cuh"
 
 namespace fm_upsampling {
 
-constexpr int kPointCut = 2;
+constexpr int kSharedPerMultiprocessor = 228 * 1024, kSharedOfSystem = 1024;  // bytes, the latter per block
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Sizes of one cut, as fastmetro_kernels/points.py lists them.
+struct Cut {
+  int64_t offset, blocks, block_rows, threads, slots, places, block_words;
+};
+
+// The cuts that a matrix has, and their tables on the device.
+struct Cuts {
+  const uint32_t* tables = nullptr;
+  std::span<const Cut> list = {};
+};
 
 // Bytes of shared memory: a pack that is gathered from and, where there is more than one, a pack that is copied to.
 template <typename T>
@@ -24,7 +37,7 @@ bool can_take_points(const Problem<T>& p, const Cut& cut, int batch_tile, int64_
   constexpr int64_t most = std::numeric_limits<uint32_t>::max() / sizeof(T);
   const int64_t word = batch_tile * static_cast<int64_t>(sizeof(T));
   if (word != 8 && word != 16) return false;
-  return cut.kind == kPointCut && p.channels == kPoint && p.batch_stride <= most &&
+  return p.channels == kPoint && p.batch_stride <= most &&
          cut.threads <= point_threads(static_cast<int>(cut.slots), batch_tile, false) &&
          p.rows * kPoint <= most && p.batch <= std::numeric_limits<int32_t>::max() &&
          point_bytes<T>(cut, batch_tile, 1) <= kStageBytes &&

@@ -35,9 +35,9 @@ struct CudaLaunch {
   }
 };
 
-// The cuts of streams.py: `streams` holds their tables, `sizes` the fields of Cut, one cut after the other.
+// The cuts of points.py: `streams` holds their tables, `sizes` the fields of Cut, one cut after the other.
 std::vector<Cut> cuts_of(const std::optional<Tensor>& streams, const std::vector<int64_t>& sizes, const Tensor& x,
-                         int64_t rows, bool three_each) {
+                         int64_t rows) {
   constexpr size_t fields = sizeof(Cut) / sizeof(int64_t);
   STD_TORCH_CHECK(sizes.size() % fields == 0 && (sizes.empty() || streams.has_value()),
                   "upsample_native: stream_sizes must hold ", fields, " numbers per cut of streams");
@@ -45,18 +45,13 @@ std::vector<Cut> cuts_of(const std::optional<Tensor>& streams, const std::vector
   std::memcpy(cuts.data(), sizes.data(), sizes.size() * sizeof(int64_t));
   if (!cuts.empty()) fm_upsampling::check_list(*streams, 1, ScalarType::Int, x, "streams");
   for (const Cut& cut : cuts) {
-    const bool bulk = cut.kind == fm_upsampling::kBulkCut;
-    const bool points = cut.kind == fm_upsampling::kPointCut;
-    const int slots = static_cast<int>(cut.slots);
-    const int most = bulk ? fm_upsampling::bulk_threads(slots)
-                   : points ? fm_upsampling::point_threads(slots, 1, false)
-                            : fm_upsampling::kStreamThreads;
-    // Blocks of the stream kernel are ranges of rows where all have three entries, else lists of up to block_rows.
-    const bool no_empty_range = bulk || !(points ? slots == 3 : three_each) || (cut.blocks - 1) * cut.block_rows < rows;
+    // Where rows have three entries blocks are ranges of rows, else lists of up to block_rows.
+    const bool no_empty_range = cut.slots != 3 || (cut.blocks - 1) * cut.block_rows < rows;
+    const int most = fm_upsampling::point_threads(static_cast<int>(cut.slots), 1, false);
     STD_TORCH_CHECK(cut.offset >= 0 && cut.block_words >= 0 && cut.blocks > 0 &&
-                        cut.offset + cut.blocks * cut.block_words <= streams->size(0) &&
-                        no_empty_range && rows <= cut.blocks * cut.block_rows &&
-                        cut.threads > 0 && cut.threads % (bulk || points ? 32 : 96) == 0 && cut.threads <= most,
+                        cut.offset + cut.blocks * cut.block_words <= streams->size(0) && no_empty_range &&
+                        rows <= cut.blocks * cut.block_rows && cut.threads > 0 && cut.threads % 32 == 0 &&
+                        cut.threads <= most,
                     "upsample_native: streams and stream_sizes do not belong to this matrix");
   }
   return cuts;
@@ -76,7 +71,7 @@ Tensor product(const Tensor& x, const Tensor& row_offsets, const Tensor& columns
                       attribute(cudaDevAttrComputeCapabilityMajor, index) >= 9};
   // A full table has the same entries in the same order as the compressed rows, and makes their offsets superfluous.
   const bool three_each = ell_columns.has_value() && ell_columns->size(1) == 3 && columns.size(0) == 3 * rows;
-  const std::vector<Cut> list = cuts_of(streams, stream_sizes, x, rows, three_each);
+  const std::vector<Cut> list = cuts_of(streams, stream_sizes, x, rows);
   const Cuts cuts{list.empty() ? nullptr : reinterpret_cast<const uint32_t*>(streams->const_data_ptr<int32_t>()), list};
   const auto run = [&]<typename T>(T*) {
     const Problem<T> problem{static_cast<const T*>(x.const_data_ptr()), static_cast<T*>(out.mutable_data_ptr()),
@@ -109,7 +104,7 @@ Tensor upsample_as(Tensor x, Tensor row_offsets, Tensor columns, Tensor values, 
                    std::optional<Tensor> ell_values, int64_t rows, std::optional<Tensor> streams,
                    std::vector<int64_t> stream_sizes, int64_t kernel, int64_t batch_tile, int64_t threads, bool early) {
   STD_TORCH_CHECK(kernel >= 0 && kernel <= static_cast<int64_t>(fm_upsampling::Kernel::points),
-                  "upsample_native: kernel must be 0 (gather), 1 (staged), 2 (stream), 3 (bulk) or 4 (points), got ", kernel);
+                  "upsample_native: kernel must be 0 (gather), 1 (staged) or 2 (points), got ", kernel);
   STD_TORCH_CHECK(threads >= 0 && threads <= fm_upsampling::kMaxThreads && threads % 32 == 0,
                   "upsample_native: threads must be a multiple of 32 up to ", fm_upsampling::kMaxThreads, ", got ",
                   threads);

@@ -1,7 +1,7 @@
 """Schemas and shape rules of the upsampling ops.
 
 ``csrc/upsampling/`` implements ``upsample_native`` for CPU and CUDA; ``triton.py``, which is imported by the first
-call, implements ``upsample_triton``. The native op also takes the tables of ``streams.py``, which CUDA uses for large
+call, implements ``upsample_triton``. The native op also takes the tables of ``points.py``, which CUDA uses for large
 batches of points.
 Both compute ``out[b, m, :] = sum_e values[e] * x[b, columns[e], :]`` over the entries e of row m. The same op serves
 the backward, with the arrays of the transpose. They carry no autograd formula of their own; ``api.py`` adds it.
@@ -77,7 +77,7 @@ for _name, _arguments in (("upsample_native", _NATIVE_ARGUMENTS), ("upsample_tri
     torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake)
 
 # upsample_native on CUDA in a configuration of the caller's instead of the pinned one, for benchmarks and tests; the
-# fields are those of Plan in csrc/upsampling/launch.h, and a stream takes the first of the cuts.
+# fields are those of Plan in csrc/upsampling/launch.h, and the kernel for points takes the first of the cuts.
 torch.library.define(
     f"{NAMESPACE}::upsample_native_as",
     f"{_ARGUMENTS[:-1]}, Tensor? streams, int[] stream_sizes, int kernel, int batch_tile, int threads, bool early)"

@@ -13,10 +13,10 @@ import torch
 from emulation import build
 from torch import Tensor
 
-from fastmetro_kernels.streams import Cut
+from fastmetro_kernels.points import Cut
 
 KIB = 1024
-GATHER, STAGED, STREAM, BULK, POINTS = range(5)
+GATHER, STAGED, POINTS = range(3)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 

@@ -7,8 +7,7 @@ import pytest
 import scipy.sparse as sp
 from test_upsampling import mesh_like_matrix, random_matrix
 
-from fastmetro_kernels.points import LANES, NO_ROW, POINT, ROWS, ZEROS, _phase, build_points
-from fastmetro_kernels.streams import Cut
+from fastmetro_kernels.points import LANES, NO_ROW, POINT, ROWS, ZEROS, Cut, _phase, build_points
 
 MATRICES = {
     "three-per-row": random_matrix(131, 61, 3).to_scipy(),

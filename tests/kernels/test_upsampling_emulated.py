@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from emulation import build
-from emulation.upsampling import BULK, GATHER, KIB, STAGED, STREAM, Plan, upsample
+from emulation.upsampling import GATHER, KIB, STAGED, Plan, upsample
 from test_upsampling import (
     FLOAT,
     HALF,
@@ -20,8 +20,6 @@ from test_upsampling import (
 from torch import Tensor
 
 from fastmetro_kernels import SparseMatrix
-from fastmetro_kernels.bulk import build_bulk
-from fastmetro_kernels.streams import build_streams
 
 pytestmark = pytest.mark.skipif(bool(build.reasons()), reason="; ".join(build.reasons()))
 
@@ -43,26 +41,9 @@ def product(matrix: SparseMatrix, x: Tensor, transposed: bool = False, **options
     return upsample(x, *arrays, **options)
 
 
-def streamed(
-    matrix: SparseMatrix, x: Tensor, cut: tuple[int, int], transposed: bool = False, **options: object
-) -> Tensor:
-    """The product by the streaming or the bulk kernel; skips where there is no such cut (blocks, warps of a block)."""
-    m = matrix.to_scipy()
-    plan = options["plan"]
-    build = build_bulk if isinstance(plan, Plan) and plan.kernel == BULK else build_streams
-    words, sizes = build(m.T.tocsr() if transposed else m, [cut])
-    if not sizes:
-        pytest.skip("the rows do not fit the registers of so few blocks")
-    arrays = (matrix.row_offsets, matrix.columns, matrix.values, matrix.ell_columns, matrix.ell_values)
-    if transposed:
-        arrays = (matrix.t_row_offsets, matrix.t_columns, matrix.t_values, matrix.t_ell_columns, matrix.t_ell_values)
-    return upsample(x, *arrays, m.shape[1 if transposed else 0], torch.from_numpy(words), sizes, **options)
-
-
 @pytest.mark.parametrize("dtype", [FLOAT, HALF], ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_configuration_gives_the_same_right_bits(shape: str, dtype: torch.dtype) -> None:
-    """The op's own choice is right too; bulk copies, which it may take, have other bits."""
     matrix, sizes = SHAPES[shape]
     for batch, channels in sizes:
         x = random_input(matrix, batch, channels, dtype, "cpu")
@@ -89,114 +70,9 @@ def test_rows_of_every_length(lengths: int | tuple[int, int]) -> None:
         assert torch.equal(product(matrix, x[:1]), expected[:1])
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("dtype", [FLOAT, HALF], ids=str)
-@pytest.mark.parametrize(("lengths", "cut"), [
-    (3, (1, 3)), (3, (2, 3)), (3, (3, 6)), ((0, 5), (2, 3)), ((1, 9), (3, 9)), ((0, 30), (3, 6)), (40, (4, 9)),
-])  # fmt: skip
-def test_streams(lengths: int | tuple[int, int], cut: tuple[int, int], dtype: torch.dtype, transposed: bool) -> None:
-    """The same bits as gathering gives, whatever share of the batch a block gets."""
-    matrix = random_matrix(131, 61, lengths)
-    for batch in (1, 2, 5, 8):
-        x = torch.randn(batch, matrix.shape[0 if transposed else 1], 3).to(dtype)
-        expected = product(matrix, x, transposed, plan=Plan(GATHER, 4))
-        check_product(expected, matrix, x, transposed)
-        for tile in {4 // dtype.itemsize, 2}:
-            for multiprocessors in (1, 4, 100):
-                options = {"plan": Plan(STREAM, tile), "multiprocessors": multiprocessors}
-                assert torch.equal(streamed(matrix, x, cut, transposed, **options), expected)
-
-
-@pytest.mark.parametrize("schedule", ["reverse", "random"])
-@pytest.mark.parametrize("transposed", [False, True])
-def test_streams_in_any_order_of_threads(schedule: str, transposed: bool) -> None:
-    matrix = random_matrix(131, 61, 3)
-    x = torch.randn(7, matrix.shape[0 if transposed else 1], 3)
-    for tile in (1, 2):
-        expected = streamed(matrix, x, (2, 3), transposed, plan=Plan(STREAM, tile))
-        got = streamed(matrix, x, (2, 3), transposed, plan=Plan(STREAM, tile), schedule=schedule)
-        assert torch.equal(got, expected)
-
-
-@pytest.mark.parametrize("lengths", [3, (0, 9)])
-def test_streams_of_strided_inputs(lengths: int | tuple[int, int]) -> None:
-    matrix = random_matrix(131, 61, lengths)
-    for name, x in strided_inputs(matrix.shape[1], 3, "cpu").items():
-        expected = product(matrix, x.contiguous(), plan=Plan(GATHER, 1))
-        assert torch.equal(streamed(matrix, x, (3, 3), plan=Plan(STREAM, 2)), expected), name
-
-
-@pytest.mark.parametrize("lengths", [3, (0, 9)])
-def test_streams_keep_nan_where_it_belongs(lengths: int | tuple[int, int]) -> None:
-    matrix = random_matrix(131, 61, lengths)
-    x = torch.randn(5, 61, 3)
-    x[1, 7] = torch.nan
-    hit = torch.zeros(5, 131, 3, dtype=torch.bool)
-    hit[1] = (matrix.to_dense()[:, 7] != 0)[:, None]
-    assert torch.equal(streamed(matrix, x, (3, 3), plan=Plan(STREAM, 1)).isnan(), hit)
-
-
-BULK_CASES = [(3, (1, 3)), (3, (3, 6)), ((0, 5), (2, 3)), ((1, 9), (3, 8)), ((0, 30), (3, 6)), (40, (4, 9))]
-
-
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("dtype", [FLOAT, HALF], ids=str)
-@pytest.mark.parametrize(("lengths", "cut"), BULK_CASES)
-def test_bulk(lengths: int | tuple[int, int], cut: tuple[int, int], dtype: torch.dtype, transposed: bool) -> None:
-    """Right, and the same bits whatever share of the batch a block gets, and however many elements are under way."""
-    matrix = random_matrix(131, 61, lengths)
-    for batch in (1, 2, 7):
-        x = torch.randn(batch, matrix.shape[0 if transposed else 1], 3).to(dtype)
-        expected = None
-        for stages, multiprocessors in ((2, 1), (3, 1), (4, 100)):
-            options = {"plan": Plan(BULK, stages), "multiprocessors": multiprocessors}
-            got = streamed(matrix, x, cut, transposed, **options)
-            check_product(got, matrix, x, transposed)
-            assert expected is None or torch.equal(got, expected)
-            expected = got
-
-
-@pytest.mark.parametrize("dtype", [FLOAT, HALF], ids=str)
-@pytest.mark.parametrize("tokens", [1, 2, 3, 5, 8, 9, 64])
-def test_bulk_of_points_that_begin_anywhere(tokens: int, dtype: torch.dtype) -> None:
-    """Elements and rows of every size at every distance from a multiple of 16 bytes; storage ends with x."""
-    matrix = random_matrix(17, tokens, (0, min(tokens, 4)))
-    for start in range(16 // dtype.itemsize):
-        for gap in (0, 1, 7):
-            size = 3 * tokens
-            storage = torch.full((start + 4 * (size + gap) + size,), torch.nan, dtype=dtype)
-            x = storage.as_strided((5, tokens, 3), (size + gap, 3, 1), start)
-            x.copy_(torch.randn(x.shape))
-            check_product(streamed(matrix, x, (2, 2), plan=Plan(BULK, 2)), matrix, x)
-            again = x.flip(0).contiguous()[:1].expand(3, -1, -1)  # one element, again and again
-            check_product(streamed(matrix, again, (1, 1), plan=Plan(BULK, 2)), matrix, again)
-
-
-@pytest.mark.parametrize("schedule", ["reverse", "random"])
-@pytest.mark.parametrize("transposed", [False, True])
-def test_bulk_in_any_order_of_threads(schedule: str, transposed: bool) -> None:
-    matrix = random_matrix(131, 61, 3)
-    for dtype in (FLOAT, HALF):
-        x = torch.randn(7, matrix.shape[0 if transposed else 1], 3).to(dtype)
-        options = {"plan": Plan(BULK, 2), "multiprocessors": 2}
-        expected = streamed(matrix, x, (2, 3), transposed, **options)
-        assert torch.equal(streamed(matrix, x, (2, 3), transposed, schedule=schedule, **options), expected)
-
-
-@pytest.mark.parametrize("lengths", [3, (0, 9)])
-def test_bulk_keeps_nan_where_it_belongs(lengths: int | tuple[int, int]) -> None:
-    matrix = random_matrix(131, 61, lengths)
-    for token in (0, 7, 60):
-        x = torch.randn(5, 61, 3)
-        x[1, token] = torch.nan
-        hit = torch.zeros(5, 131, 3, dtype=torch.bool)
-        hit[1] = (matrix.to_dense()[:, token] != 0)[:, None]
-        assert torch.equal(streamed(matrix, x, (3, 3), plan=Plan(BULK, 2)).isnan(), hit)
-
-
 @pytest.mark.parametrize("batch", [1, 32, 96])
 def test_sizes_of_the_body_mesh(batch: int) -> None:
-    """As on an H200: spread evenly, and streamed where the batch is large."""
+    """As on an H200: spread evenly, and by the kernel for points where the batch is large."""
     matrix = mesh_like_matrix(1723, 431)
     assert matrix.stream_sizes and matrix.t_stream_sizes
     x = random_input(matrix, batch, 3, FLOAT, "cpu")
@@ -283,17 +159,3 @@ def test_impossible_plans_are_refused() -> None:
         product(matrix, x, plan=Plan(STAGED, 4), shared_limit=100)
     with pytest.raises(build.EmulationError, match="does not fit in shared memory"):
         product(matrix, x[..., :2], plan=Plan(STAGED, 4))
-    with pytest.raises(build.EmulationError, match="cannot be streamed"):
-        product(matrix, x, plan=Plan(STREAM, 1))
-    for other, options in ((x[..., :2], {}), (x, {"shared_limit": 100})):
-        with pytest.raises(build.EmulationError, match="cannot be streamed"):
-            streamed(matrix, other, (1, 3), plan=Plan(STREAM, 1), **options)
-    with pytest.raises(build.EmulationError, match="no kernel for tiles of so many"):
-        streamed(matrix, x, (1, 3), plan=Plan(STREAM, 3))
-    wide = torch.randn(2, 5, 4)
-    for other, options in ((wide[..., :3], {}), (wide[..., :2], {}), (x, {"shared_limit": 100})):
-        with pytest.raises(build.EmulationError, match="cannot be copied in bulk"):
-            streamed(matrix, other, (1, 3), plan=Plan(BULK, 2), **options)
-    for stages in (1, 5):
-        with pytest.raises(build.EmulationError, match="cannot be copied in bulk"):
-            streamed(matrix, x, (1, 3), plan=Plan(BULK, stages))

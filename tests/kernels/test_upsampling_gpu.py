@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 from test_upsampling import (
@@ -19,9 +18,7 @@ from test_upsampling import (
 from torch import Tensor
 
 from fastmetro_kernels import SparseMatrix, backends, sparse_upsample
-from fastmetro_kernels.bulk import build_bulk
 from fastmetro_kernels.points import build_points
-from fastmetro_kernels.streams import build_streams
 from fastmetro_kernels.upsampling import ops
 
 why = backends.native_reasons("upsample_native", torch.device("cuda"))
@@ -57,52 +54,11 @@ def test_every_configuration_gives_the_same_bits(shape: str, dtype: torch.dtype)
                 assert torch.equal(got, expected), (plan, early)
 
 
-@pytest.mark.parametrize("dtype", [FLOAT, HALF, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("lengths", [3, (0, 3), (1, 9), (0, 30), 40], ids=str)
-def test_streams_give_the_same_bits(lengths: int | tuple[int, int], dtype: torch.dtype) -> None:
-    matrix = random_matrix(700, 240, lengths).to("cuda")
-    built = [build_streams(matrix.to_scipy(), [cut]) for cut in ((4, 27), (8, 15), (16, 27))]
-    found = [(torch.from_numpy(words).cuda(), sizes) for words, sizes in built if sizes]
-    assert found
-    for batch in (1, 2, 7, 300):
-        x = random_input(matrix, batch, 3, dtype, "cuda")
-        expected = product_as(matrix, x, (0, 1, 0, False))
-        check_product(expected, matrix, x)
-        for streams in found:
-            for tile in {4 // dtype.itemsize, 2}:
-                for early in (False, True):
-                    got = product_as(matrix, x, (2, tile, 0, early), streams)
-                    assert torch.equal(got, expected), (streams[1], tile, early)
-
-
-def tables(matrix: SparseMatrix, build: Callable[..., tuple[np.ndarray, list[int]]], cut: tuple[int, int]) -> Streams:
+def tables(matrix: SparseMatrix, cut: tuple[int, int]) -> Streams:
     """The tables of one cut on the GPU."""
-    words, sizes = build(matrix.to_scipy(), [cut])
+    words, sizes = build_points(matrix.to_scipy(), [cut])
     assert sizes
     return torch.from_numpy(words).cuda(), sizes
-
-
-@pytest.mark.parametrize("dtype", [FLOAT, HALF, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("lengths", [3, (0, 3), (1, 9), (0, 30), 40], ids=str)
-def test_bulk_copies(lengths: int | tuple[int, int], dtype: torch.dtype) -> None:
-    """Right; the same bits whatever is under way, and for elements that begin anywhere."""
-    matrix = random_matrix(700, 240, lengths).to("cuda")
-    built = [build_bulk(matrix.to_scipy(), [cut]) for cut in ((4, 14), (8, 9), (16, 20))]
-    found = [(torch.from_numpy(words).cuda(), sizes) for words, sizes in built if sizes]
-    assert found
-    for batch in (1, 2, 7, 300):
-        x = random_input(matrix, batch, 3, dtype, "cuda")
-        for streams in found:
-            expected = product_as(matrix, x, (3, 2, 0, False), streams)
-            check_product(expected, matrix, x)
-            for stages in (2, 3, 4):
-                for early in (False, True):
-                    assert torch.equal(product_as(matrix, x, (3, stages, 0, early), streams), expected)
-            for start in range(16 // dtype.itemsize):
-                storage = torch.full((start + batch * 725,), torch.nan, dtype=dtype, device="cuda")
-                moved = storage.as_strided((batch, 240, 3), (725, 3, 1), start)
-                moved.copy_(x)
-                assert torch.equal(product_as(matrix, moved, (3, 2, 0, True), streams), expected)
 
 
 @pytest.mark.parametrize("dtype", [FLOAT, HALF, torch.bfloat16], ids=str)
@@ -119,16 +75,14 @@ def test_points_give_the_same_bits(lengths: int | tuple[int, int], dtype: torch.
         for streams in found:
             for tile in (8 // dtype.itemsize, 16 // dtype.itemsize):
                 for early in (False, True):
-                    got = product_as(matrix, x, (4, tile, 0, early), streams)
+                    got = product_as(matrix, x, (2, tile, 0, early), streams)
                     assert torch.equal(got, expected), (streams[1], tile, early)
 
 
 def test_early_launches_wait_for_what_they_read() -> None:
     up = mesh_like_matrix(6890, 1723).to("cuda")
     down = up.transpose()
-    up_streams, down_streams = tables(up, build_streams, (4, 27)), tables(down, build_streams, (4, 27))
-    up_points, down_points = tables(up, build_points, (16, 14)), tables(down, build_points, (16, 16))
-    up_bulk, down_bulk = tables(up, build_bulk, (4, 18)), tables(down, build_bulk, (4, 16))
+    up_points, down_points = tables(up, (16, 14)), tables(down, (16, 16))
 
     def chain(early: bool) -> Callable[[], Tensor]:
         def run() -> Tensor:
@@ -136,15 +90,10 @@ def test_early_launches_wait_for_what_they_read() -> None:
             for _ in range(20):
                 y = product_as(up, y, (0, 8, 0, early))
                 y = product_as(down, y, (1, 1, 512, early))
-                y = product_as(up, y, (2, 1, 0, early), up_streams)
-                y = product_as(down, y, (2, 2, 0, early), down_streams)
-                y = product_as(up, y, (3, 2, 0, early), up_bulk)
-                y = product_as(down, y, (3, 3, 0, early), down_bulk)
-                y = product_as(up, y, (4, 4, 0, early), up_points)
-                y = product_as(down, y, (4, 4, 0, early), down_points)
-                y = product_as(up, y, (4, 2, 0, early), up_points)
-                y = product_as(down, y, (4, 2, 0, early), down_points)
-                y = product_as(up, y, (3, 4, 0, early), up_bulk)
+                y = product_as(up, y, (2, 4, 0, early), up_points)
+                y = product_as(down, y, (2, 4, 0, early), down_points)
+                y = product_as(up, y, (2, 2, 0, early), up_points)
+                y = product_as(down, y, (2, 2, 0, early), down_points)
                 y = product_as(down, y, (0, 4, 256, early))
                 y = y / y.abs().amax()  # kernels of PyTorch in between
             return y
