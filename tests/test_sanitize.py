@@ -10,11 +10,11 @@ from types import ModuleType
 
 import pytest
 import torch
+from fastmetro_kernels.bulk import DEFAULT_CUTS, build_bulk
+from fastmetro_kernels.streams import Cut
 
 from fastmetro_kernels import backends
 from fastmetro_kernels.attention import native
-from fastmetro_kernels.bulk import DEFAULT_CUTS, build_bulk
-from fastmetro_kernels.streams import Cut
 
 TOOLS = Path(__file__).resolve().parents[1] / "tools"
 

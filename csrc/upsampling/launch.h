@@ -59,8 +59,9 @@ inline int parts_of(int64_t entries, int64_t rows) {
 
 // The table of configurations, the fastest of `python -m bench upsampling --variants` on an H200. Points and a batch that
 // fills the GPU take the kernel for them, with the widest reads of shared memory and the fewest blocks (they read the
-// least) with which there is work for every multiprocessor. Other channels are staged where that fills the GPU too. What
-// is left is gathered: rows of three entries leave room for eight elements under way in a thread, longer ones for four.
+// least) with which there is work for every multiprocessor. Where a block has one pack, two of them share one: so reads
+// of 16 bytes need more blocks before they pay. Other channels are staged where that fills the GPU too. What is left is
+// gathered: rows of three entries leave room for eight elements under way in a thread, longer ones for four.
 template <typename T>
 Plan choose_plan(const Problem<T>& p, bool three_each, const Cuts& cuts, const Device& device) {
   const bool early = device.early_launch;
@@ -69,8 +70,9 @@ Plan choose_plan(const Problem<T>& p, bool three_each, const Cuts& cuts, const D
   const int count = static_cast<int>(cuts.list.size());
   if (fits_32_bits(p)) {
     for (const int batch_tile : {4 * word, 2 * word}) {
+      const int64_t blocks = device.multiprocessors * (batch_tile == 4 * word ? 15 : 9) / 10;
       for (int cut = 0; cut < count; ++cut) {
-        if (cuts.list[cut].blocks * ceil_div(p.batch, batch_tile) >= enough &&
+        if (cuts.list[cut].blocks * ceil_div(p.batch, batch_tile) >= blocks &&
             can_take_points(p, cuts.list[cut], batch_tile, device.shared_limit)) {
           return {Kernel::points, batch_tile, 0, early, cut};
         }

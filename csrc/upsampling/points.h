@@ -69,7 +69,7 @@ class PointLauncher {
   }
 
   // Blocks that fit the device at once, each with an equal share of the batch. Of several ways the one that leaves the
-  // least to the busiest multiprocessor, with few blocks: they read the least.
+  // least to the busiest multiprocessor, with many blocks, which hide each other's waiting.
   int64_t packs_per_block(int64_t packs, int64_t threads, int64_t bytes) const {
     const int64_t residents =
         std::min<int64_t>(threads / cut_.threads, kSharedPerMultiprocessor / (bytes + kSharedOfSystem));
