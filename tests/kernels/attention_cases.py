@@ -181,8 +181,11 @@ def plain(inputs: list[Tensor], mask: Tensor, grad_out: Tensor, grad_lse: Tensor
     mask = mask.to(q.device)
     empty = ~mask.any(1)  # SDPA leaves rows without keys undefined: compute something else there and drop it
     seen = mask | empty[:, None]
-    heads_first = (x.transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(*heads_first, attn_mask=seen, scale=scale).transpose(1, 2)
+    # SDPA on a GPU multiplies the -inf of masked keys by the scale: wrong where it is 0 or negative.
+    scaled = q if scale is None else q * scale
+    heads_first = (x.transpose(1, 2) for x in (scaled, k, v))
+    unit = None if scale is None else 1.0
+    out = F.scaled_dot_product_attention(*heads_first, attn_mask=seen, scale=unit).transpose(1, 2)
     out = torch.where(empty[None, :, None, None], torch.zeros_like(out), out)
     wide = torch.promote_types(q.dtype, torch.float32)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
