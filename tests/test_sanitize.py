@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import re
 import sys
 from pathlib import Path
@@ -10,11 +11,12 @@ from types import ModuleType
 
 import pytest
 import torch
-from fastmetro_kernels.bulk import DEFAULT_CUTS, build_bulk
-from fastmetro_kernels.streams import Cut
+from emulation import build
+from emulation.upsampling import POINTS, Choice, upsample
 
 from fastmetro_kernels import backends
 from fastmetro_kernels.attention import native
+from fastmetro_kernels.points import Cut
 
 TOOLS = Path(__file__).resolve().parents[1] / "tools"
 
@@ -63,11 +65,29 @@ def test_attention_cases_take_the_kernels_they_are_for(monkeypatch: pytest.Monke
     assert found == {"few", "walk", "narrow"}
 
 
-def test_upsampling_cases_can_be_copied_in_bulk() -> None:
-    """In both directions, by every cut."""
-    for matrix in {id(case.matrix): case.matrix for case in cases.upsampling_bulk()}.values():
-        for csr in (matrix.to_scipy(), matrix.to_scipy().T.tocsr()):
-            assert len(build_bulk(csr)[1]) == len(Cut._fields) * len(DEFAULT_CUTS[False])
+@pytest.mark.skipif(bool(build.reasons()), reason="; ".join(build.reasons()))
+def test_upsampling_cases_take_the_kernel_for_points() -> None:
+    """On an H200, in both directions: by every cut, with words of 8 and 16 bytes, one pack per block and more."""
+    cuts, blocks = set(), set()
+    for case in cases.upsampling_points():
+        m, (rows, columns) = case.matrix, case.matrix.shape
+        for transposed in (False, True):
+            arrays = (m.row_offsets, m.columns, m.values, m.ell_columns, m.ell_values, rows, m.streams, m.stream_sizes)
+            if transposed:
+                arrays = (
+                    *(m.t_row_offsets, m.t_columns, m.t_values, m.t_ell_columns, m.t_ell_values, columns),
+                    *(m.t_streams, m.t_stream_sizes),
+                )
+            x = torch.zeros(case.batch, rows if transposed else columns, case.channels, dtype=case.dtype)
+            upsample(cases.laid_out(x, case.layout, "cpu"), *arrays, multiprocessors=132, choice=(choice := Choice()))
+            assert choice.kernel == POINTS, (case, transposed)
+            cut = Cut(*arrays[-1][choice.cut * len(Cut._fields) :][: len(Cut._fields)])
+            word = choice.batch_tile * case.dtype.itemsize
+            cuts.add((cut.slots, choice.cut, word))
+            blocks.add((cut.slots, word, choice.packs == 1))
+    # Where rows have three entries, the fewest blocks never take small words; others always have several large packs.
+    assert cuts == set(itertools.product((3, 16), range(3), (8, 16))) - {(3, 0, 8)}
+    assert blocks == set(itertools.product((3, 16), (8, 16), (False, True))) - {(16, 16, True)}
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ slower than the kernels.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -225,6 +226,7 @@ class Upsampling:
         return [y.detach().cpu() for y in (out, *torch.autograd.grad(out, x, grad.to(device)))]
 
 
+@functools.cache
 def matrix(rows: int, columns: int, shortest: int, longest: int) -> SparseMatrix:
     """Rows of random lengths, random entries."""
     random = np.random.default_rng(rows)
@@ -249,18 +251,21 @@ def upsampling_native() -> Iterator[Upsampling]:
     yield Upsampling(three, 3, 3, FLOAT, "shared")
     yield Upsampling(three, 3, 3, HALF, "strided")
     yield Upsampling(three, 70, 3, FLOAT)
-    streamed = matrix(900, 300, 3, 3)  # in both directions
-    yield Upsampling(streamed, 70, 3, FLOAT)
-    yield Upsampling(streamed, 71, 3, HALF)
-    yield from upsampling_bulk()
+    yield from upsampling_points()
 
 
-def upsampling_bulk() -> Iterator[Upsampling]:
-    """Rows of uneven lengths and batches that fill the GPU, which compute capability 9.0 copies in bulk."""
-    uneven = matrix(900, 300, 0, 9)  # in the backward the rows are long
-    for batch, dtype in ((30, FLOAT), (31, HALF), (70, FLOAT), (71, BFLOAT)):  # four blocks per element, then two
-        yield Upsampling(uneven, batch, 3, dtype)
-    yield Upsampling(uneven, 300, 3, HALF)  # several elements per block, one after the other
+def upsampling_points() -> Iterator[Upsampling]:
+    """Batches that fill an H200 with the kernel for points, in both directions: `tests/test_sanitize.py` knows how."""
+    three, uneven = matrix(900, 300, 3, 3), matrix(900, 300, 0, 9)  # in the backward their rows are long
+    short = matrix(300, 280, 1, 5)
+    for sparse, sizes in (
+        (three, [(9, FLOAT), (19, FLOAT), (29, HALF), (31, FLOAT), (53, FLOAT), (71, HALF), (101, FLOAT), (199, HALF)]),
+        (uneven, [(7, FLOAT), (17, FLOAT), (21, FLOAT), (31, FLOAT), (51, FLOAT), (70, FLOAT)]),
+        (uneven, [(15, HALF), (45, HALF), (71, BFLOAT), (300, HALF)]),
+        (short, [(21, FLOAT), (45, HALF), (70, FLOAT)]),
+    ):
+        for batch, dtype in sizes:
+            yield Upsampling(sparse, batch, 3, dtype)
     yield Upsampling(uneven, 70, 3, FLOAT, "shared")
 
 

@@ -1,4 +1,4 @@
-"""Draws docs/images/upsampling_stream.png from the shipped body mesh: `python -m tools.upsampling_drawing`.
+"""Draws docs/images/upsampling_points.png from the shipped body mesh: `python -m tools.upsampling_drawing`.
 
 The picture shows what `fastmetro_kernels/points.py` decides: which rows a block owns and where their tokens lie in
 shared memory; and how the kernel goes through a batch.
@@ -19,7 +19,7 @@ import fastmetro
 from fastmetro_kernels import SparseMatrix
 from fastmetro_kernels.points import LANES, PHASE, POINT, ROWS, SLOTS, ZEROS, Cut, _phase
 
-TARGET = Path(__file__).resolve().parents[1] / "docs" / "images" / "upsampling_stream.png"
+TARGET = Path(__file__).resolve().parents[1] / "docs" / "images" / "upsampling_points.png"
 PACKS = 4
 
 

@@ -179,16 +179,6 @@ __device__ __forceinline__ float2 load_cluster_float2(SharedAddress address, uin
 __device__ __forceinline__ void launch_dependents() {}
 __device__ __forceinline__ void wait_for_previous_grid() {}
 
-// Bulk copies came with 9.0. Kernels that have them are compiled for older targets but never launched there.
-__device__ __forceinline__ void barrier_start(SharedAddress, uint32_t) { __trap(); }
-__device__ __forceinline__ void barrier_arrive_expecting(SharedAddress, uint32_t) { __trap(); }
-__device__ __forceinline__ void barrier_wait(SharedAddress, uint32_t) { __trap(); }
-__device__ __forceinline__ void bulk_load(SharedAddress, const void*, uint32_t, SharedAddress) { __trap(); }
-__device__ __forceinline__ void bulk_store(void*, SharedAddress, uint32_t) { __trap(); }
-__device__ __forceinline__ void bulk_commit() {}
-__device__ __forceinline__ void bulk_wait_read() {}
-__device__ __forceinline__ void bulk_fence() {}
-
 #else
 
 // Which block of its cluster this one is, and how many there are.
@@ -252,51 +242,6 @@ __device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontr
 // Waits until the grids that this one depends on have finished and their writes are visible; returns at once after an
 // ordinary launch.
 __device__ __forceinline__ void wait_for_previous_grid() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-
-// A barrier for copies: 8 bytes of shared memory. It opens whenever `arrivals` threads have arrived and all bytes have
-// that they said to expect. Other threads may use it after the next __syncthreads.
-__device__ __forceinline__ void barrier_start(SharedAddress barrier, uint32_t arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-__device__ __forceinline__ void barrier_arrive_expecting(SharedAddress barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-
-// Waits until the barrier has opened for the time that `turn` names: 0 for the first, 1 for the second, 0 again...
-__device__ __forceinline__ void barrier_wait(SharedAddress barrier, uint32_t turn) {
-  asm volatile(
-      "{\n"
-      ".reg .pred open;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 open, [%0], %1;\n"
-      "@open bra done;\n"
-      "bra again;\n"
-      "done:\n"
-      "}\n" ::"r"(barrier),
-      "r"(turn)
-      : "memory");
-}
-
-// Starts a copy of `bytes` bytes to shared memory, by the copy engine. Addresses and size are multiples of 16.
-__device__ __forceinline__ void bulk_load(SharedAddress to, const void* from, uint32_t bytes, SharedAddress barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-               "l"(from), "r"(bytes), "r"(barrier)
-               : "memory");
-}
-
-// The other way. Threads that wrote what it reads have called bulk_fence() before a barrier.
-__device__ __forceinline__ void bulk_store(void* to, SharedAddress from, uint32_t bytes) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes)
-               : "memory");
-}
-__device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-
-// Waits until the stores that this thread has committed have read shared memory, which may then be written again.
-__device__ __forceinline__ void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
-
-// The engine sees what this thread wrote to shared memory before.
-__device__ __forceinline__ void bulk_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 #endif
 

@@ -1,4 +1,4 @@
-// The product for three channels (points) and a batch that fills the GPU: x streams past a part of the matrix.
+// The product for three channels (points) and a batch that fills the GPU: a block keeps a part of the matrix.
 //
 // A block owns a range or a list of rows for good, and a lane one position (a row and a channel) at a time, whose
 // entries it holds in registers. A list names the tokens of x that the rows of the block touch. The block goes through

@@ -4,7 +4,6 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
-#include <map>
 #include <source_location>
 #include <string>
 #include <vector>
@@ -20,8 +19,8 @@ inline constexpr int kMaxThreads = 1024;  // of a block
 inline constexpr int kMaxCluster = 8;     // blocks; what every device with clusters allows
 
 // One value for what a thread does. A waiting thread waits in a function of its warp, one at a barrier for the block or
-// the cluster, one at copies for those that a barrier in shared memory counts.
-enum class State : uint8_t { fresh, ready, waiting, at_barrier, at_cluster_barrier, at_copies, exited };
+// the cluster.
+enum class State : uint8_t { fresh, ready, waiting, at_barrier, at_cluster_barrier, exited };
 
 // The functions that all lanes of a warp enter together.
 enum class Call : uint8_t { sync_warp, shuffle, vote, load_matrices, load_matrices_transposed, multiply_add };
@@ -30,27 +29,6 @@ struct Copy {
   uint32_t to;  // offset in shared memory
   const void* from;
   bool valid;
-};
-
-// A bulk copy between shared and global memory; its data move when it is waited for.
-struct BulkCopy {
-  uint32_t offset;  // in shared memory
-  void* global;
-  uint32_t bytes;
-};
-
-// A barrier in shared memory that counts copies.
-struct CopyBarrier {
-  uint32_t arrivals;   // of threads, until it opens
-  uint32_t missing;    // of those
-  uint64_t expected;   // bytes that those who arrived told of
-  uint64_t asked;      // bytes of the copies
-  uint32_t opened;     // how often
-  uint32_t number;     // of what it counts now, in `arrived` of the block
-  uint32_t last;       // of what it counted when it opened, 0 if it never did
-  uint32_t epoch;      // of the block, when it was started
-  uint16_t starter;    // thread
-  std::vector<BulkCopy> copies;
 };
 
 struct Block;
@@ -78,14 +56,6 @@ struct Lane {
   std::vector<Copy> copies;
   std::vector<uint32_t> groups;
   uint32_t open_copies = 0;
-
-  // Bulk copies.
-  uint32_t awaited = 0;            // offset of the barrier that it waits at
-  uint32_t awaited_turn = 0;
-  uint32_t fences = 0;             // how many bulk_fence() it has executed
-  std::vector<uint32_t> seen;      // numbers of what it has waited for at barriers
-  std::vector<BulkCopy> stores;    // that it asked for
-  size_t committed = 0;            // of those
 };
 
 // Lanes of a warp that have entered a function, until the last one of the mask arrives.
@@ -111,9 +81,6 @@ struct Cell {
   uint32_t reading_lanes;  // of reading_warp, in read_warp_epoch
   uint16_t writer;         // thread
   uint16_t pending;        // thread + 1 whose asynchronous copy has not been waited for
-  uint16_t arriving, leaving;  // thread + 1 whose bulk copy to here, from here, is under way
-  uint32_t bulk;           // number of the bulk copies that wrote it, 0 if a thread did
-  uint32_t fences;         // of the writer, when it wrote
   uint8_t reading_warp;
 };
 
@@ -131,8 +98,6 @@ struct Block {
   size_t exited = 0;            // threads
   bool parked = false;          // all others wait for the rest of the cluster
   uint64_t last_cluster_read = 0;  // of any cell
-  std::map<uint32_t, CopyBarrier> barriers;  // by offset
-  std::vector<uint32_t> arrived;   // by number: epoch in which somebody first waited for these bulk copies, or 0
 };
 
 struct Launch {
@@ -197,18 +162,6 @@ void start_block_memory(Block& block);
 void access_shared(const Lane& lane, int64_t offset, uint32_t bytes, bool write, const Origin& origin);
 // 16 bytes for a matrix load.
 const unsigned char* read_matrix_row(const Lane& lane, uint32_t address, const Place& place);
-// Of unordered reads of other threads.
-void note_read(const Lane& lane, uint32_t epoch, uint32_t warp_epoch, Cell& cell);
-void poison(const Block& block, unsigned char* to, size_t bytes);
-int64_t offset_of(uint32_t shared_address);
-inline constexpr uint32_t kSharedGranule = 2;  // bytes; smaller accesses are taken for whole granules
-
-// bulk_copies.cpp: whether the lane may read, or write, what bulk copies wrote, or move.
-void check_bulk(const Lane& lane, const Cell& cell, int64_t offset, bool write, const Origin& origin);
-void start_bulk_copies(Block& block);
-// Of a thread that returns from the kernel, and of the last one.
-void check_bulk_copies(const Lane& lane, bool last);
-
 // A block of a cluster may not return while another may still read its shared memory.
 void check_nobody_reads(const Lane& last);
 

@@ -54,14 +54,6 @@ void copy_async_wait(int pending, const Place& place);
 void load_matrices(uint32_t* r, uint32_t row, bool transposed, const Place& place);
 void multiply_add(float* c, const uint32_t* a, uint32_t b0, uint32_t b1, bool bfloat, const Place& place);
 void check_prefetch(const void* pointer, const Place& place);
-void barrier_start(uint32_t barrier, uint32_t arrivals, const Place& place);
-void barrier_arrive_expecting(uint32_t barrier, uint32_t bytes, const Place& place);
-void barrier_wait(uint32_t barrier, uint32_t turn, const Place& place);
-void bulk_load(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier, const Place& place);
-void bulk_store(void* to, uint32_t from, uint32_t bytes, const Place& place);
-void bulk_commit();
-void bulk_wait_read(const Place& place);
-void bulk_fence();
 uint32_t cluster_rank();
 uint32_t cluster_size();
 void cluster_sync(const Place& place);
@@ -320,26 +312,6 @@ inline float reciprocal_fast(float x) {
 inline void prefetch_l2(const void* pointer, Place place = Place::current()) {
   fm_emulation::check_prefetch(pointer, place);
 }
-
-inline void barrier_start(SharedAddress barrier, uint32_t arrivals, Place place = Place::current()) {
-  fm_emulation::barrier_start(barrier, arrivals, place);
-}
-inline void barrier_arrive_expecting(SharedAddress barrier, uint32_t bytes, Place place = Place::current()) {
-  fm_emulation::barrier_arrive_expecting(barrier, bytes, place);
-}
-inline void barrier_wait(SharedAddress barrier, uint32_t turn, Place place = Place::current()) {
-  fm_emulation::barrier_wait(barrier, turn, place);
-}
-inline void bulk_load(SharedAddress to, const void* from, uint32_t bytes, SharedAddress barrier,
-                      Place place = Place::current()) {
-  fm_emulation::bulk_load(to, from, bytes, barrier, place);
-}
-inline void bulk_store(void* to, SharedAddress from, uint32_t bytes, Place place = Place::current()) {
-  fm_emulation::bulk_store(to, from, bytes, place);
-}
-inline void bulk_commit() { fm_emulation::bulk_commit(); }
-inline void bulk_wait_read(Place place = Place::current()) { fm_emulation::bulk_wait_read(place); }
-inline void bulk_fence() { fm_emulation::bulk_fence(); }
 
 inline uint32_t cluster_rank() { return fm_emulation::cluster_rank(); }
 inline uint32_t cluster_size() { return fm_emulation::cluster_size(); }

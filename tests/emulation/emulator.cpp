@@ -66,7 +66,6 @@ const char* name_of(State state) { return state == State::at_barrier ? "__syncth
 // All threads that have not returned must wait at one barrier, the same for all.
 void check_same_barrier(const Lane& first, const Lane& lane) {
   if (lane.state == State::waiting) fail("waits for ever in a function at " + text_of(lane.place), &lane);
-  if (lane.state == State::at_copies) fail("waits for ever for bulk copies at " + text_of(lane.place), &lane);
   if (first.state == lane.state && same(first.place, lane.place)) return;
   const std::string other = first.state == lane.state ? "another one" : name_of(first.state);
   fail(std::string("waits in ") + name_of(lane.state) + " at " + text_of(lane.place) + " while " + name_of(first) +
@@ -160,10 +159,7 @@ void start_block(Block& block, uint32_t number) {
     lane.state = State::fresh;
     lane.copies.clear();
     lane.groups.clear();
-    lane.open_copies = lane.fences = 0;
-    lane.seen.clear();
-    lane.stores.clear();
-    lane.committed = 0;
+    lane.open_copies = 0;
   }
   start_block_memory(block);
 }
@@ -353,9 +349,7 @@ void trap(const char* what, const Place& place) { fail_at(what, current.running,
 void leave_kernel(Lane& self) {
   check_nobody_waits_for(self, "returns from the kernel");
   Block& block = *self.block;
-  const bool last = ++block.exited == block.lanes.size();
-  check_bulk_copies(self, last);
-  if (last) check_nobody_reads(self);
+  if (++block.exited == block.lanes.size()) check_nobody_reads(self);
   self.state = State::exited;
   Warp& warp = block.warps[self.warp];
   warp.exited |= 1u << self.lane;

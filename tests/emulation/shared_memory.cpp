@@ -17,7 +17,7 @@ constexpr size_t kCapacity = 256 * 1024;
 constexpr size_t kArena = kMargin + kCapacity + kMargin;
 // On a GPU the first bytes belong to the system, so that addresses of our shared memory do not begin at 0.
 constexpr uint32_t kSharedStart = 1024;
-constexpr uint32_t kGranule = kSharedGranule;
+constexpr uint32_t kGranule = 2;  // bytes; smaller accesses are taken for whole granules
 
 alignas(1024) unsigned char arenas[kMaxCluster * kArena];  // pages that no launch asks for never become real
 
@@ -71,6 +71,20 @@ void check_after_cluster_reads(const Lane& lane, uint64_t cluster_read, int64_t 
             lane, origin);
 }
 
+void note_read(const Lane& lane, uint32_t epoch, uint32_t warp_epoch, Cell& cell) {
+  if (cell.read_epoch != epoch) {
+    cell.read_epoch = epoch;
+    cell.reading_warps = cell.reading_lanes = 0;
+  }
+  if (cell.reading_warp != lane.warp || cell.read_warp_epoch != warp_epoch) {
+    cell.reading_warp = lane.warp;
+    cell.read_warp_epoch = warp_epoch;
+    cell.reading_lanes = 0;
+  }
+  cell.reading_warps |= 1u << lane.warp;
+  cell.reading_lanes |= 1u << lane.lane;
+}
+
 void check_bounds(const Lane& lane, int64_t offset, uint32_t bytes, bool write, const Origin& origin) {
   if (offset >= 0 && offset + bytes <= current.shared_bytes) return;
   fail_from(std::string(write ? "writes " : "reads ") + std::to_string(bytes) + " bytes at offset " +
@@ -102,6 +116,12 @@ void check_cluster_read(const Lane& lane, Block& owner, int64_t offset, uint32_t
   }
 }
 
+void poison(const Block& block, unsigned char* to, size_t bytes) {
+  // All ones and 0x7FFF are NaN in every float format; as indices they are -1 and very large.
+  const uint16_t pattern = (block.number + block.epoch) % 2 ? 0xFFFF : 0x7FFF;
+  for (size_t i = 0; i < bytes; ++i) to[i] = static_cast<unsigned char>(pattern >> 8 * (i % 2));
+}
+
 void perform(Lane& lane, const Copy& copy, const Place& place) {
   for (uint32_t i = 0; i < 16 / kGranule; ++i) lane.block->cells[copy.to / kGranule + i].pending = 0;
   access_shared(lane, copy.to, 16, true, Origin{&place, nullptr});
@@ -113,28 +133,6 @@ void perform(Lane& lane, const Copy& copy, const Place& place) {
 }
 
 }  // namespace
-
-void note_read(const Lane& lane, uint32_t epoch, uint32_t warp_epoch, Cell& cell) {
-  if (cell.read_epoch != epoch) {
-    cell.read_epoch = epoch;
-    cell.reading_warps = cell.reading_lanes = 0;
-  }
-  if (cell.reading_warp != lane.warp || cell.read_warp_epoch != warp_epoch) {
-    cell.reading_warp = lane.warp;
-    cell.read_warp_epoch = warp_epoch;
-    cell.reading_lanes = 0;
-  }
-  cell.reading_warps |= 1u << lane.warp;
-  cell.reading_lanes |= 1u << lane.lane;
-}
-
-void poison(const Block& block, unsigned char* to, size_t bytes) {
-  // All ones and 0x7FFF are NaN in every float format; as indices they are -1 and very large.
-  const uint16_t pattern = (block.number + block.epoch) % 2 ? 0xFFFF : 0x7FFF;
-  for (size_t i = 0; i < bytes; ++i) to[i] = static_cast<unsigned char>(pattern >> 8 * (i % 2));
-}
-
-int64_t offset_of(uint32_t address) { return static_cast<int64_t>(address) - kSharedStart; }
 
 const Region shared_arenas{reinterpret_cast<uintptr_t>(arenas), reinterpret_cast<uintptr_t>(arenas) + sizeof arenas};
 
@@ -149,15 +147,12 @@ void access_shared(const Lane& lane, int64_t offset, uint32_t bytes, bool write,
     const auto at = static_cast<int64_t>(i * kGranule);
     const bool touched = cell.write_epoch == block.epoch && cell.writer != lane.thread;
     if (touched || cell.pending) check_after_write(lane, cell, at, write, origin);
-    if (cell.arriving || cell.leaving || cell.bulk) check_bulk(lane, cell, at, write, origin);
     if (write) {
       if (cell.read_epoch == block.epoch) check_after_reads(lane, cell, at, origin);
       if (!block.cluster_reads.empty()) check_after_cluster_reads(lane, block.cluster_reads[i], at, origin);
       cell.write_epoch = block.epoch;
       cell.write_warp_epoch = warp_epoch;
       cell.writer = lane.thread;
-      cell.fences = lane.fences;
-      cell.bulk = 0;
     } else {
       note_read(lane, block.epoch, warp_epoch, cell);
     }
@@ -178,7 +173,6 @@ void start_block_memory(Block& block) {
   std::fill(block.cells.begin(), block.cells.end(), Cell{});
   std::fill(block.cluster_reads.begin(), block.cluster_reads.end(), 0);
   block.last_cluster_read = 0;
-  start_bulk_copies(block);
 }
 
 void check_nobody_reads(const Lane& last) {

@@ -39,6 +39,16 @@ class _Arguments(ctypes.Structure):
     ]
 
 
+class Choice(ctypes.Structure):
+    """What the op chooses; ``packs``: how many a block of the points kernel goes through."""
+
+    kernel: int
+    batch_tile: int
+    cut: int
+    packs: int
+    _fields_ = [(name, ctypes.c_int64) for name in ("kernel", "batch_tile", "cut", "packs")]
+
+
 @functools.cache
 def harness() -> build.Harness:
     """The compiled kernels."""
@@ -60,8 +70,11 @@ def upsample(
     multiprocessors: int = 4,
     shared_limit: int = 227 * KIB,
     schedule: str = "forward",
+    choice: Choice | None = None,
 ) -> Tensor:
     """``upsample_native``; without a plan in the configuration that the op would choose.
+
+    Given a ``choice`` to fill it runs nothing.
 
     Raises:
         EmulationError: the kernel did something wrong, or there is none for this plan.
@@ -80,7 +93,7 @@ def upsample(
     )
     harness().run(
         "run_upsampling",
-        *(arguments, source, out, row_offsets, columns, values, streams, sizes),
+        *(arguments, source, out, row_offsets, columns, values, streams, sizes, choice),
         reads={
             **{"x": source, "row_offsets": row_offsets, "columns": columns, "values": values},
             **({} if streams is None else {"streams": streams}),
