@@ -185,7 +185,7 @@ def attention_walk() -> Iterator[Attention]:
 
 def attention_narrow() -> Iterator[Attention]:
     """Narrow heads in one wave of blocks, each of which walks over a small mesh alone."""
-    small, asymmetric = mesh(7, 8, 14), pattern(61, 17, 0.1)
+    small, asymmetric = mesh(9, 13, 14), pattern(61, 17, 0.1)
     yield Attention(small, 16, HALF, batch=MULTIPROCESSORS // 2, heads=3, kernel="narrow")
     yield Attention(small, 32, BFLOAT, batch=MULTIPROCESSORS // 2, heads=2, dropout_p=0.3, kernel="narrow")
     yield Attention(asymmetric, 24, HALF, batch=MULTIPROCESSORS // 3, heads=3, kernel="narrow")
