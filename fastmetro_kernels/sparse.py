@@ -40,9 +40,9 @@ class SparseMatrix(nn.Module):
         values64: float64 ``[nnz]``.
         ell_columns: int32 ``[M, W]`` with -1 in slots that hold no entry, or None where rows are long or uneven.
         ell_values: float32 ``[M, W]`` with 0 in slots that hold no entry, or None.
-        streams: int32 words, tables of the CUDA kernels for large batches of points (``points.py``); may be empty.
-        stream_sizes: Sizes of the cuts in ``streams``.
-        t_row_offsets, t_columns, t_values, t_values64, t_ell_columns, t_ell_values, t_streams, t_stream_sizes: the
+        point_tables: int32 words, tables of the CUDA kernels for large batches of points (``points.py``); may be empty.
+        point_cuts: Sizes of the cuts in ``point_tables``.
+        t_row_offsets, t_columns, t_values, t_values64, t_ell_columns, t_ell_values, t_point_tables, t_point_cuts: the
             same of the transpose.
 
     Args:
@@ -60,16 +60,16 @@ class SparseMatrix(nn.Module):
     values64: Tensor
     ell_columns: Tensor | None
     ell_values: Tensor | None
-    streams: Tensor
-    stream_sizes: list[int]
+    point_tables: Tensor
+    point_cuts: list[int]
     t_row_offsets: Tensor
     t_columns: Tensor
     t_values: Tensor
     t_values64: Tensor
     t_ell_columns: Tensor | None
     t_ell_values: Tensor | None
-    t_streams: Tensor
-    t_stream_sizes: list[int]
+    t_point_tables: Tensor
+    t_point_cuts: list[int]
 
     def __init__(self, matrix: Any) -> None:
         super().__init__()
@@ -80,8 +80,8 @@ class SparseMatrix(nn.Module):
 
     def _register_layouts(self, prefix: str, csr: sp.csr_array) -> None:
         ell_columns, ell_values = _ell_layout(csr)
-        streams, sizes = build_points(csr)
-        setattr(self, prefix + "stream_sizes", sizes)
+        point_tables, sizes = build_points(csr)
+        setattr(self, prefix + "point_cuts", sizes)
         layouts = {
             "row_offsets": torch.from_numpy(csr.indptr.astype(np.int32)),
             "columns": torch.from_numpy(csr.indices.astype(np.int32)),
@@ -89,7 +89,7 @@ class SparseMatrix(nn.Module):
             "values64": torch.from_numpy(csr.data.astype(np.float64)),
             "ell_columns": ell_columns,
             "ell_values": ell_values,
-            "streams": torch.from_numpy(streams),
+            "point_tables": torch.from_numpy(point_tables),
         }
         for name, tensor in layouts.items():
             self.register_buffer(prefix + name, tensor, persistent=False)

@@ -72,11 +72,14 @@ def test_upsampling_cases_take_the_kernel_for_points() -> None:
     for case in cases.upsampling_points():
         m, (rows, columns) = case.matrix, case.matrix.shape
         for transposed in (False, True):
-            arrays = (m.row_offsets, m.columns, m.values, m.ell_columns, m.ell_values, rows, m.streams, m.stream_sizes)
+            arrays = (
+                *(m.row_offsets, m.columns, m.values, m.ell_columns, m.ell_values),
+                *(rows, m.point_tables, m.point_cuts),
+            )
             if transposed:
                 arrays = (
                     *(m.t_row_offsets, m.t_columns, m.t_values, m.t_ell_columns, m.t_ell_values, columns),
-                    *(m.t_streams, m.t_stream_sizes),
+                    *(m.t_point_tables, m.t_point_cuts),
                 )
             x = torch.zeros(case.batch, rows if transposed else columns, case.channels, dtype=case.dtype)
             upsample(cases.laid_out(x, case.layout, "cpu"), *arrays, multiprocessors=132, choice=(choice := Choice()))

@@ -232,7 +232,7 @@ def _both_passes(product: Callable[[Tensor], Tensor]) -> Run:
 
 
 GATHER, STAGED, POINTS = range(3)
-_Streams = tuple[Tensor | None, list[int]]
+_PointTables = tuple[Tensor | None, list[int]]
 POINT_CUTS = (
     ((8, 27), (8, 28), (16, 14), (16, 20), (32, 9), (32, 14)),
     ((12, 20), (16, 16), (16, 20), (32, 11), (32, 16)),
@@ -241,7 +241,7 @@ POINT_CUTS = (
 
 
 @functools.cache
-def _streams(matrix: SparseMatrix, transposed: bool, cut: tuple[int, int]) -> _Streams:
+def _point_tables(matrix: SparseMatrix, transposed: bool, cut: tuple[int, int]) -> _PointTables:
     """The tables of one cut, which take a second to make."""
     csr = matrix.to_scipy()
     words, sizes = build_points(csr.T.tocsr() if transposed else csr, (cut,))
@@ -254,17 +254,17 @@ def _variants(case: Case, transposed: bool) -> dict[str, Run]:
     arrays = (m.row_offsets, m.columns, m.values, m.ell_columns, m.ell_values, m.shape[0])
     if transposed:
         arrays = (m.t_row_offsets, m.t_columns, m.t_values, m.t_ell_columns, m.t_ell_values, m.shape[1])
-    plans: list[tuple[str, _Streams, tuple[int, int, int]]]
+    plans: list[tuple[str, _PointTables, tuple[int, int, int]]]
     plans = [("gather", (None, []), (GATHER, tile, threads)) for tile in (1, 4, 8) for threads in (0, 256)]
     plans += [("staged", (None, []), (STAGED, word * tile, 1024)) for tile in (1, 2, 4)]
     for blocks, warps in POINT_CUTS[transposed] if case.channels == 3 else ():
-        built = _streams(m, transposed, (blocks, warps))
+        built = _point_tables(m, transposed, (blocks, warps))
         if built[1]:
             plans += [(f"points {blocks} x {warps},", built, (POINTS, tile, 0)) for tile in (2 * word, 4 * word)]
     found: dict[str, Run] = {}
-    for name, streams, plan in plans:
+    for name, point_tables, plan in plans:
         for early in (False, True):
-            run = functools.partial(_variant, (*arrays, *streams, *plan, early), transposed)
+            run = functools.partial(_variant, (*arrays, *point_tables, *plan, early), transposed)
             found[f"variant, {name} {plan[1]} x {plan[2] or 'even'}{' early' if early else ''}"] = run
     return found
 

@@ -40,8 +40,8 @@ auto rows_for_this_machine() {
 constexpr int64_t kGrain = 16384;  // multiply-adds below which another thread costs more than it brings
 
 Tensor upsample(Tensor x, Tensor row_offsets, Tensor columns, Tensor values, std::optional<Tensor> ell_columns,
-                std::optional<Tensor> ell_values, int64_t rows, std::optional<Tensor> /*streams*/,
-                std::vector<int64_t> /*stream_sizes*/) {
+                std::optional<Tensor> ell_values, int64_t rows, std::optional<Tensor> /*point_tables*/,
+                std::vector<int64_t> /*point_cuts*/) {
   fm_upsampling::check_arguments(x, row_offsets, columns, values, ell_columns, ell_values, rows);
   const int64_t batch = x.size(0);
   const int64_t channels = x.size(2);

@@ -35,31 +35,31 @@ struct CudaLaunch {
   }
 };
 
-// The cuts of points.py: `streams` holds their tables, `sizes` the fields of Cut, one cut after the other.
-std::vector<Cut> cuts_of(const std::optional<Tensor>& streams, const std::vector<int64_t>& sizes, const Tensor& x,
+// The cuts of points.py: `point_tables` holds their tables, `sizes` the fields of Cut, one cut after the other.
+std::vector<Cut> cuts_of(const std::optional<Tensor>& point_tables, const std::vector<int64_t>& sizes, const Tensor& x,
                          int64_t rows) {
   constexpr size_t fields = sizeof(Cut) / sizeof(int64_t);
-  STD_TORCH_CHECK(sizes.size() % fields == 0 && (sizes.empty() || streams.has_value()),
-                  "upsample_native: stream_sizes must hold ", fields, " numbers per cut of streams");
+  STD_TORCH_CHECK(sizes.size() % fields == 0 && (sizes.empty() || point_tables.has_value()),
+                  "upsample_native: point_cuts must hold ", fields, " numbers per cut of point_tables");
   std::vector<Cut> cuts(sizes.size() / fields);
   std::memcpy(cuts.data(), sizes.data(), sizes.size() * sizeof(int64_t));
-  if (!cuts.empty()) fm_upsampling::check_list(*streams, 1, ScalarType::Int, x, "streams");
+  if (!cuts.empty()) fm_upsampling::check_list(*point_tables, 1, ScalarType::Int, x, "point_tables");
   for (const Cut& cut : cuts) {
     // Where rows have three entries blocks are ranges of rows, else lists of up to block_rows.
     const bool no_empty_range = cut.slots != 3 || (cut.blocks - 1) * cut.block_rows < rows;
     const int most = fm_upsampling::point_threads(static_cast<int>(cut.slots), 1, false);
     STD_TORCH_CHECK(cut.offset >= 0 && cut.block_words >= 0 && cut.blocks > 0 &&
-                        cut.offset + cut.blocks * cut.block_words <= streams->size(0) && no_empty_range &&
+                        cut.offset + cut.blocks * cut.block_words <= point_tables->size(0) && no_empty_range &&
                         rows <= cut.blocks * cut.block_rows && cut.threads > 0 && cut.threads % 32 == 0 &&
                         cut.threads <= most,
-                    "upsample_native: streams and stream_sizes do not belong to this matrix");
+                    "upsample_native: point_tables and point_cuts do not belong to this matrix");
   }
   return cuts;
 }
 
 Tensor product(const Tensor& x, const Tensor& row_offsets, const Tensor& columns, const Tensor& values,
                const std::optional<Tensor>& ell_columns, const std::optional<Tensor>& ell_values, int64_t rows,
-               const std::optional<Tensor>& streams, const std::vector<int64_t>& stream_sizes, const Plan* wanted) {
+               const std::optional<Tensor>& point_tables, const std::vector<int64_t>& point_cuts, const Plan* wanted) {
   fm_upsampling::check_arguments(x, row_offsets, columns, values, ell_columns, ell_values, rows);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   Tensor out = torch::stable::new_empty(x, {x.size(0), rows, x.size(2)});
@@ -71,8 +71,9 @@ Tensor product(const Tensor& x, const Tensor& row_offsets, const Tensor& columns
                       attribute(cudaDevAttrComputeCapabilityMajor, index) >= 9};
   // A full table has the same entries in the same order as the compressed rows, and makes their offsets superfluous.
   const bool three_each = ell_columns.has_value() && ell_columns->size(1) == 3 && columns.size(0) == 3 * rows;
-  const std::vector<Cut> list = cuts_of(streams, stream_sizes, x, rows);
-  const Cuts cuts{list.empty() ? nullptr : reinterpret_cast<const uint32_t*>(streams->const_data_ptr<int32_t>()), list};
+  const std::vector<Cut> list = cuts_of(point_tables, point_cuts, x, rows);
+  const int32_t* const tables = list.empty() ? nullptr : point_tables->const_data_ptr<int32_t>();
+  const Cuts cuts{reinterpret_cast<const uint32_t*>(tables), list};
   const auto run = [&]<typename T>(T*) {
     const Problem<T> problem{static_cast<const T*>(x.const_data_ptr()), static_cast<T*>(out.mutable_data_ptr()),
                              row_offsets.const_data_ptr<int32_t>(), columns.const_data_ptr<int32_t>(),
@@ -94,15 +95,15 @@ Tensor product(const Tensor& x, const Tensor& row_offsets, const Tensor& columns
 }
 
 Tensor upsample(Tensor x, Tensor row_offsets, Tensor columns, Tensor values, std::optional<Tensor> ell_columns,
-                std::optional<Tensor> ell_values, int64_t rows, std::optional<Tensor> streams,
-                std::vector<int64_t> stream_sizes) {
-  return product(x, row_offsets, columns, values, ell_columns, ell_values, rows, streams, stream_sizes, nullptr);
+                std::optional<Tensor> ell_values, int64_t rows, std::optional<Tensor> point_tables,
+                std::vector<int64_t> point_cuts) {
+  return product(x, row_offsets, columns, values, ell_columns, ell_values, rows, point_tables, point_cuts, nullptr);
 }
 
 // The same in a given configuration, with the first of the cuts, for benchmarks and tests.
 Tensor upsample_as(Tensor x, Tensor row_offsets, Tensor columns, Tensor values, std::optional<Tensor> ell_columns,
-                   std::optional<Tensor> ell_values, int64_t rows, std::optional<Tensor> streams,
-                   std::vector<int64_t> stream_sizes, int64_t kernel, int64_t batch_tile, int64_t threads, bool early) {
+                   std::optional<Tensor> ell_values, int64_t rows, std::optional<Tensor> point_tables,
+                   std::vector<int64_t> point_cuts, int64_t kernel, int64_t batch_tile, int64_t threads, bool early) {
   STD_TORCH_CHECK(kernel >= 0 && kernel <= static_cast<int64_t>(fm_upsampling::Kernel::points),
                   "upsample_native: kernel must be 0 (gather), 1 (staged) or 2 (points), got ", kernel);
   STD_TORCH_CHECK(threads >= 0 && threads <= fm_upsampling::kMaxThreads && threads % 32 == 0,
@@ -110,7 +111,7 @@ Tensor upsample_as(Tensor x, Tensor row_offsets, Tensor columns, Tensor values, 
                   threads);
   const Plan plan{static_cast<fm_upsampling::Kernel>(kernel), static_cast<int>(batch_tile), static_cast<int>(threads),
                   early};
-  return product(x, row_offsets, columns, values, ell_columns, ell_values, rows, streams, stream_sizes, &plan);
+  return product(x, row_offsets, columns, values, ell_columns, ell_values, rows, point_tables, point_cuts, &plan);
 }
 
 }  // namespace

@@ -21,10 +21,10 @@ _PRODUCTS: dict[str, Callable[..., Tensor]] = {
 _ORDER = ("native", "triton", "reference")
 
 _Arrays = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
-"""One matrix as the backends take it: row_offsets, columns, values, ell_columns, ell_values, and for native streams."""
+"""A matrix as the backends take it: row_offsets, columns, values, ell_columns, ell_values; for native point_tables."""
 
 _Sizes = tuple[list[int], list[int]]
-"""stream_sizes of a matrix and of its transpose."""
+"""point_cuts of a matrix and of its transpose."""
 
 
 def sparse_upsample(x: Tensor, matrix: SparseMatrix, backend: str = "auto") -> Tensor:
@@ -61,17 +61,17 @@ def sparse_upsample(x: Tensor, matrix: SparseMatrix, backend: str = "auto") -> T
         transpose: _Arrays = (m.t_row_offsets, m.t_columns, m.t_values64, None, None, None)
         sizes: _Sizes = ([], [])
     else:
-        forward = (m.row_offsets, m.columns, m.values, m.ell_columns, m.ell_values, m.streams)
-        transpose = (m.t_row_offsets, m.t_columns, m.t_values, m.t_ell_columns, m.t_ell_values, m.t_streams)
-        sizes = (m.stream_sizes, m.t_stream_sizes)
+        forward = (m.row_offsets, m.columns, m.values, m.ell_columns, m.ell_values, m.point_tables)
+        transpose = (m.t_row_offsets, m.t_columns, m.t_values, m.t_ell_columns, m.t_ell_values, m.t_point_tables)
+        sizes = (m.point_cuts, m.t_point_cuts)
     if torch.is_grad_enabled() and x.requires_grad:
         return _Product.apply(x, matrix.shape, chosen, sizes, *forward, *transpose)
     return _product(chosen, x, forward, matrix.shape[0], sizes[0])
 
 
 def _product(backend: str, x: Tensor, arrays: Sequence[Tensor | None], rows: int, sizes: list[int]) -> Tensor:
-    streams = (arrays[5], sizes) if backend == "native" else ()
-    return _PRODUCTS[backend](x, *arrays[:5], rows, *streams)
+    point_tables = (arrays[5], sizes) if backend == "native" else ()
+    return _PRODUCTS[backend](x, *arrays[:5], rows, *point_tables)
 
 
 class _Product(torch.autograd.Function):

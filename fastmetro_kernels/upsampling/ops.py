@@ -63,15 +63,15 @@ def _fake(
     ell_columns: Tensor | None,
     ell_values: Tensor | None,
     rows: int,
-    streams: Tensor | None = None,
-    stream_sizes: Sequence[int] = (),
+    point_tables: Tensor | None = None,
+    point_cuts: Sequence[int] = (),
 ) -> Tensor:
     check_arguments(x, row_offsets, columns, values, ell_columns, ell_values, rows)
-    check_list("streams", streams, 1, torch.int32, x.device)
+    check_list("point_tables", point_tables, 1, torch.int32, x.device)
     return x.new_empty((x.size(0), rows, x.size(2)))
 
 
-_NATIVE_ARGUMENTS = f"{_ARGUMENTS[:-1]}, Tensor? streams=None, int[] stream_sizes=[])"
+_NATIVE_ARGUMENTS = f"{_ARGUMENTS[:-1]}, Tensor? point_tables=None, int[] point_cuts=[])"
 for _name, _arguments in (("upsample_native", _NATIVE_ARGUMENTS), ("upsample_triton", _ARGUMENTS)):
     torch.library.define(f"{NAMESPACE}::{_name}", f"{_arguments} -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake)
@@ -80,7 +80,7 @@ for _name, _arguments in (("upsample_native", _NATIVE_ARGUMENTS), ("upsample_tri
 # fields are those of Plan in csrc/upsampling/launch.h, and the kernel for points takes the first of the cuts.
 torch.library.define(
     f"{NAMESPACE}::upsample_native_as",
-    f"{_ARGUMENTS[:-1]}, Tensor? streams, int[] stream_sizes, int kernel, int batch_tile, int threads, bool early)"
+    f"{_ARGUMENTS[:-1]}, Tensor? point_tables, int[] point_cuts, int kernel, int batch_tile, int threads, bool early)"
     " -> Tensor",
 )
 

@@ -63,8 +63,8 @@ def upsample(
     ell_columns: Tensor | None,
     ell_values: Tensor | None,
     rows: int,
-    streams: Tensor | None = None,
-    stream_sizes: Sequence[int] = (),
+    point_tables: Tensor | None = None,
+    point_cuts: Sequence[int] = (),
     *,
     plan: Plan | None = None,
     multiprocessors: int = 4,
@@ -83,7 +83,7 @@ def upsample(
     storage = x.untyped_storage().nbytes() - x.storage_offset() * x.element_size()
     source = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage(), x.storage_offset(), (storage // x.element_size(),))
     out = torch.full((batch, rows, channels), torch.nan, dtype=x.dtype)
-    sizes = np.array(stream_sizes, np.int64)
+    sizes = np.array(point_cuts, np.int64)
     arguments = _Arguments(
         *(batch, tokens, channels, *x.stride(), rows, columns.numel()),
         ell_columns is not None and ell_columns.shape[1] == 3 and columns.numel() == 3 * rows,
@@ -93,10 +93,10 @@ def upsample(
     )
     harness().run(
         "run_upsampling",
-        *(arguments, source, out, row_offsets, columns, values, streams, sizes, choice),
+        *(arguments, source, out, row_offsets, columns, values, point_tables, sizes, choice),
         reads={
             **{"x": source, "row_offsets": row_offsets, "columns": columns, "values": values},
-            **({} if streams is None else {"streams": streams}),
+            **({} if point_tables is None else {"point_tables": point_tables}),
         },
         writes={"out": out},
         schedule=schedule,

@@ -35,7 +35,7 @@ struct Arguments {
 
 template <typename T>
 void run(const Arguments& a, const void* x, void* out, const int32_t* row_offsets, const int32_t* columns,
-         const float* values, const uint32_t* streams, const fm_upsampling::Cut* cut_list,
+         const float* values, const uint32_t* point_tables, const fm_upsampling::Cut* cut_list,
          Choice* choice) {
   const fm_upsampling::Problem<T> problem{static_cast<const T*>(x), static_cast<T*>(out), row_offsets, columns, values,
                                           a.batch, a.tokens, a.rows, a.channels, a.batch_stride, a.token_stride,
@@ -44,7 +44,7 @@ void run(const Arguments& a, const void* x, void* out, const int32_t* row_offset
   const fm_upsampling::Plan given{static_cast<fm_upsampling::Kernel>(a.kernel), static_cast<int>(a.batch_tile),
                                   static_cast<int>(a.threads), true};
   const bool three_each = a.three_each != 0;
-  const fm_upsampling::Cuts cuts{streams, {cut_list, static_cast<size_t>(a.cuts)}};
+  const fm_upsampling::Cuts cuts{point_tables, {cut_list, static_cast<size_t>(a.cuts)}};
   const fm_upsampling::Plan plan = a.kernel < 0 ? fm_upsampling::choose_plan(problem, three_each, cuts, device) : given;
   if (choice) *choice = {static_cast<int64_t>(plan.kernel), plan.batch_tile, plan.cut, 0};
   const EmulatedLaunch launch{choice};
@@ -52,10 +52,10 @@ void run(const Arguments& a, const void* x, void* out, const int32_t* row_offset
 }
 
 FM_EMULATION_EXPORT int32_t run_upsampling(const Arguments* a, const void* x, void* out, const int32_t* row_offsets,
-                                           const int32_t* columns, const float* values, const uint32_t* streams,
+                                           const int32_t* columns, const float* values, const uint32_t* point_tables,
                                            const fm_upsampling::Cut* cuts, Choice* choice) {
   return fm_emulation::reported([&] {
-    const auto run_as = [&]<typename T>(T*) { run<T>(*a, x, out, row_offsets, columns, values, streams, cuts, choice); };
+    const auto run_as = [&]<typename T>(T*) { run<T>(*a, x, out, row_offsets, columns, values, point_tables, cuts, choice); };
     switch (a->dtype) {
       case 0: return run_as(static_cast<float*>(nullptr));
       case 1: return run_as(static_cast<__half*>(nullptr));

@@ -116,9 +116,9 @@ def test_what_the_op_chooses_for_the_body_mesh(batch: int) -> None:
     """Cuts with 132 multiprocessors' worth of blocks, in both directions; the bits of gathering."""
     matrix = mesh_like_matrix(1723, 431)
     x = torch.randn(batch, 431, 3)
-    got = upsample(x, *arrays_of(matrix, False), matrix.streams, matrix.stream_sizes, multiprocessors=132)
+    got = upsample(x, *arrays_of(matrix, False), matrix.point_tables, matrix.point_cuts, multiprocessors=132)
     assert torch.equal(got, gathered(matrix, x))
-    back = upsample(got, *arrays_of(matrix, True), matrix.t_streams, matrix.t_stream_sizes, multiprocessors=132)
+    back = upsample(got, *arrays_of(matrix, True), matrix.t_point_tables, matrix.t_point_cuts, multiprocessors=132)
     assert torch.equal(back, gathered(matrix, got, transposed=True))
 
 

@@ -32,11 +32,11 @@ STAGED_PLANS = {
 
 def product(matrix: SparseMatrix, x: Tensor, transposed: bool = False, **options: object) -> Tensor:
     m = matrix
-    arrays = (m.row_offsets, m.columns, m.values, m.ell_columns, m.ell_values, m.shape[0], m.streams, m.stream_sizes)
+    arrays = (m.row_offsets, m.columns, m.values, m.ell_columns, m.ell_values, m.shape[0], m.point_tables, m.point_cuts)
     if transposed:
         arrays = (
             *(m.t_row_offsets, m.t_columns, m.t_values, m.t_ell_columns, m.t_ell_values),
-            *(m.shape[1], m.t_streams, m.t_stream_sizes),
+            *(m.shape[1], m.t_point_tables, m.t_point_cuts),
         )
     return upsample(x, *arrays, **options)
 
@@ -74,7 +74,7 @@ def test_rows_of_every_length(lengths: int | tuple[int, int]) -> None:
 def test_sizes_of_the_body_mesh(batch: int) -> None:
     """As on an H200: spread evenly, and by the kernel for points where the batch is large."""
     matrix = mesh_like_matrix(1723, 431)
-    assert matrix.stream_sizes and matrix.t_stream_sizes
+    assert matrix.point_cuts and matrix.t_point_cuts
     x = random_input(matrix, batch, 3, FLOAT, "cpu")
     out = product(matrix, x, multiprocessors=132)
     check_product(out, matrix, x)

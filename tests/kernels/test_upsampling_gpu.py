@@ -25,15 +25,15 @@ why = backends.native_reasons("upsample_native", torch.device("cuda"))
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(why), reason="; ".join(why))]
 
 
-Streams = tuple[Tensor | None, list[int]]
+PointTables = tuple[Tensor | None, list[int]]
 
 
 def product_as(
-    matrix: SparseMatrix, x: Tensor, plan: tuple[int, int, int, bool], streams: Streams = (None, [])
+    matrix: SparseMatrix, x: Tensor, plan: tuple[int, int, int, bool], point_tables: PointTables = (None, [])
 ) -> Tensor:
     m = matrix
     return ops.upsample_native_as(
-        x, m.row_offsets, m.columns, m.values, m.ell_columns, m.ell_values, m.shape[0], *streams, *plan
+        x, m.row_offsets, m.columns, m.values, m.ell_columns, m.ell_values, m.shape[0], *point_tables, *plan
     )  # fmt: skip
 
 
@@ -54,7 +54,7 @@ def test_every_configuration_gives_the_same_bits(shape: str, dtype: torch.dtype)
                 assert torch.equal(got, expected), (plan, early)
 
 
-def tables(matrix: SparseMatrix, cut: tuple[int, int]) -> Streams:
+def tables(matrix: SparseMatrix, cut: tuple[int, int]) -> PointTables:
     """The tables of one cut on the GPU."""
     words, sizes = build_points(matrix.to_scipy(), [cut])
     assert sizes
@@ -73,12 +73,12 @@ def test_points_give_the_same_bits(lengths: int | tuple[int, int], dtype: torch.
         x = random_input(matrix, batch, 3, dtype, "cuda")
         expected = product_as(matrix, x, (0, 1, 0, False))
         check_product(expected, matrix, x)
-        for streams in found:
-            words = (8, 16) if Cut(*streams[1]).threads <= 32 * most else (8,)
+        for point_tables in found:
+            words = (8, 16) if Cut(*point_tables[1]).threads <= 32 * most else (8,)
             for tile in (word // dtype.itemsize for word in words):
                 for early in (False, True):
-                    got = product_as(matrix, x, (2, tile, 0, early), streams)
-                    assert torch.equal(got, expected), (streams[1], tile, early)
+                    got = product_as(matrix, x, (2, tile, 0, early), point_tables)
+                    assert torch.equal(got, expected), (point_tables[1], tile, early)
 
 
 def test_early_launches_wait_for_what_they_read() -> None:
