@@ -40,7 +40,8 @@ class SparseMatrix(nn.Module):
         values64: float64 ``[nnz]``.
         ell_columns: int32 ``[M, W]`` with -1 in slots that hold no entry, or None where rows are long or uneven.
         ell_values: float32 ``[M, W]`` with 0 in slots that hold no entry, or None.
-        point_tables: int32 words, tables of the CUDA kernels for large batches of points (``points.py``); may be empty.
+        point_tables: int32 words, tables of the CUDA kernel for large batches of points (``points.py``). Empty until
+            the matrix moves to a CUDA device, because they take seconds to make, and where the kernel cannot take it.
         point_cuts: Sizes of the cuts in ``point_tables``.
         t_row_offsets, t_columns, t_values, t_values64, t_ell_columns, t_ell_values, t_point_tables, t_point_cuts: the
             same of the transpose.
@@ -75,13 +76,13 @@ class SparseMatrix(nn.Module):
         super().__init__()
         csr = _canonical_csr(matrix)
         self.shape: tuple[int, int] = (int(csr.shape[0]), int(csr.shape[1]))
+        self._has_point_tables = False
         self._register_layouts("", csr)
         self._register_layouts("t_", _sorted_csr(csr.T))
 
     def _register_layouts(self, prefix: str, csr: sp.csr_array) -> None:
         ell_columns, ell_values = _ell_layout(csr)
-        point_tables, sizes = build_points(csr)
-        setattr(self, prefix + "point_cuts", sizes)
+        setattr(self, prefix + "point_cuts", [])
         layouts = {
             "row_offsets": torch.from_numpy(csr.indptr.astype(np.int32)),
             "columns": torch.from_numpy(csr.indices.astype(np.int32)),
@@ -89,10 +90,21 @@ class SparseMatrix(nn.Module):
             "values64": torch.from_numpy(csr.data.astype(np.float64)),
             "ell_columns": ell_columns,
             "ell_values": ell_values,
-            "point_tables": torch.from_numpy(point_tables),
+            "point_tables": torch.zeros(0, dtype=torch.int32),
         }
         for name, tensor in layouts.items():
             self.register_buffer(prefix + name, tensor, persistent=False)
+
+    def make_point_tables(self) -> None:
+        """Makes ``point_tables``, on the device of the buffers, if that was not done. Moving to a CUDA device does."""
+        if self._has_point_tables:
+            return
+        csr = self.to_scipy()
+        for prefix, matrix in (("", csr), ("t_", _sorted_csr(csr.T))):
+            words, cuts = build_points(matrix)
+            setattr(self, prefix + "point_cuts", cuts)
+            self._buffers[prefix + "point_tables"] = torch.from_numpy(words).to(self.columns.device)
+        self._has_point_tables = True
 
     @classmethod
     def from_scipy(cls, matrix: Any) -> SparseMatrix:
@@ -187,6 +199,8 @@ class SparseMatrix(nn.Module):
             if buffer is not None:
                 moved = fn(buffer)
                 self._buffers[name] = moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
+        if self.columns.is_cuda:
+            self.make_point_tables()
         return self
 
 

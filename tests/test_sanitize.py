@@ -71,6 +71,7 @@ def test_upsampling_cases_take_the_kernel_for_points() -> None:
     cuts, blocks = set(), set()
     for case in cases.upsampling_points():
         m, (rows, columns) = case.matrix, case.matrix.shape
+        m.make_point_tables()
         for transposed in (False, True):
             arrays = (
                 *(m.row_offsets, m.columns, m.values, m.ell_columns, m.ell_values),

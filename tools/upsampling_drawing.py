@@ -91,6 +91,7 @@ def main() -> None:
     step = max((SparseMatrix.from_scipy(one) for one in mesh.upsampling), key=lambda one: one.shape[0])
     vertices = next(level.vertices for level in mesh.levels if level.num_vertices == step.shape[0])
     assert vertices is not None
+    step.make_point_tables()
     words, cut = step.point_tables.numpy(), Cut(*step.point_cuts[: len(Cut._fields)])
     figure = plt.figure(figsize=(12, 5.6), layout="constrained")
     panels = figure.subplot_mosaic([["blocks", "time"], ["blocks", "passes"]], width_ratios=(1, 1.7))

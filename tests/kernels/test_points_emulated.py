@@ -115,6 +115,8 @@ def test_tiny_matrices(shape: tuple[int, int, int | tuple[int, int]]) -> None:
 def test_what_the_op_chooses_for_the_body_mesh(batch: int) -> None:
     """Cuts with 132 multiprocessors' worth of blocks, in both directions; the bits of gathering."""
     matrix = mesh_like_matrix(1723, 431)
+    matrix.make_point_tables()
+    assert matrix.point_cuts and matrix.t_point_cuts
     x = torch.randn(batch, 431, 3)
     got = upsample(x, *arrays_of(matrix, False), matrix.point_tables, matrix.point_cuts, multiprocessors=132)
     assert torch.equal(got, gathered(matrix, x))

@@ -137,6 +137,20 @@ def test_survives_torch_save_of_a_module() -> None:
     check_against(torch.load(file, weights_only=False)[0], matrix.to_scipy().toarray())
 
 
+def test_tables_of_the_points_kernel_are_made_on_demand() -> None:
+    """Not at construction, where nobody may need them; once; and copies and pickles keep them."""
+    step = sp.csr_array(np.eye(400)[np.arange(1200) % 400])
+    matrix = SparseMatrix.from_scipy(step)
+    assert matrix.point_cuts == [] and matrix.point_tables.numel() == 0
+    matrix.make_point_tables()
+    tables = matrix.point_tables
+    matrix.make_point_tables()
+    assert matrix.point_tables is tables
+    for other in (copy.deepcopy(matrix), pickle.loads(pickle.dumps(matrix)), matrix.half()):
+        assert torch.equal(other.point_tables, tables) and other.point_cuts == matrix.point_cuts
+    assert matrix.t_point_cuts and matrix.t_point_tables.dtype == torch.int32
+
+
 def test_repr_names_shape_entries_and_layout() -> None:
     matrix = SparseMatrix.from_dense(np.ones((4, 3)))
     assert repr(matrix) == "SparseMatrix(4 x 3, 12 entries, ELL of width 3, cpu)"

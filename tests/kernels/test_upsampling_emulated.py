@@ -74,6 +74,7 @@ def test_rows_of_every_length(lengths: int | tuple[int, int]) -> None:
 def test_sizes_of_the_body_mesh(batch: int) -> None:
     """As on an H200: spread evenly, and by the kernel for points where the batch is large."""
     matrix = mesh_like_matrix(1723, 431)
+    matrix.make_point_tables()
     assert matrix.point_cuts and matrix.t_point_cuts
     x = random_input(matrix, batch, 3, FLOAT, "cpu")
     out = product(matrix, x, multiprocessors=132)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -79,6 +80,18 @@ def test_points_give_the_same_bits(lengths: int | tuple[int, int], dtype: torch.
                 for early in (False, True):
                     got = product_as(matrix, x, (2, tile, 0, early), point_tables)
                     assert torch.equal(got, expected), (point_tables[1], tile, early)
+
+
+def test_tables_are_made_on_the_way_to_the_gpu() -> None:
+    """Once, also where the matrix is part of a model; a copy keeps them."""
+    matrix = mesh_like_matrix(1723, 431)
+    assert not matrix.point_cuts and matrix.point_tables.numel() == 0
+    torch.nn.Sequential(matrix).to("cuda")
+    assert matrix.point_cuts and matrix.t_point_cuts and matrix.point_tables.is_cuda
+    before = matrix.point_tables
+    assert matrix.to("cuda").point_tables is before
+    again = copy.deepcopy(matrix).cpu().to("cuda")
+    assert torch.equal(again.point_tables, before) and again.point_cuts == matrix.point_cuts
 
 
 def test_early_launches_wait_for_what_they_read() -> None:
