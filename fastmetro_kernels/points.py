@@ -53,7 +53,7 @@ CUTS = {
 MOST_CUTS = 3
 """Blocks and warps of the cuts, the first that are possible, by whether rows have three entries. Few blocks read the
 least; the others are for batches that would leave multiprocessors without work. More warps than there are rows for help
-to copy. Fastest of `python -m bench upsampling --variants` on an H200 for 1,723 -> 6,890; matrices of other sizes may
+to copy. Fastest on an H200 for 1,723 -> 6,890 (bench/results/upsampling_points_h200.json); matrices of other sizes may
 need another number of warps (0: as few as will do).
 """
 
