@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <limits>
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 #include "attention/tiles.cuh"
@@ -219,6 +220,16 @@ void select_kernel(const Tensor& q, bool dropout, Run run) {
   };
   if (q.scalar_type() == ScalarType::Half) sized.template operator()<__half>();
   else sized.template operator()<__nv_bfloat16>();
+}
+
+// The pairs of windows of few.py.
+template <typename Arguments>
+void set_pairs(Arguments& p, const Tensor& pairs, int64_t hubs, const Tensor& q) {
+  using Pair = std::remove_const_t<std::remove_pointer_t<decltype(p.pairs)>>;
+  constexpr int64_t rows = sizeof(Pair::rows) / sizeof(int);
+  p.num_pairs = static_cast<int>((q.size(1) - hubs + rows - 1) / rows);
+  check_plan_tensor(pairs, "pairs", p.num_pairs * static_cast<int64_t>(sizeof(Pair)), ScalarType::Byte, q);
+  p.pairs = static_cast<const Pair*>(pairs.const_data_ptr());
 }
 
 // What every forward op does with its tensors; `readable` ones are kept alive by the caller.

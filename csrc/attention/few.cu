@@ -29,10 +29,7 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, Tensor pairs, i
   const Tensor readable_q = readable(q), readable_k = readable(k), readable_v = readable(v);
   FewForwardArguments p{};
   p.sizes = sizes_of(q, num_hubs);
-  constexpr int kPairRows = kFewWindows * kRows;
-  p.num_pairs = static_cast<int>((q.size(1) - num_hubs + kPairRows - 1) / kPairRows);
-  check_plan_tensor(pairs, "pairs", p.num_pairs * static_cast<int64_t>(sizeof(FewPair)), ScalarType::Byte, q);
-  p.pairs = static_cast<const FewPair*>(pairs.const_data_ptr());
+  set_pairs(p, pairs, num_hubs, q);
   set_forward(p, readable_q, readable_k, readable_v, out, lse, scale);
   p.dropout = dropout_of(dropout_p, seed, q);
   select_kernel(q, dropout_p > 0, [&]<typename T, int DIM, bool DROPOUT>() { run<T, DIM, DROPOUT>(p, q); });

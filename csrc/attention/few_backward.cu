@@ -25,10 +25,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_out, std::optional<Tenso
   if (q.numel() == 0) return tensors.results();
   FewBackwardArguments p{};
   p.sizes = sizes_of(q, num_hubs);
-  constexpr int kPairRows = kFewWindows * kRows;
-  p.num_pairs = static_cast<int>((q.size(1) - num_hubs + kPairRows - 1) / kPairRows);
-  check_plan_tensor(pairs, "pairs", p.num_pairs * static_cast<int64_t>(sizeof(FewPair)), ScalarType::Byte, q);
-  p.pairs = static_cast<const FewPair*>(pairs.const_data_ptr());
+  set_pairs(p, pairs, num_hubs, q);
   tensors.set(p, scale);
   p.dropout = dropout_of(dropout_p, seed, q);
   select_kernel(q, dropout_p > 0, [&]<typename T, int DIM, bool DROPOUT>() { run<T, DIM, DROPOUT>(p, q); });

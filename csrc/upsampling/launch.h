@@ -57,11 +57,12 @@ inline int parts_of(int64_t entries, int64_t rows) {
   return per_row <= 4 ? 1 : per_row <= 8 ? 2 : per_row <= 32 ? 4 : 16;
 }
 
-// The table of configurations, the fastest on an H200 (bench/results/upsampling_points_h200.json). Points and a batch that
-// fills the GPU take the kernel for them, with the widest reads of shared memory and the fewest blocks (they read the
-// least) with which there is work for every multiprocessor. Where a block has one pack, two of them share one: so reads
-// of 16 bytes need more blocks before they pay. Other channels are staged where that fills the GPU too. What is left is
-// gathered: rows of three entries leave room for eight elements under way in a thread, longer ones for four.
+// The table of configurations, the fastest on an H200 (bench/results/upsampling_points_h200.json).
+// Points and a batch that fills the GPU take the kernel for them, with the widest reads of shared memory and the fewest
+// blocks (they read the least) with which there is work for every multiprocessor. Where a block has one pack, two blocks
+// share a multiprocessor: so reads of 16 bytes need more blocks before they pay. Other channels are staged where that
+// fills the GPU too. What is left is gathered: rows of three entries leave room for eight elements under way in a
+// thread, longer ones for four.
 template <typename T>
 Plan choose_plan(const Problem<T>& p, bool three_each, const Cuts& cuts, const Device& device) {
   const bool early = device.early_launch;

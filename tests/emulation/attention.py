@@ -105,6 +105,11 @@ def _strided(tensor: Tensor) -> _Strided:
     return _Strided(tensor.data_ptr(), batch, head, token * tensor.element_size())
 
 
+def few_bytes(kernel: str, dim: int) -> int:
+    """Shared memory that a block of a kernel for few rows asks for; `kernel` is "forward" or "backward"."""
+    return int(_harness().library.attention_few_bytes(dim, kernel == "backward"))
+
+
 def _forward_scale(scale: float) -> float:
     function = _harness().library.attention_forward_scale
     function.restype, function.argtypes = ctypes.c_float, [ctypes.c_double]
@@ -182,35 +187,25 @@ class EmulatedAttention:
         self.statistics.append(statistics)
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float = 0.0, seed: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Output and log-sum-exp."""
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float = 0.0, seed: Tensor | None = None,
+        few: bool = False,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Output and log-sum-exp; `few`: by the kernel for few rows."""
         batch, tokens, heads, dim = q.shape
         out = torch.full((batch, tokens, heads, dim), math.nan, dtype=q.dtype)
         lse = torch.full((batch, heads, tokens), math.nan)
         which = "forward" if dim > 32 else "forward_narrow"
-        partials = self._partials(which, batch * heads * self.plans[which].segments, dim)
+        plan = self.plans[which]
+        partials = self._partials(which, 0 if few else batch * heads * plan.segments, dim)
         arguments = _Forward(
-            self.plans[which], self._sizes(q), _strided(q), (_Strided * 2)(_strided(k), _strided(v)), out.data_ptr(),
+            plan, self._sizes(q), _strided(q), (_Strided * 2)(_strided(k), _strided(v)), out.data_ptr(),
             lse.data_ptr(), partials.data_ptr() if partials.numel() else None, _forward_scale(scale),
             0x80008000 if scale < 0 else 0, _dropout(dropout_p, seed),
         )  # fmt: skip
-        self._run("attention_forward", which, arguments, [q, k, v, seed], [out, lse, partials])
-        return out, lse
-
-    def forward_few(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float = 0.0, seed: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Output and log-sum-exp by the kernel for few rows."""
-        batch, tokens, heads, dim = q.shape
-        out = torch.full((batch, tokens, heads, dim), math.nan, dtype=q.dtype)
-        lse = torch.full((batch, heads, tokens), math.nan)
-        forward = _Forward(
-            _Plan(), self._sizes(q), _strided(q), (_Strided * 2)(_strided(k), _strided(v)), out.data_ptr(),
-            lse.data_ptr(), None, _forward_scale(scale), 0x80008000 if scale < 0 else 0,
-            _dropout(dropout_p, seed),
-        )  # fmt: skip
-        self._run_few("attention_forward_few", _FewForward, forward, [q, k, v, seed], [out, lse])
+        if few:
+            self._run_few("attention_forward_few", _FewForward, arguments, [q, k, v, seed], [out, lse])
+        else:
+            self._run("attention_forward", which, arguments, [q, k, v, seed], [out, lse, partials])
         return out, lse
 
     def _run_few(

@@ -121,4 +121,9 @@ FM_EMULATION_EXPORT int32_t attention_backward(const BackwardArguments* p, int64
   });
 }
 
+FM_EMULATION_EXPORT int32_t attention_few_bytes(int32_t dim, int32_t backward) {
+  const auto bytes = [&]<int DIM>() { return backward ? kFewBackwardBytes<DIM> : kFewBytes<DIM>; };
+  return dim <= 16 ? bytes.operator()<16>() : dim <= 32 ? bytes.operator()<32>() : bytes.operator()<64>();
+}
+
 FM_EMULATION_EXPORT float attention_forward_scale(double scale) { return forward_scale(scale); }

@@ -6,9 +6,10 @@ import pytest
 import torch
 from attention_cases import Graph, Result, assert_within_budget, keep_mask, oracle, plain, random_mask, topology_of
 from emulation import build
-from emulation.attention import EmulatedAttention
+from emulation.attention import EmulatedAttention, few_bytes
 from torch import Tensor
 
+from fastmetro_kernels.attention import native
 from fastmetro_kernels.few import BLOCK_BYTES, build_few
 
 if build.reasons():
@@ -34,7 +35,7 @@ def _check(
     attention = EmulatedAttention(topology, **options)
     seed = torch.tensor([SEED]) if dropout_p else None
     factor = dim**-0.5 if scale is None else scale
-    out, lse = attention.forward_few(q, k, v, factor, dropout_p, seed)
+    out, lse = attention.forward(q, k, v, factor, dropout_p, seed, few=True)
     generator = torch.Generator().manual_seed(7)
     grads = torch.randn(q.shape, generator=generator).to(q.dtype), torch.randn(lse.shape, generator=generator)
     if not topology.symmetric:
@@ -111,6 +112,12 @@ def test_order_of_threads_does_not_matter(schedule: str) -> None:
     inputs = _inputs(84, 1, 64, batch=1)
     results = zip(_check(graph, inputs, schedule=schedule), _check(graph, inputs), strict=True)
     assert all(torch.equal(one, other) for one, other in results)
+
+
+@pytest.mark.parametrize("kernel", ["forward", "backward"])
+def test_shared_memory(kernel: str) -> None:
+    """What `native.takes_few` believes that a block needs: as much as the kernel for heads of 64, the most of all."""
+    assert native._FEW_SHARED_MEMORY[kernel] == max(few_bytes(kernel, dim) for dim in (16, 32, 64))
 
 
 def test_pairs() -> None:
