@@ -109,6 +109,7 @@ def test_early_launches_wait_for_what_they_read() -> None:
                 y = product_as(down, y, (2, 4, 0, early), down_points)
                 y = product_as(up, y, (2, 2, 0, early), up_points)
                 y = product_as(down, y, (2, 2, 0, early), down_points)
+                y = product_as(up, y, (0, 4, 0, early))
                 y = product_as(down, y, (0, 4, 256, early))
                 y = y / y.abs().amax()  # kernels of PyTorch in between
             return y
