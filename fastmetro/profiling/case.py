@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -104,7 +105,7 @@ class Case:
 
     def _prepare(self, name: str, truth: Truth, images: Tensor) -> Entry:
         """Build and check one contender; whatever goes wrong there is told and does not stop the others."""
-        meter = MemoryMeter(self.device)
+        meter, start = MemoryMeter(self.device), time.monotonic()
         try:
             contender = build_contender(name, self.model, self.batch, self.dtype, self.compile_tuned)
             verdict = truth.check(contender)
@@ -116,7 +117,7 @@ class Case:
             entry = Entry(name, "failed", _first_line(error))
         else:
             entry = Entry(name, contender=contender, verdict=verdict, memory_mib=memory)
-        self.say(f"  {name}: {entry.status} {entry.reason}")
+        self.say(f"  {name}: {entry.status} after {time.monotonic() - start:.1f} s {entry.reason}".rstrip())
         return entry
 
     def _time(self, entries: Sequence[Entry], images: Tensor) -> None:

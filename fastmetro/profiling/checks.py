@@ -15,8 +15,8 @@ from fastmetro.profiling.latency import tensor_float_32
 
 MESH = "pred_3d_vertices_fine"
 FACTOR = 4.0
-"""A contender may be this much farther off than the plain network in the same precision: the largest of some ten
-thousand distances scatters, and other orders of summing are as good."""
+"""A contender may be this much farther off than the plain network in the same precision. Rounding in the trunk moves
+all vertices of a sample together, so that a batch of one is a single draw of an error whose size scatters."""
 FLOOR = 1e-5
 """Relative to the size of the output, what float32 is allowed anyway."""
 

@@ -113,7 +113,8 @@ def build_contender(name: str, model: FastMETRO, batch: int, dtype: torch.dtype,
         return _engine(model, batch, dtype, precision)
     if name == "published":
         published = published_network(model).requires_grad_(False)
-        return Contender(name, "eager, float32 with TF32", published, "tf32")
+        on_gpu = model.xyz_regressor.weight.is_cuda
+        return Contender(name, f"eager, float32{' with TF32' if on_gpu else ''}", published, "tf32")
     if name == "tuned":
         tuned = tuned_network(model, dtype, compile_tuned)
         return Contender(name, tuned.description, tuned, precision, half_meshes=dtype.itemsize < 4)

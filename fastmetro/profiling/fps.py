@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from fastmetro.inference.predictor import default_device
+from fastmetro.models import BACKBONES, FastMETRO
 from fastmetro.profiling.case import Case, Entry, Say, stage_medians
 from fastmetro.profiling.contenders import ENGINE, build_model, require_engine
 from fastmetro.profiling.latency import Latency, median_ratio
@@ -39,6 +40,13 @@ class Network:
     mesh: str
     upsampling: str
     weights: str
+
+
+def name_network(model: FastMETRO, weights: str) -> Network:
+    """The columns of a model; a backbone that has no name of its own goes by its class."""
+    names = {maker: name for name, maker in BACKBONES.items()}
+    backbone = names.get(type(model.backbone), type(model.backbone).__name__)
+    return Network(model.config.name, backbone, model.mesh.name, model.config.upsampling, weights)
 
 
 def command_line() -> str:
@@ -71,9 +79,7 @@ def run_fps(settings: FpsSettings, say: Say = print, command: str | None = None)
     model, weights = build_model(settings)
     model = model.to(device)
     model.requires_grad_(False)
-    network = Network(
-        model.config.name, type(model.backbone).__name__, model.mesh.name, model.config.upsampling, weights
-    )
+    network = name_network(model, weights)
     record = environment(device, command or command_line())
     say(f"{network.model}, {network.backbone}, {network.mesh}, weights: {weights}; {record['device']}, "
         f"torch {record['torch']}, commit {record['commit']}")  # fmt: skip

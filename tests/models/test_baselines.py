@@ -197,6 +197,35 @@ def test_tuned_in_half_precision_is_as_good_as_the_plain_model(dtype: torch.dtyp
         assert error <= 2 * float((plain[key].double() - value).abs().max()) + 2 * torch.finfo(dtype).eps * scale, key
 
 
+def test_tuned_compiles_once_per_shape_with_constants_frozen(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, bool, bool, bool]] = []
+    options: list[dict[str, Any]] = []
+
+    def compile(function: Any, **given: Any) -> Any:
+        options.append(given)
+
+        def run(x: Tensor) -> dict[str, Tensor]:
+            frozen = torch._inductor.config.freezing
+            seen.append((len(x), frozen, torch.backends.cudnn.benchmark, torch.is_grad_enabled()))
+            return function(x)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compile)
+    model = small(tiny).float().eval()
+    network = tuned_network(model, torch.float32)
+    for batch in (1, 1, 2, 1):
+        out = network(images(batch).float())["pred_3d_vertices_fine"]
+        torch.testing.assert_close(out, model(images(batch).float())["pred_3d_vertices_fine"], rtol=1e-4, atol=1e-5)
+    first = [(1, True, True, False)] * 3
+    assert seen == [*first, (1, False, False, False), *[(2, *first[0][1:])] * 3, (1, False, False, False)]
+    assert options == [{"mode": "default", "dynamic": False, "fullgraph": True}]
+    assert "compiled, frozen" in network.description
+    seen.clear()
+    tuned_network(model, torch.float32, freezing=False)(images(1))
+    assert seen[0] == (1, False, True, False)
+
+
 def test_tuned_leaves_the_model_alone(tiny: Any) -> None:
     model = small(tiny).train()
     before = copy.deepcopy(model.state_dict())

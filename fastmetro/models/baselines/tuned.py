@@ -16,8 +16,9 @@ and coarse vertices in float32 as in :class:`fastmetro.models.network.FastMETRO`
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import cast
 
@@ -120,15 +121,25 @@ class TunedNetwork:
             raise ValueError(f"images must be floating point on {self._device}, got {images.dtype} on {images.device}")
         if images.shape in self._seen:
             return self._run(images)
-        # cuDNN and inductor choose when they first see a shape; what they chose stays.
-        with (
+        with (  # inductor and cuDNN choose when they first see a shape, and what they chose stays
             torch._inductor.config.patch(freezing=self._freezing),
-            torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=torch.backends.cudnn.allow_tf32),
+            _convolution_search(),
         ):
             for _ in range(self._warm_ups):
                 out = self._run(images)
         self._seen.add(images.shape)
         return out
+
+
+@contextlib.contextmanager
+def _convolution_search() -> Iterator[None]:
+    """Let cuDNN time its algorithms for every new shape; restored afterwards."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def tuned_network(
@@ -146,7 +157,7 @@ def tuned_network(
         dtype: of weights and activations: float16, bfloat16, float32 or float64.
         compile: `torch.compile`, with CUDA graphs on a GPU ("reduce-overhead").
         mask: how the decoder's self-attention is masked: "bias" or "bool".
-        freezing: let inductor fold constants (only with `compile`).
+        freezing: let inductor fold constants; only with `compile`, and not in float64, where it fails on a CPU.
 
     Raises:
         ValueError: an argument is not one of the accepted values.
@@ -155,6 +166,7 @@ def tuned_network(
         raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
     if mask not in MASKS:
         raise ValueError(f"mask must be one of {', '.join(map(repr, MASKS))}, got {mask!r}")
+    freezing = freezing and dtype != torch.float64
     network = FastMETRO(replace(model.config, attention="dense"), copy.deepcopy(model.backbone), model.mesh)
     network.load_state_dict(model.state_dict(), strict=True)
     device, precise = model.xyz_regressor.weight.device, model.xyz_regressor.weight.dtype
