@@ -7,8 +7,10 @@ What somebody gets who knows PyTorch well and writes no kernels:
   vertex tokens are the same for every sample up to the first cross-attention and computed once for all of them;
 - the mask as an additive bias in the dtype of the queries with aligned rows, so that no call converts or pads it;
 - both upsampling steps as one dense matrix, one matrix product for the whole batch;
-- `torch.compile` with CUDA graphs and static shapes. Inductor's freezing folds what depends on weights alone: with the
-  shared tokens that is the whole first self-attention of the decoder.
+- `torch.compile` with CUDA graphs and static shapes. Inductor's freezing folds what depends on weights alone, such as
+  the projections of the first self-attention; attention itself it never folds, because the operator may be random.
+
+Folding by hand what is special to this network (the image-independent prefix of the decoder) is left to the engine.
 
 Outputs keep the dtype of the weights where that is faster: the upsampled meshes are in half precision, camera, joints
 and coarse vertices in float32 as in :class:`fastmetro.models.network.FastMETRO`.
