@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from fastmetro.profiling.settings import FpsSettings
 from fastmetro.training.config import TrainConfig
 
 Device = str | None
@@ -119,7 +120,31 @@ class Train:
         return 0
 
 
-COMMANDS: dict[str, Callable[..., Any]] = {"predict": Predict, "demo": Demo, "eval": Eval, "train": Train}
+@dataclass
+class Bench:
+    """Measure on this machine. "fps": the inference engine beside baselines, with the same weights, in one process.
+
+    Every contender is checked against the plain float32 network before it is timed.
+    """
+
+    what: Annotated[Literal["fps"], tyro.conf.Positional]
+    """fps: latency, throughput, memory, energy, and the parts of a network."""
+    settings: Annotated[FpsSettings, tyro.conf.arg(name="")]
+
+    def run(self) -> int:
+        """Measure and print; the exit status is 1 when a contender is wrong or fails."""
+        from fastmetro.profiling.fps import all_right, run_fps
+
+        return 0 if all_right(run_fps(self.settings)) else 1
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "predict": Predict,
+    "demo": Demo,
+    "eval": Eval,
+    "train": Train,
+    "bench": Bench,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

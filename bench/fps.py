@@ -1,0 +1,181 @@
+"""The inference engine against the published network and the strongest plain PyTorch: the cases that must be shown.
+
+    python -m bench fps [--device cuda] [--cases s-r50-1 l-h64-1] [--seconds 2] [--rounds 10] [--csv FILE]
+
+`fastmetro bench fps` measures one network; this runs it on the networks and batch sizes of the targets, collects the
+rows in bench/results/fps_<device>.csv, and prints the targets with what was reached. Rows of cases that are not
+measured again stay in the file, each with its commit and date. With `--report CSV` nothing is measured. The first run
+of a case compiles the tuned baseline, which takes minutes: name cases where time on a device is short.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bench import common
+from fastmetro.profiling.fps import COLUMNS, NETWORK, all_right, run_fps
+from fastmetro.profiling.record import Row, environment, read_rows, write_rows
+from fastmetro.profiling.settings import FpsSettings
+
+MODELS = {"s": "fastmetro-s", "l": "fastmetro-l"}
+BACKBONES = {"r50": "resnet50", "h64": "hrnet-w64"}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A ratio of wall times within one run that must be reached, e.g. of case "s-r50-1" against "tuned".
+
+    `limit_ms` instead bounds the engine's time after the backbone, from its parts.
+    """
+
+    case: str
+    contender: str
+    least: float = 0.0
+    limit_ms: float = 0.0
+
+
+_RATIOS = {  # against published and against tuned
+    "s-r50-1": (15, 1.85),
+    "s-r50-32": (10, 1.8),
+    "s-r50-256": (11, 1.8),
+    "l-r50-1": (20, 2.1),
+    "l-r50-256": (10, 1.9),
+    "l-h64-1": (14, 1.8),
+}
+GPU_TARGETS = (
+    *(Target(case, "published", ratio) for case, (ratio, _) in _RATIOS.items()),
+    *(Target(case, "tuned", ratio) for case, (_, ratio) in _RATIOS.items()),
+    Target("s-r50-1", "engine", limit_ms=0.12),
+    Target("l-r50-1", "engine", limit_ms=0.28),
+)
+"""On one H200 in float16, input on the device, synchronised calls."""
+CPU_TARGETS = (Target("s-r50-1", "plain", 1.5),)
+"""On two cores, float32, against the plain path in eager mode."""
+
+
+def case_of(row: Row) -> str:
+    """ "s-r50-32" of a row; other networks get a name that no target has."""
+    models, backbones = ({long: short for short, long in names.items()} for names in (MODELS, BACKBONES))
+    model, backbone = models.get(row["model"], row["model"]), backbones.get(row["backbone"], row["backbone"])
+    return f"{model}-{backbone}-{row['batch']}"
+
+
+def settings_of(case: str, options: argparse.Namespace, image: Path | None) -> FpsSettings:
+    """What to run for a case."""
+    model, backbone, batch = case.split("-")
+    cpu = torch.device(options.device).type == "cpu"
+    return FpsSettings(
+        model=MODELS[model],
+        backbone=BACKBONES[backbone],
+        batch=(int(batch),),
+        baseline=("published", "tuned", "plain") if cpu else ("published", "tuned"),
+        device=options.device,
+        seconds=options.seconds,
+        rounds=options.rounds,
+        image=image,
+    )
+
+
+def after_backbone_ms(row: Row) -> float | None:
+    """Milliseconds of an engine's parts behind the backbone; None where it did not tell."""
+    parts = dict(part.rsplit(" ", 1) for part in row["parts_ms"].split("; ")) if row["parts_ms"] else {}
+    times = [float(value) for name, value in parts.items() if not name.startswith("backbone")]
+    return sum(times) if times and len(times) < len(parts) else None
+
+
+def measured(target: Target, rows: Sequence[Row]) -> float | None:
+    """What a target is held against: a ratio or milliseconds; None where it was not measured or was wrong."""
+    for row in rows:
+        if (case_of(row), row["contender"], row["scope"], row["status"]) == (
+            target.case, target.contender, NETWORK, "ok",
+        ):  # fmt: skip
+            if target.limit_ms:
+                return after_backbone_ms(row)
+            return float(row["times_engine"]) if row["times_engine"] else None
+    return None
+
+
+def target_table(rows: Sequence[Row], targets: Sequence[Target]) -> str:
+    """Targets, what was measured, and whether that is enough."""
+    lines = ["Must show: times faster than the baseline, or milliseconds after the backbone"]
+    met = missed = 0
+    for target in targets:
+        value = measured(target, rows)
+        asked = f"at most {target.limit_ms:g} ms" if target.limit_ms else f"at least {target.least:g}x"
+        reached = value is not None and (value <= target.limit_ms if target.limit_ms else value >= target.least)
+        met, missed = met + reached, missed + (value is not None and not reached)
+        verdict = "not measured" if value is None else f"{value:.3g}, {'reached' if reached else 'MISSED'}"
+        lines.append(f"  {target.case:<10} {target.contender:<10} {asked:<16} {verdict}")
+    return "\n".join([*lines, f"  {met} of {len(targets)} reached, {missed} missed"])
+
+
+def default_csv(device: torch.device) -> Path:
+    """`fps_cpu.csv`, or after the GPU's name `fps_h200.csv`."""
+    name = "cpu"
+    if device.type == "cuda":
+        product = re.sub(r"^nvidia[ _-]*", "", common.device_name(device).lower())
+        name = re.sub(r"[^a-z0-9]+", "_", product).strip("_")
+    return common.RESULTS / f"fps_{name}.csv"
+
+
+def earlier_rows(path: Path, device: torch.device) -> list[Row]:
+    """Rows of the file that is to be written, if there is one.
+
+    Raises:
+        ValueError: its columns are others than those of new rows.
+    """
+    if not path.is_file():
+        return []
+    rows = read_rows(path, COLUMNS)
+    if rows and list(rows[0]) != [*COLUMNS, *environment(device, "")]:
+        raise ValueError(f"{path} has other columns than new rows: move it away, or name another file with --csv")
+    return rows
+
+
+def photograph(folder: Path) -> Path:
+    """A JPEG of NASA's portrait of Eileen Collins (public domain)."""
+    import skimage.data
+    from PIL import Image
+
+    path = folder / "astronaut.jpg"
+    Image.fromarray(skimage.data.astronaut()).save(path, quality=90)
+    return path
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure the cases and compare them with the targets."""
+    parser = argparse.ArgumentParser(
+        "python -m bench fps", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--cases", nargs="+", choices=list(_RATIOS), help="default: all; on a CPU s-r50-1")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of timed calls per contender and case")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--csv", type=Path, help="default: bench/results/fps_<device>.csv")
+    parser.add_argument("--report", type=Path, metavar="CSV", help="measure nothing, compare the rows of that file")
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device)
+    targets = CPU_TARGETS if device.type == "cpu" else GPU_TARGETS
+    if options.report:
+        print(target_table(read_rows(options.report, COLUMNS), targets))
+        return
+    path = options.csv or default_csv(device)
+    cases = list(dict.fromkeys(options.cases or [target.case for target in targets]))
+    earlier = earlier_rows(path, device)
+    new: list[Row] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for case in cases:
+            image = photograph(Path(folder)) if case.endswith("-1") else None
+            new += run_fps(settings_of(case, options, image), command=f"python -m bench fps --cases {case}")
+            again = set(map(case_of, new))
+            write_rows(path, [row for row in earlier if case_of(row) not in again] + new)
+    print(target_table(new, targets))
+    if not all_right(new):
+        raise SystemExit("a contender was wrong or failed: see its row")

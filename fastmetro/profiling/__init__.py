@@ -1,0 +1,1 @@
+"""How fast a network runs, where its time goes, and how that compares: what `fastmetro bench` prints and saves."""
