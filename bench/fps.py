@@ -21,6 +21,7 @@ import torch
 
 from bench import common
 from fastmetro.profiling.fps import COLUMNS, NETWORK, all_right, run_fps
+from fastmetro.profiling.parts import WHOLE
 from fastmetro.profiling.record import Row, environment, read_rows, write_rows
 from fastmetro.profiling.settings import FpsSettings
 
@@ -84,10 +85,9 @@ def settings_of(case: str, options: argparse.Namespace, image: Path | None) -> F
 
 
 def after_backbone_ms(row: Row) -> float | None:
-    """Milliseconds of an engine's parts behind the backbone; None where it did not tell."""
+    """Milliseconds of an engine behind the backbone; None where it did not tell."""
     parts = dict(part.rsplit(" ", 1) for part in row["parts_ms"].split("; ")) if row["parts_ms"] else {}
-    times = [float(value) for name, value in parts.items() if not name.startswith("backbone")]
-    return sum(times) if times and len(times) < len(parts) else None
+    return next((float(value) for name, value in parts.items() if name.startswith(WHOLE)), None)
 
 
 def measured(target: Target, rows: Sequence[Row]) -> float | None:

@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastmetro.inference.engine.engine import compile
     from fastmetro.inference.predictor import Predictor
     from fastmetro.meshes.mesh import load_mesh
     from fastmetro.models.network import create_model
@@ -17,11 +18,12 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Predictor": "fastmetro.inference.predictor",
+    "compile": "fastmetro.inference.engine.engine",
     "create_model": "fastmetro.models.network",
     "load_mesh": "fastmetro.meshes.mesh",
 }
 
-__all__ = ["Predictor", "create_model", "load_mesh"]
+__all__ = ["Predictor", "compile", "create_model", "load_mesh"]
 
 
 def __getattr__(name: str) -> Any:

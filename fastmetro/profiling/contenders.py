@@ -105,7 +105,6 @@ def build_contender(name: str, model: FastMETRO, batch: int, dtype: torch.dtype,
     """Build one of the contenders around a copy of `model`, on its device.
 
     Raises:
-        RuntimeError: the engine is asked for and this version of the package has none.
         ValueError: there is no such contender, or it cannot take this network.
     """
     precision = str(dtype).removeprefix("torch.")
@@ -124,23 +123,6 @@ def build_contender(name: str, model: FastMETRO, batch: int, dtype: torch.dtype,
     raise ValueError(f"contender must be 'engine', 'published', 'tuned' or 'plain', got {name!r}")
 
 
-def require_engine() -> Callable[..., object]:
-    """`fastmetro.compile`.
-
-    Raises:
-        RuntimeError: this version of the package has none.
-    """
-    compile_engine = getattr(fastmetro, "compile", None)
-    if compile_engine is None:
-        raise RuntimeError(
-            "fastmetro.compile does not exist in this version of the package: there is no engine to time"
-        )
-    return compile_engine
-
-
 def _engine(model: FastMETRO, batch: int, dtype: torch.dtype, precision: str) -> Contender:
-    engine: object = require_engine()(model, batch_size=batch, dtype=dtype)
-    if not callable(engine):
-        raise RuntimeError(f"fastmetro.compile must return something to call, got {type(engine).__name__}")
-    parts = getattr(engine, "parts", None)
-    return Contender(ENGINE, precision, engine, precision, takes_pixels=True, parts=parts)
+    engine = fastmetro.compile(model, batch_size=batch, dtype=dtype)
+    return Contender(ENGINE, precision, engine, precision, takes_pixels=True, parts=engine.parts)

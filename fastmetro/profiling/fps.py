@@ -13,8 +13,9 @@ import torch
 from fastmetro.inference.predictor import default_device
 from fastmetro.models import BACKBONES, FastMETRO
 from fastmetro.profiling.case import Case, Entry, Say, stage_medians
-from fastmetro.profiling.contenders import ENGINE, build_model, require_engine
+from fastmetro.profiling.contenders import ENGINE, build_model
 from fastmetro.profiling.latency import Latency, median_ratio
+from fastmetro.profiling.parts import WHOLE
 from fastmetro.profiling.record import Row, environment, write_rows
 from fastmetro.profiling.settings import FpsSettings
 from fastmetro.profiling.trace import write_trace
@@ -67,10 +68,8 @@ def run_fps(settings: FpsSettings, say: Say = print, command: str | None = None)
         One row per contender, batch size and scope; "status" is "wrong" or "failed" where there is no time.
 
     Raises:
-        RuntimeError: this version of the package has no engine.
         ValueError: a name or value that is not accepted, or an image in a network without faces.
     """
-    require_engine()
     device = torch.device(settings.device) if settings.device else default_device()
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device must be one that is there, got {settings.device!r} and PyTorch sees no GPU")
@@ -189,8 +188,11 @@ def _shares(name: str, listed: str) -> list[str]:
     if not listed:
         return []
     parts = {name: float(value) for name, _, value in (part.rpartition(" ") for part in listed.split("; "))}
-    total = sum(parts.values())
-    cells = [f"{part} {value:.4g} ms ({value / total:.0%})" for part, value in parts.items()]
+    total = sum(value for part, value in parts.items() if not part.startswith(WHOLE))
+    cells = [
+        f"{part} {value:.4g} ms" + ("" if part.startswith(WHOLE) else f" ({value / total:.0%})")
+        for part, value in parts.items()
+    ]
     return [f"  {name}, parts: {', '.join(cells)}"]
 
 

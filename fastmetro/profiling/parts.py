@@ -12,6 +12,9 @@ from torch import Tensor
 from fastmetro.models import FastMETRO
 from fastmetro.profiling.latency import Call, milliseconds, synchronize
 
+WHOLE = "after the backbone"
+"""Name that an engine gives to all parts behind the backbone in one: there they may run beside each other, and take
+less time than one after the other."""
 _GRAPH_CALLS = 20
 _REPEATS = 15
 

@@ -100,15 +100,6 @@ def test_command_from_start_to_files(
     assert "published: eager, float32" in printed and "plain path, parts: backbone" in printed
 
 
-def test_without_an_engine_the_error_says_so(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.delattr(fastmetro, "compile", raising=False)
-    monkeypatch.setattr(fastmetro, "_HOMES", {key: home for key, home in fastmetro._HOMES.items() if key != "compile"})
-    assert main(["bench", "fps", "--model", "fastmetro-compact"]) == 1
-    assert "fastmetro.compile does not exist" in capsys.readouterr().err
-
-
 def test_a_wrong_engine_is_not_timed_and_the_status_tells(monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(monkeypatch, shift=1e-3)  # 1 mm along each axis
     said: list[str] = []

@@ -1,0 +1,130 @@
+"""The folded layers of a transformer stage: buffers in the engine's precision, and what is done with them.
+
+Every layer can be folded again from changed parameters: the buffers are then overwritten where they lie, so that
+captured graphs go on with the new weights.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastmetro.inference.engine.folding import (
+    Affine,
+    fold_encoder_projection,
+    fold_norm_affine,
+    linear,
+    projection,
+)
+from fastmetro.models.attention import TokenAttention, dense_attention
+from fastmetro.models.transformer import DecoderLayer, EncoderLayer
+
+
+class Folded(nn.Module):
+    """Holds constants under names; putting one again overwrites it in place."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.dtype, self.device = dtype, device
+
+    def put(self, name: str, value: Tensor, dtype: torch.dtype | None = None) -> None:
+        """Store a float64 tensor as buffer `name`, in `dtype` or the engine's."""
+        if name in self._buffers:
+            self.get_buffer(name).copy_(value)
+        else:
+            stored = value.to(device=self.device, dtype=dtype or self.dtype).contiguous()
+            self.register_buffer(name, stored, persistent=False)
+
+    def put_affine(self, name: str, layer: Affine, dtype: torch.dtype | None = None) -> None:
+        """Store a linear layer as buffers `name`_weight and `name`_bias."""
+        self.put(f"{name}_weight", layer.weight, dtype)
+        self.put(f"{name}_bias", layer.bias, dtype)
+
+    def affine(self, name: str) -> tuple[Tensor, Tensor]:
+        """Weight and bias of a stored linear layer."""
+        return self.get_buffer(f"{name}_weight"), self.get_buffer(f"{name}_bias")
+
+
+def normalize(x: Tensor, epsilon: float) -> Tensor:
+    """A layer norm without gain and shift."""
+    return F.layer_norm(x, x.shape[-1:], eps=epsilon)
+
+
+def project(x: Tensor, layer: tuple[Tensor, Tensor], epsilon: float | None = None) -> Tensor:
+    """A linear layer with a bias [N] or, per token, [S, N]; of normalised tokens if there is an `epsilon`."""
+    weight, bias = layer
+    if epsilon is not None:
+        x = normalize(x, epsilon)
+    return F.linear(x, weight, bias) if bias.dim() == 1 else F.linear(x, weight) + bias
+
+
+class _FoldedLayer(Folded):
+    """What both kinds share: the feed-forward block."""
+
+    def fold_feed_forward(self, layer: EncoderLayer | DecoderLayer, norm: nn.LayerNorm) -> None:
+        self.feed_forward_epsilon = norm.eps
+        self.put_affine("expand", fold_norm_affine(norm, linear(layer.linear1)))
+        self.put_affine("contract", linear(layer.linear2))
+
+    def feed_forward(self, tokens: Tensor) -> Tensor:
+        hidden = project(tokens, self.affine("expand"), self.feed_forward_epsilon).relu_()
+        return tokens + project(hidden, self.affine("contract"))
+
+
+class FoldedEncoderLayer(_FoldedLayer):
+    """An encoder layer; `position` [S, C] of all its tokens."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, heads: int) -> None:
+        super().__init__(dtype, device)
+        self.heads = heads
+
+    def fold(self, layer: EncoderLayer, position: Tensor) -> None:
+        """Take the constants from a layer."""
+        self.epsilon = layer.norm1.eps
+        self.put_affine("qkv", fold_encoder_projection(layer, position))
+        self.put_affine("out", linear(layer.self_attn.out_proj))
+        self.fold_feed_forward(layer, layer.norm2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Update camera and image tokens [B, S, C]."""
+        qkv = project(tokens, self.affine("qkv"), self.epsilon)
+        q, k, v = (x.unflatten(-1, (self.heads, -1)) for x in qkv.chunk(3, -1))
+        tokens = tokens + project(dense_attention(q, k, v, 0.0).flatten(-2), self.affine("out"))
+        return self.feed_forward(tokens)
+
+
+class FoldedDecoderLayer(_FoldedLayer):
+    """A decoder layer. Keys and values of its cross-attention come from outside, see ``fold_memory_projection``."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, heads: int) -> None:
+        super().__init__(dtype, device)
+        self.heads = heads
+
+    def fold(self, layer: DecoderLayer) -> None:
+        """Take the constants from a layer."""
+        self.epsilon, self.cross_epsilon = layer.norm1.eps, layer.norm2.eps
+        self.put_affine("qkv", fold_norm_affine(layer.norm1, projection(layer.self_attn, 0, 3)))
+        self.put_affine("out", linear(layer.self_attn.out_proj))
+        self.put_affine("query", fold_norm_affine(layer.norm2, projection(layer.multihead_attn, 0, 1)))
+        self.fold_cross(layer)
+
+    def fold_cross(self, layer: DecoderLayer) -> None:
+        """Only what follows the cross-attention's query: for a first layer, whose beginning is constant."""
+        self.put_affine("cross_out", linear(layer.multihead_attn.out_proj))
+        self.fold_feed_forward(layer, layer.norm3)
+
+    def forward(self, tokens: Tensor, memory: Tensor, attend: TokenAttention) -> Tensor:
+        """Update joint and vertex tokens [B, L, C]; `memory` [B, S, 2 C]: keys and values of the image tokens."""
+        qkv = project(tokens, self.affine("qkv"), self.epsilon)
+        q, k, v = (x.unflatten(-1, (self.heads, -1)) for x in qkv.chunk(3, -1))
+        tokens = tokens + project(attend(q, k, v, 0.0).flatten(-2), self.affine("out"))
+        query = project(tokens, self.affine("query"), self.cross_epsilon)
+        return self.cross(tokens, query, memory)
+
+    def cross(self, tokens: Tensor, query: Tensor, memory: Tensor) -> Tensor:
+        """Cross-attention and feed-forward block. `tokens` and `query` [B, L, C], or [1, L, C] where all share them."""
+        q = query.unflatten(-1, (self.heads, -1)).expand(len(memory), -1, -1, -1)
+        k, v = (x.unflatten(-1, (self.heads, -1)) for x in memory.chunk(2, -1))
+        tokens = tokens + project(dense_attention(q, k, v, 0.0).flatten(-2), self.affine("cross_out"))
+        return self.feed_forward(tokens)

@@ -1,0 +1,86 @@
+"""What only a GPU can show of the engine: graphs that are kept and given up, bits, and no synchronisation."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from test_engine import normalized, pixels
+
+import fastmetro
+from fastmetro.inference.engine import Engine
+from fastmetro.inference.pretrained import load_pretrained
+from fastmetro.models import create_model
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return fastmetro.compile(load_pretrained("fastmetro-compact").cuda(), 2, max_graphs=3)
+
+
+def test_graphs_are_bounded_and_the_oldest_goes(engine: Engine) -> None:
+    assert engine._graphs is not None
+    first = engine(pixels(2))
+    for count in (1, 3, 4, 5, 2):
+        again = engine(pixels(count))
+        assert len(engine._graphs.kept) <= 3
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_hundred_calls_give_the_same_bits(engine: Engine) -> None:
+    images = pixels(2).cuda()
+    first = engine(images)
+    for _ in range(100):
+        again = engine(images)
+        assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_calls_do_not_wait_for_the_device(engine: Engine) -> None:
+    images = pixels(2).pin_memory()
+    engine(images)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        outputs = engine(images)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    assert outputs["pred_3d_vertices_fine"].isfinite().all()
+
+
+def test_part_of_a_larger_graph(engine: Engine) -> None:
+    images = normalized(pixels(2)).cuda()
+    expected = engine(images)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(side):
+        engine(images)
+    side.synchronize()
+    with torch.cuda.graph(graph, stream=side):
+        outputs = engine(images)
+    graph.replay()
+    torch.cuda.synchronize()
+    for name, value in expected.items():
+        torch.testing.assert_close(outputs[name], value, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("backbone", ["resnet50", "hrnet-w64"])
+@pytest.mark.parametrize("variant", ["fastmetro-s", "fastmetro-l"])
+def test_variants(variant: str, backbone: str) -> None:
+    """Large networks, both dtypes, against the network in float32."""
+    from fastmetro.profiling.contenders import settle_batch_norms
+
+    torch.manual_seed(0)
+    model = create_model(variant, backbone=backbone, upsampling="released")
+    settle_batch_norms(model.backbone)
+    model = model.cuda().eval()
+    images = normalized(pixels(2)).cuda()
+    with torch.no_grad():
+        exact = model(images)["pred_3d_vertices_fine"]
+        for dtype in (torch.float16, torch.bfloat16):
+            plain = copy.deepcopy(model).to(dtype)(images.to(dtype))["pred_3d_vertices_fine"]
+            got = fastmetro.compile(model, 2, dtype)(images)["pred_3d_vertices_fine"]
+            assert (got - exact).norm() < 2 * (plain - exact).norm()
