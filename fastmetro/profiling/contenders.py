@@ -88,7 +88,8 @@ def settle_batch_norms(backbone: nn.Module) -> None:
         norm.weight.masked_fill_(norm.weight == 0, 0.5)
         norm.momentum = 1.0
     training = backbone.training
-    backbone.train()(torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(1)))
+    noise = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(1))
+    backbone.train()(noise.to(norms[0].weight.device))
     backbone.train(training)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

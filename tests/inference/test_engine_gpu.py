@@ -74,9 +74,8 @@ def test_variants(variant: str, backbone: str) -> None:
     from fastmetro.profiling.contenders import settle_batch_norms
 
     torch.manual_seed(0)
-    model = create_model(variant, backbone=backbone, upsampling="released")
+    model = create_model(variant, backbone=backbone, upsampling="released").cuda().eval()
     settle_batch_norms(model.backbone)
-    model = model.cuda().eval()
     images = normalized(pixels(2)).cuda()
     with torch.no_grad():
         exact = model(images)["pred_3d_vertices_fine"]

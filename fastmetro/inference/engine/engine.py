@@ -79,7 +79,7 @@ class Engine:
         self._smpl_head: nn.Module | None = None
         if model.config.smpl_head:
             self._smpl_head = copy.deepcopy(model.smpl_parameter_regressor).to(self._transformers.heads_dtype)
-        self._graphs = Graphs(self._run, device, max_graphs) if device.type == "cuda" else None
+        self._graphs = Graphs(self._run, device, dtype, max_graphs) if device.type == "cuda" else None
         noise = torch.randn(batch_size, 3, CROP_SIZE, CROP_SIZE, generator=torch.Generator().manual_seed(0))
         example = noise.to(device)
         difference = _largest_difference(self(example), _plain_outputs(model, example))
@@ -110,8 +110,6 @@ class Engine:
             return {name: value[:0] for name, value in one.items()}
         if images.dtype == torch.uint8 and images.shape[1] != CROP_SIZE:
             images = normalize_pixels(resize(images.to(self.device)), self._mean, self._scale, self.dtype)
-        elif images.dtype.is_floating_point:
-            images = images.to(self.dtype)
         if self._graphs is None or torch.cuda.is_current_stream_capturing():
             outputs = self._run(images.to(self.device))
         else:
@@ -190,7 +188,7 @@ class Engine:
         """From pixels of the right size, or from normalised images, on the device."""
         if images.dtype == torch.uint8:
             images = normalize_pixels(images, self._mean, self._scale, self.dtype)
-        return self._transformers(self._backbone(images))
+        return self._transformers(self._backbone(images.to(self.dtype)))
 
 
 def _quietly(work: Callable[[], object]) -> Callable[[], object]:

@@ -54,7 +54,7 @@ class Captured:
         torch.cuda.current_stream(images.device).wait_stream(side)
 
     def replay(self, images: Tensor) -> Outputs:
-        """Copies the images in, runs, and copies the outputs out, all in the current stream."""
+        """Copies the images in (casting them), runs, and copies the outputs out, all in the current stream."""
         self.images.copy_(images, non_blocking=True)
         self.graph.replay()
         return unpack(self.flat.clone(), self.shapes)
@@ -67,11 +67,12 @@ class Graphs:
 
     Args:
         run: see :class:`Captured`.
+        dtype: of floating point images as they are captured.
         most: graphs that are kept.
     """
 
-    def __init__(self, run: Callable[[Tensor], Outputs], device: torch.device, most: int) -> None:
-        self.run, self.most = run, most
+    def __init__(self, run: Callable[[Tensor], Outputs], device: torch.device, dtype: torch.dtype, most: int) -> None:
+        self.run, self.dtype, self.most = run, dtype, most
         self.pool = torch.cuda.graph_pool_handle()
         self.kept: OrderedDict[Hashable, Captured] = OrderedDict()
         self.lock = threading.RLock()
@@ -103,15 +104,15 @@ class Graphs:
             self.done.record(torch.cuda.current_stream())
 
     def _captured(self, images: Tensor) -> Captured:
-        key = (images.dtype, *images.shape)
+        dtype = torch.uint8 if images.dtype == torch.uint8 else self.dtype
+        key = (dtype, *images.shape)
         found = self.kept.get(key)
         if found is None:
             if len(self.kept) >= self.most:
                 self.done.synchronize()  # what is given up must not run any more
                 self.kept.popitem(last=False)
-            like = torch.empty(images.shape, dtype=images.dtype, device=self.device)
-            if images.dtype != torch.uint8:
-                like = like.contiguous(memory_format=torch.channels_last)
+            order = torch.contiguous_format if dtype == torch.uint8 else torch.channels_last
+            like = torch.empty(images.shape, dtype=dtype, device=self.device, memory_format=order)
             found = self.kept[key] = Captured(self.run, like, self.pool)
         self.kept.move_to_end(key)
         return found

@@ -144,6 +144,17 @@ def _convolution_search() -> Iterator[None]:
         torch.backends.cudnn.benchmark = before
 
 
+@contextlib.contextmanager
+def _full_precision() -> Iterator[None]:
+    """No TF32 in convolutions; restored afterwards."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
 def tuned_network(
     model: FastMETRO,
     dtype: torch.dtype = torch.float16,
@@ -216,12 +227,14 @@ def fold_batch_norm(backbone: nn.Module) -> int:
     parameter = next(backbone.parameters())
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(1, 3, _IMAGE_SIZE, _IMAGE_SIZE, generator=generator).to(parameter)
-    pairs, expected = _convolution_of_norm(backbone, images)
-    for norm, convolution in pairs.items():
-        parts = cast("tuple[nn.Conv2d, nn.BatchNorm2d]", [backbone.get_submodule(part) for part in (convolution, norm)])
-        backbone.set_submodule(convolution, fuse_conv_bn_eval(*parts).requires_grad_(False))
-        backbone.set_submodule(norm, nn.Identity())
-    actual = backbone(images)
+    with _full_precision():
+        pairs, expected = _convolution_of_norm(backbone, images)
+        for norm, convolution in pairs.items():
+            parts = [backbone.get_submodule(part) for part in (convolution, norm)]
+            folded = fuse_conv_bn_eval(*cast("tuple[nn.Conv2d, nn.BatchNorm2d]", parts))
+            backbone.set_submodule(convolution, folded.requires_grad_(False))
+            backbone.set_submodule(norm, nn.Identity())
+        actual = backbone(images)
     error = float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
     limit = 1e4 * torch.finfo(parameter.dtype).eps
     if not error <= limit:
