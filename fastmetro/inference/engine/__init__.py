@@ -1,0 +1,1 @@
+"""The inference engine: a trained network, folded, fused and captured."""

@@ -1,0 +1,120 @@
+"""The seam between the backbones and what computes them: one function per fused block of work.
+
+The functions take activations [B, C, H, W] in channels_last and folded weights of the same floating point type, and
+never write to their inputs. They know nothing of gradients: call them under ``torch.no_grad`` or
+``torch.inference_mode``. Behind them are, today, the library calls that are fastest:
+
+- CUDA, float16 and bfloat16: cuDNN's fused convolution + bias (+ residual) + ReLU;
+- CPU: oneDNN's, see ``onednn.py``;
+- else, float32 on CUDA among it, whose TF32 setting is thereby the plain network's: `F.conv2d`, then in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastmetro.inference.engine import onednn
+from fastmetro.inference.engine.weights import BlockWeights, ConvolutionWeights, ExchangeWeights
+
+_NO_DILATION = (1, 1)
+
+
+def convolution(x: Tensor, weights: ConvolutionWeights, relu: bool = False, residual: Tensor | None = None) -> Tensor:
+    """Convolution + bias, + ``residual`` [B, O, h, w] if given, then ReLU if asked: [B, I, H, W] -> [B, O, h, w]."""
+    weight, bias, stride, padding = weights.weight, weights.bias, weights.stride, weights.padding
+    if relu and _cudnn_fuses(x):
+        if residual is None:
+            return torch.cudnn_convolution_relu(x, weight, bias, stride, padding, _NO_DILATION, 1)
+        return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, stride, padding, _NO_DILATION, 1)
+    if (relu or residual is None) and onednn.usable(x):
+        packed = weights.packs.get(weight, x.shape, stride, padding)
+        if residual is None:
+            return onednn.convolution_relu(x, packed, bias, stride, padding, relu)
+        return onednn.convolution_add_relu(x, packed, bias, stride, padding, residual)
+    y = F.conv2d(x, weight, bias, stride, padding)
+    if residual is not None:
+        y += residual
+    return y.relu_() if relu else y
+
+
+def _cudnn_fuses(x: Tensor) -> bool:
+    # ROCm answers to "cuda" too, without these operators.
+    if not x.is_cuda or torch.version.hip is not None or not torch.backends.cudnn.enabled:
+        return False
+    return x.dtype in (torch.float16, torch.bfloat16) and torch.backends.cudnn.is_available()
+
+
+def stem(x: Tensor, weights: ConvolutionWeights) -> Tensor:
+    """ResNet's beginning: 7 x 7 convolution of stride 2, ReLU, 3 x 3 max pooling of stride 2."""
+    return F.max_pool2d(convolution(x, weights, relu=True), 3, stride=2, padding=1)
+
+
+def bottleneck(x: Tensor, weights: BlockWeights) -> Tensor:
+    """1 x 1, 3 x 3 and 1 x 1 convolution around a shortcut (He et al., CVPR 2016, figure 5 right)."""
+    return _residual(x, weights, 3)
+
+
+def basic_block(x: Tensor, weights: BlockWeights) -> Tensor:
+    """Two 3 x 3 convolutions around a shortcut (He et al., CVPR 2016, figure 5 left)."""
+    return _residual(x, weights, 2)
+
+
+def residual_block(x: Tensor, weights: BlockWeights) -> Tensor:
+    """Whichever of the two the weights are for."""
+    return bottleneck(x, weights) if len(weights.convolutions) == 3 else basic_block(x, weights)
+
+
+def _residual(x: Tensor, weights: BlockWeights, count: int) -> Tensor:
+    layers = [cast(ConvolutionWeights, layer) for layer in weights.convolutions]
+    if len(layers) != count:
+        raise ValueError(f"weights must be those of a block of {count} convolutions, got {len(layers)}")
+    shortcut = x if weights.downsample is None else convolution(x, weights.downsample)
+    for layer in layers[:-1]:
+        x = convolution(x, layer, relu=True)
+    return convolution(x, layers[-1], relu=True, residual=shortcut)
+
+
+def exchange_output(features: Sequence[Tensor], weights: ExchangeWeights) -> Tensor:
+    """One output of HRNet's exchange: ReLU of the sum of all branches, brought to the target's resolution.
+
+    Coarser branches pass a 1 x 1 convolution and nearest upsampling, finer ones 3 x 3 convolutions of stride 2.
+
+    Args:
+        features: one map [B, 64 * 2**i, H / 2**i, W / 2**i] per branch i, finest first.
+        weights: those of the target branch.
+
+    Returns:
+        A map shaped like that of the target branch.
+    """
+    target = weights.target
+    paths = [[cast(ConvolutionWeights, layer) for layer in cast(Sequence, path)] for path in weights.paths]
+    total = features[target]
+    for source in range(target + 1, len(features)):
+        term = convolution(features[source], paths[source][0])
+        out = torch.empty_like(total) if total is features[target] else total
+        total = _add_upsampled(total, term, out)
+    for source in range(target):
+        term = features[source]
+        for layer in paths[source][:-1]:
+            term = convolution(term, layer, relu=True)
+        if source == target - 1:
+            return convolution(term, paths[source][-1], relu=True, residual=total)
+        term = convolution(term, paths[source][-1])
+        total = term.add_(total)
+    return total.relu_()
+
+
+def _add_upsampled(fine: Tensor, coarse: Tensor, out: Tensor) -> Tensor:
+    """``fine`` + ``coarse`` repeated to its size, written to ``out``, without the repeated map in memory."""
+    height, width = coarse.shape[2:]
+
+    def cells(x: Tensor) -> Tensor:  # [B, C, h, rows of a cell, w, columns of a cell], a view
+        return x.unflatten(3, (width, -1)).unflatten(2, (height, -1))
+
+    torch.add(cells(fine), coarse[:, :, :, None, :, None], out=cells(out))
+    return out

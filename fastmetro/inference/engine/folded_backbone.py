@@ -1,0 +1,53 @@
+"""What all folded backbones have in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from fastmetro.inference.engine.report import Fold
+
+
+class FoldedBackbone(nn.Module, ABC):
+    """A backbone for inference only: images [B, 3, H, W] to features [B, out_channels, h, w], without gradients.
+
+    Args:
+        backbone: the trained backbone; it is left as it is, and its mode does not matter.
+        dtype: of weights and activations.
+        folds: what was folded.
+
+    Attributes:
+        out_channels: channels of the features.
+        folds: as given.
+    """
+
+    def __init__(self, backbone: nn.Module, dtype: torch.dtype, folds: list[Fold]) -> None:
+        super().__init__()
+        self.out_channels: int = getattr(backbone, "out_channels", 2048)
+        self.folds = folds
+        self.dtype = dtype
+        self._source = type(backbone)
+
+    @torch.no_grad()
+    def refresh(self, backbone: nn.Module) -> None:
+        """Fold the weights of ``backbone`` into the tensors that are there, so that captured graphs use them.
+
+        Not while a forward pass runs.
+
+        Raises:
+            TypeError: it is not a backbone of the type that was folded.
+        """
+        if type(backbone) is not self._source:
+            raise TypeError(f"backbone must be a {self._source.__name__}, as was folded, got {type(backbone).__name__}")
+        with torch.inference_mode(False):
+            self._load(backbone)
+
+    def _prepare(self, images: Tensor) -> Tensor:
+        """Images in channels_last and of the folded type; themselves where they are."""
+        return images.to(self.dtype, memory_format=torch.channels_last)
+
+    @abstractmethod
+    def _load(self, backbone: nn.Module) -> None:
+        """Fold the weights of ``backbone`` into the buffers."""

@@ -1,0 +1,182 @@
+"""The folded HRNet-W64, its resolutions side by side on parallel streams."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from itertools import pairwise
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from fastmetro.inference.engine.batch_norm import (
+    batch_norm_fold,
+    batch_norm_sizes,
+    downsample_bias_fold,
+    fold_batch_norm,
+)
+from fastmetro.inference.engine.convolution import basic_block, bottleneck, convolution, exchange_output
+from fastmetro.inference.engine.folded_backbone import FoldedBackbone
+from fastmetro.inference.engine.report import Fold
+from fastmetro.inference.engine.streams import ParallelStreams
+from fastmetro.inference.engine.weights import (
+    BlockWeights,
+    ConvolutionWeights,
+    ExchangeWeights,
+    convolution_layers,
+)
+from fastmetro.models.backbones import HRNetW64
+from fastmetro.models.backbones.blocks import BasicBlock, Bottleneck
+from fastmetro.models.backbones.hrnet import ExchangeModule
+
+
+class _Exchange(nn.Module):
+    """Weights of one exchange module: blocks of every branch, and what makes every output."""
+
+    def __init__(self, module: ExchangeModule, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(
+            nn.ModuleList(BlockWeights(cast(BasicBlock, block), dtype) for block in cast(nn.Sequential, branch))
+            for branch in module.branches
+        )
+        self.outputs = nn.ModuleList(ExchangeWeights(cast(nn.ModuleList, paths), dtype) for paths in module.fuse_layers)
+
+    def load(self, module: ExchangeModule) -> None:
+        for mine, branch in zip(self.branches, module.branches, strict=True):
+            for weights, block in zip(cast(nn.ModuleList, mine), cast(nn.Sequential, branch), strict=True):
+                cast(BlockWeights, weights).load(cast(BasicBlock, block))
+        for output, paths in zip(self.outputs, module.fuse_layers, strict=True):
+            cast(ExchangeWeights, output).load(cast(nn.ModuleList, paths))
+
+    def branch(self, index: int, x: Tensor) -> Tensor:
+        """The blocks of one branch."""
+        for block in cast(nn.ModuleList, self.branches[index]):
+            x = basic_block(x, cast(BlockWeights, block))
+        return x
+
+    def output(self, index: int, features: Sequence[Tensor]) -> Tensor:
+        """One output of the exchange."""
+        return exchange_output(features, cast(ExchangeWeights, self.outputs[index]))
+
+
+class FoldedHRNet(FoldedBackbone):
+    """HRNet-W64; see :class:`FoldedBackbone`. While a CUDA graph is captured its branches are parallel nodes."""
+
+    def __init__(self, backbone: HRNetW64, dtype: torch.dtype) -> None:
+        sizes = batch_norm_sizes(backbone)
+        folds = [batch_norm_fold(sizes), downsample_bias_fold(sizes), exchange_bias_fold(backbone, sizes)]
+        super().__init__(backbone, dtype, folds)
+        single = _single_convolutions(backbone)
+        self.single = nn.ModuleDict({name: ConvolutionWeights(layer, dtype) for name, (layer, _) in single.items()})
+        self.layer1 = nn.ModuleList(BlockWeights(cast(Bottleneck, block), dtype) for block in backbone.layer1)
+        self.stages = nn.ModuleList(
+            nn.ModuleList(_Exchange(cast(ExchangeModule, module), dtype) for module in stage)
+            for stage in (backbone.stage2, backbone.stage3, backbone.stage4)
+        )
+        self.heads = nn.ModuleList(BlockWeights(block, dtype) for block in _heads(backbone))
+        self.streams = ParallelStreams()
+        self._load(backbone)
+
+    def _load(self, backbone: nn.Module) -> None:
+        source = cast(HRNetW64, backbone)
+        for name, (layer, norm) in _single_convolutions(source).items():
+            self._single(name).load(*fold_batch_norm(layer, norm))
+        for mine, block in zip(self.layer1, source.layer1, strict=True):
+            cast(BlockWeights, mine).load(cast(Bottleneck, block))
+        stages = (source.stage2, source.stage3, source.stage4)
+        for modules, stage in zip(self.stages, stages, strict=True):
+            for exchange, module in zip(cast(nn.ModuleList, modules), stage, strict=True):
+                cast(_Exchange, exchange).load(cast(ExchangeModule, module))
+        for mine, block in zip(self.heads, _heads(source), strict=True):
+            cast(BlockWeights, mine).load(block)
+
+    def _single(self, name: str) -> ConvolutionWeights:
+        return cast(ConvolutionWeights, self.single[name])
+
+    def _relu_convolution(self, x: Tensor, name: str) -> Tensor:
+        return convolution(x, self._single(name), relu=True)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Features, in channels_last and of the folded type, of images in any layout and floating point type.
+
+        Raises:
+            ValueError: the height or width of the images is not a multiple of 32.
+        """
+        height, width = images.shape[-2:]
+        torch._check_value(
+            height % 32 == 0 and width % 32 == 0,
+            lambda: f"images must have a height and width that are multiples of 32, got {height} x {width}",
+        )
+        x = self._relu_convolution(self._relu_convolution(self._prepare(images), "conv1"), "conv2")
+        for block in self.layer1:
+            x = bottleneck(x, cast(BlockWeights, block))
+        features = [self._relu_convolution(x, name) for name in ("transition1_0", "transition1_1")]
+        features = self._stage(0, features)
+        features = self._stage(1, [*features, self._relu_convolution(features[-1], "transition2")])
+        features = self._stage(2, [*features, self._relu_convolution(features[-1], "transition3")])
+
+        heads = [
+            partial(bottleneck, feature, cast(BlockWeights, block))
+            for feature, block in zip(features, self.heads, strict=True)
+        ]
+        y, *coarser = self.streams.run(images.device, heads)
+        for level, feature in enumerate(coarser):
+            # The convolution adds before its ReLU, this sum comes after.
+            y = self._relu_convolution(y, f"merge_{level}").add_(feature)
+        return self._relu_convolution(y, "final")
+
+    def _stage(self, stage: int, inputs: list[Tensor]) -> list[Tensor]:
+        """All exchange modules of a stage. An output and the branch of the next module that it feeds are one piece."""
+        modules = [cast(_Exchange, module) for module in cast(nn.ModuleList, self.stages[stage])]
+        device, branches = inputs[0].device, range(len(inputs))
+        features = self.streams.run(device, [partial(modules[0].branch, i, inputs[i]) for i in branches])
+        for module, following in pairwise(modules):
+            features = self.streams.run(device, [partial(_cross, module, following, i, features) for i in branches])
+        return self.streams.run(device, [partial(modules[-1].output, i, features) for i in branches])
+
+
+def _cross(module: _Exchange, following: _Exchange, index: int, features: Sequence[Tensor]) -> Tensor:
+    return following.branch(index, module.output(index, features))
+
+
+def _heads(backbone: HRNetW64) -> list[Bottleneck]:
+    return [cast(Bottleneck, cast(nn.Sequential, stage)[0]) for stage in backbone.incre_modules]
+
+
+def _single_convolutions(backbone: HRNetW64) -> dict[str, tuple[nn.Conv2d, nn.Module]]:
+    """The convolutions outside blocks and exchanges, all with a ReLU: each with its batch norm."""
+    paths: dict[str, nn.Module] = {
+        "transition1_0": backbone.transition1[0],
+        "transition1_1": backbone.transition1[1],
+        "transition2": backbone.transition2[-1],
+        "transition3": backbone.transition3[-1],
+        **{f"merge_{level}": path for level, path in enumerate(backbone.downsamp_modules)},
+        "final": backbone.final_layer,
+    }
+    single = {name: convolution_layers(path)[0] for name, path in paths.items()}
+    return {"conv1": (backbone.conv1, backbone.bn1), "conv2": (backbone.conv2, backbone.bn2), **single}
+
+
+def exchange_bias_fold(backbone: HRNetW64, sizes: dict[str, int]) -> Fold:
+    """What adding one bias instead of one per term saves in the exchanges: an addition per element of the others.
+
+    Args:
+        backbone: the backbone that ``sizes`` were taken of.
+        sizes: as of :func:`fastmetro.inference.engine.batch_norm.batch_norm_sizes`.
+    """
+    names = {module: name for name, module in backbone.named_modules()}
+    saved = count = 0
+    for module in backbone.modules():
+        if not isinstance(module, ExchangeModule):
+            continue
+        for target, paths in enumerate(module.fuse_layers):
+            terms = [
+                0 if path is None else sizes[names[convolution_layers(path)[-1][1]]]
+                for path in cast(nn.ModuleList, paths)
+            ]
+            kept = terms[target - 1] if target else terms[-1]
+            saved += sum(terms) - kept
+            count += 1
+    return Fold("exchange bias", f"{count} exchange outputs add one bias for all their terms", saved)

@@ -1,0 +1,53 @@
+"""The folded trunks that are a stem and a run of residual blocks: ResNet-50 and the compact trunk."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from fastmetro.inference.engine.batch_norm import (
+    batch_norm_fold,
+    batch_norm_sizes,
+    downsample_bias_fold,
+    fold_batch_norm,
+)
+from fastmetro.inference.engine.convolution import residual_block, stem
+from fastmetro.inference.engine.folded_backbone import FoldedBackbone
+from fastmetro.inference.engine.weights import BlockWeights, ConvolutionWeights
+from fastmetro.models.backbones import CompactTrunk, ResNet50, ResNet50Trunk
+from fastmetro.models.backbones.blocks import BasicBlock, Bottleneck
+
+
+class FoldedResNet(FoldedBackbone):
+    """ResNet-50, under either set of names, or the compact trunk; see :class:`FoldedBackbone`."""
+
+    def __init__(self, backbone: ResNet50 | ResNet50Trunk | CompactTrunk, dtype: torch.dtype) -> None:
+        sizes = batch_norm_sizes(backbone)
+        super().__init__(backbone, dtype, [batch_norm_fold(sizes), downsample_bias_fold(sizes)])
+        convolution, _, blocks = _parts(backbone)
+        self.stem = ConvolutionWeights(convolution, dtype)
+        self.blocks = nn.ModuleList(BlockWeights(block, dtype) for block in blocks)
+        self._load(backbone)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Features, in channels_last and of the folded type, of images in any layout and floating point type."""
+        x = stem(self._prepare(images), self.stem)
+        for block in self.blocks:
+            x = residual_block(x, cast(BlockWeights, block))
+        return x
+
+    def _load(self, backbone: nn.Module) -> None:
+        convolution, norm, blocks = _parts(backbone)
+        self.stem.load(*fold_batch_norm(convolution, norm))
+        for mine, block in zip(self.blocks, blocks, strict=True):
+            cast(BlockWeights, mine).load(block)
+
+
+def _parts(backbone: nn.Module) -> tuple[nn.Conv2d, nn.Module, list[BasicBlock | Bottleneck]]:
+    """Convolution and batch norm of the stem, and the blocks of all stages."""
+    convolution, norm, _relu, _pool, *stages = backbone.children()
+    blocks = [cast("BasicBlock | Bottleneck", block) for stage in stages for block in cast(nn.Sequential, stage)]
+    return cast(nn.Conv2d, convolution), norm, blocks

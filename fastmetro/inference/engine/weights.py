@@ -1,0 +1,139 @@
+"""Folded weights of the backbones' blocks, as the functions of ``convolution.py`` take them.
+
+Every class takes its shapes from a module of ``fastmetro.models.backbones`` when it is made and its weights by
+``load``, again and again if need be: buffers keep their memory, so that captured graphs see new weights.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from fastmetro.inference.engine.batch_norm import fold_batch_norm
+from fastmetro.inference.engine.onednn import WeightPacks
+from fastmetro.models.backbones.blocks import BasicBlock, Bottleneck
+
+
+class ConvolutionWeights(nn.Module):
+    """One convolution: weight [O, I, h, w] in channels_last, bias [O] or None, stride and padding.
+
+    Args:
+        convolution: the convolution whose shape and device this one has.
+        dtype: of the buffers.
+        bias: whether it has a bias.
+
+    Raises:
+        ValueError: the convolution is grouped, dilated or not padded with zeros.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, convolution: nn.Conv2d, dtype: torch.dtype, bias: bool = True) -> None:
+        super().__init__()
+        plain = (1, (1, 1), "zeros")
+        given = (convolution.groups, tuple(convolution.dilation), convolution.padding_mode)
+        if given != plain or isinstance(convolution.padding, str):
+            raise ValueError(
+                f"convolution must have 1 group, no dilation and a width of zero padding, got {convolution}"
+            )
+        self.stride = cast("tuple[int, int]", tuple(convolution.stride))
+        self.padding = cast("tuple[int, int]", tuple(convolution.padding))
+        like = convolution.weight
+        weight = torch.zeros(like.shape, dtype=dtype, device=like.device).to(memory_format=torch.channels_last)
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", torch.zeros(like.shape[0], dtype=dtype, device=like.device) if bias else None)
+        self.packs = WeightPacks()
+
+    def load(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Copy weight [O, I, h, w] and bias [O], rounding them to the buffers' type."""
+        self.packs.clear()
+        self.weight.copy_(weight)
+        if self.bias is not None and bias is not None:
+            self.bias.copy_(bias)
+
+
+class BlockWeights(nn.Module):
+    """A residual block: its 2 or 3 convolutions, and the 1 x 1 convolution of its downsample branch, which has no bias.
+
+    Args:
+        block: where the shapes come from.
+        dtype: of the buffers.
+    """
+
+    downsample: ConvolutionWeights | None
+
+    def __init__(self, block: BasicBlock | Bottleneck, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.convolutions = nn.ModuleList(ConvolutionWeights(layer, dtype) for layer, _ in _block_layers(block))
+        self.downsample = None
+        if block.downsample is not None:
+            self.downsample = ConvolutionWeights(cast(nn.Conv2d, block.downsample[0]), dtype, bias=False)
+
+    def load(self, block: BasicBlock | Bottleneck) -> None:
+        """Fold the block's weights into the buffers."""
+        folded = [fold_batch_norm(layer, norm) for layer, norm in _block_layers(block)]
+        if self.downsample is not None:
+            projection = cast(nn.Sequential, block.downsample)
+            weight, bias = fold_batch_norm(cast(nn.Conv2d, projection[0]), projection[1])
+            self.downsample.load(weight, None)
+            folded[-1] = folded[-1][0], folded[-1][1] + bias
+        for mine, (weight, bias) in zip(self.convolutions, folded, strict=True):
+            cast(ConvolutionWeights, mine).load(weight, bias)
+
+
+def _block_layers(block: BasicBlock | Bottleneck) -> list[tuple[nn.Conv2d, nn.Module]]:
+    layers: list[tuple[nn.Conv2d, nn.Module]] = [(block.conv1, block.bn1), (block.conv2, block.bn2)]
+    if isinstance(block, Bottleneck):
+        layers.append((block.conv3, block.bn3))
+    return layers
+
+
+def convolution_layers(path: nn.Module) -> list[tuple[nn.Conv2d, nn.Module]]:
+    """The convolutions of a path, in order, each with the batch norm behind it."""
+    layers = [layer for layer in path.modules() if not isinstance(layer, (nn.Sequential, nn.ReLU, nn.Upsample))]
+    pairs = list(pairwise(layers))[::2]
+    return [(cast(nn.Conv2d, convolution), norm) for convolution, norm in pairs]
+
+
+class ExchangeWeights(nn.Module):
+    """What makes one output of HRNet's exchange: the paths that bring every other branch to the target's resolution.
+
+    The last convolution of a path has no ReLU and its bias is only ever added to the other terms, so the biases of all
+    terms are one vector. It sits where adding it is free or cheapest: in the last convolution of the path from the
+    next finer branch, which adds all other terms too, or for the finest target in the path from the coarsest branch.
+
+    Args:
+        paths: one module per branch, None for the target itself.
+        dtype: of the buffers.
+    """
+
+    def __init__(self, paths: nn.ModuleList, dtype: torch.dtype) -> None:
+        super().__init__()
+        layers = _exchange_layers(paths)
+        self.target = layers.index([])
+        self.bias_holder = self.target - 1 if self.target else len(layers) - 1
+        self.paths = nn.ModuleList(
+            nn.ModuleList(
+                ConvolutionWeights(layer, dtype, bias=layer is not path[-1][0] or source == self.bias_holder)
+                for layer, _ in path
+            )
+            for source, path in enumerate(layers)
+        )
+
+    def load(self, paths: nn.ModuleList) -> None:
+        """Fold the paths' weights into the buffers."""
+        folded = [[fold_batch_norm(*layer) for layer in path] for path in _exchange_layers(paths)]
+        total = torch.stack([path[-1][1] for path in folded if path]).sum(0)
+        weight, _ = folded[self.bias_holder][-1]
+        folded[self.bias_holder][-1] = weight, total
+        for mine, path in zip(self.paths, folded, strict=True):
+            for convolution, (weight, bias) in zip(cast(nn.ModuleList, mine), path, strict=True):
+                cast(ConvolutionWeights, convolution).load(weight, bias)
+
+
+def _exchange_layers(paths: nn.ModuleList) -> list[list[tuple[nn.Conv2d, nn.Module]]]:
+    return [[] if path is None else convolution_layers(path) for path in paths]
