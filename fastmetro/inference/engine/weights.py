@@ -37,7 +37,9 @@ class ConvolutionWeights(nn.Module):
         plain = (1, (1, 1), "zeros")
         given = (convolution.groups, tuple(convolution.dilation), convolution.padding_mode)
         if given != plain or isinstance(convolution.padding, str):
-            raise ValueError(f"convolution must have 1 group, no dilation, a width of zero padding; got {convolution}")
+            raise ValueError(
+                f"convolution must have 1 group, no dilation and a width of zero padding, got {convolution}"
+            )
         self.stride = cast("tuple[int, int]", tuple(convolution.stride))
         self.padding = cast("tuple[int, int]", tuple(convolution.padding))
         like = convolution.weight

@@ -1,0 +1,491 @@
+"""Folded backbones against the plain ones, whose own rounding error is the yardstick."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable, Iterator
+from typing import TypeVar, cast
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastmetro.inference.engine import onednn
+from fastmetro.inference.engine.backbones import FoldedBackbone, UnknownBackbone, fold_backbone
+from fastmetro.inference.engine.batch_norm import batch_norm_sizes, fold_batch_norm
+from fastmetro.inference.engine.convolution import basic_block, bottleneck, convolution, exchange_output, stem
+from fastmetro.inference.engine.weights import BlockWeights, ConvolutionWeights, ExchangeWeights
+from fastmetro.models.backbones import CompactTrunk, HRNetW64, ResNet50, ResNet50Trunk
+from fastmetro.models.backbones.blocks import BasicBlock, Bottleneck
+from fastmetro.models.backbones.hrnet import ExchangeModule
+
+TRUNKS: list[type[nn.Module]] = [ResNet50, ResNet50Trunk, CompactTrunk, HRNetW64]
+Module = TypeVar("Module", bound=nn.Module)
+NOT_CPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Hundreds of tiny convolutions wait for one another's threads for minutes where cores are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def randomize(module: Module, seed: int = 0) -> Module:
+    """Batch norms and biases as after training: nothing is zero, one, or the same in two channels."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(x: Tensor, low: float, high: float) -> None:
+        x.copy_(low + (high - low) * torch.rand(x.shape, generator=generator))
+
+    with torch.no_grad():
+        for child in module.modules():
+            if isinstance(child, nn.BatchNorm2d):
+                assert child.running_mean is not None and child.running_var is not None
+                uniform(child.running_mean, -0.3, 0.3)
+                uniform(child.running_var, 0.3, 2.0)
+                uniform(child.weight, 0.2, 1.0)
+                uniform(child.bias, -0.2, 0.2)
+            elif isinstance(child, nn.Conv2d) and child.bias is not None:
+                uniform(child.bias, -0.3, 0.3)
+    return module.eval()
+
+
+@pytest.fixture(scope="module")
+def trunks() -> dict[type[nn.Module], nn.Module]:
+    """One float32 trunk of every type; never changed."""
+    torch.manual_seed(0)
+    return {kind: randomize(kind()) for kind in TRUNKS}
+
+
+@pytest.fixture(scope="module")
+def folded32(trunks: dict[type[nn.Module], nn.Module]) -> dict[type[nn.Module], FoldedBackbone]:
+    """The trunks folded to float32; never changed."""
+    return {kind: fold_backbone(trunk, torch.float32) for kind, trunk in trunks.items()}
+
+
+def images(batch: int, height: int, width: int | None = None) -> Tensor:
+    return torch.randn(batch, 3, height, width or height, generator=torch.Generator().manual_seed(1))
+
+
+def error(result: Tensor, exact: Tensor) -> float:
+    """Largest difference, relative to the largest value."""
+    assert result.shape == exact.shape
+    return float((result.cpu().double() - exact).abs().max() / exact.abs().max())
+
+
+def rounding(result: Tensor, exact: Tensor) -> float:
+    """Root mean square difference: unlike the largest one it hardly depends on chance."""
+    assert result.shape == exact.shape
+    return float((result.cpu().double() - exact).square().mean().sqrt())
+
+
+@torch.no_grad()
+def exact(backbone: nn.Module, x: Tensor) -> Tensor:
+    return copy.deepcopy(backbone).double()(x.double())
+
+
+# The folding steps
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("affine", [False, True])
+def test_batch_norm_folds_into_a_convolution(biased: bool, affine: bool) -> None:
+    layer, norm = nn.Conv2d(5, 7, 3, padding=1, bias=biased), nn.BatchNorm2d(7, affine=affine, eps=1e-2)
+    if affine:
+        randomize(norm)
+    assert norm.running_mean is not None and norm.running_var is not None
+    norm.running_mean.uniform_(-1, 1)
+    norm.running_var.uniform_(0.1, 2)
+    weight, bias = fold_batch_norm(layer, norm)
+    assert weight.dtype == bias.dtype == torch.float64 and not weight.requires_grad
+    x = torch.randn(2, 5, 6, 6, dtype=torch.float64)
+    expected = exact(nn.Sequential(layer, norm).eval(), x)
+    torch.testing.assert_close(F.conv2d(x, weight, bias, padding=1), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_what_is_no_batch_norm_is_refused() -> None:
+    with pytest.raises(TypeError, match="norm must be a batch norm, got GroupNorm"):
+        fold_batch_norm(nn.Conv2d(4, 4, 1), nn.GroupNorm(2, 4))
+    with pytest.raises(ValueError, match="running statistics"):
+        fold_batch_norm(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4, track_running_stats=False))
+    with pytest.raises(ValueError, match="1 group, no dilation"):
+        ConvolutionWeights(nn.Conv2d(4, 4, 3, dilation=2), torch.float32)
+
+
+@pytest.mark.parametrize(("kind", "run"), [(BasicBlock, basic_block), (Bottleneck, bottleneck)])
+@pytest.mark.parametrize(("width", "stride"), [(24, 1), (24, 2), (None, 1)])
+def test_residual_blocks(
+    kind: type[BasicBlock] | type[Bottleneck], run: Callable[..., Tensor], width: int | None, stride: int
+) -> None:
+    width = width or 16 // kind.expansion  # without it the shortcut is the input
+    block = randomize(kind(16, width, stride))
+    weights = BlockWeights(block, torch.float64)
+    weights.load(block)
+    assert (weights.downsample is None) == (block.downsample is None)
+    if weights.downsample is not None:
+        assert weights.downsample.bias is None
+    x = torch.randn(3, 16, 9, 7, dtype=torch.float64).to(memory_format=torch.channels_last)
+    before = x.clone()
+    with torch.no_grad():
+        result = run(x, weights)
+    assert error(result, exact(block, x)) < 1e-12
+    assert torch.equal(x, before), "the input was written to"
+    with pytest.raises(ValueError, match="weights must be those of a block of"), torch.no_grad():
+        (bottleneck if run is basic_block else basic_block)(x, weights)
+
+
+@pytest.mark.parametrize("branches", [2, 3, 4])
+def test_exchange_outputs_have_one_bias(branches: int) -> None:
+    module = randomize(ExchangeModule(branches))
+    features = [torch.randn(2, 64 << i, 8 >> i, 16 >> i, dtype=torch.float64) for i in range(branches)]
+    copies = [x.clone() for x in features]
+    with torch.no_grad():
+        plain = copy.deepcopy(module).double()
+        plain.branches = nn.ModuleList(nn.Identity() for _ in range(branches))
+        expected = plain([x.clone() for x in features])
+        for target, paths in enumerate(cast("list[nn.ModuleList]", list(module.fuse_layers))):
+            weights = ExchangeWeights(paths, torch.float64)
+            weights.load(paths)
+            ends = [path[-1].bias is not None for path in cast("list[nn.ModuleList]", list(weights.paths)) if len(path)]
+            assert sum(ends) == 1
+            assert error(exchange_output(features, weights), expected[target]) < 1e-12
+    assert all(torch.equal(x, y) for x, y in zip(features, copies, strict=True)), "an input was written to"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("added", [False, True])
+def test_convolution(dtype: torch.dtype, relu: bool, added: bool) -> None:
+    layer = nn.Conv2d(6, 10, 3, stride=2, padding=1)
+    weights = ConvolutionWeights(layer, dtype)
+    weights.load(layer.weight.detach(), layer.bias.detach() if layer.bias is not None else None)
+    for shape in [(2, 6, 9, 8), (1, 6, 9, 8), (0, 6, 9, 8), (5, 6, 1, 1)]:
+        x = torch.randn(shape, dtype=dtype).to(memory_format=torch.channels_last)
+        with torch.no_grad():
+            expected = copy.deepcopy(layer).double()(x.double())
+            residual = torch.randn_like(expected) if added else None
+            result = convolution(x, weights, relu, None if residual is None else residual.to(dtype))
+        if residual is not None:
+            expected += residual.to(dtype)
+        torch.testing.assert_close(
+            result.double(),
+            expected.relu() if relu else expected,
+            rtol=0,
+            atol=1e-12 if dtype == torch.float64 else 1e-5,
+        )
+
+
+def test_stem() -> None:
+    trunk = randomize(CompactTrunk())
+    weights = ConvolutionWeights(trunk.conv1, torch.float64)
+    weights.load(*fold_batch_norm(trunk.conv1, trunk.bn1))
+    x = torch.randn(2, 3, 33, 40, dtype=torch.float64)
+    with torch.no_grad():
+        assert (
+            error(stem(x, weights), exact(nn.Sequential(trunk.conv1, trunk.bn1, nn.ReLU(), trunk.maxpool), x)) < 1e-12
+        )
+
+
+# Whole trunks
+
+
+@pytest.mark.parametrize("kind", TRUNKS)
+def test_float64_is_the_plain_network(kind: type[nn.Module], trunks: dict[type[nn.Module], nn.Module]) -> None:
+    x = images(3, 64)
+    folded = fold_backbone(trunks[kind], torch.float64)
+    assert error(folded(x), exact(trunks[kind], x)) < 1e-10
+    assert folded(x[:0]).shape == (0, folded.out_channels, 2, 2)
+
+
+@pytest.mark.parametrize("kind", [ResNet50, CompactTrunk])
+@pytest.mark.parametrize("size", [(1, 32, 32), (2, 33, 97), (5, 65, 50)])
+def test_odd_sizes(kind: type[nn.Module], size: tuple[int, int, int], trunks: dict[type[nn.Module], nn.Module]) -> None:
+    x = images(*size)
+    assert error(fold_backbone(trunks[kind], torch.float64)(x), exact(trunks[kind], x)) < 1e-10
+
+
+@pytest.mark.parametrize("kind", TRUNKS)
+def test_float32_rounds_as_the_plain_network(
+    kind: type[nn.Module],
+    trunks: dict[type[nn.Module], nn.Module],
+    folded32: dict[type[nn.Module], FoldedBackbone],
+) -> None:
+    # Weights are rounded once more, and the packed kernels may add up a sum in fewer parts than the plain ones.
+    for batch in (1,) if kind is HRNetW64 else (1, 2, 1):  # with weights packed for either shape
+        x = images(batch, 64)
+        truth = exact(trunks[kind], x)
+        with torch.inference_mode():
+            assert rounding(folded32[kind](x), truth) < 2 * rounding(trunks[kind](x), truth)
+
+
+@pytest.mark.parametrize("kind", TRUNKS)
+def test_bfloat16_rounds_as_the_plain_network(kind: type[nn.Module], trunks: dict[type[nn.Module], nn.Module]) -> None:
+    x = images(1, 32)
+    truth = exact(trunks[kind], x)
+    folded = fold_backbone(trunks[kind], torch.bfloat16)(x)
+    with torch.no_grad():
+        plain = copy.deepcopy(trunks[kind]).bfloat16()(x.bfloat16())
+    assert folded.dtype == torch.bfloat16
+    assert rounding(folded, truth) < 1.5 * rounding(plain, truth)
+
+
+def test_height_and_width_of_hrnet_are_checked(folded32: dict[type[nn.Module], FoldedBackbone]) -> None:
+    with pytest.raises(ValueError, match="multiples of 32, got 64 x 48"):
+        folded32[HRNetW64](images(1, 64, 48))
+
+
+def test_features_are_tokens_without_a_copy(folded32: dict[type[nn.Module], FoldedBackbone]) -> None:
+    features = folded32[ResNet50](images(2, 64))
+    assert features.flatten(2).transpose(1, 2).is_contiguous()
+    assert not features.requires_grad
+
+
+# New weights, copies, threads
+
+
+@pytest.mark.parametrize("kind", [ResNet50Trunk, CompactTrunk, HRNetW64])
+def test_refresh_takes_new_weights_in_place(kind: type[nn.Module], trunks: dict[type[nn.Module], nn.Module]) -> None:
+    other, x = randomize(copy.deepcopy(trunks[kind]), seed=1), images(1, 32)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(-0.9)
+    folded = fold_backbone(trunks[kind], torch.float32)
+    pointers = {name: tensor.data_ptr() for name, tensor in folded.state_dict().items()}
+    before = folded(x)  # packs weights, which must be packed anew
+    folded.refresh(other)
+    fresh = fold_backbone(other, torch.float32)
+    assert {name: tensor.data_ptr() for name, tensor in folded.state_dict().items()} == pointers
+    assert not torch.equal(folded(x), before)
+    assert torch.equal(folded(x), fresh(x))
+    for name, tensor in fresh.state_dict().items():
+        assert torch.equal(folded.state_dict()[name], tensor), name
+
+
+def test_refresh_wants_the_same_type(trunks: dict[type[nn.Module], nn.Module]) -> None:
+    with pytest.raises(TypeError, match="backbone must be a ResNet50, as was folded, got CompactTrunk"):
+        fold_backbone(trunks[ResNet50], torch.float32).refresh(trunks[CompactTrunk])
+
+
+def test_folding_leaves_the_backbone_alone(trunks: dict[type[nn.Module], nn.Module]) -> None:
+    backbone = copy.deepcopy(trunks[CompactTrunk]).train()
+    state = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    folded = fold_backbone(backbone, torch.float32)
+    folded(images(1, 32))
+    assert backbone.training and all(p.requires_grad for p in backbone.parameters())
+    assert all(torch.equal(tensor, state[name]) for name, tensor in backbone.state_dict().items())
+
+
+def test_made_in_inference_mode_and_refreshed_outside(trunks: dict[type[nn.Module], nn.Module]) -> None:
+    x = images(1, 32)
+    with torch.inference_mode():
+        folded = fold_backbone(trunks[CompactTrunk], torch.float32)
+        first = folded(x)
+    folded.refresh(trunks[CompactTrunk])
+    assert torch.equal(folded(x), first)
+
+
+def test_copies_and_pickles(trunks: dict[type[nn.Module], nn.Module]) -> None:
+    folded, x = fold_backbone(trunks[CompactTrunk], torch.float32), images(1, 32)
+    result = folded(x)
+    for other in (copy.deepcopy(folded), pickle.loads(pickle.dumps(folded))):
+        assert isinstance(other, FoldedBackbone) and other.folds == folded.folds
+        assert torch.equal(other(x), result)
+
+
+def test_packed_weights_follow_the_weight() -> None:
+    packs = onednn.WeightPacks()
+    weight = torch.randn(8, 8, 3, 3)
+
+    def unpacked(shape: torch.Size) -> Tensor:
+        return packs.get(weight, shape, (1, 1), (1, 1)).to_dense()
+
+    if not onednn.usable(weight):
+        pytest.skip("no oneDNN here")
+    shapes = [torch.Size((batch, 8, 6, 6)) for batch in range(1, onednn.SHAPES_KEPT + 3)]
+    assert all(torch.equal(unpacked(shape), weight) for shape in shapes)
+    assert len(packs._packs) == onednn.SHAPES_KEPT
+    assert packs.get(weight, shapes[-1], (1, 1), (1, 1)) is packs.get(weight, shapes[-1], (1, 1), (1, 1))
+    weight.mul_(2)
+    assert torch.equal(unpacked(shapes[-1]), weight)
+    weight = weight + 1
+    assert torch.equal(unpacked(shapes[-1]), weight)
+
+
+def test_moved_to_another_type(trunks: dict[type[nn.Module], nn.Module]) -> None:
+    folded, x = fold_backbone(trunks[CompactTrunk], torch.float32), images(1, 32)
+    folded(x)
+    with pytest.raises(RuntimeError):  # not silently in the old type with the old packed weights
+        folded.double()(x)
+
+
+# Backbones that the engine does not know
+
+
+class Other(ResNet50):
+    """A subclass may do anything."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return -super().forward(x)
+
+
+@pytest.mark.parametrize("make", [Other, lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))])
+def test_unknown_backbones_are_used_as_they_are(make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    backbone, other, x = randomize(make()), randomize(make(), seed=1), images(1, 32)
+    folded = fold_backbone(backbone, torch.float64)
+    assert isinstance(folded, UnknownBackbone)
+    assert folded.out_channels == 2048
+    (fold,) = folded.folds
+    assert fold.flops_saved == 0 and type(backbone).__name__ in fold.description
+    assert torch.equal(folded(x), exact(backbone, x))
+    assert next(backbone.parameters()).dtype == torch.float32
+    pointers = [tensor.data_ptr() for tensor in folded.state_dict().values()]
+    folded.refresh(other)
+    assert [tensor.data_ptr() for tensor in folded.state_dict().values()] == pointers
+    assert torch.equal(folded(x), exact(other, x))
+
+
+def test_an_unknown_backbone_must_keep_its_tensors() -> None:
+    folded = fold_backbone(nn.Sequential(nn.Conv2d(3, 8, 3)), torch.float32)
+    with pytest.raises(ValueError, match=r"they differ in \['0.bias'\]"):
+        folded.refresh(nn.Sequential(nn.Conv2d(3, 8, 3, bias=False)))
+
+
+def test_arguments_are_checked() -> None:
+    with pytest.raises(TypeError, match=r"backbone must be an nn\.Module, got str"):
+        fold_backbone("resnet50", torch.float32)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"dtype must be a floating point torch.dtype, got torch.int8"):
+        fold_backbone(CompactTrunk(), torch.int8)
+
+
+# What is reported
+
+
+def test_folds_are_counted_from_shapes(folded32: dict[type[nn.Module], FoldedBackbone]) -> None:
+    folds = {fold.name: fold.flops_saved for fold in folded32[ResNet50].folds}
+    # Per stage at sides 56, 28, 14, 7: first and other blocks of width w have batch norms over w at the side (the
+    # first block's first one still at the side before it), w and 4w; the downsample branch has one more over 4w.
+    elements, downsample = 64 * 112**2, 0
+    before = 56
+    for width, blocks, side in [(64, 3, 56), (128, 4, 28), (256, 6, 14), (512, 3, 7)]:
+        elements += width * before**2 + (blocks - 1) * width * side**2 + blocks * 5 * width * side**2
+        downsample += 4 * width * side**2
+        before = side
+    assert folds == {"batch norm": 2 * (elements + downsample), "downsample bias": downsample}
+
+
+def test_folds_of_hrnet(
+    trunks: dict[type[nn.Module], nn.Module], folded32: dict[type[nn.Module], FoldedBackbone]
+) -> None:
+    folds = {fold.name: fold.flops_saved for fold in folded32[HRNetW64].folds}
+    sizes = batch_norm_sizes(trunks[HRNetW64])
+    assert len(sizes) == sum(isinstance(module, nn.BatchNorm2d) for module in trunks[HRNetW64].modules())
+    assert folds["batch norm"] == 2 * sum(sizes.values())
+    # Heads of 128, 256, 512, 1024 channels at 56, 28, 14, 7, and layer1's 256 at 56.
+    assert folds["downsample bias"] == 256 * 56**2 + sum((128 << i) * (56 >> i) ** 2 for i in range(4))
+    # A term from a finer branch has the target's size; one from a coarser branch has the target's width, its own side.
+    saved = 0
+    for branches, modules in [(2, 1), (3, 4), (4, 3)]:
+        for target in range(branches):
+            terms = [
+                (64 << target) * (56 >> max(source, target)) ** 2 for source in range(branches) if source != target
+            ]
+            kept = terms[target - 1] if target else terms[-1]
+            saved += modules * (sum(terms) - kept)
+    assert folds["exchange bias"] == saved
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+@NOT_CPU
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", TRUNKS)
+def test_gpu_half_precision(
+    kind: type[nn.Module], dtype: torch.dtype, trunks: dict[type[nn.Module], nn.Module]
+) -> None:
+    backbone = trunks[kind]
+    for x in (images(1, 64), images(3, 224)):
+        truth = exact(copy.deepcopy(backbone).cuda(), x.cuda()).cpu()
+        with torch.no_grad():
+            plain = copy.deepcopy(backbone).cuda().to(dtype)(x.cuda().to(dtype))
+        assert rounding(fold_backbone(copy.deepcopy(backbone).cuda(), dtype)(x.cuda()), truth) < 2 * rounding(
+            plain, truth
+        )
+
+
+@pytest.mark.gpu
+@NOT_CPU
+@pytest.mark.parametrize("kind", [ResNet50, HRNetW64])
+def test_gpu_float32(kind: type[nn.Module], trunks: dict[type[nn.Module], nn.Module]) -> None:
+    backbone, x = copy.deepcopy(trunks[kind]).cuda(), images(2, 64).cuda()
+    truth = exact(backbone, x).cpu()
+    with torch.no_grad():
+        assert rounding(fold_backbone(backbone, torch.float32)(x), truth) < 2 * rounding(backbone(x), truth)
+
+
+@pytest.mark.gpu
+@NOT_CPU
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gpu_convolutions_read_nothing_stale(dtype: torch.dtype) -> None:
+    """cuDNN's fused operator gets the output's memory as a term with factor 0: NaN there must not matter."""
+    layer = randomize(nn.Conv2d(64, 64, 3, padding=1)).cuda()
+    weights = ConvolutionWeights(layer, dtype)
+    weights.load(layer.weight.detach(), cast(Tensor, layer.bias).detach())
+    x = torch.randn(2, 64, 14, 14, device="cuda", dtype=dtype).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        clean = convolution(x, weights, relu=True)
+        for _ in range(10):
+            poison = [torch.full_like(clean, float("nan")) for _ in range(8)]
+            del poison
+            assert torch.equal(convolution(x, weights, relu=True), clean)
+
+
+def captured(folded: FoldedBackbone, x: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        folded(x)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = folded(x)
+    return graph, result
+
+
+@pytest.mark.gpu
+@NOT_CPU
+@pytest.mark.parametrize("kind", [ResNet50, HRNetW64])
+def test_gpu_graphs_of_two_sizes(kind: type[nn.Module], trunks: dict[type[nn.Module], nn.Module]) -> None:
+    """Replays on new images, new weights and in turn: what branches on parallel streams write is never mixed up."""
+    folded = fold_backbone(copy.deepcopy(trunks[kind]).cuda(), torch.float16)
+    side = 64 if kind is HRNetW64 else 224
+    inputs = [images(batch, side).cuda().half().to(memory_format=torch.channels_last) for batch in (1, 3)]
+    graphs = [captured(folded, x) for x in inputs]
+    check_replays(folded, inputs, graphs)
+    torch.manual_seed(2)
+    folded.refresh(randomize(kind(), seed=2).cuda())
+    for x in inputs:
+        x.copy_(x.flip(-1))
+    check_replays(folded, inputs, graphs)
+
+
+def check_replays(
+    folded: FoldedBackbone, inputs: list[Tensor], graphs: list[tuple[torch.cuda.CUDAGraph, Tensor]]
+) -> None:
+    """Twenty replays of every graph have the same bits, those of the eager call but for another choice of kernels."""
+    for x, (graph, result) in zip(inputs, graphs, strict=True):
+        eager = folded(x).cpu().double()
+        graph.replay()
+        first = result.clone()
+        assert error(first, eager) < 1e-2
+        for _ in range(20):
+            result.fill_(float("nan"))
+            graph.replay()
+            assert torch.equal(result, first)
