@@ -190,7 +190,7 @@ def test_threads(model: FastMETRO, float32_engine: Engine) -> None:
 def test_report(float32_engine: Engine) -> None:
     names = [fold.name for fold in float32_engine.report.folds]
     assert len(set(names)) == len(names)
-    assert {"batch norm", "decoder-prefix", "positions", "norm-affine", "memory-projection"} <= set(names)
+    assert {"batch-norm", "decoder-prefix", "positions", "norm-affine", "memory-projection"} <= set(names)
     text = str(float32_engine.report)
     assert all(name in text for name in names) and "MFLOP" in text
     assert float32_engine.report.flops_saved > 3e8

@@ -376,7 +376,7 @@ def test_folds_are_counted_from_shapes(folded32: dict[type[nn.Module], FoldedBac
         elements += width * before**2 + (blocks - 1) * width * side**2 + blocks * 5 * width * side**2
         downsample += 4 * width * side**2
         before = side
-    assert folds == {"batch norm": 2 * (elements + downsample), "downsample bias": downsample}
+    assert folds == {"batch-norm": 2 * (elements + downsample), "downsample-bias": downsample}
 
 
 def test_folds_of_hrnet(
@@ -385,9 +385,9 @@ def test_folds_of_hrnet(
     folds = {fold.name: fold.flops_saved for fold in folded32[HRNetW64].folds}
     sizes = batch_norm_sizes(trunks[HRNetW64])
     assert len(sizes) == sum(isinstance(module, nn.BatchNorm2d) for module in trunks[HRNetW64].modules())
-    assert folds["batch norm"] == 2 * sum(sizes.values())
+    assert folds["batch-norm"] == 2 * sum(sizes.values())
     # Heads of 128, 256, 512, 1024 channels at 56, 28, 14, 7, and layer1's 256 at 56.
-    assert folds["downsample bias"] == 256 * 56**2 + sum((128 << i) * (56 >> i) ** 2 for i in range(4))
+    assert folds["downsample-bias"] == 256 * 56**2 + sum((128 << i) * (56 >> i) ** 2 for i in range(4))
     # A term from a finer branch has the target's size; one from a coarser branch has the target's width, its own side.
     saved = 0
     for branches, modules in [(2, 1), (3, 4), (4, 3)]:

@@ -22,7 +22,7 @@ class UnknownBackbone(FoldedBackbone):
 
     def __init__(self, backbone: nn.Module, dtype: torch.dtype) -> None:
         description = f"{type(backbone).__name__} is not a backbone that the engine knows: nothing in it is folded"
-        super().__init__(backbone, dtype, [Fold("unknown backbone", description, 0)])
+        super().__init__(backbone, dtype, [Fold("unknown-backbone", description, 0)])
         self.backbone = copy.deepcopy(backbone).to(dtype=dtype).eval().requires_grad_(False)
 
     @torch.no_grad()

@@ -79,7 +79,7 @@ def batch_norm_sizes(backbone: nn.Module, side: int = 224) -> dict[str, int]:
 def batch_norm_fold(sizes: dict[str, int]) -> Fold:
     """What folding all batch norms saves: a multiplication and an addition per element of their outputs."""
     return Fold(
-        "batch norm",
+        "batch-norm",
         f"the scale and shift of {len(sizes)} batch norms are part of the convolutions in front of them",
         2 * sum(sizes.values()),
     )
@@ -89,7 +89,7 @@ def downsample_bias_fold(sizes: dict[str, int]) -> Fold:
     """What moving the bias of the downsample branches to the blocks' last convolutions saves: an addition each."""
     downsample = [size for name, size in sizes.items() if name.split(".")[-2:-1] == ["downsample"]]
     return Fold(
-        "downsample bias",
+        "downsample-bias",
         f"{len(downsample)} residual blocks have one bias for their downsample branch and their last convolution",
         sum(downsample),
     )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
 
 
 class ParallelStreams:
@@ -33,7 +33,7 @@ class ParallelStreams:
     def __reduce__(self) -> tuple[type[ParallelStreams], tuple[()]]:
         return ParallelStreams, ()
 
-    def run(self, device: torch.device, pieces: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
+    def run(self, device: torch.device, pieces: Sequence[Callable[[], Any]]) -> list[Any]:
         """The results of all pieces, which must not depend on one another; the first runs on the current stream."""
         if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
             return [piece() for piece in pieces]
