@@ -1,0 +1,6 @@
+"""Fused blocks of transformers for inference: linear layers with all that surrounds them, attention over few keys."""
+
+from fastmetro_kernels.fused.linear import LinearConfig, fused_linear
+from fastmetro_kernels.fused.short_attention import ShortAttentionConfig, short_attention
+
+__all__ = ["LinearConfig", "ShortAttentionConfig", "fused_linear", "short_attention"]

@@ -1,0 +1,60 @@
+"""What the fused ops have in common: they run on Triton or in plain PyTorch, and have no gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fastmetro_kernels import backends
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+"""Accepted dtypes; float64 runs on the reference alone."""
+
+
+def check_tensor(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype], device: torch.device | None = None) -> None:
+    """A dense tensor of one of the dtypes, on the device if one is given.
+
+    Raises:
+        TypeError: not a dense tensor, or another dtype.
+        ValueError: on another device.
+    """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
+    if tensor.dtype not in dtypes:
+        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name} must be one of {accepted}, got {tensor.dtype}")
+    if device is not None and tensor.device != device:
+        raise ValueError(f"{name} must be on {device}, got {tensor.device}")
+
+
+def refuse_gradients(op: str, tensors: Mapping[str, Tensor | None]) -> None:
+    """Raises RuntimeError where autograd would want a gradient that the op does not have."""
+    if not torch.is_grad_enabled():
+        return
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.requires_grad:
+            raise RuntimeError(
+                f"{op} is for inference and has no gradients, but {name} requires grad: call it under "
+                f"torch.no_grad() or torch.inference_mode(), or pass {name}.detach()"
+            )
+
+
+@torch.compiler.assume_constant_result
+def choose_backend(op: str, requested: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that runs a call; see :func:`fastmetro_kernels.backends.select`.
+
+    Raises:
+        ValueError: an unknown backend.
+        BackendUnavailable: the named backend cannot take such tensors; the message tells why.
+    """
+    triton = list(backends.triton_reasons(device))
+    if dtype == torch.float64:
+        triton.append("float64 is not supported")
+    if dtype == torch.bfloat16 and device.type == "cpu":
+        triton.append("Triton's interpreter computes bfloat16 wrongly")
+    order = ("reference",) if backends.triton_interpreted() else ("triton", "reference")
+    return backends.select(op, requested, {"reference": [], "triton": triton}, order)

@@ -1,0 +1,47 @@
+"""The reference backend: the fused linear layer in plain PyTorch, for every device and dtype. The specification."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    normalize: float | None,
+    relu: bool,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """``act(norm(x) @ weight.T + bias) + residual``, everything summed in float32 (float64 for float64 ``x``).
+
+    Only the normalised rows are rounded to the dtype of ``x`` on the way, as a layer norm of its own would do, and
+    the result to ``out_dtype``.
+
+    Args:
+        x: ``[B, M, K]``.
+        weight: ``[N, K]``.
+        bias: ``[N]``, ``[M, N]`` or None.
+        residual: ``[B, M, N]`` or None.
+        normalize: Epsilon of the layer norm, or None for none.
+        relu: Whether negative numbers become 0 before the residual is added.
+        out_dtype: Of the result.
+
+    Returns:
+        ``[B, M, N]``, contiguous.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    rows = x.to(wide)
+    if normalize is not None:
+        rows = F.layer_norm(rows, rows.shape[-1:], eps=normalize).to(x.dtype).to(wide)
+    result = F.linear(rows, weight.to(wide))
+    if bias is not None:
+        result = result + bias.to(wide)
+    if relu:
+        result = result.relu()
+    if residual is not None:
+        result = result + residual.to(wide)
+    return result.to(out_dtype).contiguous()

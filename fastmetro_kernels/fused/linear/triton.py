@@ -1,0 +1,248 @@
+"""The Triton backend of the fused linear layer: CUDA devices, or CPU tensors in Triton's interpreter.
+
+A program makes one tile of the output. It needs whole rows of x, so the moments of the layer norm are its own affair:
+it takes them in a first pass over its rows, which the second pass then finds in L1. Where the batch is small, tiles
+are small, and what takes time is the chain of products that add to one accumulator: such a tile is cut into shares of
+the depth, which different warps take (a batched product) and one sum joins, in a fixed order. Nothing is tuned at run
+time, and no two programs write to one place.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+# (kernels are not ordinary Python: their arguments are typed when Triton compiles them)
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastmetro_kernels.fused.early_launch import await_earlier_kernels, launch_options, launches_early, on_device
+from fastmetro_kernels.fused.linear import ops
+from fastmetro_kernels.fused.linear.configs import LinearConfig, pinned
+
+_SMALL_TILE = 4096
+"""Tiles up to this size load what is added in front of the product; larger ones need the registers meanwhile."""
+
+
+@triton.jit
+def _depth(first, DEPTH: tl.constexpr, SHARES: tl.constexpr):
+    """Positions along the depth of a step: [DEPTH], or [SHARES, DEPTH]."""
+    if SHARES == 1:
+        k = first + tl.arange(0, DEPTH)
+    else:
+        k = first + tl.arange(0, SHARES)[:, None] * DEPTH + tl.arange(0, DEPTH)[None, :]
+    return k.to(tl.int64)
+
+
+@triton.jit
+def _load_rows(base, k, stride_dim, WIDTH: tl.constexpr, EVEN: tl.constexpr, SHARES: tl.constexpr):
+    """Rows at the pointers base [ROWS]: [ROWS, DEPTH] or [SHARES, ROWS, DEPTH], 0 beyond WIDTH."""
+    if SHARES == 1:
+        pointers = base[:, None] + (k * stride_dim)[None, :]
+        inside = (k < WIDTH)[None, :]
+    else:
+        pointers = base[None, :, None] + (k * stride_dim)[:, None, :]
+        inside = (k < WIDTH)[:, None, :]
+    return tl.load(pointers) if EVEN else tl.load(pointers, mask=inside, other=0.0)
+
+
+@triton.jit
+def _load_weight(base, k, stride_dim, WIDTH: tl.constexpr, EVEN: tl.constexpr, SHARES: tl.constexpr):
+    """Rows of the weight at the pointers base [COLUMNS], transposed: [DEPTH, COLUMNS] or [SHARES, DEPTH, COLUMNS]."""
+    if SHARES == 1:
+        pointers = base[None, :] + (k * stride_dim)[:, None]
+        inside = (k < WIDTH)[:, None]
+    else:
+        pointers = base[None, None, :] + (k * stride_dim)[:, :, None]
+        inside = (k < WIDTH)[:, :, None]
+    return tl.load(pointers) if EVEN else tl.load(pointers, mask=inside, other=0.0)
+
+
+@triton.jit
+def _load_tile(base, row_offsets, column_offsets, mask):
+    """What is added to the tile of the output, 0 beyond the edges."""
+    return tl.load(base + row_offsets[:, None] + column_offsets[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _prefetch_weight(base, stride_dim, wanted, WIDTH: tl.constexpr):
+    """Where wanted, asks for the weight at the row pointers base [COLUMNS] to come to L2, and waits for nothing."""
+    LINE: tl.constexpr = 1024 // base.dtype.element_ty.primitive_bitwidth
+    LINES: tl.constexpr = triton.next_power_of_2((WIDTH + LINE - 1) // LINE)
+    k = tl.minimum(tl.arange(0, LINES) * LINE, WIDTH - 1).to(tl.int64)
+    addresses = (base[:, None] + (k * stride_dim)[None, :]).to(tl.int64)
+    if wanted:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; // $0", "=r,l", [addresses], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
+def _spread(row_values, SHARES: tl.constexpr):
+    """A number per row, in the axes of a tile of x."""
+    return row_values[:, None] if SHARES == 1 else row_values[None, :, None]
+
+
+@triton.jit
+def _sum_rows(tile, SHARES: tl.constexpr):
+    """Sums of the rows of a tile of x."""
+    return tl.sum(tile, 1) if SHARES == 1 else tl.sum(tl.sum(tile, 2), 0)
+
+
+@triton.jit
+def _add_moments(mean, squares, tile, k, first, WIDTH: tl.constexpr, STEP: tl.constexpr, SHARES: tl.constexpr):
+    """Mean and sum of squared distances from it, with one more step of the rows (Chan, Golub and LeVeque 1979)."""
+    count = tl.minimum(WIDTH - first, STEP).to(tl.float32)
+    seen = first * 1.0
+    tile = tile.to(tl.float32)
+    tile_mean = _sum_rows(tile, SHARES) / count
+    inside = (k < WIDTH)[None, :] if SHARES == 1 else (k < WIDTH)[:, None, :]
+    centred = tl.where(inside, tile - _spread(tile_mean, SHARES), 0.0)
+    tile_squares = _sum_rows(centred * centred, SHARES)
+    delta = tile_mean - mean
+    share = count / (seen + count)
+    return mean + delta * share, squares + tile_squares + delta * delta * (seen * share)
+
+
+@triton.jit
+def _normalized(tile, mean, inverse, dtype: tl.constexpr, SHARES: tl.constexpr):
+    return ((tile.to(tl.float32) - _spread(mean, SHARES)) * _spread(inverse, SHARES)).to(dtype)
+
+
+@triton.jit
+def _product(
+    x_base, weight_base, weight_tile, stride_x_dim, stride_weight_dim, epsilon,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, SHARES: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+):  # fmt: skip
+    """norm(x) @ weight.T of one tile, float32; weight_tile is the whole weight where one step is all, else None."""
+    STEP: tl.constexpr = DEPTH * SHARES
+    EVEN: tl.constexpr = WIDTH % STEP == 0
+    dtype: tl.constexpr = weight_base.dtype.element_ty
+    mean = tl.zeros((ROWS,), tl.float32)
+    squares = tl.zeros((ROWS,), tl.float32)
+    acc = tl.zeros((ROWS, COLUMNS) if SHARES == 1 else (SHARES, ROWS, COLUMNS), tl.float32)
+    if weight_tile is not None:
+        k = _depth(0, DEPTH, SHARES)
+        tile = _load_rows(x_base, k, stride_x_dim, WIDTH, EVEN, SHARES)
+        if NORMALIZE:
+            mean, squares = _add_moments(mean, squares, tile, k, 0, WIDTH, STEP, SHARES)
+            tile = _normalized(tile, mean, tl.rsqrt(squares / WIDTH + epsilon), dtype, SHARES)
+        acc = tl.dot(tile, weight_tile, acc, input_precision="ieee")
+    else:
+        if NORMALIZE:
+            for first in range(0, WIDTH, STEP):
+                k = _depth(first, DEPTH, SHARES)
+                tile = _load_rows(x_base, k, stride_x_dim, WIDTH, EVEN, SHARES)
+                mean, squares = _add_moments(mean, squares, tile, k, first, WIDTH, STEP, SHARES)
+            inverse = tl.rsqrt(squares / WIDTH + epsilon)
+        for first in range(0, WIDTH, STEP):
+            k = _depth(first, DEPTH, SHARES)
+            tile = _load_rows(x_base, k, stride_x_dim, WIDTH, EVEN, SHARES)
+            weight_step = _load_weight(weight_base, k, stride_weight_dim, WIDTH, EVEN, SHARES)
+            if NORMALIZE:
+                tile = _normalized(tile, mean, inverse, dtype, SHARES)
+            acc = tl.dot(tile, weight_step, acc, input_precision="ieee")
+    return acc if SHARES == 1 else tl.sum(acc, 0)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def fused_linear_kernel(
+    x, weight, bias, residual, out,
+    rows, tokens, features,
+    stride_x_batch, stride_x_token, stride_x_dim, stride_weight_feature, stride_weight_dim,
+    stride_bias_token, stride_bias_feature, stride_residual_batch, stride_residual_token, stride_residual_feature,
+    epsilon,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, SHARES: tl.constexpr,
+    NORMALIZE: tl.constexpr, RELU: tl.constexpr, TOKEN_BIAS: tl.constexpr, SMALL: tl.constexpr,
+    CONSTANT_WEIGHTS: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """One tile [ROWS, COLUMNS] of the output; columns run fastest, so that programs at a time share rows of x in L2."""
+    column_tiles = tl.cdiv(features, COLUMNS)
+    program = tl.program_id(0)
+    row = program // column_tiles * ROWS + tl.arange(0, ROWS)
+    feature = program % column_tiles * COLUMNS + tl.arange(0, COLUMNS)
+    mask = (row < rows)[:, None] & (feature < features)[None, :]
+    # In the loop over the depth, places beyond the edges repeat the last row and feature, so that loads need no mask.
+    near_row, near_feature = tl.minimum(row, rows - 1), tl.minimum(feature, features - 1).to(tl.int64)
+    feature = feature.to(tl.int64)
+    batch, token = (near_row // tokens).to(tl.int64), (near_row % tokens).to(tl.int64)
+    x_base = x + batch * stride_x_batch + token * stride_x_token
+    weight_base = weight + near_feature * stride_weight_feature
+
+    if not CONSTANT_WEIGHTS:
+        await_earlier_kernels(EARLY)
+    weight_tile = None
+    if WIDTH <= DEPTH * SHARES:
+        k = _depth(0, DEPTH, SHARES)
+        EVEN: tl.constexpr = WIDTH == DEPTH * SHARES
+        weight_tile = _load_weight(weight_base, k, stride_weight_dim, WIDTH, EVEN, SHARES)
+    elif CONSTANT_WEIGHTS and EARLY:
+        _prefetch_weight(weight_base, stride_weight_dim, program < column_tiles, WIDTH)
+    if bias is not None:
+        if not TOKEN_BIAS:
+            added = tl.load(bias + feature * stride_bias_feature, mask=feature < features, other=0.0)[None, :]
+        elif SMALL:
+            added = _load_tile(bias, token * stride_bias_token, feature * stride_bias_feature, mask)
+    if CONSTANT_WEIGHTS:
+        await_earlier_kernels(EARLY)
+    if residual is not None:
+        residual_row = batch * stride_residual_batch + token * stride_residual_token
+        if SMALL:
+            kept = _load_tile(residual, residual_row, feature * stride_residual_feature, mask)
+
+    result = _product(
+        x_base, weight_base, weight_tile, stride_x_dim, stride_weight_dim, epsilon,
+        WIDTH, ROWS, COLUMNS, DEPTH, SHARES, NORMALIZE,
+    )  # fmt: skip
+    if bias is not None:
+        if TOKEN_BIAS and not SMALL:
+            added = _load_tile(bias, token * stride_bias_token, feature * stride_bias_feature, mask)
+        result += added.to(tl.float32)
+    if RELU:
+        result = tl.maximum(result, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    if residual is not None:
+        if not SMALL:
+            kept = _load_tile(residual, residual_row, feature * stride_residual_feature, mask)
+        result += kept.to(tl.float32)
+    target = out + row.to(tl.int64)[:, None] * features + feature[None, :]
+    tl.store(target, result.to(out.dtype.element_ty), mask=mask)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    normalize: float | None,
+    relu: bool,
+    out_dtype: torch.dtype,
+    constant_weights: bool,
+    config: Sequence[int],
+) -> Tensor:
+    """Run the kernel; arguments as in ``ops.py``."""
+    ops.check_arguments(x, weight, bias, residual, config)
+    batch, tokens, width = x.shape
+    features = weight.shape[0]
+    out = x.new_empty((batch, tokens, features), dtype=out_dtype)
+    if out.numel() == 0:
+        return out
+    rows = batch * tokens
+    tile = LinearConfig(*config) if config else pinned(rows, features, width, x.element_size())
+    early = launches_early(x)
+    bias_strides = (0, 0) if bias is None else bias.stride() if bias.dim() == 2 else (0, bias.stride(0))
+    with on_device(x):
+        fused_linear_kernel[(triton.cdiv(rows, tile.rows) * triton.cdiv(features, tile.columns),)](
+            x, weight, bias, residual, out,
+            rows, tokens, features,
+            *x.stride(), *weight.stride(), *bias_strides, *((0, 0, 0) if residual is None else residual.stride()),
+            0.0 if normalize is None else normalize,
+            WIDTH=width, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, SHARES=tile.shares,
+            NORMALIZE=normalize is not None, RELU=relu, TOKEN_BIAS=bias is not None and bias.dim() == 2,
+            SMALL=tile.rows * tile.columns <= _SMALL_TILE,
+            CONSTANT_WEIGHTS=constant_weights, EARLY=early,
+            num_warps=tile.warps, num_stages=tile.stages, **launch_options(early),
+        )  # fmt: skip
+    return out

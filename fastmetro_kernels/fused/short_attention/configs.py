@@ -1,0 +1,52 @@
+"""Tile configurations of attention over few keys: which there are, and which one a shape gets. Nothing needs Triton."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+MAX_KEYS = 128
+"""The keys of a head that fit one tile."""
+
+MAX_DIM = 128
+
+
+class ShortAttentionConfig(NamedTuple):
+    """Tile of one program: queries of one head (16, 32, 64 or 128), and warps (1 to 8)."""
+
+    rows: int
+    warps: int
+
+
+_ACCEPTED = {"rows": (16, 32, 64, 128), "warps": (1, 2, 4, 8)}
+
+TILES = (
+    ShortAttentionConfig(64, 4),
+    ShortAttentionConfig(128, 8),
+    ShortAttentionConfig(128, 4),
+    ShortAttentionConfig(32, 2),
+    ShortAttentionConfig(32, 4),
+    ShortAttentionConfig(16, 2),
+    ShortAttentionConfig(16, 1),
+    ShortAttentionConfig(16, 4),
+)
+"""From large to small, of equal ones the likelier first. The benchmark times them all with `--all-configs`."""
+
+_FILLED = 200
+"""Programs that keep a large GPU of about 130 multiprocessors busy: these are short, and several fit each."""
+
+
+def pinned(batch_heads: int, queries: int) -> ShortAttentionConfig:
+    """The largest tile that makes enough programs, or the smallest: keys are read once per tile, but few, from L2."""
+
+    def programs(tile: ShortAttentionConfig) -> int:
+        return batch_heads * -(-queries // tile.rows)
+
+    return next((tile for tile in TILES if programs(tile) >= _FILLED), ShortAttentionConfig(16, 2))
+
+
+def problem(config: ShortAttentionConfig) -> str | None:
+    """What makes this configuration impossible, or None."""
+    for name, value in config._asdict().items():
+        if value not in _ACCEPTED[name]:
+            return f"{name} must be one of {', '.join(map(str, _ACCEPTED[name]))}, got {value}"
+    return None

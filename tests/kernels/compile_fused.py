@@ -1,0 +1,94 @@
+"""Compile the fused Triton kernels for an NVIDIA GPU, on any machine; run by `test_fused_compiles.py`.
+
+`python compile_fused.py CAPABILITY DTYPE WIDTH FEATURES` compiles every tile of the linear layer that fits the width,
+as FastMETRO's layers use it, and every tile of the attention over few keys; it prints one JSON object: for each its
+registers, bytes of stack (spills), bytes of shared memory, and whether it multiplies on tensor cores and what it reads
+before it waits for earlier kernels. Needs TRITON_INTERPRET=0: with the interpreter chosen, kernels are plain Python.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import triton
+from compile_attention import BYTES, resources
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastmetro_kernels.fused.linear import triton as linear
+from fastmetro_kernels.fused.linear.configs import TILES, LinearConfig, fitted
+from fastmetro_kernels.fused.short_attention import triton as attention
+from fastmetro_kernels.fused.short_attention.configs import TILES as ATTENTION_TILES
+from fastmetro_kernels.fused.short_attention.configs import ShortAttentionConfig
+
+TENSORS = {"x", "weight", "bias", "residual", "out", "q", "k", "v"}
+
+
+def source(kernel: Any, dtype: str, constants: dict[str, Any]) -> ASTSource:
+    """The kernel with the types and alignments that a launch on FastMETRO's tensors gives it."""
+    signature: dict[str, str] = {}
+    attributes = {}
+    constants = constants | {name: 1 for name in kernel.arg_names if name.endswith(("_dim", "_feature"))}
+    if "stride_weight_feature" in kernel.arg_names:
+        del constants["stride_weight_feature"]
+    for position, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        signature[name] = f"*{dtype}" if name in TENSORS else "fp32" if name in {"epsilon", "scale"} else "i32"
+        if name in TENSORS or name == "features" or name.startswith("stride_"):
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    indexed = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    return ASTSource(kernel, signature, constexprs=indexed, attrs=attributes)
+
+
+def linear_constants(tile: LinearConfig, width: int, normalize: bool, early: bool) -> dict[str, Any]:
+    """Of a projection with a bias per token behind a layer norm, or of one with a residual in front of none."""
+    return {
+        "WIDTH": width, "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth, "SHARES": tile.shares,
+        "NORMALIZE": normalize, "RELU": not normalize, "TOKEN_BIAS": normalize,
+        "SMALL": tile.rows * tile.columns <= linear._SMALL_TILE, "CONSTANT_WEIGHTS": True, "EARLY": early,
+    } | ({"residual": None} if normalize else {})  # fmt: skip
+
+
+def attention_constants(tile: ShortAttentionConfig, dim: int, early: bool) -> dict[str, Any]:
+    """Of 49 or 50 keys."""
+    return {"DIM": dim, "BLOCK_DIM": dim, "ROWS": tile.rows, "KEYS": 64, "EARLY": early}
+
+
+def report(text: str, compiled: Any) -> dict[str, Any]:
+    """What the compiled kernel uses and does."""
+    before, wait, _ = text.partition("griddepcontrol.wait")
+    return resources(compiled) | {
+        "tensor_cores": "mma.sync" in text or "wgmma" in text,
+        "waits": bool(wait),
+        "reads_early": "ld.global" in before or "prefetch.global.L2" in before,
+    }
+
+
+def main() -> None:
+    capability, dtype, width = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    early = capability >= 90
+    jobs: list[tuple[str, Any, dict[str, Any], int, int]] = []
+    for tile in dict.fromkeys(fitted(tile, width) for tile in TILES[BYTES[dtype]]):
+        normalize = width <= 512
+        constants = linear_constants(tile, width, normalize, early)
+        jobs.append((f"linear {tuple(tile)}", linear.fused_linear_kernel, constants, tile.warps, tile.stages))
+    for attention_tile in ATTENTION_TILES:
+        constants = attention_constants(attention_tile, width // 8 if width <= 512 else 64, early)
+        name = f"attention {tuple(attention_tile)}"
+        jobs.append((name, attention.short_attention_kernel, constants, attention_tile.warps, 1))
+    found = {}
+    for name, kernel, constants, warps, stages in jobs:
+        options = {"num_warps": warps, "num_stages": stages} | ({"launch_pdl": True} if early else {})
+        target = GPUTarget("cuda", capability, 32)
+        compiled = triton.compile(source(kernel, dtype, constants), target=target, options=options)
+        found[name] = report(compiled.asm["ptx"], compiled)
+        print(name, found[name], file=sys.stderr, flush=True)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
