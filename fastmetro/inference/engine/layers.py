@@ -7,7 +7,6 @@ captured graphs go on with the new weights.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmetro.inference.engine.folding import (
@@ -17,7 +16,8 @@ from fastmetro.inference.engine.folding import (
     linear,
     projection,
 )
-from fastmetro.models.attention import TokenAttention, dense_attention
+from fastmetro.inference.engine.products import project, short_attention
+from fastmetro.models.attention import TokenAttention
 from fastmetro.models.transformer import DecoderLayer, EncoderLayer
 
 
@@ -46,19 +46,6 @@ class Folded(nn.Module):
         return self.get_buffer(f"{name}_weight"), self.get_buffer(f"{name}_bias")
 
 
-def normalize(x: Tensor, epsilon: float) -> Tensor:
-    """A layer norm without gain and shift."""
-    return F.layer_norm(x, x.shape[-1:], eps=epsilon)
-
-
-def project(x: Tensor, layer: tuple[Tensor, Tensor], epsilon: float | None = None) -> Tensor:
-    """A linear layer with a bias [N] or, per token, [S, N]; of normalised tokens if there is an `epsilon`."""
-    weight, bias = layer
-    if epsilon is not None:
-        x = normalize(x, epsilon)
-    return F.linear(x, weight, bias) if bias.dim() == 1 else F.linear(x, weight) + bias
-
-
 class _FoldedLayer(Folded):
     """What both kinds share: the feed-forward block."""
 
@@ -68,8 +55,8 @@ class _FoldedLayer(Folded):
         self.put_affine("contract", linear(layer.linear2))
 
     def feed_forward(self, tokens: Tensor) -> Tensor:
-        hidden = project(tokens, self.affine("expand"), self.feed_forward_epsilon).relu_()
-        return tokens + project(hidden, self.affine("contract"))
+        hidden = project(tokens, self.affine("expand"), self.feed_forward_epsilon, relu=True)
+        return project(hidden, self.affine("contract"), residual=tokens)
 
 
 class FoldedEncoderLayer(_FoldedLayer):
@@ -90,7 +77,7 @@ class FoldedEncoderLayer(_FoldedLayer):
         """Update camera and image tokens [B, S, C]."""
         qkv = project(tokens, self.affine("qkv"), self.epsilon)
         q, k, v = (x.unflatten(-1, (self.heads, -1)) for x in qkv.chunk(3, -1))
-        tokens = tokens + project(dense_attention(q, k, v, 0.0).flatten(-2), self.affine("out"))
+        tokens = project(short_attention(q, k, v).flatten(-2), self.affine("out"), residual=tokens)
         return self.feed_forward(tokens)
 
 
@@ -118,7 +105,7 @@ class FoldedDecoderLayer(_FoldedLayer):
         """Update joint and vertex tokens [B, L, C]; `memory` [B, S, 2 C]: keys and values of the image tokens."""
         qkv = project(tokens, self.affine("qkv"), self.epsilon)
         q, k, v = (x.unflatten(-1, (self.heads, -1)) for x in qkv.chunk(3, -1))
-        tokens = tokens + project(attend(q, k, v, 0.0).flatten(-2), self.affine("out"))
+        tokens = project(attend(q, k, v, 0.0).flatten(-2), self.affine("out"), residual=tokens)
         query = project(tokens, self.affine("query"), self.cross_epsilon)
         return self.cross(tokens, query, memory)
 
@@ -126,5 +113,6 @@ class FoldedDecoderLayer(_FoldedLayer):
         """Cross-attention and feed-forward block. `tokens` and `query` [B, L, C], or [1, L, C] where all share them."""
         q = query.unflatten(-1, (self.heads, -1)).expand(len(memory), -1, -1, -1)
         k, v = (x.unflatten(-1, (self.heads, -1)) for x in memory.chunk(2, -1))
-        tokens = tokens + project(dense_attention(q, k, v, 0.0).flatten(-2), self.affine("cross_out"))
+        attended = short_attention(q, k, v).flatten(-2)
+        tokens = project(attended, self.affine("cross_out"), residual=tokens.expand(len(memory), -1, -1))
         return self.feed_forward(tokens)

@@ -17,7 +17,8 @@ from fastmetro.inference.engine.folding import (
     join,
     linear,
 )
-from fastmetro.inference.engine.layers import Folded, FoldedDecoderLayer, FoldedEncoderLayer, normalize, project
+from fastmetro.inference.engine.layers import Folded, FoldedDecoderLayer, FoldedEncoderLayer
+from fastmetro.inference.engine.products import normalize, project
 from fastmetro.inference.engine.streams import ParallelStreams
 from fastmetro.models.network import FastMETRO
 from fastmetro.models.transformer import DecoderLayer, EncoderLayer, Transformer
