@@ -1,9 +1,10 @@
 """Compile the fused Triton kernels for an NVIDIA GPU, on any machine; run by `test_fused_compiles.py`.
 
-`python compile_fused.py CAPABILITY DTYPE WIDTH FEATURES` compiles every tile of the linear layer that fits the width,
-as FastMETRO's layers use it, and every tile of the attention over few keys; it prints one JSON object: for each its
-registers, bytes of stack (spills), bytes of shared memory, and whether it multiplies on tensor cores and what it reads
-before it waits for earlier kernels. Needs TRITON_INTERPRET=0: with the interpreter chosen, kernels are plain Python.
+`python compile_fused.py CAPABILITY DTYPE WIDTH [all]` compiles the tiles that FastMETRO's layers of this width get (or
+all tiles) of the linear layer and of the attention over few keys; it prints one JSON object: for each its registers,
+bytes of stack (spills), bytes of shared memory, whether it multiplies on tensor cores, whether it waits for earlier
+kernels, and whether it reads before it does. Needs TRITON_INTERPRET=0: with the interpreter chosen, kernels are plain
+Python.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastmetro_kernels.fused.linear import triton as linear
-from fastmetro_kernels.fused.linear.configs import TILES, LinearConfig, fitted
+from fastmetro_kernels.fused.linear.configs import TILES, LinearConfig, fitted, pinned
 from fastmetro_kernels.fused.short_attention import triton as attention
 from fastmetro_kernels.fused.short_attention.configs import TILES as ATTENTION_TILES
 from fastmetro_kernels.fused.short_attention.configs import ShortAttentionConfig
+from fastmetro_kernels.fused.short_attention.configs import pinned as pinned_attention
 
 TENSORS = {"x", "weight", "bias", "residual", "out", "q", "k", "v"}
 
@@ -68,18 +70,34 @@ def report(text: str, compiled: Any) -> dict[str, Any]:
     }
 
 
+ROWS = (49, 445, 32 * 50, 32 * 445)
+
+
+def linear_tiles(element_size: int, width: int, every: bool) -> list[LinearConfig]:
+    """All tiles, or those that FastMETRO's layers get."""
+    if every:
+        return list(dict.fromkeys(fitted(tile, width) for tile in TILES[element_size]))
+    features = (512,) if width == 2048 else (width, 3 * width, 4 * width)
+    return list(dict.fromkeys(pinned(rows, n, width, element_size) for rows in ROWS for n in features))
+
+
+def attention_tiles(element_size: int, every: bool) -> list[ShortAttentionConfig]:
+    """Likewise."""
+    if every:
+        return list(ATTENTION_TILES[element_size])
+    return list(dict.fromkeys(pinned_attention(8 * batch, 445, element_size) for batch in (1, 32)))
+
+
 def main() -> None:
-    capability, dtype, width = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-    early = capability >= 90
+    capability, dtype, width, every = int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4:] == ["all"]
+    early, element_size = capability >= 90, BYTES[dtype]
     jobs: list[tuple[str, Any, dict[str, Any], int, int]] = []
-    for tile in dict.fromkeys(fitted(tile, width) for tile in TILES[BYTES[dtype]]):
-        normalize = width <= 512
-        constants = linear_constants(tile, width, normalize, early)
+    for tile in linear_tiles(element_size, width, every):
+        constants = linear_constants(tile, width, width <= 512, early)
         jobs.append((f"linear {tuple(tile)}", linear.fused_linear_kernel, constants, tile.warps, tile.stages))
-    for attention_tile in ATTENTION_TILES:
-        constants = attention_constants(attention_tile, width // 8 if width <= 512 else 64, early)
-        name = f"attention {tuple(attention_tile)}"
-        jobs.append((name, attention.short_attention_kernel, constants, attention_tile.warps, 1))
+    for rows, warps in attention_tiles(element_size, every):
+        constants = attention_constants(ShortAttentionConfig(rows, warps), min(width, 512) // 8, early)
+        jobs.append((f"attention {(rows, warps)}", attention.short_attention_kernel, constants, warps, 1))
     found = {}
     for name, kernel, constants, warps, stages in jobs:
         options = {"num_warps": warps, "num_stages": stages} | ({"launch_pdl": True} if early else {})

@@ -19,29 +19,36 @@ class ShortAttentionConfig(NamedTuple):
 
 _ACCEPTED = {"rows": (16, 32, 64, 128), "warps": (1, 2, 4, 8)}
 
-TILES = (
-    ShortAttentionConfig(64, 4),
-    ShortAttentionConfig(128, 8),
-    ShortAttentionConfig(128, 4),
-    ShortAttentionConfig(32, 2),
-    ShortAttentionConfig(32, 4),
-    ShortAttentionConfig(16, 2),
-    ShortAttentionConfig(16, 1),
-    ShortAttentionConfig(16, 4),
-)
-"""From large to small, of equal ones the likelier first. The benchmark times them all with `--all-configs`."""
+TILES: dict[int, tuple[ShortAttentionConfig, ...]] = {
+    2: (
+        ShortAttentionConfig(64, 4),
+        ShortAttentionConfig(128, 8),
+        ShortAttentionConfig(128, 4),
+        ShortAttentionConfig(32, 2),
+        ShortAttentionConfig(32, 4),
+        ShortAttentionConfig(16, 2),
+        ShortAttentionConfig(16, 1),
+        ShortAttentionConfig(16, 4),
+    ),
+    # Float32 products do not run on tensor cores but from registers: other tiles spill.
+    4: (ShortAttentionConfig(32, 8), ShortAttentionConfig(16, 8)),
+}
+"""By bytes per element, from large to small, of equal ones the likelier first. The benchmark times them all with
+`--all-configs`."""
 
 _FILLED = 200
 """Programs that keep a large GPU of about 130 multiprocessors busy: these are short, and several fit each."""
 
 
-def pinned(batch_heads: int, queries: int) -> ShortAttentionConfig:
-    """The largest tile that makes enough programs, or the smallest: keys are read once per tile, but few, from L2."""
+def pinned(batch_heads: int, queries: int, element_size: int) -> ShortAttentionConfig:
+    """The largest tile that makes enough programs, else the smallest: each tile reads all keys, but from L2."""
+    tiles = TILES[element_size]
 
     def programs(tile: ShortAttentionConfig) -> int:
         return batch_heads * -(-queries // tile.rows)
 
-    return next((tile for tile in TILES if programs(tile) >= _FILLED), ShortAttentionConfig(16, 2))
+    smallest = next(tile for tile in tiles if tile.rows == tiles[-1].rows)
+    return next((tile for tile in tiles if programs(tile) >= _FILLED), smallest)
 
 
 def problem(config: ShortAttentionConfig) -> str | None:

@@ -80,7 +80,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, config: Sequence[in
     if out.numel() == 0:
         return out
     keys = k.shape[1]
-    tile = ShortAttentionConfig(*config) if config else pinned(batch * heads, queries)
+    tile = ShortAttentionConfig(*config) if config else pinned(batch * heads, queries, q.element_size())
     early = launches_early(q)
     with on_device(q):
         short_attention_kernel[(batch * heads * triton.cdiv(queries, tile.rows),)](

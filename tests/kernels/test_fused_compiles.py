@@ -1,0 +1,40 @@
+"""The fused Triton kernels compile to machine code for NVIDIA GPUs, also on a machine without one."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "width"), [(90, "fp16", 512), (90, "bf16", 2048), (80, "bf16", 128), (90, "fp32", 128)]
+)
+def test_pinned_tiles_compile_without_spilling(capability: int, dtype: str, width: int) -> None:
+    script = Path(__file__).with_name("compile_fused.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(capability), dtype, str(width)],
+        env=os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(script.parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert {name.split()[0] for name in found} == {"linear", "attention"}
+    for name, used in found.items():
+        assert used["stack"] <= 16, (name, used)
+        assert used["shared"] <= SHARED_LIMIT[capability], (name, used)
+        assert used["tensor_cores"] == (dtype != "fp32"), (name, used)
+        assert used["waits"] == (capability >= 90), (name, used)
+        if capability >= 90:  # the weights, which the caller promises to be constant, come before the wait
+            assert used["reads_early"] == name.startswith("linear"), (name, used)
