@@ -2,6 +2,7 @@
 
 from fastmetro_kernels.attention import SparseAttentionWeights, topology_attention
 from fastmetro_kernels.backends import BackendUnavailable
+from fastmetro_kernels.fused import fused_linear, short_attention
 from fastmetro_kernels.rasterization import RasterOutput, interpolate, rasterize
 from fastmetro_kernels.sparse import SparseMatrix
 from fastmetro_kernels.topology import TokenTopology
@@ -15,8 +16,10 @@ __all__ = [
     "SparseAttentionWeights",
     "SparseMatrix",
     "TokenTopology",
+    "fused_linear",
     "interpolate",
     "rasterize",
+    "short_attention",
     "sparse_upsample",
     "topology_attention",
 ]

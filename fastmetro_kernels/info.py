@@ -18,8 +18,10 @@ OPS = {
     "topology_attention": ("attention_forward_native", ("reference", "native", "triton")),
     "sparse_upsample": ("upsample_native", ("reference", "native", "triton")),
     "rasterize": ("rasterize_native", ("reference", "native")),
+    "fused_linear": ("", ("reference", "triton")),
+    "short_attention": ("", ("reference", "triton")),
 }
-"""The public ops: the operator whose presence tells of native kernels, and the backends that exist."""
+"""The public ops: the operator whose presence tells of native kernels (if there are any), and the backends."""
 
 SIMD_LEVELS = ("baseline", "avx2", "avx512")
 """Values of the environment variable FASTMETRO_SIMD (`csrc/common/simd.h`)."""
@@ -89,6 +91,8 @@ def choices() -> list[str]:
         "  sparse_upsample: native, then triton, then reference; its kernels choose by shape in "
         "csrc/upsampling/launch.h",
         "  rasterize: native, then reference",
+        "  fused_linear, short_attention (inference only): triton, then reference; tiles by shape in "
+        "fused/*/configs.py",
     ]
     if path := os.environ.get(tuning.ENVIRONMENT):
         lines.append(f"  {tuning.ENVIRONMENT}={path} takes the place of the shipped table for the families in it")

@@ -1,0 +1,215 @@
+"""What is measured: the linear layers and dense attentions of FastMETRO's transformers, and who computes them.
+
+Widths 512 and 128 (feed-forward 2048 and 512), 8 heads; 50 tokens in the encoder, 49 image tokens, 445 in the decoder
+(paper, section 3.2). Layers that only differ in name are measured once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastmetro_kernels.fused import LinearConfig, ShortAttentionConfig, fused_linear, short_attention
+from fastmetro_kernels.fused.linear.configs import TILES, fitted
+from fastmetro_kernels.fused.short_attention.configs import TILES as ATTENTION_TILES
+
+HEADS = 8
+ENCODER, IMAGE, DECODER = 50, 49, 445
+EPSILON = 1e-5
+BYTES_PER_SECOND = 4.2e12
+FLOPS_PER_SECOND = {2: 790e12, 4: 67e12}
+"""What an H200 reaches, by bytes per element: tensor cores as measured, float32 as its data sheet says."""
+
+LIBRARY, COMPILED, OURS, LATE = "library", "compiled", "ours", "ours, weights after the wait"
+FLAGS = ("norm", "position", "relu", "residual")
+Run = Callable[..., Tensor]
+
+
+def _randn(generator: torch.Generator, dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=generator, device=generator.device).to(dtype)
+
+
+def _floor(elements: int, flops: int, dtype: torch.dtype) -> float:
+    return max(elements * dtype.itemsize / BYTES_PER_SECOND, flops / FLOPS_PER_SECOND[dtype.itemsize])
+
+
+@dataclass(frozen=True)
+class Linear:
+    """y = act(norm(x) @ weight.T + bias) + residual; the bias is one of every token where `position` is folded in."""
+
+    title: str
+    tokens: int
+    width: int
+    features: int
+    batch: int
+    dtype: torch.dtype
+    norm: bool = False
+    position: bool = False
+    relu: bool = False
+    residual: bool = False
+
+    @property
+    def name(self) -> str:
+        """What it is, for people."""
+        flags = [flag for flag in FLAGS if getattr(self, flag)]
+        return f"{self.title} ({', '.join(flags)})" if flags else self.title
+
+    @property
+    def shape(self) -> str:
+        """M x K x N."""
+        return f"{self.batch}*{self.tokens} x {self.width} x {self.features}"
+
+    @property
+    def activation_count(self) -> int:
+        """How many tensors `activations` are."""
+        return 1 + self.residual
+
+    def activations(self, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """x [B, M, K], and the residual [B, M, N] if there is one."""
+        sizes = [self.width, self.features] if self.residual else [self.width]
+        return tuple(_randn(generator, self.dtype, self.batch, self.tokens, size) for size in sizes)
+
+    def constants(self, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Weight [N, K] and bias [N] or [M, N]."""
+        bias = (self.tokens, self.features) if self.position else (self.features,)
+        weight = _randn(generator, self.dtype, self.features, self.width) * self.width**-0.5
+        return weight, _randn(generator, self.dtype, *bias)
+
+    def floor(self) -> float:
+        """Seconds that moving the bytes or multiplying takes at least, without anything else."""
+        rows = self.batch * self.tokens
+        elements = rows * (self.width + (1 + self.residual) * self.features) + self.features * self.width
+        return _floor(elements, 2 * rows * self.width * self.features, self.dtype)
+
+    def plain(self, *tensors: Tensor) -> Tensor:
+        """Layer norm, cuBLAS with bias, activation, residual. cuBLASLt has an epilogue for bias with ReLU: it is used
+        where the bias is one of all tokens."""
+        x, *residual, weight, bias = tensors
+        if self.norm:
+            x = F.layer_norm(x, (self.width,), eps=EPSILON)
+        fused_relu = self.relu and not self.position and x.dtype != torch.float64  # for which cuBLASLt has none
+        if self.position:
+            y = F.linear(x, weight) + bias
+        elif fused_relu:
+            y = torch._addmm_activation(bias, x.flatten(0, 1), weight.T).unflatten(0, x.shape[:2])
+        else:
+            y = F.linear(x, weight, bias)
+        if self.relu and not fused_relu:
+            y = y.relu()
+        return y + residual[0] if residual else y
+
+    def _fused(self, config: LinearConfig | None, constant: bool) -> Run:
+        def run(*tensors: Tensor) -> Tensor:
+            x, *residual, weight, bias = tensors
+            return fused_linear(
+                x, weight, bias, normalize=EPSILON if self.norm else None, relu=self.relu,
+                residual=residual[0] if residual else None, constant_weights=constant, config=config,
+            )  # fmt: skip
+
+        return run
+
+    def ours(self) -> dict[str, Run]:
+        """The fused op as the engine calls it."""
+        return {OURS: self._fused(None, True)}
+
+    def tiles(self) -> dict[str, Run]:
+        """The fused op with every tile of its table, and without the promise of constant weights."""
+        tiles = dict.fromkeys(fitted(tile, self.width) for tile in TILES[self.dtype.itemsize])
+        return {LATE: self._fused(None, False)} | {tile_name(tile): self._fused(tile, True) for tile in tiles}
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Dense attention of 8 heads: k and v are slices of one wide projection, as the engine computes them."""
+
+    title: str
+    queries: int
+    keys: int
+    dim: int
+    batch: int
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        """What it is, for people."""
+        return self.title
+
+    @property
+    def shape(self) -> str:
+        """Queries x keys x heads x dim."""
+        return f"{self.batch}*{self.queries} x {self.keys} x {HEADS} x {self.dim}"
+
+    @property
+    def activation_count(self) -> int:
+        """How many tensors `activations` are."""
+        return 3
+
+    def activations(self, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """q [B, L, H, D], k and v [B, S, H, D]."""
+        k, v = _randn(generator, self.dtype, self.batch, self.keys, 2, HEADS, self.dim).unbind(2)
+        return _randn(generator, self.dtype, self.batch, self.queries, HEADS, self.dim), k, v
+
+    def constants(self, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Attention has none."""
+        return ()
+
+    def floor(self) -> float:
+        """Seconds that moving the bytes or multiplying takes at least, without anything else."""
+        width, pairs = HEADS * self.dim, self.queries * self.keys
+        elements = self.batch * width * 2 * (self.queries + self.keys)
+        return _floor(elements, 4 * self.batch * pairs * width, self.dtype)
+
+    def plain(self, *tensors: Tensor) -> Tensor:
+        """SDPA, which chooses its fastest kernel."""
+        q, k, v = (tensor.transpose(1, 2) for tensor in tensors)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+    def _fused(self, config: ShortAttentionConfig | None) -> Run:
+        return lambda *tensors: short_attention(*tensors, config=config)
+
+    def ours(self) -> dict[str, Run]:
+        """The fused op as the engine calls it."""
+        return {OURS: self._fused(None)}
+
+    def tiles(self) -> dict[str, Run]:
+        """The fused op with every tile of its table."""
+        return {tile_name(tile): self._fused(tile) for tile in ATTENTION_TILES[self.dtype.itemsize]}
+
+
+Case = Linear | Attention
+"""A layer at one batch size: its inputs come in two parts, which rotate over sets of their own."""
+
+
+def tile_name(tile: tuple[int, ...]) -> str:
+    """Its numbers with an x between them."""
+    return "x".join(map(str, tile))
+
+
+def all_cases(batch: int, dtype: torch.dtype) -> list[Case]:
+    """Every linear layer and dense attention of FastMETRO-S and -L at one batch size."""
+    found: list[Case] = []
+    for width, hidden in ((512, 2048), (128, 512)):
+        sizes: list[tuple[str, int, int, int, tuple[str, ...]]] = [  # title, M, K, N, what surrounds it
+            ("cross K, V of 1 layer", IMAGE, width, 2 * width, ()),
+            ("cross K, V of 1 layer", IMAGE, width, 2 * width, ("norm", "position")),
+            ("cross K, V of 3 layers", IMAGE, width, 6 * width, ("norm", "position")),
+            ("decoder cross Q", DECODER, width, width, ("norm",)),
+        ]
+        for part, tokens in (("encoder", ENCODER), ("decoder", DECODER)):
+            sizes += [
+                (f"{part} QKV", tokens, width, 3 * width, ()),
+                (f"{part} QKV", tokens, width, 3 * width, ("norm", "position")),
+                (f"{part} output", tokens, width, width, ("residual",)),
+                (f"{part} FF1", tokens, width, hidden, ("norm", "relu")),
+                (f"{part} FF2", tokens, hidden, width, ("residual",)),
+            ]
+        for title, tokens, inputs, outputs, around in sizes:
+            flags = {flag: flag in around for flag in FLAGS}
+            found.append(Linear(title, tokens, inputs, outputs, batch, dtype, **flags))
+        found.append(Attention("encoder attention", ENCODER, ENCODER, width // HEADS, batch, dtype))
+        found.append(Attention("cross-attention", DECODER, IMAGE, width // HEADS, batch, dtype))
+    return found

@@ -1,0 +1,94 @@
+"""The benchmark of the fused ops: its cases compute what they say, its check finds what is wrong, its table is one."""
+
+from __future__ import annotations
+
+import ast
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.fused import measure, report
+from bench.fused.cases import COMPILED, LIBRARY, OURS, Attention, Linear, all_cases, tile_name
+from bench.fused.measure import Entry
+from fastmetro_kernels.fused import LinearConfig
+from fastmetro_kernels.fused.linear.configs import TILES, problem
+
+CPU = torch.device("cpu")
+SMALL = [
+    Linear("projection", 5, 16, 24, 2, torch.float32, norm=True, position=True),
+    Linear("output", 5, 16, 8, 1, torch.float32, residual=True),
+    Linear("FF1", 5, 16, 8, 3, torch.float32, norm=True, relu=True),
+    Attention("attention", 5, 7, 16, 2, torch.float32),
+]
+
+
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
+def test_ours_is_the_library_and_both_are_near_float64(case: Linear | Attention) -> None:
+    (tensors, *_) = measure.input_sets(case, CPU)
+    library = Entry(LIBRARY)
+    limit = measure._check(case, library, case.plain, tensors, None)
+    assert not library.wrong and library.error is not None and library.error < 1e-5
+    for name, run in case.ours().items():
+        entry = Entry(name)
+        measure._check(case, entry, run, tensors, limit)
+        assert not entry.wrong, entry.note
+
+
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
+def test_a_wrong_result_is_found(case: Linear | Attention) -> None:
+    (tensors, *_) = measure.input_sets(case, CPU)
+    limit = measure._check(case, Entry(LIBRARY), case.plain, tensors, None)
+
+    def unwritten(*tensors: Tensor) -> Tensor:
+        return torch.empty_like(case.plain(*tensors))
+
+    def off(*tensors: Tensor) -> Tensor:
+        return case.plain(*tensors) + 1e-3
+
+    for run in (unwritten, off):
+        entry = Entry(OURS)
+        measure._check(case, entry, run, tensors, limit)
+        assert entry.wrong and "allowed" in entry.note
+
+
+def test_cases_are_the_layers_of_fastmetro() -> None:
+    """At batch 1 the layers of a decoder layer multiply what 445 tokens of width 512 need."""
+    cases = all_cases(1, torch.float16)
+    assert len({(case.name, case.shape) for case in cases}) == len(cases)
+    decoder = [c for c in cases if isinstance(c, Linear) and c.title.startswith("decoder") and 512 in (c.width,)]
+    assert {(c.tokens, c.width, c.features) for c in decoder} >= {(445, 512, 1536), (445, 512, 512), (445, 512, 2048)}
+    for case in cases:
+        assert 0 < case.floor() < 5e-6
+
+
+def entries(**microseconds: float) -> list[Entry]:
+    return [Entry(name, error=0.0, samples=[time / 1e3]) for name, time in microseconds.items()]
+
+
+def test_a_row_and_a_line_per_case() -> None:
+    case = SMALL[0]
+    found = [*entries(**{LIBRARY: 8.0, OURS: 4.0, "16x16x16x1x4x3": 3.0}), Entry(COMPILED, note="does not run")]
+    rows = report.rows(case, found, ("1", "2"), {"device": "made up"})
+    assert [row["library_over_it"] for row in rows] == ["1", "2", "2.67", ""]
+    assert len({tuple(row) for row in rows}) == 1
+    text = report.line(case, found)
+    assert "2.00" in text and "16x16x16x1x4x3 3.00" in text and "compiled: does not run" in text
+
+
+def test_the_table_takes_the_tile_with_the_least_time_over_the_layers_of_a_size() -> None:
+    """The tile that wins one layer may lose their sum; the printed lines are Python."""
+    one, two, three = TILES[2][-3:]
+    layers = [Linear(title, 445, 512, 512, 1, torch.float16, norm=title == "a") for title in "ab"]
+    times = [{one: 1.0, two: 3.0, three: 9.0}, {one: 8.0, two: 3.0, three: 9.0}]
+    found = [
+        (layer, entries(**{tile_name(tile): time for tile, time in by_tile.items()}))
+        for layer, by_tile in zip(layers, times, strict=True)
+    ]
+    few = Linear("a", 50, 512, 512, 1, torch.float16)
+    found.append((few, entries(**{tile_name(three): 1.0, tile_name(two): 2.0})))
+    lines = report.table_entries(found)
+    assert lines.count("\n") == 0 and ast.parse(f"{{{lines}}}")
+    (bands,) = eval(f"{{{lines}}}", {"LinearConfig": LinearConfig}).values()
+    assert bands == ((50, three), (445, two))
+    assert all(problem(tile) is None for _, tile in bands)
