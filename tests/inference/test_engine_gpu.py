@@ -30,6 +30,20 @@ def test_graphs_are_bounded_and_the_oldest_goes(engine: Engine) -> None:
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
+def test_memory_is_bounded(engine: Engine) -> None:
+    """Sizes that come and go, captured again each time, take no more than they did in the first round."""
+
+    def every_size() -> int:
+        for count in range(1, 7):
+            engine(pixels(count))
+        torch.cuda.synchronize()
+        return torch.cuda.memory_reserved()
+
+    every_size()
+    before = every_size()
+    assert all(every_size() <= before for _ in range(3))
+
+
 def test_hundred_calls_give_the_same_bits(engine: Engine) -> None:
     images = pixels(2).cuda()
     first = engine(images)
