@@ -1,7 +1,7 @@
 """Compile the fused Triton kernels for an NVIDIA GPU, on any machine; run by `test_fused_compiles.py`.
 
 `python compile_fused.py CAPABILITY DTYPE WIDTH [all]` compiles the tiles that FastMETRO's layers of this width get (or
-all tiles) of the linear layer and of the attention over few keys; it prints one JSON object: for each its registers,
+all tiles) of the linear layer, of the attention over few keys and, at 128, of both in one; it prints one JSON object: for each its registers,
 bytes of stack (spills), bytes of shared memory, whether it multiplies on tensor cores, whether it waits for earlier
 kernels, and whether it reads before it does. Needs TRITON_INTERPRET=0: with the interpreter chosen, kernels are plain
 Python.
