@@ -44,9 +44,8 @@ def line(case: Case, entries: Sequence[Entry]) -> str:
     ends = [f"{best.name} {best.microseconds:.2f}"] if best else []
     ends += [f"{name} {time:.2f}" for name in (LATE, SEPARATE) if (time := _time(entries, name))]
     notes = "; ".join(f"{entry.name}: {entry.note}" for entry in entries if entry.note)
-    return "\n    ".join(
-        filter(None, [LAYOUT.format(case.name, case.shape, *cells, ratio, "; ".join(ends)).rstrip(), notes])
-    )
+    text = LAYOUT.format(case.name, case.shape, *cells, ratio, "; ".join(ends)).rstrip()
+    return f"{text}\n    {notes}" if notes else text
 
 
 def table_entries(found: Found) -> str:

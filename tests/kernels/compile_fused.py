@@ -1,10 +1,10 @@
 """Compile the fused Triton kernels for an NVIDIA GPU, on any machine; run by `test_fused_compiles.py`.
 
 `python compile_fused.py CAPABILITY DTYPE WIDTH [all]` compiles the tiles that FastMETRO's layers of this width get (or
-all tiles) of the linear layer, of the attention over few keys and, at 128, of both in one; it prints one JSON object: for each its registers,
-bytes of stack (spills), bytes of shared memory, whether it multiplies on tensor cores, whether it waits for earlier
-kernels, and whether it reads before it does. Needs TRITON_INTERPRET=0: with the interpreter chosen, kernels are plain
-Python.
+all tiles) of the linear layer, of the attention over few keys and, at 128, of both in one. It prints one JSON object:
+for each its registers, bytes of stack (spills), bytes of shared memory, whether it multiplies on tensor cores, whether
+it waits for earlier kernels, and whether it reads before it does. Needs TRITON_INTERPRET=0: with the interpreter
+chosen, kernels are plain Python.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def report(text: str, compiled: Any) -> dict[str, Any]:
     }
 
 
-ROWS = (49, 445, 32 * 445)
+ROWS = (49, 445 * 32)
 
 
 def linear_tiles(element_size: int, width: int, every: bool) -> list[LinearConfig]:
