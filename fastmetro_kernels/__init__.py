@@ -2,7 +2,7 @@
 
 from fastmetro_kernels.attention import SparseAttentionWeights, topology_attention
 from fastmetro_kernels.backends import BackendUnavailable
-from fastmetro_kernels.fused import fused_linear, short_attention
+from fastmetro_kernels.fused import cross_attention_block, fused_linear, short_attention
 from fastmetro_kernels.rasterization import RasterOutput, interpolate, rasterize
 from fastmetro_kernels.sparse import SparseMatrix
 from fastmetro_kernels.topology import TokenTopology
@@ -16,6 +16,7 @@ __all__ = [
     "SparseAttentionWeights",
     "SparseMatrix",
     "TokenTopology",
+    "cross_attention_block",
     "fused_linear",
     "interpolate",
     "rasterize",

@@ -20,6 +20,7 @@ OPS = {
     "rasterize": ("rasterize_native", ("reference", "native")),
     "fused_linear": ("", ("reference", "triton")),
     "short_attention": ("", ("reference", "triton")),
+    "cross_attention_block": ("", ("reference", "triton")),
 }
 """The public ops: the operator whose presence tells of native kernels (if there are any), and the backends."""
 
@@ -91,7 +92,7 @@ def choices() -> list[str]:
         "  sparse_upsample: native, then triton, then reference; its kernels choose by shape in "
         "csrc/upsampling/launch.h",
         "  rasterize: native, then reference",
-        "  fused_linear, short_attention (inference only): triton, then reference; tiles by shape in "
+        "  fused_linear, short_attention, cross_attention_block (inference only): triton, then reference; by shape in "
         "fused/*/configs.py",
     ]
     if path := os.environ.get(tuning.ENVIRONMENT):

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastmetro_kernels.fused import LinearConfig, ShortAttentionConfig, fused_linear, short_attention
+from fastmetro_kernels.fused import (
+    BlockConfig,
+    LinearConfig,
+    ShortAttentionConfig,
+    cross_attention_block,
+    fused_linear,
+    short_attention,
+)
+from fastmetro_kernels.fused.cross_attention_block.configs import TILES as BLOCK_TILES
 from fastmetro_kernels.fused.linear.configs import TILES, fitted
 from fastmetro_kernels.fused.short_attention.configs import TILES as ATTENTION_TILES
 
@@ -24,7 +32,11 @@ BYTES_PER_SECOND = 4.2e12
 FLOPS_PER_SECOND = {2: 790e12, 4: 67e12}
 """What an H200 reaches, by bytes per element: tensor cores as measured, float32 as its data sheet says."""
 
-LIBRARY, COMPILED, OURS, LATE = "library", "compiled", "ours", "ours, weights after the wait"
+LIBRARY, COMPILED, OURS = "library", "compiled", "ours"
+LATE, SEPARATE = "ours, weights after the wait", "ours, two launches"
+NAMED = (LIBRARY, COMPILED, OURS, LATE, SEPARATE)
+"""Contenders that are no tiles."""
+
 FLAGS = ("norm", "position", "relu", "residual")
 Run = Callable[..., Tensor]
 
@@ -180,7 +192,78 @@ class Attention:
         return {tile_name(tile): self._fused(tile) for tile in ATTENTION_TILES[self.dtype.itemsize]}
 
 
-Case = Linear | Attention
+@dataclass(frozen=True)
+class Block:
+    """Cross-attention of width 128 with its output projection and residual; the library takes three kernels."""
+
+    title: str
+    queries: int
+    keys: int
+    batch: int
+    dtype: torch.dtype
+    width: int = 128
+
+    @property
+    def name(self) -> str:
+        """What it is, for people."""
+        return f"{self.title} (output, residual)"
+
+    @property
+    def shape(self) -> str:
+        """Queries x keys x heads x dim x features."""
+        return f"{self.batch}*{self.queries} x {self.keys} x {HEADS} x {self.width // HEADS} x {self.width}"
+
+    @property
+    def activation_count(self) -> int:
+        """How many tensors `activations` are."""
+        return 4
+
+    def activations(self, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """q, k, v as of `Attention`, and the residual [B, L, N]."""
+        attention = Attention(self.title, self.queries, self.keys, self.width // HEADS, self.batch, self.dtype)
+        residual = _randn(generator, self.dtype, self.batch, self.queries, self.width)
+        return (*attention.activations(generator), residual)
+
+    def constants(self, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Weight [N, H D] and bias [N]."""
+        weight = _randn(generator, self.dtype, self.width, self.width) * self.width**-0.5
+        return weight, _randn(generator, self.dtype, self.width)
+
+    def floor(self) -> float:
+        """Seconds that moving the bytes or multiplying takes at least, without anything else."""
+        elements = self.batch * self.width * (3 * self.queries + 2 * self.keys) + self.width**2
+        flops = self.batch * self.queries * self.width * (4 * self.keys + 2 * self.width)
+        return _floor(elements, flops, self.dtype)
+
+    def plain(self, *tensors: Tensor) -> Tensor:
+        """SDPA, cuBLAS with its bias, an addition."""
+        q, k, v, residual, weight, bias = tensors
+        attended = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        return F.linear(attended.transpose(1, 2).flatten(2), weight, bias) + residual
+
+    def _fused(self, config: BlockConfig | None) -> Run:
+        def run(*tensors: Tensor) -> Tensor:
+            q, k, v, residual, weight, bias = tensors
+            return cross_attention_block(q, k, v, weight, bias, residual=residual, constant_weights=True, config=config)
+
+        return run
+
+    def ours(self) -> dict[str, Run]:
+        """The block, and the two fused ops that it replaces."""
+
+        def two(*tensors: Tensor) -> Tensor:
+            q, k, v, residual, weight, bias = tensors
+            attended = short_attention(q, k, v).flatten(2)
+            return fused_linear(attended, weight, bias, residual=residual, constant_weights=True)
+
+        return {OURS: self._fused(None), SEPARATE: two}
+
+    def tiles(self) -> dict[str, Run]:
+        """The block with every tile of its table."""
+        return {tile_name(tile): self._fused(tile) for tile in BLOCK_TILES[self.dtype.itemsize]}
+
+
+Case = Linear | Attention | Block
 """A layer at one batch size: its inputs come in two parts, which rotate over sets of their own."""
 
 
@@ -212,4 +295,6 @@ def all_cases(batch: int, dtype: torch.dtype) -> list[Case]:
             found.append(Linear(title, tokens, inputs, outputs, batch, dtype, **flags))
         found.append(Attention("encoder attention", ENCODER, ENCODER, width // HEADS, batch, dtype))
         found.append(Attention("cross-attention", DECODER, IMAGE, width // HEADS, batch, dtype))
+    found.append(Block("encoder attention", ENCODER, ENCODER, batch, dtype))
+    found.append(Block("cross-attention", DECODER, IMAGE, batch, dtype))
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
-from bench.fused.cases import COMPILED, LATE, LIBRARY, OURS, Case, Linear, tile_name
+from bench.fused.cases import COMPILED, LATE, LIBRARY, NAMED, OURS, SEPARATE, Case, Linear, tile_name
 from bench.fused.measure import Entry
 from fastmetro_kernels.fused.linear.configs import TILES, LinearConfig, fitted
 
@@ -39,13 +39,13 @@ def line(case: Case, entries: Sequence[Entry]) -> str:
         time = _time(entries, name)
         cells.append(f"{time:.2f}" if time else "-")
     ratio = f"{library / ours:.2f}" if library and ours else "-"
-    tiles = [entry for entry in entries if entry.name not in (LIBRARY, COMPILED, OURS, LATE) and entry.samples]
+    tiles = [entry for entry in entries if entry.name not in NAMED and entry.samples]
     best = min(tiles, key=lambda entry: entry.microseconds or 0.0, default=None)
-    end = f"{best.name} {best.microseconds:.2f}" if best else ""
-    if late := _time(entries, LATE):
-        end += f"; weights after the wait {late:.2f}"
+    ends = [f"{best.name} {best.microseconds:.2f}"] if best else []
+    ends += [f"{name} {time:.2f}" for name in (LATE, SEPARATE) if (time := _time(entries, name))]
     notes = "; ".join(f"{entry.name}: {entry.note}" for entry in entries if entry.note)
-    return "\n    ".join(filter(None, [LAYOUT.format(case.name, case.shape, *cells, ratio, end).rstrip(), notes]))
+    text = LAYOUT.format(case.name, case.shape, *cells, ratio, "; ".join(ends)).rstrip()
+    return f"{text}\n    {notes}" if notes else text
 
 
 def table_entries(found: Found) -> str:

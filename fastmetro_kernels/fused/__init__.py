@@ -1,6 +1,14 @@
 """Fused blocks of transformers for inference: linear layers with all that surrounds them, attention over few keys."""
 
+from fastmetro_kernels.fused.cross_attention_block import BlockConfig, cross_attention_block
 from fastmetro_kernels.fused.linear import LinearConfig, fused_linear
 from fastmetro_kernels.fused.short_attention import ShortAttentionConfig, short_attention
 
-__all__ = ["LinearConfig", "ShortAttentionConfig", "fused_linear", "short_attention"]
+__all__ = [
+    "BlockConfig",
+    "LinearConfig",
+    "ShortAttentionConfig",
+    "cross_attention_block",
+    "fused_linear",
+    "short_attention",
+]

@@ -29,6 +29,19 @@ def await_earlier_kernels(EARLY: tl.constexpr):
         gdc_launch_dependents()
 
 
+@triton.jit
+def prefetch_rows(base, stride_dim, wanted, WIDTH: tl.constexpr):
+    """Where wanted, asks for the rows of WIDTH numbers at the pointers base to come to L2, and waits for nothing."""
+    LINE: tl.constexpr = 1024 // base.dtype.element_ty.primitive_bitwidth
+    LINES: tl.constexpr = triton.next_power_of_2((WIDTH + LINE - 1) // LINE)
+    k = tl.minimum(tl.arange(0, LINES) * LINE, WIDTH - 1).to(tl.int64)
+    addresses = (base[:, None] + (k * stride_dim)[None, :]).to(tl.int64)
+    if wanted:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; // $0", "=r,l", [addresses], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
 def launches_early(tensor: Tensor) -> bool:
     """Whether kernels on the device of the tensor can start early; they are compiled with EARLY set to this."""
     return tensor.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(tensor.device) >= (9, 0)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bench.fused import measure, report
-from bench.fused.cases import COMPILED, LIBRARY, OURS, Attention, Linear, all_cases, tile_name
+from bench.fused.cases import COMPILED, LIBRARY, OURS, Attention, Block, Case, Linear, all_cases, tile_name
 from bench.fused.measure import Entry
 from fastmetro_kernels.fused import LinearConfig
 from fastmetro_kernels.fused.linear.configs import TILES, problem
@@ -20,11 +20,12 @@ SMALL = [
     Linear("output", 5, 16, 8, 1, torch.float32, residual=True),
     Linear("FF1", 5, 16, 8, 3, torch.float32, norm=True, relu=True),
     Attention("attention", 5, 7, 16, 2, torch.float32),
+    Block("attention", 5, 7, 2, torch.float32, width=32),
 ]
 
 
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
-def test_ours_is_the_library_and_both_are_near_float64(case: Linear | Attention) -> None:
+def test_ours_is_the_library_and_both_are_near_float64(case: Case) -> None:
     (tensors, *_) = measure.input_sets(case, CPU)
     library = Entry(LIBRARY)
     limit = measure._check(case, library, case.plain, tensors, None)
@@ -36,7 +37,7 @@ def test_ours_is_the_library_and_both_are_near_float64(case: Linear | Attention)
 
 
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
-def test_a_wrong_result_is_found(case: Linear | Attention) -> None:
+def test_a_wrong_result_is_found(case: Case) -> None:
     (tensors, *_) = measure.input_sets(case, CPU)
     limit = measure._check(case, Entry(LIBRARY), case.plain, tensors, None)
 

@@ -1,10 +1,10 @@
 """Compile the fused Triton kernels for an NVIDIA GPU, on any machine; run by `test_fused_compiles.py`.
 
 `python compile_fused.py CAPABILITY DTYPE WIDTH [all]` compiles the tiles that FastMETRO's layers of this width get (or
-all tiles) of the linear layer and of the attention over few keys; it prints one JSON object: for each its registers,
-bytes of stack (spills), bytes of shared memory, whether it multiplies on tensor cores, whether it waits for earlier
-kernels, and whether it reads before it does. Needs TRITON_INTERPRET=0: with the interpreter chosen, kernels are plain
-Python.
+all tiles) of the linear layer, of the attention over few keys and, at 128, of both in one. It prints one JSON object:
+for each its registers, bytes of stack (spills), bytes of shared memory, whether it multiplies on tensor cores, whether
+it waits for earlier kernels, and whether it reads before it does. Needs TRITON_INTERPRET=0: with the interpreter
+chosen, kernels are plain Python.
 """
 
 from __future__ import annotations
@@ -18,6 +18,10 @@ from compile_attention import BYTES, resources
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fastmetro_kernels.fused.cross_attention_block import triton as block
+from fastmetro_kernels.fused.cross_attention_block.configs import TILES as BLOCK_TILES
+from fastmetro_kernels.fused.cross_attention_block.configs import BlockConfig
+from fastmetro_kernels.fused.cross_attention_block.configs import pinned as pinned_block
 from fastmetro_kernels.fused.linear import triton as linear
 from fastmetro_kernels.fused.linear.configs import TILES, LinearConfig, fitted, pinned
 from fastmetro_kernels.fused.short_attention import triton as attention
@@ -70,7 +74,7 @@ def report(text: str, compiled: Any) -> dict[str, Any]:
     }
 
 
-ROWS = (49, 445, 32 * 50, 32 * 445)
+ROWS = (49, 445 * 32)
 
 
 def linear_tiles(element_size: int, width: int, every: bool) -> list[LinearConfig]:
@@ -88,6 +92,19 @@ def attention_tiles(element_size: int, every: bool) -> list[ShortAttentionConfig
     return list(dict.fromkeys(pinned_attention(8 * batch, 445, element_size) for batch in (1, 32)))
 
 
+def block_constants(tile: BlockConfig, early: bool) -> dict[str, Any]:
+    """Of FastMETRO's second stage: 8 heads of 16, 128 features."""
+    sizes = {"HEADS": 8, "DIM": 16, "BLOCK_DIM": 16, "FEATURES": 128, "CONSTANT_WEIGHTS": True, "EARLY": early}
+    return sizes | {"ROWS": tile.rows, "KEYS": 64}
+
+
+def block_tiles(element_size: int, every: bool) -> list[BlockConfig]:
+    """All tiles, or those that FastMETRO's layers get."""
+    if every:
+        return list(BLOCK_TILES[element_size])
+    return list(dict.fromkeys(pinned_block(batch, 445, element_size) for batch in (1, 32)))
+
+
 def main() -> None:
     capability, dtype, width, every = int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4:] == ["all"]
     early, element_size = capability >= 90, BYTES[dtype]
@@ -95,6 +112,11 @@ def main() -> None:
     for tile in linear_tiles(element_size, width, every):
         constants = linear_constants(tile, width, width <= 512, early)
         jobs.append((f"linear {tuple(tile)}", linear.fused_linear_kernel, constants, tile.warps, tile.stages))
+    if width == 128:
+        for block_tile in block_tiles(element_size, every):
+            constants = block_constants(block_tile, early)
+            name = f"block {tuple(block_tile)}"
+            jobs.append((name, block.cross_attention_block_kernel, constants, block_tile.warps, block_tile.stages))
     for rows, warps in attention_tiles(element_size, every):
         constants = attention_constants(ShortAttentionConfig(rows, warps), min(width, 512) // 8, early)
         jobs.append((f"attention {(rows, warps)}", attention.short_attention_kernel, constants, warps, 1))

@@ -16,9 +16,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 
 
-@pytest.mark.parametrize(
-    ("capability", "dtype", "width"), [(90, "fp16", 512), (90, "bf16", 2048), (80, "bf16", 128), (90, "fp32", 128)]
-)
+@pytest.mark.parametrize(("capability", "dtype", "width"), [(90, "fp16", 512), (80, "bf16", 128)])
 def test_pinned_tiles_compile_without_spilling(capability: int, dtype: str, width: int) -> None:
     script = Path(__file__).with_name("compile_fused.py")
     done = subprocess.run(
@@ -30,11 +28,11 @@ def test_pinned_tiles_compile_without_spilling(capability: int, dtype: str, widt
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert {name.split()[0] for name in found} == {"linear", "attention"}
+    assert {name.split()[0] for name in found} == {"linear", "attention"} | ({"block"} if width == 128 else set())
     for name, used in found.items():
         assert used["stack"] <= 16, (name, used)
         assert used["shared"] <= SHARED_LIMIT[capability], (name, used)
         assert used["tensor_cores"] == (dtype != "fp32"), (name, used)
         assert used["waits"] == (capability >= 90), (name, used)
         if capability >= 90:  # the weights, which the caller promises to be constant, come before the wait
-            assert used["reads_early"] == name.startswith("linear"), (name, used)
+            assert used["reads_early"] == (not name.startswith("attention")), (name, used)

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from fastmetro_kernels import BackendUnavailable
 from fastmetro_kernels.fused import LinearConfig, fused_linear
-from fastmetro_kernels.fused.linear import ops
+from fastmetro_kernels.fused.linear import configs, ops
 from fastmetro_kernels.fused.linear.configs import TILES, pinned, problem
 
 
@@ -237,7 +237,7 @@ def test_opcheck(runner: Runner) -> None:
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-@on_each_backend
+@on_triton
 def test_compiles_without_graph_breaks(runner: Runner, dynamic: bool) -> None:
     torch._dynamo.reset()
     weight, bias = randn(runner, 18, 20), randn(runner, 18)
@@ -349,10 +349,20 @@ def test_pinned_tiles_are_possible_and_end_where_the_width_ends(element_size: in
             assert tile.depth * tile.shares < 2 * max(width, 16)
 
 
-def test_few_rows_get_small_tiles_and_many_large_ones() -> None:
+def test_few_rows_get_small_tiles_and_many_large_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(configs, "MEASURED", {})
     assert pinned(49, 512, 512, 2)[:2] == (16, 16)
     assert pinned(445, 512, 512, 2)[:2] == (32, 64)
     assert pinned(14240, 512, 512, 2)[:2] == (128, 128)
+
+
+def test_a_measured_tile_goes_before_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It serves all numbers of rows up to its own; above the last the rule holds again."""
+    few, more = LinearConfig(32, 16, 64, 2, 4, 2), LinearConfig(64, 32, 64, 1, 4, 2)
+    monkeypatch.setattr(configs, "MEASURED", {(2, 512, 512): ((50, few), (445, more))})
+    assert [pinned(rows, 512, 512, 2) for rows in (1, 50, 51, 445)] == [few, few, more, more]
+    assert pinned(14240, 512, 512, 2)[:2] == (128, 128)
+    assert pinned(50, 512, 2048, 2) != few
 
 
 def test_the_runners_cover_what_this_machine_has() -> None:

@@ -145,7 +145,7 @@ def test_opcheck(runner: Runner) -> None:
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-@on_each_backend
+@on_triton
 def test_compiles_without_graph_breaks(runner: Runner, dynamic: bool) -> None:
     torch._dynamo.reset()
 

@@ -18,7 +18,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmetro_kernels.fused.early_launch import await_earlier_kernels, launch_options, launches_early, on_device
+from fastmetro_kernels.fused.early_launch import (
+    await_earlier_kernels,
+    launch_options,
+    launches_early,
+    on_device,
+    prefetch_rows,
+)
 from fastmetro_kernels.fused.linear import ops
 from fastmetro_kernels.fused.linear.configs import LinearConfig, pinned
 
@@ -64,19 +70,6 @@ def _load_weight(base, k, stride_dim, WIDTH: tl.constexpr, EVEN: tl.constexpr, S
 def _load_tile(base, row_offsets, column_offsets, mask):
     """What is added to the tile of the output, 0 beyond the edges."""
     return tl.load(base + row_offsets[:, None] + column_offsets[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def _prefetch_weight(base, stride_dim, wanted, WIDTH: tl.constexpr):
-    """Where wanted, asks for the weight at the row pointers base [COLUMNS] to come to L2, and waits for nothing."""
-    LINE: tl.constexpr = 1024 // base.dtype.element_ty.primitive_bitwidth
-    LINES: tl.constexpr = triton.next_power_of_2((WIDTH + LINE - 1) // LINE)
-    k = tl.minimum(tl.arange(0, LINES) * LINE, WIDTH - 1).to(tl.int64)
-    addresses = (base[:, None] + (k * stride_dim)[None, :]).to(tl.int64)
-    if wanted:
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; // $0", "=r,l", [addresses], dtype=tl.int32, is_pure=False, pack=1
-        )
 
 
 @triton.jit
@@ -180,7 +173,7 @@ def fused_linear_kernel(
         EVEN: tl.constexpr = WIDTH == DEPTH * SHARES
         weight_tile = _load_weight(weight_base, k, stride_weight_dim, WIDTH, EVEN, SHARES)
     elif CONSTANT_WEIGHTS and EARLY:
-        _prefetch_weight(weight_base, stride_weight_dim, program < column_tiles, WIDTH)
+        prefetch_rows(weight_base, stride_weight_dim, program < column_tiles, WIDTH)
     if bias is not None:
         if not TOKEN_BIAS:
             added = tl.load(bias + feature * stride_bias_feature, mask=feature < features, other=0.0)[None, :]

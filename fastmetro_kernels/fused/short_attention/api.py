@@ -43,23 +43,28 @@ def short_attention(
         RuntimeError: an argument requires grad while gradients are enabled.
         BackendUnavailable: the named backend cannot take this input; the message tells why.
     """
-    check_tensor("q", q, DTYPES)
-    for name, tensor in (("k", k), ("v", v)):
-        check_tensor(name, tensor, (q.dtype,), q.device)
-    _check_shapes(q, k, v)
+    check_inputs(q, k, v)
     if config is not None:
         if not isinstance(config, ShortAttentionConfig):
             raise TypeError(f"config must be a ShortAttentionConfig, got {type(config).__name__}")
         if found := problem(config):
             raise ValueError(f"config: {found}")
-    factor = _scale(scale, q.shape[3])
+    factor = score_factor(scale, q.shape[3])
     refuse_gradients("short_attention", {"q": q, "k": k, "v": v})
     if choose_backend("short_attention", backend, q.device, q.dtype) == "reference":
         return reference.attention(q, k, v, factor)
     return ops.short_attention_triton(q, k, v, factor, config or ())
 
 
-def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
+def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """q [B, L, H, D] and k, v [B, S, H, D] as the op takes them.
+
+    Raises:
+        TypeError, ValueError: something does not fit; the message names it.
+    """
+    check_tensor("q", q, DTYPES)
+    for name, tensor in (("k", k), ("v", v)):
+        check_tensor(name, tensor, (q.dtype,), q.device)
     if q.dim() != 4 or not 1 <= q.shape[3] <= MAX_DIM:
         raise ValueError(f"q must be [B, L, H, D] with D from 1 to {MAX_DIM}, got {list(q.shape)}")
     batch, _, heads, dim = q.shape
@@ -71,7 +76,12 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"v must have the shape of k {list(k.shape)}, got {list(v.shape)}")
 
 
-def _scale(scale: float | None, dim: int) -> float:
+def score_factor(scale: float | None, dim: int) -> float:
+    """The scale, or 1 / sqrt(dim) where none is given.
+
+    Raises:
+        TypeError, ValueError: not a finite number.
+    """
     if scale is None:
         return 1.0 / math.sqrt(dim)
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):

@@ -23,7 +23,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _load_tokens(
+def load_tokens(
     base, tokens, count, stride_token, stride_dim, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr
 ):  # fmt: skip
     """Rows [len(tokens), BLOCK_DIM] of one head, 0 beyond the last token and the last number of the head."""
@@ -33,6 +33,17 @@ def _load_tokens(
         mask = mask & (dim < DIM)[None, :]
     offsets = tokens.to(tl.int64)[:, None] * stride_token + dim.to(tl.int64)[None, :] * stride_dim
     return tl.load(base + offsets, mask=mask, other=0.0)
+
+
+@triton.jit
+def attend(q_tile, k_tile, v_tile, valid, scale):
+    """softmax(scale q k^T) v over the valid keys of a head, of which there is at least one, in float32."""
+    scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale
+    scores = tl.where(valid[None, :], scores, -float("inf"))
+    # The change to base 2 comes after the maximum is subtracted: folded into the scale, it would round larger numbers.
+    weights = tl.exp2((scores - tl.max(scores, 1)[:, None]) * LOG2E)
+    total = tl.sum(weights, 1)
+    return tl.dot(weights.to(v_tile.dtype), v_tile, input_precision="ieee") / total[:, None]
 
 
 @triton.jit(do_not_specialize=["queries", "keys"])
@@ -57,15 +68,10 @@ def short_attention_kernel(
     q_base = q + batch * stride_q_batch + head * stride_q_head
     k_base = k + batch * stride_k_batch + head * stride_k_head
     v_base = v + batch * stride_v_batch + head * stride_v_head
-    q_tile = _load_tokens(q_base, row, queries, stride_q_token, stride_q_dim, DIM, BLOCK_DIM)
-    k_tile = _load_tokens(k_base, key, keys, stride_k_token, stride_k_dim, DIM, BLOCK_DIM)
-    v_tile = _load_tokens(v_base, key, keys, stride_v_token, stride_v_dim, DIM, BLOCK_DIM)
-    scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale
-    scores = tl.where((key < keys)[None, :], scores, -float("inf"))
-    # The change to base 2 comes after the maximum is subtracted: folded into the scale, it would round larger numbers.
-    weights = tl.exp2((scores - tl.max(scores, 1)[:, None]) * LOG2E)
-    total = tl.sum(weights, 1)
-    result = tl.dot(weights.to(v_tile.dtype), v_tile, input_precision="ieee") / total[:, None]
+    q_tile = load_tokens(q_base, row, queries, stride_q_token, stride_q_dim, DIM, BLOCK_DIM)
+    k_tile = load_tokens(k_base, key, keys, stride_k_token, stride_k_dim, DIM, BLOCK_DIM)
+    v_tile = load_tokens(v_base, key, keys, stride_v_token, stride_v_dim, DIM, BLOCK_DIM)
+    result = attend(q_tile, k_tile, v_tile, key < keys, scale)
     dim = tl.arange(0, BLOCK_DIM)
     mask = (row < queries)[:, None] & (dim < DIM)[None, :]
     target = ((batch * queries + row.to(tl.int64)) * heads + head) * DIM
