@@ -1,8 +1,8 @@
 """The seam between the folded transformers and what computes them: linear layers with all around them, attention.
 
 Few rows, as for one image, leave most of a GPU idle, and launches and trips through memory take the time: there one
-fused kernel of ``fastmetro_kernels.fused`` does a layer norm, a product, bias, ReLU and residual. With many rows the
-library's product is faster, and what surrounds it is little beside it.
+fused kernel of ``fastmetro_kernels.fused`` does a layer norm, a product, bias, ReLU and residual. With many rows what
+surrounds a product is little beside it, and the library's product is taken.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fastmetro_kernels import fused
 from fastmetro_kernels.fused.short_attention.configs import MAX_KEYS
 
 FUSED_ROWS = 2048
-"""Rows (tokens of all images) up to which the fused kernels are used on a GPU in half precision."""
+"""Rows (tokens of all images) up to which the fused kernels are used on a GPU in half precision. Not measured yet."""
 _FEW_FEATURES = 16
 """Outputs up to which they are used in float32, too: the heads'. They multiply without tensor cores there."""
 
