@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable, Iterator
-from typing import TypeVar, cast
+from typing import cast
 
 import pytest
 import torch
 import torch.nn.functional as F
+from backbone_cases import TRUNKS, all_trunks, error, exact, images, randomize, rounding
 from torch import Tensor, nn
 
 from fastmetro.inference.engine import onednn
@@ -21,10 +22,6 @@ from fastmetro.models.backbones import CompactTrunk, HRNetW64, ResNet50, ResNet5
 from fastmetro.models.backbones.blocks import BasicBlock, Bottleneck
 from fastmetro.models.backbones.hrnet import ExchangeModule
 
-TRUNKS: list[type[nn.Module]] = [ResNet50, ResNet50Trunk, CompactTrunk, HRNetW64]
-Module = TypeVar("Module", bound=nn.Module)
-NOT_CPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
@@ -35,58 +32,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def randomize(module: Module, seed: int = 0) -> Module:
-    """Batch norms and biases as after training: nothing is zero, one, or the same in two channels."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def uniform(x: Tensor, low: float, high: float) -> None:
-        x.copy_(low + (high - low) * torch.rand(x.shape, generator=generator))
-
-    with torch.no_grad():
-        for child in module.modules():
-            if isinstance(child, nn.BatchNorm2d):
-                assert child.running_mean is not None and child.running_var is not None
-                uniform(child.running_mean, -0.3, 0.3)
-                uniform(child.running_var, 0.3, 2.0)
-                uniform(child.weight, 0.2, 1.0)
-                uniform(child.bias, -0.2, 0.2)
-            elif isinstance(child, nn.Conv2d) and child.bias is not None:
-                uniform(child.bias, -0.3, 0.3)
-    return module.eval()
-
-
 @pytest.fixture(scope="module")
 def trunks() -> dict[type[nn.Module], nn.Module]:
     """One float32 trunk of every type; never changed."""
-    torch.manual_seed(0)
-    return {kind: randomize(kind()) for kind in TRUNKS}
+    return all_trunks()
 
 
 @pytest.fixture(scope="module")
 def folded32(trunks: dict[type[nn.Module], nn.Module]) -> dict[type[nn.Module], FoldedBackbone]:
     """The trunks folded to float32; never changed."""
     return {kind: fold_backbone(trunk, torch.float32) for kind, trunk in trunks.items()}
-
-
-def images(batch: int, height: int, width: int | None = None) -> Tensor:
-    return torch.randn(batch, 3, height, width or height, generator=torch.Generator().manual_seed(1))
-
-
-def error(result: Tensor, exact: Tensor) -> float:
-    """Largest difference, relative to the largest value."""
-    assert result.shape == exact.shape
-    return float((result.cpu().double() - exact).abs().max() / exact.abs().max())
-
-
-def rounding(result: Tensor, exact: Tensor) -> float:
-    """Root mean square difference: unlike the largest one it hardly depends on chance."""
-    assert result.shape == exact.shape
-    return float((result.cpu().double() - exact).square().mean().sqrt())
-
-
-@torch.no_grad()
-def exact(backbone: nn.Module, x: Tensor) -> Tensor:
-    return copy.deepcopy(backbone).double()(x.double())
 
 
 # The folding steps
@@ -398,94 +353,3 @@ def test_folds_of_hrnet(
             kept = terms[target - 1] if target else terms[-1]
             saved += modules * (sum(terms) - kept)
     assert folds["exchange bias"] == saved
-
-
-# On a GPU
-
-
-@pytest.mark.gpu
-@NOT_CPU
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("kind", TRUNKS)
-def test_gpu_half_precision(
-    kind: type[nn.Module], dtype: torch.dtype, trunks: dict[type[nn.Module], nn.Module]
-) -> None:
-    backbone = trunks[kind]
-    for x in (images(1, 64), images(3, 224)):
-        truth = exact(copy.deepcopy(backbone).cuda(), x.cuda()).cpu()
-        with torch.no_grad():
-            plain = copy.deepcopy(backbone).cuda().to(dtype)(x.cuda().to(dtype))
-        assert rounding(fold_backbone(copy.deepcopy(backbone).cuda(), dtype)(x.cuda()), truth) < 2 * rounding(
-            plain, truth
-        )
-
-
-@pytest.mark.gpu
-@NOT_CPU
-@pytest.mark.parametrize("kind", [ResNet50, HRNetW64])
-def test_gpu_float32(kind: type[nn.Module], trunks: dict[type[nn.Module], nn.Module]) -> None:
-    backbone, x = copy.deepcopy(trunks[kind]).cuda(), images(2, 64).cuda()
-    truth = exact(backbone, x).cpu()
-    with torch.no_grad():
-        assert rounding(fold_backbone(backbone, torch.float32)(x), truth) < 2 * rounding(backbone(x), truth)
-
-
-@pytest.mark.gpu
-@NOT_CPU
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_gpu_convolutions_read_nothing_stale(dtype: torch.dtype) -> None:
-    """cuDNN's fused operator gets the output's memory as a term with factor 0: NaN there must not matter."""
-    layer = randomize(nn.Conv2d(64, 64, 3, padding=1)).cuda()
-    weights = ConvolutionWeights(layer, dtype)
-    weights.load(layer.weight.detach(), cast(Tensor, layer.bias).detach())
-    x = torch.randn(2, 64, 14, 14, device="cuda", dtype=dtype).to(memory_format=torch.channels_last)
-    with torch.no_grad():
-        clean = convolution(x, weights, relu=True)
-        for _ in range(10):
-            poison = [torch.full_like(clean, float("nan")) for _ in range(8)]
-            del poison
-            assert torch.equal(convolution(x, weights, relu=True), clean)
-
-
-def captured(folded: FoldedBackbone, x: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        folded(x)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = folded(x)
-    return graph, result
-
-
-@pytest.mark.gpu
-@NOT_CPU
-@pytest.mark.parametrize("kind", [ResNet50, HRNetW64])
-def test_gpu_graphs_of_two_sizes(kind: type[nn.Module], trunks: dict[type[nn.Module], nn.Module]) -> None:
-    """Replays on new images, new weights and in turn: what branches on parallel streams write is never mixed up."""
-    folded = fold_backbone(copy.deepcopy(trunks[kind]).cuda(), torch.float16)
-    side = 64 if kind is HRNetW64 else 224
-    inputs = [images(batch, side).cuda().half().to(memory_format=torch.channels_last) for batch in (1, 3)]
-    graphs = [captured(folded, x) for x in inputs]
-    check_replays(folded, inputs, graphs)
-    torch.manual_seed(2)
-    folded.refresh(randomize(kind(), seed=2).cuda())
-    for x in inputs:
-        x.copy_(x.flip(-1))
-    check_replays(folded, inputs, graphs)
-
-
-def check_replays(
-    folded: FoldedBackbone, inputs: list[Tensor], graphs: list[tuple[torch.cuda.CUDAGraph, Tensor]]
-) -> None:
-    """Twenty replays of every graph have the same bits, those of the eager call but for another choice of kernels."""
-    for x, (graph, result) in zip(inputs, graphs, strict=True):
-        eager = folded(x).cpu().double()
-        graph.replay()
-        first = result.clone()
-        assert error(first, eager) < 1e-2
-        for _ in range(20):
-            result.fill_(float("nan"))
-            graph.replay()
-            assert torch.equal(result, first)
