@@ -6,7 +6,6 @@ import collections
 import csv
 import importlib.metadata
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -18,39 +17,12 @@ from typing import Any
 
 import torch
 
+from fastmetro.profiling.record import commit, device_name
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 SHARED = ROOT.parent / "shared"
 """Published data for comparisons; benchmarks must also run where it is absent."""
-
-
-def device_name(device: torch.device) -> str:
-    """The product name of the chip that runs the work."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        model = platform.processor() or platform.machine()
-    return f"{model} ({torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores)"
-
-
-def commit() -> str:
-    """Hash of the commit that is checked out, with `+` when tracked files differ from it.
-
-    The environment variable `FASTMETRO_COMMIT` names it where the files are a copy without its history.
-    """
-    if named := os.environ.get("FASTMETRO_COMMIT"):
-        return named
-    try:
-        head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-        dirty = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "csrc", "fastmetro_kernels"], cwd=ROOT)
-    except OSError:
-        return "unknown"
-    if head.returncode:
-        return "unknown"
-    return head.stdout.strip() + ("+" if dirty.returncode else "")
 
 
 def environment(device: torch.device) -> dict[str, str]:
