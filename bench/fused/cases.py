@@ -86,10 +86,10 @@ class Linear:
         return tuple(_randn(generator, self.dtype, self.batch, self.tokens, size) for size in sizes)
 
     def constants(self, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """Weight [N, K] and bias [N] or [M, N]."""
+        """Weight [N, K], bias [N] or [M, N], and the sums of the weight's rows for ours."""
         bias = (self.tokens, self.features) if self.position else (self.features,)
         weight = _randn(generator, self.dtype, self.features, self.width) * self.width**-0.5
-        return weight, _randn(generator, self.dtype, *bias)
+        return weight, _randn(generator, self.dtype, *bias), weight.float().sum(1)
 
     def floor(self) -> float:
         """Seconds that moving the bytes or multiplying takes at least, without anything else."""
@@ -100,7 +100,7 @@ class Linear:
     def plain(self, *tensors: Tensor) -> Tensor:
         """Layer norm, cuBLAS with bias, activation, residual. cuBLASLt has an epilogue for bias with ReLU: it is used
         where the bias is one of all tokens."""
-        x, *residual, weight, bias = tensors
+        x, *residual, weight, bias, _ = tensors
         if self.norm:
             x = F.layer_norm(x, (self.width,), eps=EPSILON)
         fused_relu = self.relu and not self.position and x.dtype != torch.float64  # for which cuBLASLt has none
@@ -116,10 +116,10 @@ class Linear:
 
     def _fused(self, config: LinearConfig | None, constant: bool) -> Run:
         def run(*tensors: Tensor) -> Tensor:
-            x, *residual, weight, bias = tensors
+            x, *residual, weight, bias, sums = tensors
             return fused_linear(
-                x, weight, bias, normalize=EPSILON if self.norm else None, relu=self.relu,
-                residual=residual[0] if residual else None, constant_weights=constant, config=config,
+                x, weight, bias, normalize=EPSILON if self.norm else None, weight_sums=sums if self.norm else None,
+                relu=self.relu, residual=residual[0] if residual else None, constant_weights=constant, config=config,
             )  # fmt: skip
 
         return run

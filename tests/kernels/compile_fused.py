@@ -29,7 +29,7 @@ from fastmetro_kernels.fused.short_attention.configs import TILES as ATTENTION_T
 from fastmetro_kernels.fused.short_attention.configs import ShortAttentionConfig
 from fastmetro_kernels.fused.short_attention.configs import pinned as pinned_attention
 
-TENSORS = {"x", "weight", "bias", "residual", "out", "q", "k", "v"}
+TENSORS = {"x", "weight", "bias", "residual", "weight_sums", "out", "q", "k", "v"}
 
 
 def source(kernel: Any, dtype: str, constants: dict[str, Any]) -> ASTSource:
@@ -43,7 +43,9 @@ def source(kernel: Any, dtype: str, constants: dict[str, Any]) -> ASTSource:
         if name in constants:
             signature[name] = "constexpr"
             continue
-        signature[name] = f"*{dtype}" if name in TENSORS else "fp32" if name in {"epsilon", "scale"} else "i32"
+        element = "fp32" if name == "weight_sums" else dtype
+        scalar = "fp32" if name in {"epsilon", "scale"} else "i32"
+        signature[name] = f"*{element}" if name in TENSORS else scalar
         if name in TENSORS or name == "features" or name.startswith("stride_"):
             attributes[(position,)] = [["tt.divisibility", 16]]
     indexed = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
@@ -54,9 +56,9 @@ def linear_constants(tile: LinearConfig, width: int, normalize: bool, early: boo
     """Of a projection with a bias per token behind a layer norm, or of one with a residual in front of none."""
     return {
         "WIDTH": width, "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth, "SHARES": tile.shares,
-        "NORMALIZE": normalize, "RELU": not normalize, "TOKEN_BIAS": normalize,
+        "NORMALIZE": normalize, "RELU": not normalize, "TOKEN_BIAS": normalize, "LEADING": 0, "leading": None,
         "SMALL": tile.rows * tile.columns <= linear._SMALL_TILE, "CONSTANT_WEIGHTS": True, "EARLY": early,
-    } | ({"residual": None} if normalize else {})  # fmt: skip
+    } | ({"residual": None} if normalize else {"weight_sums": None})  # fmt: skip
 
 
 def attention_constants(tile: ShortAttentionConfig, dim: int, early: bool) -> dict[str, Any]:

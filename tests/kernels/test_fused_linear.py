@@ -49,16 +49,20 @@ def check(
     runner: Runner, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, normalize: float | None = None,
     residual: Tensor | None = None, relu: bool = False, **options: Any,
 ) -> Tensor:  # fmt: skip
-    """The result, held against float64; x, weight, bias and residual may differ in dtype."""
+    """The result, held against float64; x, weight, bias and residual may differ in dtype.
+
+    Behind a layer norm, both with the norm in front of the product and with the one that corrects its sums.
+    """
+    options |= {"normalize": normalize, "residual": residual, "relu": relu, "backend": runner.backend}
+    if normalize is not None and "weight_sums" not in options:
+        check(runner, x, weight, bias, weight_sums=weight.float().sum(1), **options)
     with poisoned_memory():
-        got = fused_linear(
-            x, weight, bias, normalize=normalize, residual=residual, relu=relu, backend=runner.backend, **options
-        )
+        got = fused_linear(x, weight, bias, **options)
     dtype = options.get("out_dtype") or x.dtype
     assert got.dtype == dtype
     wide = [None if tensor is None else tensor.to(DOUBLE) for tensor in (x, weight, bias, residual)]
     exact = chain(wide[0], wide[1], wide[2], normalize, wide[3], relu)
-    plain = chain(x, weight, bias, normalize, residual, relu).to(dtype)
+    plain = chain(x.to(weight.dtype), weight, bias, normalize, residual, relu).to(dtype)
     rows = wide[0] if normalize is None else F.layer_norm(wide[0], x.shape[-1:], eps=normalize)
     size = rows.abs() @ wide[1].abs().T + sum(tensor.abs() for tensor in wide[2:] if tensor is not None)
     # Sums in float32, one rounding of the result, and one of the normalised rows, which plain PyTorch rounds too.
@@ -66,6 +70,9 @@ def check(
     rounding = torch.finfo(dtype).eps / 2 * exact.abs() + size * sums
     if normalize is not None and x.dtype.itemsize == 2:
         rounding = rounding + torch.finfo(x.dtype).eps / 2 * size
+    if options.get("weight_sums") is not None and x.numel():  # sums of rows that are not normalised yet
+        deviation = (wide[0].var(-1, keepdim=True, unbiased=False) + normalize).sqrt()
+        rounding = rounding + sums * (wide[0].abs() @ wide[1].abs().T) / deviation
     assert_within_budget(got, exact, plain, rounding)
     return got
 
@@ -193,6 +200,8 @@ def test_dtypes_of_what_is_added_and_of_the_result(runner: Runner) -> None:
     check(runner, x, weight, bias.float(), residual=residual, relu=True)
     check(runner, x, weight, bias, residual=residual.float(), out_dtype=FLOAT)
     check(runner, x, weight, out_dtype=HALF)
+    for normalize in (None, 1e-5):
+        check(runner, x, weight.float(), bias, normalize=normalize, out_dtype=FLOAT)
 
 
 @on_each_backend
@@ -210,6 +219,33 @@ def test_a_layer_norm_with_gain_and_shift_is_folded(runner: Runner) -> None:
 
 
 @on_each_backend
+def test_leading_tokens_come_first_as_they_are(runner: Runner) -> None:
+    shapes = (((3,), (1, 18)), ((3,), (3, 2, 18)), ((2, 2), (2, 2, 17, 18)), ((), (4, 18)), ((2,), (0, 18)))
+    for samples, leading in shapes:
+        x, front = randn(runner, *samples, 19, 150), surrounded(randn(runner, *leading, seed=4))
+        weight, bias = randn(runner, 18, 150), randn(runner, 19, 18)
+        options: dict[str, Any] = {"normalize": 1e-5, "relu": True, "backend": runner.backend}
+        with poisoned_memory():
+            got = fused_linear(x, weight, bias, leading=front, **options)
+        count = front.shape[-2]
+        assert got.shape == (*samples, count + 19, 18) and got.is_contiguous()
+        assert torch.equal(got[..., :count, :], front.expand(*samples, count, 18))
+        torch.testing.assert_close(got[..., count:, :], fused_linear(x, weight, bias, **options))
+    alone = fused_linear(randn(runner, 2, 0, 150), weight, leading=front.expand(2, 0, 18), backend=runner.backend)
+    assert alone.shape == (2, 0, 18)
+    alone = fused_linear(randn(runner, 2, 0, 150), weight, leading=bias, backend=runner.backend)
+    assert torch.equal(alone, bias.expand(2, 19, 18))
+
+
+@everywhere
+def test_a_large_mean_is_taken_off(runner: Runner) -> None:
+    """Rows a hundred deviations away from 0, in half precision as it rounds them."""
+    sign = torch.tensor([1.0, -1.0], device=runner.device, dtype=runner.dtype)
+    x = randn(runner, 2, 20, 300) + 100 * sign[:, None, None]
+    check(runner, x, randn(runner, 18, 300) / 17, normalize=1e-5)
+
+
+@on_each_backend
 def test_equal_calls_give_equal_bits(runner: Runner) -> None:
     x, weight, bias, residual = tensors(runner, 2, 33, 300, 20, "token", "shared")
     options: dict[str, Any] = {"normalize": 1e-5, "residual": residual, "relu": True, "backend": runner.backend}
@@ -222,18 +258,24 @@ def test_equal_calls_give_equal_bits(runner: Runner) -> None:
 def test_opcheck(runner: Runner) -> None:
     x, weight, bias, residual = tensors(runner, 2, 5, 20, 18, "token", "sample")
     shared = x[:1].expand(2, -1, -1)
-    torch.library.opcheck(ops.fused_linear_triton, (x, weight, bias, residual, 1e-5, True, x.dtype, False, ()))
-    torch.library.opcheck(ops.fused_linear_triton, (shared, weight, None, None, None, False, FLOAT, True, ()))
+    sums, leading = weight.float().sum(1), randn(runner, 2, 3, 18)
+    plain, late = (x.dtype, False, ()), (FLOAT, True, (16, 16, 16, 1, 4, 1))
+    torch.library.opcheck(ops.fused_linear_triton, (x, weight, bias, residual, None, 1e-5, None, True, *plain))
+    torch.library.opcheck(ops.fused_linear_triton, (shared, weight, None, None, leading, 1e-5, sums, False, *late))
     for arguments, message in (
-        ((x, weight[:, 1:], None, None), "weight must be"),
-        ((x, weight, randn(runner, 4, 18), None), "bias must be"),
-        ((x, weight, None, x), "residual must be"),
-        ((x[0], weight, None, None), "x must be"),
+        ((x, weight[:, 1:], None, None, None, None, None), "weight must be"),
+        ((x, weight, randn(runner, 4, 18), None, None, None, None), "bias must be"),
+        ((x, weight, None, x, None, None, None), "residual must be"),
+        ((x, weight, None, None, leading[:1], None, None), "leading must be"),
+        ((x, weight, None, residual, leading, None, None), "do not go together"),
+        ((x, weight, None, None, None, None, sums), "with normalize alone"),
+        ((x, weight, None, None, None, 1e-5, sums[1:]), "weight_sums must be"),
+        ((x[0], weight, None, None, None, None, None), "x must be"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            ops.fused_linear_triton(*arguments, None, False, x.dtype, False, ())
+            ops.fused_linear_triton(*arguments, False, *plain)
     with pytest.raises(RuntimeError, match="rows must be one of"):
-        ops.fused_linear_triton(x, weight, None, None, None, False, x.dtype, False, (48, 16, 16, 1, 4, 1))
+        ops.fused_linear_triton(x, weight, *[None] * 5, False, x.dtype, False, (48, 16, 16, 1, 4, 1))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -274,6 +316,11 @@ X, W = torch.zeros(2, 5, 20), torch.zeros(18, 20)
         ((X[0, 0], W), {}, ValueError, r"x must be \[..., M, K\]"),
         ((X[..., :0], W[:, :0]), {}, ValueError, "K of at least 1"),
         ((X, W[:, :19]), {}, ValueError, r"weight must be \[N, 20\] for x of \[2, 5, 20\], got \[18, 19\]"),
+        ((X.half(), W.to(BFLOAT)), {}, TypeError, "weight must be one of float16, float32, got torch.bfloat16"),
+        ((X, W), {"leading": X}, ValueError, r"leading must be \[2, P, 18\] or \[P, 18\], got \[2, 5, 20\]"),
+        ((X, W), {"leading": X[..., :18], "residual": X[..., :18]}, ValueError, "do not go together"),
+        ((X, W), {"weight_sums": W[:, 0]}, ValueError, "weight_sums are of use with a layer norm alone"),
+        ((X, W), {"weight_sums": W[0], "normalize": 1e-5}, ValueError, r"weight_sums must be \[18\], contiguous"),
         ((X, W, W[:4, :18]), {}, ValueError, r"bias must be \[18\] or \[5, 18\], got \[4, 18\]"),
         ((X, W), {"residual": X}, ValueError, r"residual must be \[2, 5, 18\] or \[5, 18\], got \[2, 5, 20\]"),
         ((X, W.to("meta")), {}, ValueError, "weight must be on cpu, got meta"),

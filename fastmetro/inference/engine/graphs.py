@@ -16,17 +16,11 @@ _capturing = threading.Lock()  # one capture at a time in the whole process
 _WARM_UPS = 3  # libraries choose algorithms and allocate workspaces in their first calls
 
 
-def pack(outputs: Outputs) -> tuple[Tensor, dict[str, torch.Size]]:
-    """All outputs of one dtype behind one another, and their shapes."""
+def copies(outputs: Outputs) -> Outputs:
+    """New tensors in one allocation, written by one kernel; all outputs have one dtype."""
     flat = torch.cat([value.flatten() for value in outputs.values()])
-    return flat, {name: value.shape for name, value in outputs.items()}
-
-
-def unpack(flat: Tensor, shapes: dict[str, torch.Size]) -> Outputs:
-    """Views of what `pack` made."""
-    sizes = [shape.numel() for shape in shapes.values()]
-    parts = flat.split(sizes)
-    return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+    parts = flat.split([value.numel() for value in outputs.values()])
+    return {name: part.view(value.shape) for (name, value), part in zip(outputs.items(), parts, strict=True)}
 
 
 class Captured:
@@ -36,12 +30,12 @@ class Captured:
         run: from images to outputs of one dtype, without synchronisation.
         images: an example; only its shape, dtype and strides matter.
         pool: memory that graphs share, of which only one runs at a time.
+        side: the stream to capture on. Always the same one, because what the warm-ups allocate stays with it.
     """
 
-    def __init__(self, run: Callable[[Tensor], Outputs], images: Tensor, pool: Any) -> None:
+    def __init__(self, run: Callable[[Tensor], Outputs], images: Tensor, pool: Any, side: torch.cuda.Stream) -> None:
         self.images = torch.zeros_like(images)
         self.graph = torch.cuda.CUDAGraph()
-        side = torch.cuda.Stream(images.device)
         side.wait_stream(torch.cuda.current_stream(images.device))
         with _capturing:
             with torch.cuda.stream(side):
@@ -50,14 +44,14 @@ class Captured:
             side.synchronize()
             # Other threads may go on using CUDA.
             with torch.cuda.graph(self.graph, pool=pool, stream=side, capture_error_mode="thread_local"):
-                self.flat, self.shapes = pack(run(self.images))
+                self.outputs = run(self.images)
         torch.cuda.current_stream(images.device).wait_stream(side)
 
     def replay(self, images: Tensor) -> Outputs:
         """Copies the images in (casting them), runs, and copies the outputs out, all in the current stream."""
         self.images.copy_(images, non_blocking=True)
         self.graph.replay()
-        return unpack(self.flat.clone(), self.shapes)
+        return copies(self.outputs)
 
 
 class Graphs:
@@ -74,6 +68,7 @@ class Graphs:
     def __init__(self, run: Callable[[Tensor], Outputs], device: torch.device, dtype: torch.dtype, most: int) -> None:
         self.run, self.dtype, self.most = run, dtype, most
         self.pool = torch.cuda.graph_pool_handle()
+        self.side = torch.cuda.Stream(device)
         self.kept: OrderedDict[Hashable, Captured] = OrderedDict()
         self.lock = threading.RLock()
         self.done = torch.cuda.Event()
@@ -113,6 +108,6 @@ class Graphs:
                 self.kept.popitem(last=False)
             order = torch.contiguous_format if dtype == torch.uint8 else torch.channels_last
             like = torch.empty(images.shape, dtype=dtype, device=self.device, memory_format=order)
-            found = self.kept[key] = Captured(self.run, like, self.pool)
+            found = self.kept[key] = Captured(self.run, like, self.pool, self.side)
         self.kept.move_to_end(key)
         return found

@@ -16,7 +16,7 @@ from fastmetro.inference.engine.folding import (
     linear,
     projection,
 )
-from fastmetro.inference.engine.products import project, short_attention
+from fastmetro.inference.engine.products import Layer, project, short_attention
 from fastmetro.models.attention import TokenAttention
 from fastmetro.models.transformer import DecoderLayer, EncoderLayer
 
@@ -36,14 +36,19 @@ class Folded(nn.Module):
             stored = value.to(device=self.device, dtype=dtype or self.dtype).contiguous()
             self.register_buffer(name, stored, persistent=False)
 
-    def put_affine(self, name: str, layer: Affine, dtype: torch.dtype | None = None) -> None:
-        """Store a linear layer as buffers `name`_weight and `name`_bias."""
+    def put_affine(
+        self, name: str, layer: Affine, dtype: torch.dtype | None = None, *, behind_norm: bool = False
+    ) -> None:
+        """Store a linear layer as buffers `name`_weight and `name`_bias; `behind_norm`: and `name`_sums, of its rows."""
         self.put(f"{name}_weight", layer.weight, dtype)
         self.put(f"{name}_bias", layer.bias, dtype)
+        if behind_norm:  # of the weight as it is stored, so that they fit what is multiplied
+            self.put(f"{name}_sums", self.get_buffer(f"{name}_weight").double().sum(1), torch.float32)
 
-    def affine(self, name: str) -> tuple[Tensor, Tensor]:
-        """Weight and bias of a stored linear layer."""
-        return self.get_buffer(f"{name}_weight"), self.get_buffer(f"{name}_bias")
+    def affine(self, name: str) -> Layer:
+        """A stored linear layer."""
+        weight, bias = self.get_buffer(f"{name}_weight"), self.get_buffer(f"{name}_bias")
+        return Layer(weight, bias, self._buffers.get(f"{name}_sums"))
 
 
 class _FoldedLayer(Folded):
@@ -51,7 +56,7 @@ class _FoldedLayer(Folded):
 
     def fold_feed_forward(self, layer: EncoderLayer | DecoderLayer, norm: nn.LayerNorm) -> None:
         self.feed_forward_epsilon = norm.eps
-        self.put_affine("expand", fold_norm_affine(norm, linear(layer.linear1)))
+        self.put_affine("expand", fold_norm_affine(norm, linear(layer.linear1)), behind_norm=True)
         self.put_affine("contract", linear(layer.linear2))
 
     def feed_forward(self, tokens: Tensor) -> Tensor:
@@ -69,7 +74,7 @@ class FoldedEncoderLayer(_FoldedLayer):
     def fold(self, layer: EncoderLayer, position: Tensor) -> None:
         """Take the constants from a layer."""
         self.epsilon = layer.norm1.eps
-        self.put_affine("qkv", fold_encoder_projection(layer, position))
+        self.put_affine("qkv", fold_encoder_projection(layer, position), behind_norm=True)
         self.put_affine("out", linear(layer.self_attn.out_proj))
         self.fold_feed_forward(layer, layer.norm2)
 
@@ -91,9 +96,10 @@ class FoldedDecoderLayer(_FoldedLayer):
     def fold(self, layer: DecoderLayer) -> None:
         """Take the constants from a layer."""
         self.epsilon, self.cross_epsilon = layer.norm1.eps, layer.norm2.eps
-        self.put_affine("qkv", fold_norm_affine(layer.norm1, projection(layer.self_attn, 0, 3)))
+        self.put_affine("qkv", fold_norm_affine(layer.norm1, projection(layer.self_attn, 0, 3)), behind_norm=True)
         self.put_affine("out", linear(layer.self_attn.out_proj))
-        self.put_affine("query", fold_norm_affine(layer.norm2, projection(layer.multihead_attn, 0, 1)))
+        query = fold_norm_affine(layer.norm2, projection(layer.multihead_attn, 0, 1))
+        self.put_affine("query", query, behind_norm=True)
         self.fold_cross(layer)
 
     def fold_cross(self, layer: DecoderLayer) -> None:

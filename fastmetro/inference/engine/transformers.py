@@ -18,7 +18,7 @@ from fastmetro.inference.engine.folding import (
     linear,
 )
 from fastmetro.inference.engine.layers import Folded, FoldedDecoderLayer, FoldedEncoderLayer
-from fastmetro.inference.engine.products import normalize, project
+from fastmetro.inference.engine.products import project
 from fastmetro.inference.engine.streams import ParallelStreams
 from fastmetro.models.network import FastMETRO
 from fastmetro.models.transformer import DecoderLayer, EncoderLayer, Transformer
@@ -57,17 +57,17 @@ class FoldedStage(Folded):
                 folded.fold(layer)
         memory = fold_memory_projection(source.decoder, source.encoder.norm, position)
         shared = [Affine(one.weight, one.bias.expand(len(position), -1)) for one in further]
-        self.put_affine("read", join([memory, *shared]))
+        self.put_affine("read", join([memory, *shared]), behind_norm=True)
 
     def encode(self, tokens: Tensor) -> Tensor:
-        """Camera and image tokens [B, S, C] -> the same, normalised; the norm's gain and shift are with the readers."""
+        """Camera and image tokens [B, S, C] -> the same, in front of the last norm, which is with their readers."""
         for layer in self.encoder:
             tokens = layer(tokens)
-        return normalize(tokens, self.encoder_epsilon)
+        return tokens
 
     def read(self, encoded: Tensor) -> Tensor:
         """[B, S, layers * 2 C + further]: keys and values for every decoder layer, and what else reads the tokens."""
-        return project(encoded[:, 1:], self.affine("read"))
+        return project(encoded[:, 1:], self.affine("read"), self.encoder_epsilon)
 
     def memory(self, read: Tensor, layer: int) -> Tensor:
         """Keys and values [B, S, 2 C] of a decoder layer."""
@@ -103,7 +103,7 @@ class FoldedTransformers(Folded):
         bias = model.conv_1x1.bias
         assert bias is not None
         self.put_affine("embed", affine(model.conv_1x1.weight.flatten(1), bias))
-        self.put("camera_token", model.cam_token_embed.weight.detach().double())
+        self.put("camera_token", model.cam_token_embed.weight.detach().double().unsqueeze(0))
         encoder_norm, decoder_norm = model.transformer_1.encoder.norm, model.transformer_1.decoder.norm
         image, camera, mesh = (
             fold_norm_affine(norm, _reduction(layer, model.config.widths[0]))
@@ -115,8 +115,8 @@ class FoldedTransformers(Folded):
         )
         self.stage_1.fold(model, [image])
         self.stage_2.fold(model, [])
-        self.put_affine("reduce_camera", camera)
-        self.put_affine("reduce_mesh", mesh)
+        self.put_affine("reduce_camera", camera, behind_norm=True)
+        self.put_affine("reduce_mesh", mesh, behind_norm=True)
         learned = torch.cat([model.joint_token_embed.weight, model.vertex_token_embed.weight])
         first = model.transformer_1.decoder.layers[0]
         assert isinstance(first, DecoderLayer)
@@ -124,9 +124,9 @@ class FoldedTransformers(Folded):
         self.put("prefix_tokens", prefix.tokens.unsqueeze(0))
         self.put("prefix_query", prefix.query.unsqueeze(0))
         xyz = fold_norm_affine(model.transformer_2.decoder.norm, linear(model.xyz_regressor))
-        self.put_affine("xyz", xyz, self.heads_dtype)
+        self.put_affine("xyz", xyz, self.heads_dtype, behind_norm=True)
         predictor = fold_norm_affine(model.transformer_2.encoder.norm, linear(model.cam_predictor))
-        self.put_affine("camera", predictor, self.heads_dtype)
+        self.put_affine("camera", predictor, self.heads_dtype, behind_norm=True)
         for name in ("to_intermediate", "to_fine", "direct"):
             _refresh(getattr(self, name), getattr(model, _UPSAMPLINGS[name]))
 
@@ -134,25 +134,25 @@ class FoldedTransformers(Folded):
         """Backbone features [B, C, h, w] -> outputs as of ``FastMETRO.forward``, without the SMPL head's."""
         encoded, read = self.encode_first(features)
         # The second encoder needs nothing of the first decoder.
-        tokens, (encoded_2, read_2) = self.streams.run(
+        tokens, (camera, read_2) = self.streams.run(
             features.device, [lambda: self.decode_first(read), lambda: self.encode_again(encoded, read)]
         )
-        camera = project(encoded_2[:, 0].to(self.heads_dtype), self.affine("camera"))
         return {"pred_cam": camera} | self.place(self.decode_second(tokens, read_2))
 
     def encode_first(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised camera and image tokens of the first stage's encoder, and what reads them."""
-        image_tokens = project(features.flatten(2).transpose(1, 2), self.affine("embed"))
-        camera = self.get_buffer("camera_token").expand(len(features), 1, -1)
-        encoded = self.stage_1.encode(torch.cat([camera, image_tokens], dim=1))
+        """Camera and image tokens of the first stage's encoder, and what reads them."""
+        camera = self.get_buffer("camera_token").expand(len(features), -1, -1)
+        tokens = project(features.flatten(2).transpose(1, 2), self.affine("embed"), leading=camera)
+        encoded = self.stage_1.encode(tokens)
         return encoded, self.stage_1.read(encoded)
 
     def encode_again(self, encoded: Tensor, read: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised tokens and what reads them, of the second stage's encoder."""
-        camera = project(encoded[:, :1], self.affine("reduce_camera"))
+        """Camera parameters, and what reads the image tokens, of the second stage's encoder."""
+        camera = project(encoded[:, :1], self.affine("reduce_camera"), self.stage_1.encoder_epsilon)
         image_tokens = read[..., -self.stage_2.width :]
         encoded = self.stage_2.encode(torch.cat([camera, image_tokens], dim=1))
-        return encoded, self.stage_2.read(encoded)
+        predicted = project(encoded[:, :1], self.affine("camera"), self.stage_2.encoder_epsilon)
+        return predicted[:, 0], self.stage_2.read(encoded)
 
     def decode_first(self, read: Tensor) -> Tensor:
         """Mesh tokens behind the decoder of stage 1, reduced to the width of stage 2."""
@@ -172,7 +172,7 @@ class FoldedTransformers(Folded):
 
     def place(self, tokens: Tensor) -> dict[str, Tensor]:
         """Coordinates of joints and of vertices at all levels, in float32."""
-        coordinates = project(tokens.to(self.heads_dtype), self.affine("xyz"), self.stage_2.decoder_epsilon)
+        coordinates = project(tokens, self.affine("xyz"), self.stage_2.decoder_epsilon)
         coarse = coordinates[:, self.num_joints :]
         out = {"pred_3d_joints": coordinates[:, : self.num_joints], "pred_3d_vertices_coarse": coarse}
         if self.to_intermediate is not None:

@@ -25,4 +25,4 @@ def block(
         ``[B, L, N]`` in the dtype of q, contiguous.
     """
     attended = attention.attention(q, k, v, scale).flatten(2)
-    return linear.linear(attended, weight, bias, residual, None, False, q.dtype)
+    return linear.linear(attended, weight, bias, residual, None, None, False, q.dtype)

@@ -19,7 +19,9 @@ def fused_linear(
     bias: Tensor | None = None,
     *,
     normalize: float | None = None,
+    weight_sums: Tensor | None = None,
     residual: Tensor | None = None,
+    leading: Tensor | None = None,
     relu: bool = False,
     out_dtype: torch.dtype | None = None,
     constant_weights: bool = False,
@@ -31,16 +33,21 @@ def fused_linear(
     For inference: it has no gradients. One launch on Triton. Sums are taken in float32 (float64 for float64 ``x``) in
     a fixed order: equal calls give equal bits. The layer norm (Ba et al. 2016) has no gain and shift of its own: fold
     them into weight and bias, ``weight * gain`` and ``bias + weight @ shift``. Normalised rows are rounded to the dtype
-    of ``x`` before they are multiplied. Autocast changes nothing.
+    of ``x`` before they are multiplied, or with ``weight_sums`` not at all. Autocast changes nothing.
 
     Args:
         x: ``[..., M, K]``: M tokens of K features; float32, float16, bfloat16 or (reference) float64. Any strides, also
             a slice of the tokens or a batch stride of 0; only several leading axes that cannot be seen as one axis are
             copied.
-        weight: ``[N, K]`` in the dtype of x, any strides.
+        weight: ``[N, K]`` in the dtype of x or in float32 (x is then multiplied in float32), any strides.
         bias: ``[N]``, or ``[M, N]`` for a bias per token (position terms folded into a projection); any dtype of x's.
         normalize: Epsilon (at least 0) of a layer norm of the rows of x; None for none.
+        weight_sums: ``[N]`` float32, ``weight.float().sum(1)``: with it the kernel multiplies x as it is and normalises
+            the sums, ``(x @ weight.T - mean * weight_sums) / deviation``, which saves a pass over x. Meant for constant
+            weights, whose sums are taken once. Digits are lost where a row's mean is thousands of times its deviation.
         residual: ``[..., M, N]``, or ``[M, N]`` shared by all samples; any dtype of x's, any strides.
+        leading: ``[..., P, N]``, or ``[P, N]`` shared by all samples: tokens that are put in front of each sample's, as
+            they are (a class or camera token); any dtype of x's, any strides. Not together with a residual.
         relu: Whether negative numbers become 0, before the residual is added.
         out_dtype: Of the result; that of x by default.
         constant_weights: A promise that the kernel launched right before this one in the stream writes neither weight
@@ -49,7 +56,7 @@ def fused_linear(
         backend: ``"auto"`` (Triton where it can run on a GPU), ``"triton"`` or ``"reference"``.
 
     Returns:
-        ``[..., M, N]``, contiguous.
+        ``[..., P + M, N]``, contiguous.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -57,22 +64,24 @@ def fused_linear(
         RuntimeError: an argument requires grad while gradients are enabled.
         BackendUnavailable: the named backend cannot take this input; the message tells why.
     """
-    _check_tensors(x, weight, bias, residual)
-    _check_shapes(x, weight, bias, residual)
+    given = {"bias": bias, "residual": residual, "leading": leading}
+    _check_tensors(x, weight, weight_sums, given)
+    _check_shapes(x, weight, given)
+    _check_weight_sums(weight, weight_sums, normalize)
     accepted = DTYPES if x.dtype == torch.float64 else DTYPES[:3]
     _check_options(normalize, relu, out_dtype, accepted, config)
-    refuse_gradients("fused_linear", {"x": x, "weight": weight, "bias": bias, "residual": residual})
+    refuse_gradients("fused_linear", {"x": x, "weight": weight} | given)
     chosen = choose_backend("fused_linear", backend, x.device, x.dtype)
-    shape = (*x.shape[:-1], weight.shape[0])
-    if residual is not None:
-        residual = _as_batch(residual.expand(shape))
+    samples, features = x.shape[:-2], weight.shape[0]
+    tokens = x.shape[-2] + (0 if leading is None else leading.shape[-2])
+    residual, leading = _of_all_samples(residual, samples), _of_all_samples(leading, samples)
     x, dtype = _as_batch(x), x.dtype if out_dtype is None else out_dtype
     if chosen == "reference":
-        out = reference.linear(x, weight, bias, residual, normalize, relu, dtype)
+        out = reference.linear(x, weight, bias, residual, leading, normalize, relu, dtype)
     else:
-        options = (dtype, constant_weights, config or ())
-        out = ops.fused_linear_triton(x, weight, bias, residual, normalize, relu, *options)
-    return out.view(shape)
+        options = (relu, dtype, constant_weights, config or ())
+        out = ops.fused_linear_triton(x, weight, bias, residual, leading, normalize, weight_sums, *options)
+    return out.view(*samples, tokens, features)
 
 
 def _as_batch(x: Tensor) -> Tensor:
@@ -80,26 +89,51 @@ def _as_batch(x: Tensor) -> Tensor:
     return x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
 
 
-def _check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
+def _of_all_samples(tokens: Tensor | None, samples: torch.Size) -> Tensor | None:
+    if tokens is None or tokens.shape[-2] == 0:
+        return None
+    return _as_batch(tokens.expand(*samples, *tokens.shape[-2:]))
+
+
+def _check_tensors(x: Tensor, weight: Tensor, weight_sums: Tensor | None, given: dict[str, Tensor | None]) -> None:
     check_tensor("x", x, DTYPES)
-    check_tensor("weight", weight, (x.dtype,), x.device)
-    for name, tensor in (("bias", bias), ("residual", residual)):
+    check_tensor("weight", weight, tuple(dict.fromkeys((x.dtype, torch.float32))), x.device)
+    if weight_sums is not None:
+        check_tensor("weight_sums", weight_sums, (torch.float32,), x.device)
+    for name, tensor in given.items():
         if tensor is not None:
             check_tensor(name, tensor, DTYPES if x.dtype == torch.float64 else DTYPES[:3], x.device)
 
 
-def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
+def _check_shapes(x: Tensor, weight: Tensor, given: dict[str, Tensor | None]) -> None:
     if x.dim() < 2 or x.shape[-1] == 0:
         raise ValueError(f"x must be [..., M, K] with K of at least 1, got {list(x.shape)}")
     tokens, width = x.shape[-2:]
     if weight.dim() != 2 or weight.shape[1] != width:
         raise ValueError(f"weight must be [N, {width}] for x of {list(x.shape)}, got {list(weight.shape)}")
     features = weight.shape[0]
+    bias, residual, leading = given["bias"], given["residual"], given["leading"]
     if bias is not None and tuple(bias.shape) not in {(features,), (tokens, features)}:
         raise ValueError(f"bias must be [{features}] or [{tokens}, {features}], got {list(bias.shape)}")
     if residual is not None and tuple(residual.shape) not in {(*x.shape[:-1], features), (tokens, features)}:
         accepted = f"{[*x.shape[:-1], features]} or [{tokens}, {features}]"
         raise ValueError(f"residual must be {accepted}, got {list(residual.shape)}")
+    if leading is not None:
+        if residual is not None:
+            raise ValueError("leading and residual do not go together: give one of them")
+        samples = [*x.shape[:-2]]
+        if leading.dim() < 2 or [*leading.shape[:-2]] not in ([], samples) or leading.shape[-1] != features:
+            accepted = " or ".join(dict.fromkeys((f"{[*samples, 'P', features]}", f"{['P', features]}")))
+            raise ValueError(f"leading must be {accepted.replace(chr(39), '')}, got {list(leading.shape)}")
+
+
+def _check_weight_sums(weight: Tensor, weight_sums: Tensor | None, normalize: float | None) -> None:
+    if weight_sums is None:
+        return
+    if normalize is None:
+        raise ValueError("weight_sums are of use with a layer norm alone: give normalize, too, or leave them out")
+    if tuple(weight_sums.shape) != (weight.shape[0],) or not weight_sums.is_contiguous():
+        raise ValueError(f"weight_sums must be [{weight.shape[0]}], contiguous, got {list(weight_sums.shape)}")
 
 
 def _check_options(

@@ -12,26 +12,28 @@ def linear(
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
+    leading: Tensor | None,
     normalize: float | None,
     relu: bool,
     out_dtype: torch.dtype,
 ) -> Tensor:
     """``act(norm(x) @ weight.T + bias) + residual``, everything summed in float32 (float64 for float64 ``x``).
 
-    Only the normalised rows are rounded to the dtype of ``x`` on the way, as a layer norm of its own would do, and
-    the result to ``out_dtype``.
+    Only the normalised rows are rounded to the dtype of ``x`` on the way, as a layer norm of its own would do (the
+    kernel may leave that out), and the result to ``out_dtype``.
 
     Args:
         x: ``[B, M, K]``.
-        weight: ``[N, K]``.
+        weight: ``[N, K]``, in the dtype of x or float32.
         bias: ``[N]``, ``[M, N]`` or None.
         residual: ``[B, M, N]`` or None.
+        leading: ``[B, P, N]`` that come in front of the result's rows, or None.
         normalize: Epsilon of the layer norm, or None for none.
         relu: Whether negative numbers become 0 before the residual is added.
         out_dtype: Of the result.
 
     Returns:
-        ``[B, M, N]``, contiguous.
+        ``[B, P + M, N]``, contiguous.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     rows = x.to(wide)
@@ -44,4 +46,6 @@ def linear(
         result = result.relu()
     if residual is not None:
         result = result + residual.to(wide)
+    if leading is not None:
+        result = torch.cat([leading.to(wide), result], dim=1)
     return result.to(out_dtype).contiguous()

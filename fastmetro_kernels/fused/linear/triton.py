@@ -1,10 +1,11 @@
 """The Triton backend of the fused linear layer: CUDA devices, or CPU tensors in Triton's interpreter.
 
-A program makes one tile of the output. It needs whole rows of x, so the moments of the layer norm are its own affair:
-it takes them in a first pass over its rows, which the second pass then finds in L1. Where the batch is small, tiles
-are small, and what takes time is the chain of products that add to one accumulator: such a tile is cut into shares of
-the depth, which different warps take (a batched product) and one sum joins, in a fixed order. Nothing is tuned at run
-time, and no two programs write to one place.
+A program makes one tile of the output. It needs whole rows of x, so the moments of the layer norm are its own affair.
+In half precision it takes them beside the product, of rows that are not normalised yet, and corrects the sums at the
+end (`_late_norm`); in float32, where that would lose digits, in a first pass over its rows, which the second pass then
+finds in L1. Where the batch is small, tiles are small, and what takes time is the chain of products that add to one
+accumulator: such a tile is cut into shares of the depth, which different warps take (a batched product) and one sum
+joins, in a fixed order. Nothing is tuned at run time, and no two programs write to one place.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -105,54 +106,93 @@ def _normalized(tile, mean, inverse, dtype: tl.constexpr, SHARES: tl.constexpr):
 
 
 @triton.jit
-def _product(
-    x_base, weight_base, weight_tile, stride_x_dim, stride_weight_dim, epsilon,
+def _late_norm(acc, shifted, squares, shift, weight_sums, epsilon, WIDTH: tl.constexpr):
+    """Rows of products with x as they are with norm(x): (x W^T - mean * sum(W)) / deviation.
+
+    shifted and squares are sums over the row of x - shift and of its square; the shift, an element of the row, keeps
+    the second one small where the mean is large.
+    """
+    mean = shifted / WIDTH
+    variance = tl.maximum(squares / WIDTH - mean * mean, 0.0)
+    inverse = tl.rsqrt(variance + epsilon)
+    return (acc - (mean + shift)[:, None] * weight_sums[None, :]) * inverse[:, None]
+
+
+@triton.jit
+def _product_in_steps(
+    x_base, weight_base, stride_x_dim, stride_weight_dim, weight_sums, epsilon,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, SHARES: tl.constexpr,
     NORMALIZE: tl.constexpr,
 ):  # fmt: skip
-    """norm(x) @ weight.T of one tile, float32; weight_tile is the whole weight where one step is all, else None."""
+    """norm(x) @ weight.T of one tile, float32, step by step along the depth."""
     STEP: tl.constexpr = DEPTH * SHARES
     EVEN: tl.constexpr = WIDTH % STEP == 0
+    LATE: tl.constexpr = weight_sums is not None
     dtype: tl.constexpr = weight_base.dtype.element_ty
-    mean = tl.zeros((ROWS,), tl.float32)
-    squares = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, COLUMNS) if SHARES == 1 else (SHARES, ROWS, COLUMNS), tl.float32)
-    if weight_tile is not None:
-        k = _depth(0, DEPTH, SHARES)
-        tile = _load_rows(x_base, k, stride_x_dim, WIDTH, EVEN, SHARES)
-        if NORMALIZE:
-            mean, squares = _add_moments(mean, squares, tile, k, 0, WIDTH, STEP, SHARES)
-            tile = _normalized(tile, mean, tl.rsqrt(squares / WIDTH + epsilon), dtype, SHARES)
-        acc = tl.dot(tile, weight_tile, acc, input_precision="ieee")
-    else:
-        if NORMALIZE:
-            for first in range(0, WIDTH, STEP):
-                k = _depth(first, DEPTH, SHARES)
-                tile = _load_rows(x_base, k, stride_x_dim, WIDTH, EVEN, SHARES)
-                mean, squares = _add_moments(mean, squares, tile, k, first, WIDTH, STEP, SHARES)
-            inverse = tl.rsqrt(squares / WIDTH + epsilon)
+    first_sum = tl.zeros((ROWS,), tl.float32)  # mean, or with LATE the sum of x - shift
+    squares = tl.zeros((ROWS,), tl.float32)
+    if LATE:
+        shift = tl.load(x_base).to(tl.float32)
+    elif NORMALIZE:
         for first in range(0, WIDTH, STEP):
             k = _depth(first, DEPTH, SHARES)
             tile = _load_rows(x_base, k, stride_x_dim, WIDTH, EVEN, SHARES)
-            weight_step = _load_weight(weight_base, k, stride_weight_dim, WIDTH, EVEN, SHARES)
-            if NORMALIZE:
-                tile = _normalized(tile, mean, inverse, dtype, SHARES)
-            acc = tl.dot(tile, weight_step, acc, input_precision="ieee")
+            first_sum, squares = _add_moments(first_sum, squares, tile, k, first, WIDTH, STEP, SHARES)
+        inverse = tl.rsqrt(squares / WIDTH + epsilon)
+    for first in range(0, WIDTH, STEP):
+        k = _depth(first, DEPTH, SHARES)
+        tile = _load_rows(x_base, k, stride_x_dim, WIDTH, EVEN, SHARES)
+        weight_step = _load_weight(weight_base, k, stride_weight_dim, WIDTH, EVEN, SHARES)
+        if LATE:
+            centred = tile.to(tl.float32) - _spread(shift, SHARES)
+            if not EVEN:
+                centred = tl.where((k < WIDTH)[None, :] if SHARES == 1 else (k < WIDTH)[:, None, :], centred, 0.0)
+            first_sum += _sum_rows(centred, SHARES)
+            squares += _sum_rows(centred * centred, SHARES)
+        elif NORMALIZE:
+            tile = _normalized(tile, first_sum, inverse, dtype, SHARES)
+        acc = tl.dot(tile.to(dtype), weight_step, acc, input_precision="ieee")
+    if SHARES > 1:
+        acc = tl.sum(acc, 0)
+    return _late_norm(acc, first_sum, squares, shift, weight_sums, epsilon, WIDTH) if LATE else acc
+
+
+@triton.jit
+def _product_at_once(
+    x_base, weight_tile, stride_x_dim, epsilon,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, SHARES: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+):  # fmt: skip
+    """The same where one step is all, so that weight_tile is the whole weight of the tile."""
+    STEP: tl.constexpr = DEPTH * SHARES
+    k = _depth(0, DEPTH, SHARES)
+    tile = _load_rows(x_base, k, stride_x_dim, WIDTH, WIDTH == STEP, SHARES)
+    if NORMALIZE:
+        zero = tl.zeros((ROWS,), tl.float32)
+        mean, squares = _add_moments(zero, zero, tile, k, 0, WIDTH, STEP, SHARES)
+        tile = _normalized(tile, mean, tl.rsqrt(squares / WIDTH + epsilon), weight_tile.dtype, SHARES)
+    acc = tl.zeros((ROWS, COLUMNS) if SHARES == 1 else (SHARES, ROWS, COLUMNS), tl.float32)
+    acc = tl.dot(tile.to(weight_tile.dtype), weight_tile, acc, input_precision="ieee")
     return acc if SHARES == 1 else tl.sum(acc, 0)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def fused_linear_kernel(
-    x, weight, bias, residual, out,
+    x, weight, bias, residual, leading, weight_sums, out,
     rows, tokens, features,
     stride_x_batch, stride_x_token, stride_x_dim, stride_weight_feature, stride_weight_dim,
     stride_bias_token, stride_bias_feature, stride_residual_batch, stride_residual_token, stride_residual_feature,
+    stride_leading_batch, stride_leading_token, stride_leading_feature,
     epsilon,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, SHARES: tl.constexpr,
-    NORMALIZE: tl.constexpr, RELU: tl.constexpr, TOKEN_BIAS: tl.constexpr, SMALL: tl.constexpr,
+    LEADING: tl.constexpr, NORMALIZE: tl.constexpr, RELU: tl.constexpr, TOKEN_BIAS: tl.constexpr, SMALL: tl.constexpr,
     CONSTANT_WEIGHTS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One tile [ROWS, COLUMNS] of the output; columns run fastest, so that programs at a time share rows of x in L2."""
+    """One tile [ROWS, COLUMNS] of the output; columns run fastest, so that programs at a time share rows of x in L2.
+
+    rows counts the output's, of which the first LEADING of each sample are copied.
+    """
     column_tiles = tl.cdiv(features, COLUMNS)
     program = tl.program_id(0)
     row = program // column_tiles * ROWS + tl.arange(0, ROWS)
@@ -161,7 +201,8 @@ def fused_linear_kernel(
     # In the loop over the depth, places beyond the edges repeat the last row and feature, so that loads need no mask.
     near_row, near_feature = tl.minimum(row, rows - 1), tl.minimum(feature, features - 1).to(tl.int64)
     feature = feature.to(tl.int64)
-    batch, token = (near_row // tokens).to(tl.int64), (near_row % tokens).to(tl.int64)
+    batch, place = (near_row // (tokens + LEADING)).to(tl.int64), near_row % (tokens + LEADING)
+    token = tl.maximum(place - LEADING, 0).to(tl.int64)
     x_base = x + batch * stride_x_batch + token * stride_x_token
     weight_base = weight + near_feature * stride_weight_feature
 
@@ -179,6 +220,9 @@ def fused_linear_kernel(
             added = tl.load(bias + feature * stride_bias_feature, mask=feature < features, other=0.0)[None, :]
         elif SMALL:
             added = _load_tile(bias, token * stride_bias_token, feature * stride_bias_feature, mask)
+    sums = None
+    if weight_sums is not None:
+        sums = tl.load(weight_sums + near_feature)
     if CONSTANT_WEIGHTS:
         await_earlier_kernels(EARLY)
     if residual is not None:
@@ -186,10 +230,15 @@ def fused_linear_kernel(
         if SMALL:
             kept = _load_tile(residual, residual_row, feature * stride_residual_feature, mask)
 
-    result = _product(
-        x_base, weight_base, weight_tile, stride_x_dim, stride_weight_dim, epsilon,
-        WIDTH, ROWS, COLUMNS, DEPTH, SHARES, NORMALIZE,
-    )  # fmt: skip
+    if weight_tile is not None:
+        result = _product_at_once(
+            x_base, weight_tile, stride_x_dim, epsilon, WIDTH, ROWS, COLUMNS, DEPTH, SHARES, NORMALIZE
+        )
+    else:
+        result = _product_in_steps(
+            x_base, weight_base, stride_x_dim, stride_weight_dim, sums, epsilon,
+            WIDTH, ROWS, COLUMNS, DEPTH, SHARES, NORMALIZE,
+        )  # fmt: skip
     if bias is not None:
         if TOKEN_BIAS and not SMALL:
             added = _load_tile(bias, token * stride_bias_token, feature * stride_bias_feature, mask)
@@ -200,6 +249,11 @@ def fused_linear_kernel(
         if not SMALL:
             kept = _load_tile(residual, residual_row, feature * stride_residual_feature, mask)
         result += kept.to(tl.float32)
+    if LEADING > 0:
+        leads = place < LEADING
+        leading_row = batch * stride_leading_batch + tl.minimum(place, LEADING - 1).to(tl.int64) * stride_leading_token
+        copied = _load_tile(leading, leading_row, feature * stride_leading_feature, mask & leads[:, None])
+        result = tl.where(leads[:, None], copied.to(tl.float32), result)
     target = out + row.to(tl.int64)[:, None] * features + feature[None, :]
     tl.store(target, result.to(out.dtype.element_ty), mask=mask)
 
@@ -209,33 +263,42 @@ def linear(
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
+    leading: Tensor | None,
     normalize: float | None,
+    weight_sums: Tensor | None,
     relu: bool,
     out_dtype: torch.dtype,
     constant_weights: bool,
     config: Sequence[int],
 ) -> Tensor:
     """Run the kernel; arguments as in ``ops.py``."""
-    ops.check_arguments(x, weight, bias, residual, config)
+    ops.check_arguments(x, weight, bias, residual, leading, normalize, weight_sums, config)
     batch, tokens, width = x.shape
-    features = weight.shape[0]
-    out = x.new_empty((batch, tokens, features), dtype=out_dtype)
+    features, more = weight.shape[0], 0 if leading is None else leading.shape[1]
+    out = x.new_empty((batch, tokens + more, features), dtype=out_dtype)
     if out.numel() == 0:
         return out
-    rows = batch * tokens
-    tile = LinearConfig(*config) if config else pinned(rows, features, width, x.element_size())
+    if tokens == 0:
+        assert leading is not None
+        return out.copy_(leading)
+    rows = batch * (tokens + more)
+    tile = LinearConfig(*config) if config else pinned(rows, features, width, weight.element_size())
     early = launches_early(x)
     bias_strides = (0, 0) if bias is None else bias.stride() if bias.dim() == 2 else (0, bias.stride(0))
     with on_device(x):
         fused_linear_kernel[(triton.cdiv(rows, tile.rows) * triton.cdiv(features, tile.columns),)](
-            x, weight, bias, residual, out,
+            x, weight, bias, residual, leading, weight_sums if width > tile.depth * tile.shares else None, out,
             rows, tokens, features,
-            *x.stride(), *weight.stride(), *bias_strides, *((0, 0, 0) if residual is None else residual.stride()),
+            *x.stride(), *weight.stride(), *bias_strides, *_strides(residual), *_strides(leading),
             0.0 if normalize is None else normalize,
             WIDTH=width, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, SHARES=tile.shares,
-            NORMALIZE=normalize is not None, RELU=relu, TOKEN_BIAS=bias is not None and bias.dim() == 2,
+            LEADING=more, NORMALIZE=normalize is not None, RELU=relu, TOKEN_BIAS=bias is not None and bias.dim() == 2,
             SMALL=tile.rows * tile.columns <= _SMALL_TILE,
             CONSTANT_WEIGHTS=constant_weights, EARLY=early,
             num_warps=tile.warps, num_stages=tile.stages, **launch_options(early),
         )  # fmt: skip
     return out
+
+
+def _strides(tensor: Tensor | None) -> tuple[int, ...]:
+    return (0, 0, 0) if tensor is None else tensor.stride()
