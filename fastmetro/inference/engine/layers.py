@@ -39,7 +39,7 @@ class Folded(nn.Module):
     def put_affine(
         self, name: str, layer: Affine, dtype: torch.dtype | None = None, *, behind_norm: bool = False
     ) -> None:
-        """Store a linear layer as buffers `name`_weight and `name`_bias; `behind_norm`: and `name`_sums, of its rows."""
+        """Store a linear layer as buffers `name`_weight and `name`_bias; `behind_norm`: and `name`_sums of its rows."""
         self.put(f"{name}_weight", layer.weight, dtype)
         self.put(f"{name}_bias", layer.bias, dtype)
         if behind_norm:  # of the weight as it is stored, so that they fit what is multiplied

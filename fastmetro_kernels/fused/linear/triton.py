@@ -1,8 +1,8 @@
 """The Triton backend of the fused linear layer: CUDA devices, or CPU tensors in Triton's interpreter.
 
 A program makes one tile of the output. It needs whole rows of x, so the moments of the layer norm are its own affair.
-In half precision it takes them beside the product, of rows that are not normalised yet, and corrects the sums at the
-end (`_late_norm`); in float32, where that would lose digits, in a first pass over its rows, which the second pass then
+Where the caller gives the sums of the weight's rows it takes them beside the product, of rows that are not normalised
+yet, and corrects the sums at the end (`_late_norm`); else in a first pass over its rows, which the second pass then
 finds in L1. Where the batch is small, tiles are small, and what takes time is the chain of products that add to one
 accumulator: such a tile is cut into shares of the depth, which different warps take (a batched product) and one sum
 joins, in a fixed order. Nothing is tuned at run time, and no two programs write to one place.
@@ -106,21 +106,20 @@ def _normalized(tile, mean, inverse, dtype: tl.constexpr, SHARES: tl.constexpr):
 
 
 @triton.jit
-def _late_norm(acc, shifted, squares, shift, weight_sums, epsilon, WIDTH: tl.constexpr):
-    """Rows of products with x as they are with norm(x): (x W^T - mean * sum(W)) / deviation.
+def _late_norm(acc, total, squares, shift, weight_sums, epsilon, WIDTH: tl.constexpr):
+    """Turns products with rows x into those with norm(x): (x W^T - mean * sum(W)) / deviation.
 
-    shifted and squares are sums over the row of x - shift and of its square; the shift, an element of the row, keeps
+    total and squares are the sums over a row of x - shift and of its square; the shift, an element of the row, keeps
     the second one small where the mean is large.
     """
-    mean = shifted / WIDTH
+    mean = total / WIDTH
     variance = tl.maximum(squares / WIDTH - mean * mean, 0.0)
-    inverse = tl.rsqrt(variance + epsilon)
-    return (acc - (mean + shift)[:, None] * weight_sums[None, :]) * inverse[:, None]
+    return (acc - (mean + shift)[:, None] * weight_sums[None, :]) * tl.rsqrt(variance + epsilon)[:, None]
 
 
 @triton.jit
 def _product_in_steps(
-    x_base, weight_base, stride_x_dim, stride_weight_dim, weight_sums, epsilon,
+    x_base, weight_base, inside_rows, stride_x_dim, stride_weight_dim, weight_sums, epsilon,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, SHARES: tl.constexpr,
     NORMALIZE: tl.constexpr,
 ):  # fmt: skip
@@ -130,7 +129,7 @@ def _product_in_steps(
     LATE: tl.constexpr = weight_sums is not None
     dtype: tl.constexpr = weight_base.dtype.element_ty
     acc = tl.zeros((ROWS, COLUMNS) if SHARES == 1 else (SHARES, ROWS, COLUMNS), tl.float32)
-    first_sum = tl.zeros((ROWS,), tl.float32)  # mean, or with LATE the sum of x - shift
+    mean = tl.zeros((ROWS,), tl.float32)  # with LATE the sum, and both of x minus the shift
     squares = tl.zeros((ROWS,), tl.float32)
     if LATE:
         shift = tl.load(x_base).to(tl.float32)
@@ -138,24 +137,27 @@ def _product_in_steps(
         for first in range(0, WIDTH, STEP):
             k = _depth(first, DEPTH, SHARES)
             tile = _load_rows(x_base, k, stride_x_dim, WIDTH, EVEN, SHARES)
-            first_sum, squares = _add_moments(first_sum, squares, tile, k, first, WIDTH, STEP, SHARES)
+            mean, squares = _add_moments(mean, squares, tile, k, first, WIDTH, STEP, SHARES)
         inverse = tl.rsqrt(squares / WIDTH + epsilon)
     for first in range(0, WIDTH, STEP):
         k = _depth(first, DEPTH, SHARES)
         tile = _load_rows(x_base, k, stride_x_dim, WIDTH, EVEN, SHARES)
         weight_step = _load_weight(weight_base, k, stride_weight_dim, WIDTH, EVEN, SHARES)
         if LATE:
-            centred = tile.to(tl.float32) - _spread(shift, SHARES)
+            shifted = tile.to(tl.float32) - _spread(shift, SHARES)
             if not EVEN:
-                centred = tl.where((k < WIDTH)[None, :] if SHARES == 1 else (k < WIDTH)[:, None, :], centred, 0.0)
-            first_sum += _sum_rows(centred, SHARES)
-            squares += _sum_rows(centred * centred, SHARES)
+                shifted = tl.where((k < WIDTH)[None, :] if SHARES == 1 else (k < WIDTH)[:, None, :], shifted, 0.0)
+            mean += _sum_rows(shifted, SHARES)
+            squares += _sum_rows(shifted * shifted, SHARES)
+            # Brings the tile to registers. Where sums and product both read it from where it was loaded to, Triton 3.6
+            # made kernels that were wrong under load (128 rows and 8 warps, say).
+            tile = tl.where(_spread(inside_rows, SHARES), tile, 0.0)
         elif NORMALIZE:
-            tile = _normalized(tile, first_sum, inverse, dtype, SHARES)
+            tile = _normalized(tile, mean, inverse, dtype, SHARES)
         acc = tl.dot(tile.to(dtype), weight_step, acc, input_precision="ieee")
     if SHARES > 1:
         acc = tl.sum(acc, 0)
-    return _late_norm(acc, first_sum, squares, shift, weight_sums, epsilon, WIDTH) if LATE else acc
+    return _late_norm(acc, mean, squares, shift, weight_sums, epsilon, WIDTH) if LATE else acc
 
 
 @triton.jit
@@ -236,7 +238,7 @@ def fused_linear_kernel(
         )
     else:
         result = _product_in_steps(
-            x_base, weight_base, stride_x_dim, stride_weight_dim, sums, epsilon,
+            x_base, weight_base, row < rows, stride_x_dim, stride_weight_dim, sums, epsilon,
             WIDTH, ROWS, COLUMNS, DEPTH, SHARES, NORMALIZE,
         )  # fmt: skip
     if bias is not None:
