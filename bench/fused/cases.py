@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from fastmetro_kernels.fused import (
     ShortAttentionConfig,
     cross_attention_block,
     fused_linear,
+    fused_linear_moments,
     short_attention,
 )
 from fastmetro_kernels.fused.cross_attention_block.configs import TILES as BLOCK_TILES
@@ -26,6 +28,8 @@ from fastmetro_kernels.fused.linear.configs import TILES, fitted
 from fastmetro_kernels.fused.short_attention.configs import TILES as ATTENTION_TILES
 
 HEADS = 8
+FEW_ROWS = 512
+"""Up to which the engine fuses wide layers, and hands on moments."""
 ENCODER, IMAGE, DECODER = 50, 49, 445
 EPSILON = 1e-5
 BYTES_PER_SECOND = 4.2e12
@@ -43,6 +47,14 @@ Run = Callable[..., Tensor]
 
 def _randn(generator: torch.Generator, dtype: torch.dtype, *shape: int) -> Tensor:
     return torch.randn(shape, generator=generator, device=generator.device).to(dtype)
+
+
+def _moments(x: Tensor, part: int = 32) -> Tensor:
+    """As `fused_linear_moments` gives them with tiles of 32 columns."""
+    parts = x.float().unflatten(-1, (-1, part))
+    mean = parts.mean(-1)
+    squares = (parts - mean.unsqueeze(-1)).square().sum(-1)
+    return torch.stack([torch.full_like(mean, part), mean, squares], -1)
 
 
 def _floor(elements: int, flops: int, dtype: torch.dtype) -> float:
@@ -76,17 +88,25 @@ class Linear:
         return f"{self.batch}*{self.tokens} x {self.width} x {self.features}"
 
     @property
+    def _late(self) -> bool:
+        """Whether the engine has the moments of the norm from the layer before: where that one is wide, and fused."""
+        return self.norm and self.width > 128 and self.batch * self.tokens <= FEW_ROWS
+
+    @property
     def activation_count(self) -> int:
         """How many tensors `activations` are."""
-        return 1 + self.residual
+        return 1 + self.residual + self._late
 
     def activations(self, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """x [B, M, K], and the residual [B, M, N] if there is one."""
+        """x [B, M, K], the residual [B, M, N] if there is one, and the moments of x that ours gets if it gets any."""
         sizes = [self.width, self.features] if self.residual else [self.width]
-        return tuple(_randn(generator, self.dtype, self.batch, self.tokens, size) for size in sizes)
+        found = [_randn(generator, self.dtype, self.batch, self.tokens, size) for size in sizes]
+        if self._late:
+            found.append(_moments(found[0]))
+        return tuple(found)
 
     def constants(self, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """Weight [N, K], bias [N] or [M, N], and the sums of the weight's rows for ours."""
+        """Weight [N, K], bias [N] or [M, N], and for ours the sums of the weight's rows."""
         bias = (self.tokens, self.features) if self.position else (self.features,)
         weight = _randn(generator, self.dtype, self.features, self.width) * self.width**-0.5
         return weight, _randn(generator, self.dtype, *bias), weight.float().sum(1)
@@ -101,6 +121,8 @@ class Linear:
         """Layer norm, cuBLAS with bias, activation, residual. cuBLASLt has an epilogue for bias with ReLU: it is used
         where the bias is one of all tokens."""
         x, *residual, weight, bias, _ = tensors
+        if self._late:
+            residual.pop()
         if self.norm:
             x = F.layer_norm(x, (self.width,), eps=EPSILON)
         fused_relu = self.relu and not self.position and x.dtype != torch.float64  # for which cuBLASLt has none
@@ -117,9 +139,14 @@ class Linear:
     def _fused(self, config: LinearConfig | None, constant: bool) -> Run:
         def run(*tensors: Tensor) -> Tensor:
             x, *residual, weight, bias, sums = tensors
+            moments = residual.pop() if self._late else None
+            if self.residual and self.features > 128:  # its moments are wanted
+                options: Any = {"residual": residual[0], "constant_weights": constant, "config": config}
+                return fused_linear_moments(x, weight, bias, **options)[0]
             return fused_linear(
-                x, weight, bias, normalize=EPSILON if self.norm else None, weight_sums=sums if self.norm else None,
-                relu=self.relu, residual=residual[0] if residual else None, constant_weights=constant, config=config,
+                x, weight, bias, normalize=EPSILON if self.norm else None, moments=moments,
+                weight_sums=sums if self._late else None, relu=self.relu, residual=residual[0] if residual else None,
+                constant_weights=constant, config=config,
             )  # fmt: skip
 
         return run

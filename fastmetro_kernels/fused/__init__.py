@@ -1,7 +1,7 @@
 """Fused blocks of transformers for inference: linear layers with all that surrounds them, attention over few keys."""
 
 from fastmetro_kernels.fused.cross_attention_block import BlockConfig, cross_attention_block
-from fastmetro_kernels.fused.linear import LinearConfig, fused_linear
+from fastmetro_kernels.fused.linear import LinearConfig, fused_linear, fused_linear_moments
 from fastmetro_kernels.fused.short_attention import ShortAttentionConfig, short_attention
 
 __all__ = [
@@ -10,5 +10,6 @@ __all__ = [
     "ShortAttentionConfig",
     "cross_attention_block",
     "fused_linear",
+    "fused_linear_moments",
     "short_attention",
 ]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastmetro.inference.engine import folding
 from fastmetro.inference.engine.layers import FoldedDecoderLayer, FoldedEncoderLayer
+from fastmetro.inference.engine.products import Tokens
 from fastmetro.inference.engine.savings import transformer_folds
 from fastmetro.inference.engine.transformers import FoldedTransformers
 from fastmetro.models import FastMETRO, FastMETROConfig
@@ -127,11 +128,10 @@ def test_layers() -> None:
         encoder.linear1.weight.data *= 1 + len(addresses)
         folded.fold(encoder, position)
         folded_decoder.fold(decoder)
-        near(folded(tokens), encoder(tokens, position))
+        near(folded(Tokens(tokens)).values, encoder(tokens, position))
         memory = torch.cat([decoder.multihead_attn.key(tokens + position), decoder.multihead_attn.value(tokens)], -2)
-        near(
-            folded_decoder(mesh_tokens, memory.flatten(-2), attend), decoder(mesh_tokens, tokens, position, attend)
-        )
+        decoded = folded_decoder(Tokens(mesh_tokens), memory.flatten(-2), attend).values
+        near(decoded, decoder(mesh_tokens, tokens, position, attend))
         addresses.append([buffer.data_ptr() for buffer in (*folded.buffers(), *folded_decoder.buffers())])
     assert addresses[0] == addresses[1]
 

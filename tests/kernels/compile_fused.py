@@ -29,7 +29,7 @@ from fastmetro_kernels.fused.short_attention.configs import TILES as ATTENTION_T
 from fastmetro_kernels.fused.short_attention.configs import ShortAttentionConfig
 from fastmetro_kernels.fused.short_attention.configs import pinned as pinned_attention
 
-TENSORS = {"x", "weight", "bias", "residual", "weight_sums", "out", "q", "k", "v"}
+TENSORS = {"x", "weight", "bias", "residual", "weight_sums", "moments", "out", "moments_out", "q", "k", "v"}
 
 
 def source(kernel: Any, dtype: str, constants: dict[str, Any]) -> ASTSource:
@@ -43,7 +43,7 @@ def source(kernel: Any, dtype: str, constants: dict[str, Any]) -> ASTSource:
         if name in constants:
             signature[name] = "constexpr"
             continue
-        element = "fp32" if name == "weight_sums" else dtype
+        element = "fp32" if name in {"weight_sums", "moments", "moments_out"} else dtype
         scalar = "fp32" if name in {"epsilon", "scale"} else "i32"
         signature[name] = f"*{element}" if name in TENSORS else scalar
         if name in TENSORS or name == "features" or name.startswith("stride_"):
@@ -53,12 +53,13 @@ def source(kernel: Any, dtype: str, constants: dict[str, Any]) -> ASTSource:
 
 
 def linear_constants(tile: LinearConfig, width: int, normalize: bool, early: bool) -> dict[str, Any]:
-    """Of a projection with a bias per token behind a layer norm, or of one with a residual in front of none."""
+    """Of a projection with a bias per token behind a layer norm, or of one with a residual that leaves moments."""
     return {
         "WIDTH": width, "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth, "SHARES": tile.shares,
-        "NORMALIZE": normalize, "RELU": not normalize, "TOKEN_BIAS": normalize, "LEADING": 0, "leading": None,
+        "NORMALIZE": False, "RELU": not normalize, "TOKEN_BIAS": normalize, "LEADING": 0, "leading": None,
+        "PARTS": 16 if normalize else 0,
         "SMALL": tile.rows * tile.columns <= linear._SMALL_TILE, "CONSTANT_WEIGHTS": True, "EARLY": early,
-    } | ({"residual": None} if normalize else {"weight_sums": None})  # fmt: skip
+    } | ({"residual": None, "moments_out": None} if normalize else {"moments": None, "weight_sums": None})  # fmt: skip
 
 
 def attention_constants(tile: ShortAttentionConfig, dim: int, early: bool) -> dict[str, Any]:

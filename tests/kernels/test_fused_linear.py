@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastmetro_kernels import BackendUnavailable
-from fastmetro_kernels.fused import LinearConfig, fused_linear
+from fastmetro_kernels.fused import LinearConfig, fused_linear, fused_linear_moments
 from fastmetro_kernels.fused.linear import configs, ops
 from fastmetro_kernels.fused.linear.configs import TILES, pinned, problem
 
@@ -45,17 +45,34 @@ def chain(
     return y if residual is None else y + residual
 
 
+def moments_of(x: Tensor, part: int = 64) -> Tensor:
+    """Count, mean and squared distances from it of the rows of x, for parts of so many features."""
+    wide = x.to(torch.promote_types(x.dtype, FLOAT))
+    found = []
+    for values in wide.split(part, -1):
+        mean = values.mean(-1)
+        count = torch.full_like(mean, values.shape[-1])
+        found.append(torch.stack([count, mean, (values - mean[..., None]).square().sum(-1)], -1))
+    return torch.stack(found, -2)
+
+
+def late(x: Tensor, weight: Tensor) -> dict[str, Tensor]:
+    """What a layer norm behind the product needs."""
+    return {"moments": moments_of(x), "weight_sums": weight.to(torch.promote_types(x.dtype, FLOAT)).sum(1)}
+
+
 def check(
     runner: Runner, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, normalize: float | None = None,
     residual: Tensor | None = None, relu: bool = False, **options: Any,
 ) -> Tensor:  # fmt: skip
     """The result, held against float64; x, weight, bias and residual may differ in dtype.
 
-    Behind a layer norm, both with the norm in front of the product and with the one that corrects its sums.
+    With a layer norm, both in front of the product and as a correction of its sums.
     """
-    options |= {"normalize": normalize, "residual": residual, "relu": relu, "backend": runner.backend}
-    if normalize is not None and "weight_sums" not in options:
-        check(runner, x, weight, bias, weight_sums=weight.float().sum(1), **options)
+    options |= {"normalize": normalize, "residual": residual, "relu": relu}
+    if normalize is not None and "moments" not in options:
+        check(runner, x, weight, bias, **options, **late(x, weight))
+    options["backend"] = runner.backend
     with poisoned_memory():
         got = fused_linear(x, weight, bias, **options)
     dtype = options.get("out_dtype") or x.dtype
@@ -70,7 +87,7 @@ def check(
     rounding = torch.finfo(dtype).eps / 2 * exact.abs() + size * sums
     if normalize is not None and x.dtype.itemsize == 2:
         rounding = rounding + torch.finfo(x.dtype).eps / 2 * size
-    if options.get("weight_sums") is not None and x.numel():  # sums of rows that are not normalised yet
+    if options.get("moments") is not None and x.numel():  # sums of rows that are not normalised yet
         deviation = (wide[0].var(-1, keepdim=True, unbiased=False) + normalize).sqrt()
         rounding = rounding + sums * (wide[0].abs() @ wide[1].abs().T) / deviation
     assert_within_budget(got, exact, plain, rounding)
@@ -250,6 +267,39 @@ def test_leading_tokens_come_first_as_they_are(runner: Runner) -> None:
 
 
 @everywhere
+def test_moments_are_those_of_the_rounded_result(runner: Runner) -> None:
+    for tokens, width, features in ((35, 40, 130), (3, 300, 16), (1, 16, 1)):
+        x, weight, bias, residual = tensors(runner, 2, tokens, width, features, "feature", "sample")
+        front = randn(runner, 2, 2, features, seed=4)
+        for added in ({"residual": residual}, {"leading": front}, {"leading": front[:, :0]}):
+            with poisoned_memory():
+                out, moments = fused_linear_moments(x, weight, bias, **added, backend=runner.backend)
+            assert torch.equal(out, fused_linear(x, weight, bias, **added, backend=runner.backend))
+            assert moments.shape[:-2] == out.shape[:-1] and moments.shape[-1] == 3
+            torch.testing.assert_close(moments, moments_of(out, int(moments[0, 0, 0, 0])), rtol=1e-4, atol=1e-4)
+
+
+@on_each_backend
+def test_a_chain_hands_on_its_moments(runner: Runner) -> None:
+    """As in a transformer: a residual stream, read by a slice of the tokens behind a norm."""
+    x, weight, bias, residual = tensors(runner, 2, 20, 70, 150, "feature", "sample")
+    out, moments = fused_linear_moments(x, weight, bias, residual=residual, backend=runner.backend)
+    reader = randn(runner, 24, 150) / 12
+    sums = reader.to(moments.dtype).sum(1)
+    check(runner, out[:, 1:], reader, normalize=1e-5, moments=moments[:, 1:], weight_sums=sums)
+    first, its_moments = out[:1, :1].expand(3, -1, -1), moments[:1, :1].expand(3, -1, -1, -1)
+    check(runner, first, reader, normalize=1e-5, moments=its_moments, weight_sums=sums)
+
+
+@on_triton
+def test_no_tokens_to_multiply(runner: Runner) -> None:
+    front = randn(runner, 2, 3, 18)
+    x, weight = randn(runner, 2, 0, 20), randn(runner, 18, 20)
+    out, moments = fused_linear_moments(x, weight, leading=front, backend=runner.backend)
+    assert torch.equal(out, front) and torch.equal(moments, moments_of(front))
+
+
+@everywhere
 def test_a_large_mean_is_taken_off(runner: Runner) -> None:
     """Rows a hundred deviations away from 0, in half precision as it rounds them."""
     sign = torch.tensor([1.0, -1.0], device=runner.device, dtype=runner.dtype)
@@ -270,24 +320,28 @@ def test_equal_calls_give_equal_bits(runner: Runner) -> None:
 def test_opcheck(runner: Runner) -> None:
     x, weight, bias, residual = tensors(runner, 2, 5, 20, 18, "token", "sample")
     shared = x[:1].expand(2, -1, -1)
-    sums, leading = weight.float().sum(1), randn(runner, 2, 3, 18)
-    plain, late = (x.dtype, False, ()), (FLOAT, True, (16, 16, 16, 1, 4, 1))
-    torch.library.opcheck(ops.fused_linear_triton, (x, weight, bias, residual, None, 1e-5, None, True, *plain))
-    torch.library.opcheck(ops.fused_linear_triton, (shared, weight, None, None, leading, 1e-5, sums, False, *late))
+    leading, (moments, sums) = randn(runner, 2, 3, 18), late(x, weight).values()
+    plain, other = (x.dtype, False, False, ()), (FLOAT, True, True, (16, 16, 16, 1, 4, 1))
+    torch.library.opcheck(ops.fused_linear_triton, (x, weight, bias, residual, None, 1e-5, None, None, True, *plain))
+    given = (shared, weight, None, None, leading, 1e-5, moments, sums, False)
+    torch.library.opcheck(ops.fused_linear_triton, (*given, *other))
     for arguments, message in (
-        ((x, weight[:, 1:], None, None, None, None, None), "weight must be"),
-        ((x, weight, randn(runner, 4, 18), None, None, None, None), "bias must be"),
-        ((x, weight, None, x, None, None, None), "residual must be"),
-        ((x, weight, None, None, leading[:1], None, None), "leading must be"),
-        ((x, weight, None, residual, leading, None, None), "do not go together"),
-        ((x, weight, None, None, None, None, sums), "with normalize alone"),
-        ((x, weight, None, None, None, 1e-5, sums[1:]), "weight_sums must be"),
-        ((x[0], weight, None, None, None, None, None), "x must be"),
+        ((x, weight[:, 1:], None, None, None, None, None, None), "weight must be"),
+        ((x, weight, randn(runner, 4, 18), None, None, None, None, None), "bias must be"),
+        ((x, weight, None, x, None, None, None, None), "residual must be"),
+        ((x, weight, None, None, leading[:1], None, None, None), "leading must be"),
+        ((x, weight, None, residual, leading, None, None, None), "do not go together"),
+        ((x[:, :0], weight, None, None, leading, None, None, None), "x must have tokens"),
+        ((x, weight, None, None, None, 1e-5, moments, None), "moments and weight_sums go together"),
+        ((x, weight, None, None, None, None, moments, sums), "with normalize alone"),
+        ((x, weight, None, None, None, 1e-5, moments[:, 1:], sums), "moments must be"),
+        ((x, weight, None, None, None, 1e-5, moments, sums[1:]), "weight_sums must be"),
+        ((x[0], weight, None, None, None, None, None, None), "x must be"),
     ):
         with pytest.raises(RuntimeError, match=message):
             ops.fused_linear_triton(*arguments, False, *plain)
     with pytest.raises(RuntimeError, match="rows must be one of"):
-        ops.fused_linear_triton(x, weight, *[None] * 5, False, x.dtype, False, (48, 16, 16, 1, 4, 1))
+        ops.fused_linear_triton(x, weight, *[None] * 6, False, x.dtype, False, False, (48, 16, 16, 1, 4, 1))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -316,6 +370,8 @@ def test_gradients_are_refused(runner: Runner) -> None:
 
 
 X, W = torch.zeros(2, 5, 20), torch.zeros(18, 20)
+M = torch.zeros(2, 5, 1, 3)
+LATE = {"normalize": 1e-5, "moments": M, "weight_sums": W[:, 0].contiguous()}
 
 
 @pytest.mark.parametrize(
@@ -331,8 +387,12 @@ X, W = torch.zeros(2, 5, 20), torch.zeros(18, 20)
         ((X.half(), W.to(BFLOAT)), {}, TypeError, "weight must be one of float16, float32, got torch.bfloat16"),
         ((X, W), {"leading": X}, ValueError, r"leading must be \[2, P, 18\] or \[P, 18\], got \[2, 5, 20\]"),
         ((X, W), {"leading": X[..., :18], "residual": X[..., :18]}, ValueError, "do not go together"),
-        ((X, W), {"weight_sums": W[:, 0]}, ValueError, "weight_sums are of use with a layer norm alone"),
-        ((X, W), {"weight_sums": W[0], "normalize": 1e-5}, ValueError, r"weight_sums must be \[18\], contiguous"),
+        ((X, W), {"moments": M}, ValueError, "moments and weight_sums go together"),
+        ((X, W), {"moments": M, "weight_sums": W[:, 0]}, ValueError, "moments are of use with a layer norm alone"),
+        ((X, W), LATE | {"moments": M[:, 1:]}, ValueError, r"moments must be \[2, 5, P, 3\] with P of at least 1, got"),
+        ((X, W), LATE | {"moments": M.expand(2, 5, 3, 3)}, ValueError, "last two axes in one piece"),
+        ((X, W), LATE | {"weight_sums": W[0]}, ValueError, r"weight_sums must be \[18\], contiguous, got \[20\]"),
+        ((X, W), LATE | {"moments": M.double()}, TypeError, "moments must be one of float32, got torch.float64"),
         ((X, W, W[:4, :18]), {}, ValueError, r"bias must be \[18\] or \[5, 18\], got \[4, 18\]"),
         ((X, W), {"residual": X}, ValueError, r"residual must be \[2, 5, 18\] or \[5, 18\], got \[2, 5, 20\]"),
         ((X, W.to("meta")), {}, ValueError, "weight must be on cpu, got meta"),

@@ -16,7 +16,7 @@ from fastmetro.inference.engine.folding import (
     linear,
     projection,
 )
-from fastmetro.inference.engine.products import Layer, project, short_attention
+from fastmetro.inference.engine.products import Layer, Tokens, read, short_attention, update
 from fastmetro.models.attention import TokenAttention
 from fastmetro.models.transformer import DecoderLayer, EncoderLayer
 
@@ -59,9 +59,9 @@ class _FoldedLayer(Folded):
         self.put_affine("expand", fold_norm_affine(norm, linear(layer.linear1)), behind_norm=True)
         self.put_affine("contract", linear(layer.linear2))
 
-    def feed_forward(self, tokens: Tensor) -> Tensor:
-        hidden = project(tokens, self.affine("expand"), self.feed_forward_epsilon, relu=True)
-        return project(hidden, self.affine("contract"), residual=tokens)
+    def feed_forward(self, tokens: Tokens) -> Tokens:
+        hidden = read(tokens, self.affine("expand"), self.feed_forward_epsilon, relu=True)
+        return update(hidden, self.affine("contract"), tokens.values)
 
 
 class FoldedEncoderLayer(_FoldedLayer):
@@ -78,12 +78,11 @@ class FoldedEncoderLayer(_FoldedLayer):
         self.put_affine("out", linear(layer.self_attn.out_proj))
         self.fold_feed_forward(layer, layer.norm2)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tokens) -> Tokens:
         """Update camera and image tokens [B, S, C]."""
-        qkv = project(tokens, self.affine("qkv"), self.epsilon)
+        qkv = read(tokens, self.affine("qkv"), self.epsilon)
         q, k, v = (x.unflatten(-1, (self.heads, -1)) for x in qkv.chunk(3, -1))
-        tokens = project(short_attention(q, k, v).flatten(-2), self.affine("out"), residual=tokens)
-        return self.feed_forward(tokens)
+        return self.feed_forward(update(short_attention(q, k, v).flatten(-2), self.affine("out"), tokens.values))
 
 
 class FoldedDecoderLayer(_FoldedLayer):
@@ -107,18 +106,16 @@ class FoldedDecoderLayer(_FoldedLayer):
         self.put_affine("cross_out", linear(layer.multihead_attn.out_proj))
         self.fold_feed_forward(layer, layer.norm3)
 
-    def forward(self, tokens: Tensor, memory: Tensor, attend: TokenAttention) -> Tensor:
+    def forward(self, tokens: Tokens, memory: Tensor, attend: TokenAttention) -> Tokens:
         """Update joint and vertex tokens [B, L, C]; `memory` [B, S, 2 C]: keys and values of the image tokens."""
-        qkv = project(tokens, self.affine("qkv"), self.epsilon)
+        qkv = read(tokens, self.affine("qkv"), self.epsilon)
         q, k, v = (x.unflatten(-1, (self.heads, -1)) for x in qkv.chunk(3, -1))
-        tokens = project(attend(q, k, v, 0.0).flatten(-2), self.affine("out"), residual=tokens)
-        query = project(tokens, self.affine("query"), self.cross_epsilon)
-        return self.cross(tokens, query, memory)
+        tokens = update(attend(q, k, v, 0.0).flatten(-2), self.affine("out"), tokens.values)
+        return self.cross(tokens.values, read(tokens, self.affine("query"), self.cross_epsilon), memory)
 
-    def cross(self, tokens: Tensor, query: Tensor, memory: Tensor) -> Tensor:
+    def cross(self, tokens: Tensor, query: Tensor, memory: Tensor) -> Tokens:
         """Cross-attention and feed-forward block. `tokens` and `query` [B, L, C], or [1, L, C] where all share them."""
         q = query.unflatten(-1, (self.heads, -1)).expand(len(memory), -1, -1, -1)
         k, v = (x.unflatten(-1, (self.heads, -1)) for x in memory.chunk(2, -1))
         attended = short_attention(q, k, v).flatten(-2)
-        tokens = project(attended, self.affine("cross_out"), residual=tokens.expand(len(memory), -1, -1))
-        return self.feed_forward(tokens)
+        return self.feed_forward(update(attended, self.affine("cross_out"), tokens.expand(len(memory), -1, -1)))

@@ -2,7 +2,8 @@
 
 On a GPU in half precision a product of few rows, or of a narrow layer, takes less time than what surrounds it: launches
 and trips through memory. There one fused kernel of ``fastmetro_kernels.fused`` does a layer norm, a product, bias, ReLU
-and residual. A wide product of many rows is the library's (``python -m bench fused``).
+and residual. A wide product of many rows is the library's (``python -m bench fused``). A transformer layer is two kinds
+of products: those that read the normalised tokens (`read`), and those that add to them (`update`).
 """
 
 from __future__ import annotations
@@ -41,52 +42,76 @@ class Layer(NamedTuple):
     sums: Tensor | None = None
 
 
+class Tokens(NamedTuple):
+    """Tokens between two layers.
+
+    Attributes:
+        values: [B, S, C].
+        moments: [B, S, parts, 3], what a layer norm needs, where the kernel that made the tokens left it; see
+            ``fused_linear_moments``.
+    """
+
+    values: Tensor
+    moments: Tensor | None = None
+
+    def part(self, place: slice) -> Tokens:
+        """Some of the tokens of each image."""
+        return Tokens(self.values[:, place], None if self.moments is None else self.moments[:, place])
+
+
+def _few(x: Tensor) -> bool:
+    return x.shape[0] * x.shape[1] <= FEW_ROWS
+
+
 def _fuses(x: Tensor, layer: Layer, residual: bool) -> bool:
     features, width = layer.weight.shape
-    if not x.is_cuda or x.dim() != 3 or x.dtype == torch.float64:
+    if not x.is_cuda or x.dtype == torch.float64:
         return False
     if layer.weight.dtype.itemsize == 4:
         return features <= _FEW_FEATURES
-    narrow = min(features, width) <= NARROW or (residual and width <= RESIDUAL_WIDTH)
-    return narrow or x.shape[0] * x.shape[1] <= FEW_ROWS
+    return _few(x) or min(features, width) <= NARROW or (residual and width <= RESIDUAL_WIDTH)
 
 
-def normalize(x: Tensor, epsilon: float) -> Tensor:
-    """A layer norm without gain and shift."""
-    return F.layer_norm(x, x.shape[-1:], eps=epsilon)
-
-
-def project(
-    x: Tensor,
-    layer: Layer,
-    epsilon: float | None = None,
-    relu: bool = False,
-    residual: Tensor | None = None,
-    leading: Tensor | None = None,
-) -> Tensor:
-    """act(norm(x) W^T + b) + residual, for x [B, S, C], in the dtype of W.
+def read(tokens: Tokens, layer: Layer, epsilon: float, relu: bool = False) -> Tensor:
+    """act(norm(x) W^T + b) of tokens x, in the dtype of W, to which x is cast.
 
     Args:
-        x: tokens; where W has another dtype, they are cast to it.
-        layer: the constants.
-        epsilon: of a layer norm without gain and shift in front; None for none.
+        tokens: x [B, S, K].
+        layer: the constants, with the sums of the weight.
+        epsilon: of the layer norm, which has neither gain nor shift.
         relu: whether act is ReLU.
+    """
+    x, (weight, bias, sums) = tokens.values, layer
+    if _fuses(x, layer, residual=False):
+        late = tokens.moments is not None
+        return fused.fused_linear(
+            x, weight, bias, normalize=epsilon, moments=tokens.moments, weight_sums=sums if late else None, relu=relu,
+            out_dtype=weight.dtype, constant_weights=True,
+        )  # fmt: skip
+    x = F.layer_norm(x.to(weight.dtype), x.shape[-1:], eps=epsilon)
+    return _library_product(x, weight, bias, relu)
+
+
+def update(x: Tensor, layer: Layer, residual: Tensor | None = None, leading: Tensor | None = None) -> Tokens:
+    """The tokens x W^T + b + residual.
+
+    Args:
+        x: [B, S, K].
+        layer: the constants.
         residual: [B, S, N].
         leading: [B, P, N] tokens that are put in front of the result's; not with a residual.
     """
-    weight, bias, sums = layer
+    weight, bias, _ = layer
     if _fuses(x, layer, residual is not None):
-        return fused.fused_linear(
-            x, weight, bias, normalize=epsilon, weight_sums=None if epsilon is None else sums, residual=residual,
-            leading=leading, relu=relu, out_dtype=weight.dtype, constant_weights=True,
-        )  # fmt: skip
-    x = x.to(weight.dtype)
-    if epsilon is not None:
-        x = normalize(x, epsilon)
-    y = _library_product(x, weight, bias, relu)
+        if _few(x) and len(weight) > NARROW:
+            return Tokens(
+                *fused.fused_linear_moments(x, weight, bias, residual=residual, leading=leading, constant_weights=True)
+            )
+        return Tokens(fused.fused_linear(x, weight, bias, residual=residual, leading=leading, constant_weights=True))
+    y = _library_product(x, weight, bias, relu=False)
     if residual is not None:
         y = y.add_(residual)
-    return y if leading is None else torch.cat([leading, y], dim=1)
+    return Tokens(y if leading is None else torch.cat([leading, y], dim=1))
 
 
 def _library_product(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:

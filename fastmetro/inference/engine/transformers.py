@@ -18,7 +18,7 @@ from fastmetro.inference.engine.folding import (
     linear,
 )
 from fastmetro.inference.engine.layers import Folded, FoldedDecoderLayer, FoldedEncoderLayer
-from fastmetro.inference.engine.products import project
+from fastmetro.inference.engine.products import Tokens, read, update
 from fastmetro.inference.engine.streams import ParallelStreams
 from fastmetro.models.network import FastMETRO
 from fastmetro.models.transformer import DecoderLayer, EncoderLayer, Transformer
@@ -59,15 +59,15 @@ class FoldedStage(Folded):
         shared = [Affine(one.weight, one.bias.expand(len(position), -1)) for one in further]
         self.put_affine("read", join([memory, *shared]), behind_norm=True)
 
-    def encode(self, tokens: Tensor) -> Tensor:
-        """Camera and image tokens [B, S, C] -> the same, in front of the last norm, which is with their readers."""
+    def encode(self, tokens: Tokens) -> Tokens:
+        """Camera and image tokens -> the same, in front of the last norm, which is with their readers."""
         for layer in self.encoder:
             tokens = layer(tokens)
         return tokens
 
-    def read(self, encoded: Tensor) -> Tensor:
+    def read(self, encoded: Tokens) -> Tensor:
         """[B, S, layers * 2 C + further]: keys and values for every decoder layer, and what else reads the tokens."""
-        return project(encoded[:, 1:], self.affine("read"), self.encoder_epsilon)
+        return read(encoded.part(slice(1, None)), self.affine("read"), self.encoder_epsilon)
 
     def memory(self, read: Tensor, layer: int) -> Tensor:
         """Keys and values [B, S, 2 C] of a decoder layer."""
@@ -132,47 +132,48 @@ class FoldedTransformers(Folded):
 
     def forward(self, features: Tensor) -> dict[str, Tensor]:
         """Backbone features [B, C, h, w] -> outputs as of ``FastMETRO.forward``, without the SMPL head's."""
-        encoded, read = self.encode_first(features)
+        encoded, memory = self.encode_first(features)
         # The second encoder needs nothing of the first decoder.
-        tokens, (camera, read_2) = self.streams.run(
-            features.device, [lambda: self.decode_first(read), lambda: self.encode_again(encoded, read)]
+        tokens, (camera, memory_2) = self.streams.run(
+            features.device, [lambda: self.decode_first(memory), lambda: self.encode_again(encoded, memory)]
         )
-        return {"pred_cam": camera} | self.place(self.decode_second(tokens, read_2))
+        return {"pred_cam": camera} | self.place(self.decode_second(tokens, memory_2))
 
-    def encode_first(self, features: Tensor) -> tuple[Tensor, Tensor]:
+    def encode_first(self, features: Tensor) -> tuple[Tokens, Tensor]:
         """Camera and image tokens of the first stage's encoder, and what reads them."""
         camera = self.get_buffer("camera_token").expand(len(features), -1, -1)
-        tokens = project(features.flatten(2).transpose(1, 2), self.affine("embed"), leading=camera)
+        tokens = update(features.flatten(2).transpose(1, 2), self.affine("embed"), leading=camera)
         encoded = self.stage_1.encode(tokens)
         return encoded, self.stage_1.read(encoded)
 
-    def encode_again(self, encoded: Tensor, read: Tensor) -> tuple[Tensor, Tensor]:
+    def encode_again(self, encoded: Tokens, first_read: Tensor) -> tuple[Tensor, Tensor]:
         """Camera parameters, and what reads the image tokens, of the second stage's encoder."""
-        camera = project(encoded[:, :1], self.affine("reduce_camera"), self.stage_1.encoder_epsilon)
-        image_tokens = read[..., -self.stage_2.width :]
-        encoded = self.stage_2.encode(torch.cat([camera, image_tokens], dim=1))
-        predicted = project(encoded[:, :1], self.affine("camera"), self.stage_2.encoder_epsilon)
+        camera = read(encoded.part(slice(1)), self.affine("reduce_camera"), self.stage_1.encoder_epsilon)
+        tokens = Tokens(torch.cat([camera, first_read[..., -self.stage_2.width :]], dim=1))
+        encoded = self.stage_2.encode(tokens)
+        predicted = read(encoded.part(slice(1)), self.affine("camera"), self.stage_2.encoder_epsilon)
         return predicted[:, 0], self.stage_2.read(encoded)
 
-    def decode_first(self, read: Tensor) -> Tensor:
-        """Mesh tokens behind the decoder of stage 1, reduced to the width of stage 2."""
+    def decode_first(self, memory: Tensor) -> Tokens:
+        """Mesh tokens behind the decoder of stage 1, reduced to the width of stage 2; of what `encode_first` read."""
         stage = self.stage_1
         first = stage.decoder[0]
         assert isinstance(first, FoldedDecoderLayer)
-        tokens = first.cross(self.get_buffer("prefix_tokens"), self.get_buffer("prefix_query"), stage.memory(read, 0))
+        constants = self.get_buffer("prefix_tokens"), self.get_buffer("prefix_query")
+        tokens = first.cross(*constants, stage.memory(memory, 0))
         for number, layer in enumerate(list(stage.decoder)[1:], start=1):
-            tokens = layer(tokens, stage.memory(read, number), self.attend)
-        return project(tokens, self.affine("reduce_mesh"), stage.decoder_epsilon)
+            tokens = layer(tokens, stage.memory(memory, number), self.attend)
+        return Tokens(read(tokens, self.affine("reduce_mesh"), stage.decoder_epsilon))
 
-    def decode_second(self, tokens: Tensor, read: Tensor) -> Tensor:
+    def decode_second(self, tokens: Tokens, memory: Tensor) -> Tokens:
         """Mesh tokens behind the decoder of stage 2, not yet normalised."""
         for number, layer in enumerate(self.stage_2.decoder):
-            tokens = layer(tokens, self.stage_2.memory(read, number), self.attend)
+            tokens = layer(tokens, self.stage_2.memory(memory, number), self.attend)
         return tokens
 
-    def place(self, tokens: Tensor) -> dict[str, Tensor]:
+    def place(self, tokens: Tokens) -> dict[str, Tensor]:
         """Coordinates of joints and of vertices at all levels, in float32."""
-        coordinates = project(tokens, self.affine("xyz"), self.stage_2.decoder_epsilon)
+        coordinates = read(tokens, self.affine("xyz"), self.stage_2.decoder_epsilon)
         coarse = coordinates[:, self.num_joints :]
         out = {"pred_3d_joints": coordinates[:, : self.num_joints], "pred_3d_vertices_coarse": coarse}
         if self.to_intermediate is not None:

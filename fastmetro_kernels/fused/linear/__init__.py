@@ -1,6 +1,6 @@
 """A linear layer in one launch, with the layer norm before it and the activation and residual after it."""
 
-from fastmetro_kernels.fused.linear.api import fused_linear
+from fastmetro_kernels.fused.linear.api import fused_linear, fused_linear_moments
 from fastmetro_kernels.fused.linear.configs import LinearConfig
 
-__all__ = ["LinearConfig", "fused_linear"]
+__all__ = ["LinearConfig", "fused_linear", "fused_linear_moments"]

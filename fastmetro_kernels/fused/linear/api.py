@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ def fused_linear(
     bias: Tensor | None = None,
     *,
     normalize: float | None = None,
+    moments: Tensor | None = None,
     weight_sums: Tensor | None = None,
     residual: Tensor | None = None,
     leading: Tensor | None = None,
@@ -33,7 +35,7 @@ def fused_linear(
     For inference: it has no gradients. One launch on Triton. Sums are taken in float32 (float64 for float64 ``x``) in
     a fixed order: equal calls give equal bits. The layer norm (Ba et al. 2016) has no gain and shift of its own: fold
     them into weight and bias, ``weight * gain`` and ``bias + weight @ shift``. Normalised rows are rounded to the dtype
-    of ``x`` before they are multiplied, or with ``weight_sums`` not at all. Autocast changes nothing.
+    of ``x`` before they are multiplied, or with ``moments`` not at all. Autocast changes nothing.
 
     Args:
         x: ``[..., M, K]``: M tokens of K features; float32, float16, bfloat16 or (reference) float64. Any strides, also
@@ -42,9 +44,12 @@ def fused_linear(
         weight: ``[N, K]`` in the dtype of x or in float32 (x is then multiplied in float32), any strides.
         bias: ``[N]``, or ``[M, N]`` for a bias per token (position terms folded into a projection); any dtype of x's.
         normalize: Epsilon (at least 0) of a layer norm of the rows of x; None for none.
-        weight_sums: ``[N]`` float32, ``weight.float().sum(1)``: with it the kernel multiplies x as it is and normalises
-            the sums, ``(x @ weight.T - mean * weight_sums) / deviation``, which saves a pass over x. Meant for constant
-            weights, whose sums are taken once. Digits are lost where a row's mean is thousands of times its deviation.
+        moments: ``[..., M, P, 3]`` float32: count, mean and squared distances from the mean of each row of x, for P
+            parts of its features, as :func:`fused_linear_moments` gives them (also a slice of the tokens). With them
+            the kernel multiplies x as it is and normalises the sums,
+            ``(x @ weight.T - mean * weight_sums) / deviation``, which saves a pass over x. Digits are lost where a
+            row's mean is thousands of times its deviation.
+        weight_sums: ``[N]`` float32, ``weight.float().sum(1)``; together with moments.
         residual: ``[..., M, N]``, or ``[M, N]`` shared by all samples; any dtype of x's, any strides.
         leading: ``[..., P, N]``, or ``[P, N]`` shared by all samples: tokens that are put in front of each sample's, as
             they are (a class or camera token); any dtype of x's, any strides. Not together with a residual.
@@ -64,24 +69,77 @@ def fused_linear(
         RuntimeError: an argument requires grad while gradients are enabled.
         BackendUnavailable: the named backend cannot take this input; the message tells why.
     """
-    given = {"bias": bias, "residual": residual, "leading": leading}
-    _check_tensors(x, weight, weight_sums, given)
-    _check_shapes(x, weight, given)
-    _check_weight_sums(weight, weight_sums, normalize)
     accepted = DTYPES if x.dtype == torch.float64 else DTYPES[:3]
     _check_options(normalize, relu, out_dtype, accepted, config)
-    refuse_gradients("fused_linear", {"x": x, "weight": weight} | given)
-    chosen = choose_backend("fused_linear", backend, x.device, x.dtype)
+    dtype = x.dtype if out_dtype is None else out_dtype
+    options = (relu, dtype, False, constant_weights, config or ())
+    tensors = _Tensors(x, weight, bias, residual, leading, moments, weight_sums)
+    return _run(tensors, normalize, options, "fused_linear", backend)[0]
+
+
+def fused_linear_moments(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    leading: Tensor | None = None,
+    constant_weights: bool = False,
+    config: LinearConfig | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """``x @ weight.T + bias + residual`` and its moments, for layers behind a layer norm of the result.
+
+    What :func:`fused_linear` gives, and what its argument ``moments`` takes. Arguments and errors as there.
+
+    Returns:
+        ``[..., P + M, N]``, and float32 ``[..., P + M, parts, 3]``: count, mean and squared distances from the mean of
+        the result's rows, as they were rounded, for parts of the features. How many parts is the kernel's affair.
+    """
+    _check_options(None, False, None, DTYPES, config)
+    tensors = _Tensors(x, weight, bias, residual, leading, None, None)
+    options = (False, x.dtype, True, constant_weights, config or ())
+    return _run(tensors, None, options, "fused_linear_moments", backend)
+
+
+class _Tensors(NamedTuple):
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    residual: Tensor | None
+    leading: Tensor | None
+    moments: Tensor | None
+    weight_sums: Tensor | None
+
+
+def _run(
+    tensors: _Tensors,
+    normalize: float | None,
+    options: tuple[bool, torch.dtype, bool, bool, Sequence[int]],
+    op: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Result and moments; the latter are empty where `options`, as of the op from relu on, do not ask for them."""
+    x, weight, bias, residual, leading, moments, weight_sums = tensors
+    _check_tensors(tensors)
+    _check_shapes(tensors)
+    _check_moments(tensors, normalize)
+    refuse_gradients(op, tensors._asdict())
+    chosen = choose_backend(op, backend, x.device, x.dtype)
     samples, features = x.shape[:-2], weight.shape[0]
     tokens = x.shape[-2] + (0 if leading is None else leading.shape[-2])
     residual, leading = _of_all_samples(residual, samples), _of_all_samples(leading, samples)
-    x, dtype = _as_batch(x), x.dtype if out_dtype is None else out_dtype
-    if chosen == "reference":
+    x = _as_batch(x)
+    if chosen == "reference" or x.shape[1] == 0:  # with no product to make, leading tokens are copied
+        relu, dtype = options[:2]
         out = reference.linear(x, weight, bias, residual, leading, normalize, relu, dtype)
+        made = reference.moments(out) if options[2] else out.new_empty((*out.shape[:2], 0, 3))
     else:
-        options = (relu, dtype, constant_weights, config or ())
-        out = ops.fused_linear_triton(x, weight, bias, residual, leading, normalize, weight_sums, *options)
-    return out.view(*samples, tokens, features)
+        if moments is not None:
+            moments = moments.reshape(x.shape[0], *moments.shape[-3:])
+        given = (bias, residual, leading, normalize, moments, weight_sums)
+        out, made = ops.fused_linear_triton(x, weight, *given, *options)
+    return out.view(*samples, tokens, features), made.view(*samples, tokens, *made.shape[2:])
 
 
 def _as_batch(x: Tensor) -> Tensor:
@@ -95,24 +153,25 @@ def _of_all_samples(tokens: Tensor | None, samples: torch.Size) -> Tensor | None
     return _as_batch(tokens.expand(*samples, *tokens.shape[-2:]))
 
 
-def _check_tensors(x: Tensor, weight: Tensor, weight_sums: Tensor | None, given: dict[str, Tensor | None]) -> None:
+def _check_tensors(tensors: _Tensors) -> None:
+    x, weight = tensors.x, tensors.weight
     check_tensor("x", x, DTYPES)
     check_tensor("weight", weight, tuple(dict.fromkeys((x.dtype, torch.float32))), x.device)
-    if weight_sums is not None:
-        check_tensor("weight_sums", weight_sums, (torch.float32,), x.device)
-    for name, tensor in given.items():
+    added = DTYPES if x.dtype == torch.float64 else DTYPES[:3]
+    sums = (torch.promote_types(x.dtype, torch.float32),)
+    for name, tensor in list(tensors._asdict().items())[2:]:
         if tensor is not None:
-            check_tensor(name, tensor, DTYPES if x.dtype == torch.float64 else DTYPES[:3], x.device)
+            check_tensor(name, tensor, sums if name in ("moments", "weight_sums") else added, x.device)
 
 
-def _check_shapes(x: Tensor, weight: Tensor, given: dict[str, Tensor | None]) -> None:
+def _check_shapes(tensors: _Tensors) -> None:
+    x, weight, bias, residual, leading = tensors[:5]
     if x.dim() < 2 or x.shape[-1] == 0:
         raise ValueError(f"x must be [..., M, K] with K of at least 1, got {list(x.shape)}")
     tokens, width = x.shape[-2:]
     if weight.dim() != 2 or weight.shape[1] != width:
         raise ValueError(f"weight must be [N, {width}] for x of {list(x.shape)}, got {list(weight.shape)}")
     features = weight.shape[0]
-    bias, residual, leading = given["bias"], given["residual"], given["leading"]
     if bias is not None and tuple(bias.shape) not in {(features,), (tokens, features)}:
         raise ValueError(f"bias must be [{features}] or [{tokens}, {features}], got {list(bias.shape)}")
     if residual is not None and tuple(residual.shape) not in {(*x.shape[:-1], features), (tokens, features)}:
@@ -127,13 +186,22 @@ def _check_shapes(x: Tensor, weight: Tensor, given: dict[str, Tensor | None]) ->
             raise ValueError(f"leading must be {accepted.replace(chr(39), '')}, got {list(leading.shape)}")
 
 
-def _check_weight_sums(weight: Tensor, weight_sums: Tensor | None, normalize: float | None) -> None:
-    if weight_sums is None:
+def _check_moments(tensors: _Tensors, normalize: float | None) -> None:
+    x, moments, sums, features = tensors.x, tensors.moments, tensors.weight_sums, tensors.weight.shape[0]
+    if moments is None and sums is None:
         return
+    if moments is None or sums is None:
+        raise ValueError("moments and weight_sums go together: give both or none")
     if normalize is None:
-        raise ValueError("weight_sums are of use with a layer norm alone: give normalize, too, or leave them out")
-    if tuple(weight_sums.shape) != (weight.shape[0],) or not weight_sums.is_contiguous():
-        raise ValueError(f"weight_sums must be [{weight.shape[0]}], contiguous, got {list(weight_sums.shape)}")
+        raise ValueError("moments are of use with a layer norm alone: give normalize, too, or leave them out")
+    rows = [*x.shape[:-1]]
+    if moments.dim() != x.dim() + 1 or [*moments.shape[:-2]] != rows or moments.shape[-1] != 3 or not moments.shape[-2]:
+        accepted = f"{[*rows, 'P', 3]}".replace(chr(39), "")
+        raise ValueError(f"moments must be {accepted} with P of at least 1, got {list(moments.shape)}")
+    if moments.stride(-1) != 1 or (moments.shape[-2] > 1 and moments.stride(-2) != 3):
+        raise ValueError(f"moments must have their last two axes in one piece, got strides {moments.stride()}")
+    if tuple(sums.shape) != (features,) or not sums.is_contiguous():
+        raise ValueError(f"weight_sums must be [{features}], contiguous, got {list(sums.shape)}")
 
 
 def _check_options(

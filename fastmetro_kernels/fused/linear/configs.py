@@ -72,8 +72,53 @@ TILES: dict[int, tuple[LinearConfig, ...]] = {
 """By bytes per element, from large to small, of equal ones the likelier first. `pinned` walks through them; the
 benchmark times them all with `--all-configs`."""
 
-MEASURED: dict[tuple[int, int, int], tuple[tuple[int, LinearConfig], ...]] = {}
-"""(bytes per element, N, K) -> (most rows, configuration), rising: the fastest of a measurement. None is made yet."""
+MEASURED: dict[tuple[int, int, int], tuple[tuple[int, LinearConfig], ...]] = {
+    (2, 128, 128): (
+        (50, LinearConfig(16, 32, 128, 1, 8, 2)),
+        (445, LinearConfig(16, 64, 128, 1, 8, 2)),
+        (1600, LinearConfig(32, 64, 128, 1, 4, 4)),
+        (113920, LinearConfig(64, 128, 64, 1, 4, 4)),
+    ),
+    (2, 128, 512): (
+        (50, LinearConfig(16, 16, 128, 4, 4, 2)),
+        (445, LinearConfig(64, 16, 128, 1, 4, 4)),
+        (1600, LinearConfig(64, 64, 64, 1, 4, 4)),
+        (113920, LinearConfig(64, 128, 64, 1, 4, 4)),
+    ),
+    (2, 256, 128): (
+        (49, LinearConfig(16, 64, 128, 1, 8, 2)),
+        (1568, LinearConfig(16, 64, 128, 1, 8, 2)),
+        (12544, LinearConfig(128, 256, 64, 1, 8, 3)),
+    ),
+    (2, 384, 128): (
+        (50, LinearConfig(16, 64, 128, 1, 8, 2)),
+        (445, LinearConfig(32, 64, 128, 1, 8, 3)),
+        (1600, LinearConfig(32, 64, 128, 1, 8, 3)),
+        (113920, LinearConfig(32, 64, 128, 1, 4, 4)),
+    ),
+    (2, 512, 128): (
+        (50, LinearConfig(16, 32, 128, 1, 8, 2)),
+        (445, LinearConfig(32, 64, 128, 1, 8, 3)),
+        (1600, LinearConfig(64, 128, 64, 1, 4, 4)),
+        (113920, LinearConfig(128, 256, 64, 1, 8, 3)),
+    ),
+    (2, 512, 512): (
+        (445, LinearConfig(64, 32, 64, 1, 4, 6)),
+        (12800, LinearConfig(64, 128, 64, 1, 4, 4)),
+        (113920, LinearConfig(128, 256, 64, 1, 8, 3)),
+    ),
+    (2, 512, 2048): ((445, LinearConfig(64, 32, 64, 1, 4, 6)),),
+    (2, 768, 128): (
+        (49, LinearConfig(16, 64, 128, 1, 8, 2)),
+        (1568, LinearConfig(32, 64, 128, 1, 8, 3)),
+        (12544, LinearConfig(128, 256, 64, 1, 8, 3)),
+    ),
+    (2, 1152, 512): ((49, LinearConfig(64, 32, 128, 1, 4, 4)),),
+    (2, 1536, 512): ((50, LinearConfig(64, 32, 128, 1, 4, 4)), (445, LinearConfig(64, 128, 64, 1, 4, 4))),
+    (2, 2048, 512): ((50, LinearConfig(64, 32, 128, 1, 4, 4)), (445, LinearConfig(64, 128, 64, 1, 4, 4))),
+    (2, 3200, 512): ((49, LinearConfig(64, 64, 64, 1, 4, 4)),),
+}
+"""(bytes per element, N, K) -> (most rows, configuration), rising: the fastest of a measurement on an H200."""
 
 _FILLED = 100
 """Programs that keep a large GPU busy: nearly one for each of its about 130 multiprocessors."""

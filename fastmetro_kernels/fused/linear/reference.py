@@ -49,3 +49,14 @@ def linear(
     if leading is not None:
         result = torch.cat([leading.to(wide), result], dim=1)
     return result.to(out_dtype).contiguous()
+
+
+def moments(x: Tensor) -> Tensor:
+    """(count, mean, squared distances from it) of the rows of x ``[B, M, N]``, in one part: ``[B, M, 1, 3]``.
+
+    float32, or float64 for float64 ``x``.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    count = torch.full_like(wide[..., 0], x.shape[-1])
+    mean = wide.sum(-1) / x.shape[-1]
+    return torch.stack([count, mean, (wide - mean.unsqueeze(-1)).square().sum(-1)], dim=-1).unsqueeze(2)

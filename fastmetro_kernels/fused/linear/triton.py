@@ -1,11 +1,11 @@
 """The Triton backend of the fused linear layer: CUDA devices, or CPU tensors in Triton's interpreter.
 
-A program makes one tile of the output. It needs whole rows of x, so the moments of the layer norm are its own affair.
-Where the caller gives the sums of the weight's rows it takes them beside the product, of rows that are not normalised
-yet, and corrects the sums at the end (`_late_norm`); else in a first pass over its rows, which the second pass then
-finds in L1. Where the batch is small, tiles are small, and what takes time is the chain of products that add to one
-accumulator: such a tile is cut into shares of the depth, which different warps take (a batched product) and one sum
-joins, in a fixed order. Nothing is tuned at run time, and no two programs write to one place.
+A program makes one tile of the output. It needs whole rows of x, so it can take the moments of the layer norm itself:
+in a first pass over its rows, which the second pass then finds in L1. Where the kernel that made x left the moments, it
+multiplies x as it is and corrects the sums at the end (`_late_norm`). Where the batch is small, tiles are small, and
+what takes time is the chain of products that add to one accumulator: such a tile is cut into shares of the depth, which
+different warps take (a batched product) and one sum joins, in a fixed order. Nothing is tuned at run time, and no two
+programs write to one place.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -27,7 +27,6 @@ from fastmetro_kernels.fused.early_launch import (
     prefetch_rows,
 )
 from fastmetro_kernels.fused.linear import ops
-from fastmetro_kernels.fused.linear.configs import LinearConfig, pinned
 
 _SMALL_TILE = 4096
 """Tiles up to this size load what is added in front of the product; larger ones need the registers meanwhile."""
@@ -106,34 +105,39 @@ def _normalized(tile, mean, inverse, dtype: tl.constexpr, SHARES: tl.constexpr):
 
 
 @triton.jit
-def _late_norm(acc, total, squares, shift, weight_sums, epsilon, WIDTH: tl.constexpr):
+def _late_norm(acc, moments_row, weight_sums, epsilon, WIDTH: tl.constexpr, PARTS: tl.constexpr):
     """Turns products with rows x into those with norm(x): (x W^T - mean * sum(W)) / deviation.
 
-    total and squares are the sums over a row of x - shift and of its square; the shift, an element of the row, keeps
-    the second one small where the mean is large.
+    moments_row points to (count, mean, squared distances from it) of a row, for PARTS parts of the features, which are
+    merged exactly (Chan, Golub and LeVeque 1979).
     """
-    mean = total / WIDTH
-    variance = tl.maximum(squares / WIDTH - mean * mean, 0.0)
-    return (acc - (mean + shift)[:, None] * weight_sums[None, :]) * tl.rsqrt(variance + epsilon)[:, None]
+    PADDED: tl.constexpr = triton.next_power_of_2(PARTS)
+    part = tl.arange(0, PADDED)
+    pointers = moments_row[:, None] + 3 * part[None, :]
+    inside = (part < PARTS)[None, :]
+    count = tl.load(pointers, mask=inside, other=0.0)
+    part_mean = tl.load(pointers + 1, mask=inside, other=0.0)
+    squares = tl.load(pointers + 2, mask=inside, other=0.0)
+    mean = tl.sum(count * part_mean, 1) / WIDTH
+    delta = part_mean - mean[:, None]
+    variance = tl.sum(squares + count * delta * delta, 1) / WIDTH
+    return (acc - mean[:, None] * weight_sums[None, :]) * tl.rsqrt(variance + epsilon)[:, None]
 
 
 @triton.jit
 def _product_in_steps(
-    x_base, weight_base, inside_rows, stride_x_dim, stride_weight_dim, weight_sums, epsilon,
+    x_base, weight_base, stride_x_dim, stride_weight_dim, epsilon,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, SHARES: tl.constexpr,
     NORMALIZE: tl.constexpr,
 ):  # fmt: skip
     """norm(x) @ weight.T of one tile, float32, step by step along the depth."""
     STEP: tl.constexpr = DEPTH * SHARES
     EVEN: tl.constexpr = WIDTH % STEP == 0
-    LATE: tl.constexpr = weight_sums is not None
     dtype: tl.constexpr = weight_base.dtype.element_ty
     acc = tl.zeros((ROWS, COLUMNS) if SHARES == 1 else (SHARES, ROWS, COLUMNS), tl.float32)
-    mean = tl.zeros((ROWS,), tl.float32)  # with LATE the sum, and both of x minus the shift
-    squares = tl.zeros((ROWS,), tl.float32)
-    if LATE:
-        shift = tl.load(x_base).to(tl.float32)
-    elif NORMALIZE:
+    if NORMALIZE:
+        mean = tl.zeros((ROWS,), tl.float32)
+        squares = tl.zeros((ROWS,), tl.float32)
         for first in range(0, WIDTH, STEP):
             k = _depth(first, DEPTH, SHARES)
             tile = _load_rows(x_base, k, stride_x_dim, WIDTH, EVEN, SHARES)
@@ -143,21 +147,10 @@ def _product_in_steps(
         k = _depth(first, DEPTH, SHARES)
         tile = _load_rows(x_base, k, stride_x_dim, WIDTH, EVEN, SHARES)
         weight_step = _load_weight(weight_base, k, stride_weight_dim, WIDTH, EVEN, SHARES)
-        if LATE:
-            shifted = tile.to(tl.float32) - _spread(shift, SHARES)
-            if not EVEN:
-                shifted = tl.where((k < WIDTH)[None, :] if SHARES == 1 else (k < WIDTH)[:, None, :], shifted, 0.0)
-            mean += _sum_rows(shifted, SHARES)
-            squares += _sum_rows(shifted * shifted, SHARES)
-            # Brings the tile to registers. Where sums and product both read it from where it was loaded to, Triton 3.6
-            # made kernels that were wrong under load (128 rows and 8 warps, say).
-            tile = tl.where(_spread(inside_rows, SHARES), tile, 0.0)
-        elif NORMALIZE:
+        if NORMALIZE:
             tile = _normalized(tile, mean, inverse, dtype, SHARES)
         acc = tl.dot(tile.to(dtype), weight_step, acc, input_precision="ieee")
-    if SHARES > 1:
-        acc = tl.sum(acc, 0)
-    return _late_norm(acc, mean, squares, shift, weight_sums, epsilon, WIDTH) if LATE else acc
+    return acc if SHARES == 1 else tl.sum(acc, 0)
 
 
 @triton.jit
@@ -181,19 +174,20 @@ def _product_at_once(
 
 @triton.jit(do_not_specialize=["rows"])
 def fused_linear_kernel(
-    x, weight, bias, residual, leading, weight_sums, out,
+    x, weight, bias, residual, leading, moments, weight_sums, out, moments_out,
     rows, tokens, features,
     stride_x_batch, stride_x_token, stride_x_dim, stride_weight_feature, stride_weight_dim,
     stride_bias_token, stride_bias_feature, stride_residual_batch, stride_residual_token, stride_residual_feature,
-    stride_leading_batch, stride_leading_token, stride_leading_feature,
+    stride_leading_batch, stride_leading_token, stride_leading_feature, stride_moments_batch, stride_moments_token,
     epsilon,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, SHARES: tl.constexpr,
-    LEADING: tl.constexpr, NORMALIZE: tl.constexpr, RELU: tl.constexpr, TOKEN_BIAS: tl.constexpr, SMALL: tl.constexpr,
-    CONSTANT_WEIGHTS: tl.constexpr, EARLY: tl.constexpr,
+    LEADING: tl.constexpr, PARTS: tl.constexpr, NORMALIZE: tl.constexpr, RELU: tl.constexpr,
+    TOKEN_BIAS: tl.constexpr, SMALL: tl.constexpr, CONSTANT_WEIGHTS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One tile [ROWS, COLUMNS] of the output; columns run fastest, so that programs at a time share rows of x in L2.
 
-    rows counts the output's, of which the first LEADING of each sample are copied.
+    rows counts the output's, of which the first LEADING of each sample are copied. NORMALIZE: a layer norm without
+    given moments.
     """
     column_tiles = tl.cdiv(features, COLUMNS)
     program = tl.program_id(0)
@@ -222,8 +216,7 @@ def fused_linear_kernel(
             added = tl.load(bias + feature * stride_bias_feature, mask=feature < features, other=0.0)[None, :]
         elif SMALL:
             added = _load_tile(bias, token * stride_bias_token, feature * stride_bias_feature, mask)
-    sums = None
-    if weight_sums is not None:
+    if moments is not None:
         sums = tl.load(weight_sums + near_feature)
     if CONSTANT_WEIGHTS:
         await_earlier_kernels(EARLY)
@@ -238,9 +231,12 @@ def fused_linear_kernel(
         )
     else:
         result = _product_in_steps(
-            x_base, weight_base, row < rows, stride_x_dim, stride_weight_dim, sums, epsilon,
+            x_base, weight_base, stride_x_dim, stride_weight_dim, epsilon,
             WIDTH, ROWS, COLUMNS, DEPTH, SHARES, NORMALIZE,
         )  # fmt: skip
+    if moments is not None:
+        moments_row = moments + batch * stride_moments_batch + token * stride_moments_token
+        result = _late_norm(result, moments_row, sums, epsilon, WIDTH, PARTS)
     if bias is not None:
         if TOKEN_BIAS and not SMALL:
             added = _load_tile(bias, token * stride_bias_token, feature * stride_bias_feature, mask)
@@ -256,8 +252,17 @@ def fused_linear_kernel(
         leading_row = batch * stride_leading_batch + tl.minimum(place, LEADING - 1).to(tl.int64) * stride_leading_token
         copied = _load_tile(leading, leading_row, feature * stride_leading_feature, mask & leads[:, None])
         result = tl.where(leads[:, None], copied.to(tl.float32), result)
-    target = out + row.to(tl.int64)[:, None] * features + feature[None, :]
-    tl.store(target, result.to(out.dtype.element_ty), mask=mask)
+    stored = result.to(out.dtype.element_ty)
+    tl.store(out + row.to(tl.int64)[:, None] * features + feature[None, :], stored, mask=mask)
+    if moments_out is not None:
+        values = tl.where(mask, stored.to(tl.float32), 0.0)
+        count = tl.minimum(features - program % column_tiles * COLUMNS, COLUMNS).to(tl.float32)
+        mean = tl.sum(values, 1) / count
+        centred = tl.where(mask, values - mean[:, None], 0.0)
+        target = moments_out + (row.to(tl.int64) * column_tiles + program % column_tiles) * 3
+        tl.store(target, tl.zeros((ROWS,), tl.float32) + count, mask=row < rows)
+        tl.store(target + 1, mean, mask=row < rows)
+        tl.store(target + 2, tl.sum(centred * centred, 1), mask=row < rows)
 
 
 def linear(
@@ -267,39 +272,41 @@ def linear(
     residual: Tensor | None,
     leading: Tensor | None,
     normalize: float | None,
+    moments: Tensor | None,
     weight_sums: Tensor | None,
     relu: bool,
     out_dtype: torch.dtype,
+    give_moments: bool,
     constant_weights: bool,
     config: Sequence[int],
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Run the kernel; arguments as in ``ops.py``."""
-    ops.check_arguments(x, weight, bias, residual, leading, normalize, weight_sums, config)
+    ops.check_arguments(x, weight, bias, residual, leading, normalize, moments, weight_sums, config)
     batch, tokens, width = x.shape
     features, more = weight.shape[0], 0 if leading is None else leading.shape[1]
-    out = x.new_empty((batch, tokens + more, features), dtype=out_dtype)
+    tile = ops.chosen_tile(x, weight, more, config)
+    rows, columns = batch * (tokens + more), triton.cdiv(features, tile.columns)
+    out, moments_out = ops.outputs(x, weight, more, out_dtype, columns if give_moments else 0)
     if out.numel() == 0:
-        return out
-    if tokens == 0:
-        assert leading is not None
-        return out.copy_(leading)
-    rows = batch * (tokens + more)
-    tile = LinearConfig(*config) if config else pinned(rows, features, width, weight.element_size())
+        return out, moments_out
     early = launches_early(x)
     bias_strides = (0, 0) if bias is None else bias.stride() if bias.dim() == 2 else (0, bias.stride(0))
     with on_device(x):
-        fused_linear_kernel[(triton.cdiv(rows, tile.rows) * triton.cdiv(features, tile.columns),)](
-            x, weight, bias, residual, leading, weight_sums if width > tile.depth * tile.shares else None, out,
+        fused_linear_kernel[(triton.cdiv(rows, tile.rows) * columns,)](
+            x, weight, bias, residual, leading, moments, weight_sums, out, moments_out if give_moments else None,
             rows, tokens, features,
             *x.stride(), *weight.stride(), *bias_strides, *_strides(residual), *_strides(leading),
+            *((0, 0) if moments is None else moments.stride()[:2]),
             0.0 if normalize is None else normalize,
             WIDTH=width, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, SHARES=tile.shares,
-            LEADING=more, NORMALIZE=normalize is not None, RELU=relu, TOKEN_BIAS=bias is not None and bias.dim() == 2,
+            LEADING=more, PARTS=0 if moments is None else moments.shape[2],
+            NORMALIZE=normalize is not None and moments is None,
+            RELU=relu, TOKEN_BIAS=bias is not None and bias.dim() == 2,
             SMALL=tile.rows * tile.columns <= _SMALL_TILE,
             CONSTANT_WEIGHTS=constant_weights, EARLY=early,
             num_warps=tile.warps, num_stages=tile.stages, **launch_options(early),
         )  # fmt: skip
-    return out
+    return out, moments_out
 
 
 def _strides(tensor: Tensor | None) -> tuple[int, ...]:
