@@ -88,8 +88,7 @@ def read(tokens: Tokens, layer: Layer, epsilon: float, relu: bool = False) -> Te
             x, weight, bias, normalize=epsilon, moments=tokens.moments, weight_sums=sums if late else None, relu=relu,
             out_dtype=weight.dtype, constant_weights=True,
         )  # fmt: skip
-    x = F.layer_norm(x.to(weight.dtype), x.shape[-1:], eps=epsilon)
-    return _library_product(x, weight, bias, relu)
+    return _library_product(_normalized(x.to(weight.dtype), epsilon), weight, bias, relu)
 
 
 def update(x: Tensor, layer: Layer, residual: Tensor | None = None, leading: Tensor | None = None) -> Tokens:
@@ -114,11 +113,19 @@ def update(x: Tensor, layer: Layer, residual: Tensor | None = None, leading: Ten
     return Tokens(y if leading is None else torch.cat([leading, y], dim=1))
 
 
+def _normalized(x: Tensor, epsilon: float) -> Tensor:
+    return fused.normalize_rows(x, epsilon) if x.is_cuda else F.layer_norm(x, x.shape[-1:], eps=epsilon)
+
+
 def _library_product(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
-    """act(x W^T + b) with an epilogue for bias and ReLU where cuBLASLt has one."""
+    """act(x W^T + b). On a GPU bias and ReLU are the product's epilogue; a bias per token is there first."""
     if relu and x.is_cuda and bias.dim() == 1 and x.dtype.itemsize == 2:
         return torch._addmm_activation(bias, x.flatten(0, -2), weight.T).unflatten(0, x.shape[:-1])
-    y = F.linear(x, weight, bias) if bias.dim() == 1 else F.linear(x, weight).add_(bias)
+    if x.is_cuda and bias.dim() == 2:
+        y = bias.expand(len(x), -1, -1).contiguous()
+        y.view(-1, len(weight)).addmm_(x.reshape(-1, x.shape[-1]), weight.T)
+    else:
+        y = F.linear(x, weight, bias) if bias.dim() == 1 else F.linear(x, weight).add_(bias)
     return y.relu_() if relu else y
 
 

@@ -66,6 +66,7 @@ TILES: dict[int, tuple[LinearConfig, ...]] = {
         LinearConfig(64, 64, 32, 1, 8, 3),
         LinearConfig(32, 32, 32, 1, 4, 3),
         LinearConfig(16, 32, 64, 1, 4, 3),
+        LinearConfig(64, 16, 64, 1, 8, 3),
         LinearConfig(16, 16, 64, 1, 4, 3),
     ),
 }
@@ -127,10 +128,10 @@ _FILLED = 100
 def pinned(rows: int, features: int, width: int, element_size: int) -> LinearConfig:
     """The configuration of a shape.
 
-    A measured one where there is one for this N and K and at least so many rows. Else the largest tile that still makes
-    enough programs: large tiles read rows and weights fewer times, but a tile's work is one after the other, so that
-    small batches want many small ones. If not even the smallest makes enough, it is taken. The depth of a step and the
-    shares end where `width` ends.
+    A measured one where there is one for this N and K and at least so many rows. Else the largest tile, not twice as
+    wide as the output, that still makes enough programs: large tiles read rows and weights fewer times, but a tile's
+    work is one after the other, so that small batches want many small ones. If not even the smallest makes enough, it
+    is taken. The depth of a step and the shares end where `width` ends.
 
     Args:
         rows: tokens of all samples together.
@@ -141,7 +142,7 @@ def pinned(rows: int, features: int, width: int, element_size: int) -> LinearCon
     for most, config in MEASURED.get((element_size, features, width), ()):
         if rows <= most:
             return config
-    tiles = TILES[element_size]
+    tiles = [tile for tile in TILES[element_size] if tile.columns == 16 or tile.columns < 2 * features]
     chosen = next((tile for tile in tiles if _programs(tile, rows, features) >= _FILLED), tiles[-1])
     return fitted(chosen, width)
 

@@ -1,0 +1,6 @@
+"""Layer norm of rows without gain and shift."""
+
+from fastmetro_kernels.fused.normalize.api import normalize_rows
+from fastmetro_kernels.fused.normalize.configs import NormalizeConfig
+
+__all__ = ["NormalizeConfig", "normalize_rows"]

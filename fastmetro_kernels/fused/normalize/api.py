@@ -1,0 +1,59 @@
+"""The public op: checks, the choice of a backend, and the axes before the last two."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from fastmetro_kernels.fused.inference import DTYPES, check_tensor, choose_backend, refuse_gradients
+from fastmetro_kernels.fused.normalize import ops, reference
+from fastmetro_kernels.fused.normalize.configs import NormalizeConfig, problem
+
+
+def normalize_rows(
+    x: Tensor, epsilon: float = 1e-5, *, config: NormalizeConfig | None = None, backend: str = "auto"
+) -> Tensor:
+    """A layer norm without gain and shift (Ba et al. 2016): ``(x - mean) / sqrt(variance + epsilon)`` of each row.
+
+    For inference: it has no gradients. Gain and shift are folded into the layer that reads the rows. Moments are taken
+    in float32 (float64 for float64 x), the result is rounded once. Autocast changes nothing.
+
+    Args:
+        x: ``[..., M, K]``, float32, float16, bfloat16 or (reference) float64; any strides, also a slice of the tokens
+            or a batch stride of 0. On Triton K goes up to 16,384.
+        epsilon: Finite, at least 0.
+        config: The tile of the Triton kernel instead of the pinned one, for measurements.
+        backend: ``"auto"`` (Triton where it can run on a GPU), ``"triton"`` or ``"reference"``.
+
+    Returns:
+        ``[..., M, K]`` in the dtype of x, contiguous.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes or values that do not fit; an unknown backend.
+        RuntimeError: x requires grad while gradients are enabled.
+        BackendUnavailable: the named backend cannot take this input; the message tells why.
+    """
+    check_tensor("x", x, DTYPES)
+    if x.dim() < 2 or x.shape[-1] == 0:
+        raise ValueError(f"x must be [..., M, K] with K of at least 1, got {list(x.shape)}")
+    if isinstance(epsilon, bool) or not isinstance(epsilon, (int, float)):
+        raise TypeError(f"epsilon must be a number, got {epsilon!r}")
+    if not 0 <= epsilon < math.inf:
+        raise ValueError(f"epsilon must be finite and at least 0, got {epsilon}")
+    if config is not None:
+        if not isinstance(config, NormalizeConfig):
+            raise TypeError(f"config must be a NormalizeConfig, got {type(config).__name__}")
+        if found := problem(config):
+            raise ValueError(f"config: {found}")
+    refuse_gradients("normalize_rows", {"x": x})
+    chosen = choose_backend("normalize_rows", backend, x.device, x.dtype)
+    if x.shape[-1] > ops.MAX_WIDTH:
+        if backend == "triton":
+            raise ValueError(f"x must have at most {ops.MAX_WIDTH} features with backend='triton', got {x.shape[-1]}")
+        chosen = "reference"
+    rows = x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
+    if chosen == "reference":
+        return reference.normalize(rows, epsilon).view(x.shape)
+    return ops.normalize_rows_triton(rows, epsilon, config or ()).view(x.shape)
