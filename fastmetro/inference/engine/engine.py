@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmetro.inference.engine.backbones import fold_backbone
-from fastmetro.inference.engine.graphs import Graphs, Outputs
+from fastmetro.inference.engine.graphs import Graphs, Outputs, run
 from fastmetro.inference.engine.pipeline import overlap
 from fastmetro.inference.engine.preprocessing import check_images, normalize_pixels, pixel_constants, resize
 from fastmetro.inference.engine.report import EngineReport
@@ -79,7 +79,8 @@ class Engine:
         self._smpl_head: nn.Module | None = None
         if model.config.smpl_head:
             self._smpl_head = copy.deepcopy(model.smpl_parameter_regressor).to(self._transformers.heads_dtype)
-        self._graphs = Graphs(self._run, device, dtype, max_graphs) if device.type == "cuda" else None
+        self._steps = (self._features, self._transformers)
+        self._graphs = Graphs(self._steps, device, dtype, max_graphs) if device.type == "cuda" else None
         noise = torch.randn(batch_size, 3, CROP_SIZE, CROP_SIZE, generator=torch.Generator().manual_seed(0))
         example = noise.to(device)
         difference = _largest_difference(self(example), _plain_outputs(model, example))
@@ -111,7 +112,7 @@ class Engine:
         if images.dtype == torch.uint8 and images.shape[1] != CROP_SIZE:
             images = normalize_pixels(resize(images.to(self.device)), self._mean, self._scale, self.dtype)
         if self._graphs is None or torch.cuda.is_current_stream_capturing():
-            outputs = self._run(images.to(self.device))
+            outputs = run(self._steps, images.to(self.device))
         else:
             outputs = self._graphs(images)
         if self._smpl_head is not None:
@@ -184,11 +185,11 @@ class Engine:
             "after the backbone": _quietly(lambda: network(features)),
         }
 
-    def _run(self, images: Tensor) -> Outputs:
-        """From pixels of the right size, or from normalised images, on the device."""
+    def _features(self, images: Tensor) -> Tensor:
+        """The backbone's, of pixels of the right size, or of normalised images, on the device."""
         if images.dtype == torch.uint8:
             images = normalize_pixels(images, self._mean, self._scale, self.dtype)
-        return self._transformers(self._backbone(images.to(self.dtype)))
+        return self._backbone(images.to(self.dtype))
 
 
 def _quietly(work: Callable[[], object]) -> Callable[[], object]:

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 Outputs = dict[str, Tensor]
+Steps = Sequence[Callable[[Any], Any]]
 
 _capturing = threading.Lock()  # one capture at a time in the whole process
 _WARM_UPS = 3  # libraries choose algorithms and allocate workspaces in their first calls
+
+
+def run(steps: Steps, images: Tensor) -> Outputs:
+    """The steps one after the other."""
+    value: Any = images
+    for step in steps:
+        value = step(value)
+    outputs: Outputs = value
+    return outputs
 
 
 def copies(outputs: Outputs) -> Outputs:
@@ -24,33 +34,41 @@ def copies(outputs: Outputs) -> Outputs:
 
 
 class Captured:
-    """`run` on a fixed input, captured.
+    """Steps one after the other on a fixed input, captured as a graph each.
+
+    A graph starts when all of it has been submitted, which takes the longer the more nodes it has: with the backbone as
+    a graph of its own, the rest is submitted while the backbone runs.
 
     Args:
-        run: from images to outputs of one dtype, without synchronisation.
+        steps: the first from images, each from what the one before gave, the last to outputs of one dtype; without
+            synchronisation.
         images: an example; only its shape, dtype and strides matter.
         pool: memory that graphs share, of which only one runs at a time.
         side: the stream to capture on. Always the same one, because what the warm-ups allocate stays with it.
     """
 
-    def __init__(self, run: Callable[[Tensor], Outputs], images: Tensor, pool: Any, side: torch.cuda.Stream) -> None:
+    def __init__(self, steps: Steps, images: Tensor, pool: Any, side: torch.cuda.Stream) -> None:
         self.images = torch.zeros_like(images)
-        self.graph = torch.cuda.CUDAGraph()
+        self.graphs = [torch.cuda.CUDAGraph() for _ in steps]
         side.wait_stream(torch.cuda.current_stream(images.device))
         with _capturing:
             with torch.cuda.stream(side):
                 for _ in range(_WARM_UPS):
-                    run(self.images)
+                    run(steps, self.images)
             side.synchronize()
-            # Other threads may go on using CUDA.
-            with torch.cuda.graph(self.graph, pool=pool, stream=side, capture_error_mode="thread_local"):
-                self.outputs = run(self.images)
+            value: Any = self.images
+            for step, graph in zip(steps, self.graphs, strict=True):
+                # Other threads may go on using CUDA.
+                with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+                    value = step(value)
+            self.outputs: Outputs = value
         torch.cuda.current_stream(images.device).wait_stream(side)
 
     def replay(self, images: Tensor) -> Outputs:
         """Copies the images in (casting them), runs, and copies the outputs out, all in the current stream."""
         self.images.copy_(images, non_blocking=True)
-        self.graph.replay()
+        for graph in self.graphs:
+            graph.replay()
         return copies(self.outputs)
 
 
@@ -60,13 +78,13 @@ class Graphs:
     They share their memory, so whoever calls waits on the device for the call before, whatever its stream.
 
     Args:
-        run: see :class:`Captured`.
+        steps: see :class:`Captured`.
         dtype: of floating point images as they are captured.
         most: graphs that are kept.
     """
 
-    def __init__(self, run: Callable[[Tensor], Outputs], device: torch.device, dtype: torch.dtype, most: int) -> None:
-        self.run, self.dtype, self.most = run, dtype, most
+    def __init__(self, steps: Steps, device: torch.device, dtype: torch.dtype, most: int) -> None:
+        self.steps, self.dtype, self.most = steps, dtype, most
         self.pool = torch.cuda.graph_pool_handle()
         self.side = torch.cuda.Stream(device)
         self.kept: OrderedDict[Hashable, Captured] = OrderedDict()
@@ -108,6 +126,6 @@ class Graphs:
                 self.kept.popitem(last=False)
             order = torch.contiguous_format if dtype == torch.uint8 else torch.channels_last
             like = torch.empty(images.shape, dtype=dtype, device=self.device, memory_format=order)
-            found = self.kept[key] = Captured(self.run, like, self.pool, self.side)
+            found = self.kept[key] = Captured(self.steps, like, self.pool, self.side)
         self.kept.move_to_end(key)
         return found
