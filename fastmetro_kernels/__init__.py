@@ -2,7 +2,7 @@
 
 from fastmetro_kernels.attention import SparseAttentionWeights, topology_attention
 from fastmetro_kernels.backends import BackendUnavailable
-from fastmetro_kernels.fused import cross_attention_block, fused_linear, short_attention
+from fastmetro_kernels.fused import decoder_tail, fused_linear, normalize_rows, short_attention
 from fastmetro_kernels.rasterization import RasterOutput, interpolate, rasterize
 from fastmetro_kernels.sparse import SparseMatrix
 from fastmetro_kernels.topology import TokenTopology
@@ -16,9 +16,10 @@ __all__ = [
     "SparseAttentionWeights",
     "SparseMatrix",
     "TokenTopology",
-    "cross_attention_block",
+    "decoder_tail",
     "fused_linear",
     "interpolate",
+    "normalize_rows",
     "rasterize",
     "short_attention",
     "sparse_upsample",

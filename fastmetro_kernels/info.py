@@ -20,7 +20,8 @@ OPS = {
     "rasterize": ("rasterize_native", ("reference", "native")),
     "fused_linear": ("", ("reference", "triton")),
     "short_attention": ("", ("reference", "triton")),
-    "cross_attention_block": ("", ("reference", "triton")),
+    "normalize_rows": ("", ("reference", "triton")),
+    "decoder_tail": ("", ("reference", "triton")),
 }
 """The public ops: the operator whose presence tells of native kernels (if there are any), and the backends."""
 
@@ -92,8 +93,8 @@ def choices() -> list[str]:
         "  sparse_upsample: native, then triton, then reference; its kernels choose by shape in "
         "csrc/upsampling/launch.h",
         "  rasterize: native, then reference",
-        "  fused_linear, short_attention, cross_attention_block (inference only): triton, then reference; by shape in "
-        "fused/*/configs.py",
+        "  fused_linear, short_attention, normalize_rows, decoder_tail (inference only): triton, then reference; by "
+        "shape in fused/*/configs.py",
     ]
     if path := os.environ.get(tuning.ENVIRONMENT):
         lines.append(f"  {tuning.ENVIRONMENT}={path} takes the place of the shipped table for the families in it")

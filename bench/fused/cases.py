@@ -15,16 +15,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastmetro_kernels.fused import (
-    BlockConfig,
     LinearConfig,
+    NormalizeConfig,
     ShortAttentionConfig,
-    cross_attention_block,
+    TailConfig,
+    TailWeights,
+    decoder_tail,
     fused_linear,
     fused_linear_moments,
+    normalize_rows,
     short_attention,
 )
-from fastmetro_kernels.fused.cross_attention_block.configs import TILES as BLOCK_TILES
+from fastmetro_kernels.fused.decoder_tail.configs import TILES as TAIL_TILES
 from fastmetro_kernels.fused.linear.configs import TILES, fitted
+from fastmetro_kernels.fused.normalize.configs import tiles as norm_tiles
 from fastmetro_kernels.fused.short_attention.configs import TILES as ATTENTION_TILES
 
 HEADS = 8
@@ -37,7 +41,7 @@ FLOPS_PER_SECOND = {2: 790e12, 4: 67e12}
 """What an H200 reaches, by bytes per element: tensor cores as measured, float32 as its data sheet says."""
 
 LIBRARY, COMPILED, OURS = "library", "compiled", "ours"
-LATE, SEPARATE = "ours, weights after the wait", "ours, two launches"
+LATE, SEPARATE = "ours, weights after the wait", "ours, separate launches"
 NAMED = (LIBRARY, COMPILED, OURS, LATE, SEPARATE)
 """Contenders that are no tiles."""
 
@@ -220,77 +224,128 @@ class Attention:
 
 
 @dataclass(frozen=True)
-class Block:
-    """Cross-attention of width 128 with its output projection and residual; the library takes three kernels."""
+class Tail:
+    """All of a decoder layer of 128 features behind its self-attention."""
 
-    title: str
-    queries: int
-    keys: int
     batch: int
     dtype: torch.dtype
+    queries: int = DECODER
+    keys: int = IMAGE
     width: int = 128
-
-    @property
-    def name(self) -> str:
-        """What it is, for people."""
-        return f"{self.title} (output, residual)"
+    hidden: int = 512
+    activation_count: int = 4
+    name: str = "decoder layer behind its attention"
 
     @property
     def shape(self) -> str:
-        """Queries x keys x heads x dim x features."""
-        return f"{self.batch}*{self.queries} x {self.keys} x {HEADS} x {self.width // HEADS} x {self.width}"
-
-    @property
-    def activation_count(self) -> int:
-        """How many tensors `activations` are."""
-        return 4
+        """Tokens x features, keys, hidden features."""
+        return f"{self.batch}*{self.queries} x {self.width}, {self.keys}, {self.hidden}"
 
     def activations(self, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """q, k, v as of `Attention`, and the residual [B, L, N]."""
-        attention = Attention(self.title, self.queries, self.keys, self.width // HEADS, self.batch, self.dtype)
-        residual = _randn(generator, self.dtype, self.batch, self.queries, self.width)
-        return (*attention.activations(generator), residual)
+        """Tokens and the output of the self-attention [B, L, C], k and v [B, S, H, D]."""
+        k, v = _randn(generator, self.dtype, self.batch, self.keys, 2, HEADS, self.width // HEADS).unbind(2)
+        tokens, attended = (_randn(generator, self.dtype, self.batch, self.queries, self.width) for _ in range(2))
+        return tokens, attended, k, v
 
     def constants(self, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """Weight [N, H D] and bias [N]."""
-        weight = _randn(generator, self.dtype, self.width, self.width) * self.width**-0.5
-        return weight, _randn(generator, self.dtype, self.width)
+        """Those of TailWeights."""
+        found: list[Tensor] = []
+        for features, inner in [(self.width, self.width)] * 3 + [(self.hidden, self.width), (self.width, self.hidden)]:
+            found.append(_randn(generator, self.dtype, features, inner) * inner**-0.5)
+            found.append(_randn(generator, self.dtype, features))
+        return tuple(found)
 
     def floor(self) -> float:
         """Seconds that moving the bytes or multiplying takes at least, without anything else."""
-        elements = self.batch * self.width * (3 * self.queries + 2 * self.keys) + self.width**2
-        flops = self.batch * self.queries * self.width * (4 * self.keys + 2 * self.width)
-        return _floor(elements, flops, self.dtype)
+        rows, weights = self.batch * self.queries, 3 * self.width**2 + 2 * self.width * self.hidden
+        elements = rows * 3 * self.width + self.batch * self.keys * 2 * self.width + weights
+        return _floor(elements, 2 * rows * (weights + 2 * self.keys * self.width), self.dtype)
 
     def plain(self, *tensors: Tensor) -> Tensor:
-        """SDPA, cuBLAS with its bias, an addition."""
-        q, k, v, residual, weight, bias = tensors
-        attended = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        return F.linear(attended.transpose(1, 2).flatten(2), weight, bias) + residual
+        """The layers one after the other, as strong as those of `Linear` and `Attention`."""
+        x, attended, k, v, *constants = tensors
+        out, query, cross, expand, contract = zip(constants[::2], constants[1::2], strict=True)
+        x = x + F.linear(attended, *out)
+        q = F.linear(F.layer_norm(x, (self.width,), eps=EPSILON), *query).unflatten(2, (HEADS, -1))
+        values = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        x = x + F.linear(values.transpose(1, 2).flatten(2), *cross)
+        normed = F.layer_norm(x, (self.width,), eps=EPSILON)
+        if x.dtype == torch.float64:  # for which cuBLASLt has no epilogue
+            return x + F.linear(F.linear(normed, *expand).relu(), *contract)
+        hidden = torch._addmm_activation(expand[1], normed.flatten(0, 1), expand[0].T).unflatten(0, x.shape[:2])
+        return x + F.linear(hidden, *contract)
 
-    def _fused(self, config: BlockConfig | None) -> Run:
+    def _fused(self, config: TailConfig | None) -> Run:
         def run(*tensors: Tensor) -> Tensor:
-            q, k, v, residual, weight, bias = tensors
-            return cross_attention_block(q, k, v, weight, bias, residual=residual, constant_weights=True, config=config)
+            return decoder_tail(*tensors[:4], TailWeights(*tensors[4:]), constant_weights=True, config=config)
 
         return run
 
     def ours(self) -> dict[str, Run]:
-        """The block, and the two fused ops that it replaces."""
+        """The fused layer, and the fused ops that it replaces."""
 
-        def two(*tensors: Tensor) -> Tensor:
-            q, k, v, residual, weight, bias = tensors
-            attended = short_attention(q, k, v).flatten(2)
-            return fused_linear(attended, weight, bias, residual=residual, constant_weights=True)
+        def separate(*tensors: Tensor) -> Tensor:
+            x, attended, k, v, *constants = tensors
+            out, query, cross, expand, contract = zip(constants[::2], constants[1::2], strict=True)
+            x = fused_linear(attended, *out, residual=x, constant_weights=True)
+            q = fused_linear(x, *query, normalize=EPSILON, constant_weights=True).unflatten(2, (HEADS, -1))
+            x = fused_linear(short_attention(q, k, v).flatten(2), *cross, residual=x, constant_weights=True)
+            hidden = fused_linear(x, *expand, normalize=EPSILON, relu=True, constant_weights=True)
+            return fused_linear(hidden, *contract, residual=x, constant_weights=True)
 
-        return {OURS: self._fused(None), SEPARATE: two}
+        return {OURS: self._fused(None), SEPARATE: separate}
 
     def tiles(self) -> dict[str, Run]:
-        """The block with every tile of its table."""
-        return {tile_name(tile): self._fused(tile) for tile in BLOCK_TILES[self.dtype.itemsize]}
+        """The fused layer with every tile of its table."""
+        return {tile_name(tile): self._fused(tile) for tile in TAIL_TILES[self.dtype.itemsize]}
 
 
-Case = Linear | Attention | Block
+@dataclass(frozen=True)
+class Norm:
+    """A layer norm of its own, as in front of a product of the library's."""
+
+    tokens: int
+    width: int
+    batch: int
+    dtype: torch.dtype
+    activation_count: int = 1
+    name: str = "layer norm"
+
+    @property
+    def shape(self) -> str:
+        """M x K."""
+        return f"{self.batch}*{self.tokens} x {self.width}"
+
+    def activations(self, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """x [B, M, K]."""
+        return (_randn(generator, self.dtype, self.batch, self.tokens, self.width),)
+
+    def constants(self, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """There are none."""
+        return ()
+
+    def floor(self) -> float:
+        """Seconds that moving the bytes takes at least."""
+        return _floor(2 * self.batch * self.tokens * self.width, 0, self.dtype)
+
+    def plain(self, x: Tensor) -> Tensor:
+        """PyTorch's."""
+        return F.layer_norm(x, (self.width,), eps=EPSILON)
+
+    def ours(self) -> dict[str, Run]:
+        """The fused op as the engine calls it."""
+        return {OURS: lambda x: normalize_rows(x, EPSILON)}
+
+    def tiles(self) -> dict[str, Run]:
+        """The fused op with every tile for this width."""
+
+        def with_tile(tile: NormalizeConfig) -> Run:
+            return lambda x: normalize_rows(x, EPSILON, config=tile)
+
+        return {tile_name(tile): with_tile(tile) for tile in norm_tiles(self.width)}
+
+
+Case = Linear | Attention | Tail | Norm
 """A layer at one batch size: its inputs come in two parts, which rotate over sets of their own."""
 
 
@@ -326,6 +381,6 @@ def all_cases(batch: int, dtype: torch.dtype) -> list[Case]:
             found.append(Linear(title, tokens, inputs, outputs, batch, dtype, **flags))
         found.append(Attention("encoder attention", ENCODER, ENCODER, width // HEADS, batch, dtype))
         found.append(Attention("cross-attention", DECODER, IMAGE, width // HEADS, batch, dtype))
-    found.append(Block("encoder attention", ENCODER, ENCODER, batch, dtype))
-    found.append(Block("cross-attention", DECODER, IMAGE, batch, dtype))
+        found += [Norm(ENCODER, width, batch, dtype), Norm(DECODER, width, batch, dtype)]
+    found.append(Tail(batch, dtype))
     return found

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bench.fused import measure, report
-from bench.fused.cases import COMPILED, LIBRARY, OURS, Attention, Block, Case, Linear, all_cases, tile_name
+from bench.fused.cases import COMPILED, LIBRARY, OURS, Attention, Case, Linear, Norm, Tail, all_cases, tile_name
 from bench.fused.measure import Entry
 from fastmetro_kernels.fused import LinearConfig
 from fastmetro_kernels.fused.linear.configs import TILES, problem
@@ -20,7 +20,8 @@ SMALL = [
     Linear("output", 5, 16, 8, 1, torch.float32, residual=True),
     Linear("FF1", 5, 16, 8, 3, torch.float32, norm=True, relu=True),
     Attention("attention", 5, 7, 16, 2, torch.float32),
-    Block("attention", 5, 7, 2, torch.float32, width=32),
+    Tail(2, torch.float32, 5, 7, width=32, hidden=24),
+    Norm(5, 24, 2, torch.float32),
 ]
 
 

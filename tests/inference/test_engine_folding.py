@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastmetro.inference.engine import folding
 from fastmetro.inference.engine.layers import FoldedDecoderLayer, FoldedEncoderLayer
-from fastmetro.inference.engine.products import Tokens
+from fastmetro.inference.engine.products import Tokens, decoder_tail
 from fastmetro.inference.engine.savings import transformer_folds
 from fastmetro.inference.engine.transformers import FoldedTransformers
 from fastmetro.models import FastMETRO, FastMETROConfig
@@ -132,6 +132,9 @@ def test_layers() -> None:
         memory = torch.cat([decoder.multihead_attn.key(tokens + position), decoder.multihead_attn.value(tokens)], -2)
         decoded = folded_decoder(Tokens(mesh_tokens), memory.flatten(-2), attend).values
         near(decoded, decoder(mesh_tokens, tokens, position, attend))
+        attended = attend(*decoder.self_attn.query_key_value(decoder.norm1(mesh_tokens)), 0.0)
+        constants = folded_decoder.tail_weights(), folded_decoder.tail_epsilons()
+        near(decoder_tail(Tokens(mesh_tokens), attended, memory.flatten(-2), *constants).values, decoded)
         addresses.append([buffer.data_ptr() for buffer in (*folded.buffers(), *folded_decoder.buffers())])
     assert addresses[0] == addresses[1]
 

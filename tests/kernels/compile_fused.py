@@ -1,10 +1,10 @@
 """Compile the fused Triton kernels for an NVIDIA GPU, on any machine; run by `test_fused_compiles.py`.
 
 `python compile_fused.py CAPABILITY DTYPE WIDTH [all]` compiles the tiles that FastMETRO's layers of this width get (or
-all tiles) of the linear layer, of the attention over few keys and, at 128, of both in one. It prints one JSON object:
-for each its registers, bytes of stack (spills), bytes of shared memory, whether it multiplies on tensor cores, whether
-it waits for earlier kernels, and whether it reads before it does. Needs TRITON_INTERPRET=0: with the interpreter
-chosen, kernels are plain Python.
+all tiles) of the linear layer, of the attention over few keys and, at 128, of the decoder tail. It prints one JSON
+object: for each its registers, bytes of stack (spills), bytes of shared memory, whether it multiplies on tensor cores,
+whether it waits for earlier kernels, and whether it reads before it does. Needs TRITON_INTERPRET=0: with the
+interpreter chosen, kernels are plain Python.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from compile_attention import BYTES, resources
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastmetro_kernels.fused.cross_attention_block import triton as block
-from fastmetro_kernels.fused.cross_attention_block.configs import TILES as BLOCK_TILES
-from fastmetro_kernels.fused.cross_attention_block.configs import BlockConfig
-from fastmetro_kernels.fused.cross_attention_block.configs import pinned as pinned_block
+from fastmetro_kernels.fused.decoder_tail import triton as tail
+from fastmetro_kernels.fused.decoder_tail.configs import TILES as TAIL_TILES
+from fastmetro_kernels.fused.decoder_tail.configs import TailConfig
+from fastmetro_kernels.fused.decoder_tail.configs import pinned as pinned_tail
+from fastmetro_kernels.fused.decoder_tail.weights import TailWeights
 from fastmetro_kernels.fused.linear import triton as linear
 from fastmetro_kernels.fused.linear.configs import TILES, LinearConfig, fitted, pinned
 from fastmetro_kernels.fused.short_attention import triton as attention
@@ -30,6 +31,7 @@ from fastmetro_kernels.fused.short_attention.configs import ShortAttentionConfig
 from fastmetro_kernels.fused.short_attention.configs import pinned as pinned_attention
 
 TENSORS = {"x", "weight", "bias", "residual", "weight_sums", "moments", "out", "moments_out", "q", "k", "v"}
+TENSORS |= {"attended", *TailWeights._fields}
 
 
 def source(kernel: Any, dtype: str, constants: dict[str, Any]) -> ASTSource:
@@ -44,7 +46,7 @@ def source(kernel: Any, dtype: str, constants: dict[str, Any]) -> ASTSource:
             signature[name] = "constexpr"
             continue
         element = "fp32" if name in {"weight_sums", "moments", "moments_out"} else dtype
-        scalar = "fp32" if name in {"epsilon", "scale"} else "i32"
+        scalar = "fp32" if name.endswith(("epsilon", "scale")) else "i32"
         signature[name] = f"*{element}" if name in TENSORS else scalar
         if name in TENSORS or name == "features" or name.startswith("stride_"):
             attributes[(position,)] = [["tt.divisibility", 16]]
@@ -77,7 +79,8 @@ def report(text: str, compiled: Any) -> dict[str, Any]:
     }
 
 
-ROWS = (49, 445 * 32)
+ROWS = (49, 445)
+"""Of small batches, where time counts most; with many rows a tile of 128 x 256 is the fastest although it spills."""
 
 
 def linear_tiles(element_size: int, width: int, every: bool) -> list[LinearConfig]:
@@ -95,17 +98,17 @@ def attention_tiles(element_size: int, every: bool) -> list[ShortAttentionConfig
     return list(dict.fromkeys(pinned_attention(8 * batch, 445, element_size) for batch in (1, 32)))
 
 
-def block_constants(tile: BlockConfig, early: bool) -> dict[str, Any]:
-    """Of FastMETRO's second stage: 8 heads of 16, 128 features."""
-    sizes = {"HEADS": 8, "DIM": 16, "BLOCK_DIM": 16, "FEATURES": 128, "CONSTANT_WEIGHTS": True, "EARLY": early}
-    return sizes | {"ROWS": tile.rows, "KEYS": 64}
+def tail_constants(tile: TailConfig, early: bool) -> dict[str, Any]:
+    """Of FastMETRO's second stage: 8 heads of 16, 128 features, 512 hidden ones."""
+    sizes = {"WIDTH": 128, "BLOCK": 128, "HEADS": 8, "DIM": 16, "BLOCK_DIM": 16, "FEED_FORWARD": 512, "KEYS": 64}
+    return sizes | {"HIDDEN": tile.hidden, "ROWS": tile.rows, "CONSTANT_WEIGHTS": True, "EARLY": early}
 
 
-def block_tiles(element_size: int, every: bool) -> list[BlockConfig]:
+def tail_tiles(element_size: int, every: bool) -> list[TailConfig]:
     """All tiles, or those that FastMETRO's layers get."""
     if every:
-        return list(BLOCK_TILES[element_size])
-    return list(dict.fromkeys(pinned_block(batch, 445, element_size) for batch in (1, 32)))
+        return list(TAIL_TILES[element_size])
+    return list(dict.fromkeys(pinned_tail(batch, 445, element_size) for batch in (1, 32)))
 
 
 def main() -> None:
@@ -116,10 +119,10 @@ def main() -> None:
         constants = linear_constants(tile, width, width <= 512, early)
         jobs.append((f"linear {tuple(tile)}", linear.fused_linear_kernel, constants, tile.warps, tile.stages))
     if width == 128:
-        for block_tile in block_tiles(element_size, every):
-            constants = block_constants(block_tile, early)
-            name = f"block {tuple(block_tile)}"
-            jobs.append((name, block.cross_attention_block_kernel, constants, block_tile.warps, block_tile.stages))
+        for tail_tile in tail_tiles(element_size, every):
+            constants = tail_constants(tail_tile, early)
+            name = f"tail {tuple(tail_tile)}"
+            jobs.append((name, tail.decoder_tail_kernel, constants, tail_tile.warps, tail_tile.stages))
     for rows, warps in attention_tiles(element_size, every):
         constants = attention_constants(ShortAttentionConfig(rows, warps), min(width, 512) // 8, early)
         jobs.append((f"attention {(rows, warps)}", attention.short_attention_kernel, constants, warps, 1))

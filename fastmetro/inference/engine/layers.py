@@ -16,9 +16,10 @@ from fastmetro.inference.engine.folding import (
     linear,
     projection,
 )
-from fastmetro.inference.engine.products import Layer, Tokens, read, short_attention, update
+from fastmetro.inference.engine.products import Layer, Tokens, decoder_tail, fuses_tail, read, short_attention, update
 from fastmetro.models.attention import TokenAttention
 from fastmetro.models.transformer import DecoderLayer, EncoderLayer
+from fastmetro_kernels.fused import TailWeights
 
 
 class Folded(nn.Module):
@@ -110,8 +111,20 @@ class FoldedDecoderLayer(_FoldedLayer):
         """Update joint and vertex tokens [B, L, C]; `memory` [B, S, 2 C]: keys and values of the image tokens."""
         qkv = read(tokens, self.affine("qkv"), self.epsilon)
         q, k, v = (x.unflatten(-1, (self.heads, -1)) for x in qkv.chunk(3, -1))
-        tokens = update(attend(q, k, v, 0.0).flatten(-2), self.affine("out"), tokens.values)
+        attended = attend(q, k, v, 0.0)
+        if fuses_tail(tokens.values):
+            return decoder_tail(tokens, attended, memory, self.tail_weights(), self.tail_epsilons())
+        tokens = update(attended.flatten(-2), self.affine("out"), tokens.values)
         return self.cross(tokens.values, read(tokens, self.affine("query"), self.cross_epsilon), memory)
+
+    def tail_weights(self) -> TailWeights:
+        """All that stands behind the self-attention."""
+        layers = (self.affine(name) for name in ("out", "query", "cross_out", "expand", "contract"))
+        return TailWeights(*(tensor for weight, bias, _ in layers for tensor in (weight, bias)))
+
+    def tail_epsilons(self) -> tuple[float, float]:
+        """Of the norms in front of the cross-attention and of the feed-forward block."""
+        return self.cross_epsilon, self.feed_forward_epsilon
 
     def cross(self, tokens: Tensor, query: Tensor, memory: Tensor) -> Tokens:
         """Cross-attention and feed-forward block. `tokens` and `query` [B, L, C], or [1, L, C] where all share them."""

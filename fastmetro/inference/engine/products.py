@@ -24,6 +24,9 @@ NARROW = 128
 """Features (of the input or of the output) up to which a layer is fused whatever the number of rows."""
 RESIDUAL_WIDTH = 512
 """Features of the input up to which a layer with a residual is: the library would need a pass of its own for that."""
+TAIL_ROWS = 1024
+"""Rows from which a narrow decoder layer is one kernel behind its self-attention; with fewer, several small ones are
+faster, which fill more of the GPU."""
 _FEW_FEATURES = 16
 """Outputs up to which float32 weights are fused, too: the heads'. They multiply without tensor cores there."""
 
@@ -137,3 +140,30 @@ def short_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if q.is_cuda and q.dtype.itemsize == 2 and k.shape[1] <= MAX_KEYS:
         return fused.short_attention(q, k, v)
     return dense_attention(q, k, v, 0.0)
+
+
+def fuses_tail(tokens: Tensor) -> bool:
+    """Whether :func:`decoder_tail` takes a decoder layer of tokens [B, L, C] behind its self-attention."""
+    if not tokens.is_cuda or tokens.dtype.itemsize != 2 or tokens.shape[2] > NARROW:
+        return False
+    return tokens.shape[0] * tokens.shape[1] >= TAIL_ROWS
+
+
+def decoder_tail(
+    tokens: Tokens, attended: Tensor, memory: Tensor, weights: fused.TailWeights, epsilons: tuple[float, float]
+) -> Tokens:
+    """A decoder layer behind its self-attention, in one kernel.
+
+    Args:
+        tokens: in front of the layer.
+        attended: [B, L, H, D], of the self-attention.
+        memory: keys and values [B, S, 2 C].
+        weights: the layer's.
+        epsilons: of the norms in front of the cross-attention and of the feed-forward block.
+    """
+    k, v = (x.unflatten(-1, attended.shape[2:]) for x in memory.chunk(2, -1))
+    out = fused.decoder_tail(
+        tokens.values, attended.flatten(-2), k, v, weights,
+        cross_epsilon=epsilons[0], feed_forward_epsilon=epsilons[1], constant_weights=True,
+    )  # fmt: skip
+    return Tokens(out)
