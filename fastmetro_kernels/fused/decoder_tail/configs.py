@@ -28,8 +28,8 @@ _ACCEPTED = {"rows": (16, 32, 64, 128), "hidden": (16, 32, 64, 128, 256), "warps
 
 TILES: dict[int, tuple[TailConfig, ...]] = {
     2: (
-        TailConfig(64, 64, 4, 2),
         TailConfig(128, 64, 8, 2),
+        TailConfig(64, 64, 4, 2),
         TailConfig(128, 64, 4, 2),
         TailConfig(64, 128, 4, 2),
         TailConfig(64, 64, 4, 3),

@@ -104,6 +104,7 @@ MEASURED: dict[tuple[int, int, int], tuple[tuple[int, LinearConfig], ...]] = {
         (113920, LinearConfig(128, 256, 64, 1, 8, 3)),
     ),
     (2, 512, 512): (
+        (50, LinearConfig(16, 16, 128, 4, 4, 2)),
         (445, LinearConfig(64, 32, 64, 1, 4, 6)),
         (12800, LinearConfig(64, 128, 64, 1, 4, 4)),
         (113920, LinearConfig(128, 256, 64, 1, 8, 3)),
@@ -114,10 +115,10 @@ MEASURED: dict[tuple[int, int, int], tuple[tuple[int, LinearConfig], ...]] = {
         (1568, LinearConfig(32, 64, 128, 1, 8, 3)),
         (12544, LinearConfig(128, 256, 64, 1, 8, 3)),
     ),
-    (2, 1152, 512): ((49, LinearConfig(64, 32, 128, 1, 4, 4)),),
-    (2, 1536, 512): ((50, LinearConfig(64, 32, 128, 1, 4, 4)), (445, LinearConfig(64, 128, 64, 1, 4, 4))),
-    (2, 2048, 512): ((50, LinearConfig(64, 32, 128, 1, 4, 4)), (445, LinearConfig(64, 128, 64, 1, 4, 4))),
-    (2, 3200, 512): ((49, LinearConfig(64, 64, 64, 1, 4, 4)),),
+    (2, 1152, 512): ((49, LinearConfig(64, 32, 64, 1, 4, 6)),),
+    (2, 1536, 512): ((50, LinearConfig(64, 32, 64, 1, 4, 6)), (445, LinearConfig(64, 128, 64, 1, 4, 4))),
+    (2, 2048, 512): ((50, LinearConfig(64, 32, 64, 1, 4, 6)), (445, LinearConfig(64, 128, 64, 1, 4, 4))),
+    (2, 3200, 512): ((49, LinearConfig(32, 64, 128, 1, 4, 4)),),
 }
 """(bytes per element, N, K) -> (most rows, configuration), rising: the fastest of a measurement on an H200."""
 
