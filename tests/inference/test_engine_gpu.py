@@ -81,6 +81,22 @@ def test_part_of_a_larger_graph(engine: Engine) -> None:
         torch.testing.assert_close(outputs[name], value, rtol=0, atol=2e-3)
 
 
+def test_graphs_own_what_products_work_in() -> None:
+    """torch.compile with CUDA graphs takes cuBLAS's workspaces away from all streams; others use their memory then."""
+    model = load_pretrained("fastmetro-compact").cuda()
+    engine = fastmetro.compile(model, 64)  # so many rows that the library makes the wide products
+    images = pixels(64).cuda()
+    expected = engine(images)
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+    sizes = [2**exponent for exponent in range(12, 28)] * 2
+    taken = [torch.full((size // 4,), torch.nan, device="cuda") for size in sizes]
+    for _ in range(3):
+        again = engine(images)
+        assert all(torch.equal(expected[name], again[name]) for name in expected)
+    assert all(bool(tensor.isnan().all()) for tensor in taken)
+
+
 @pytest.mark.parametrize("backbone", ["resnet50", "hrnet-w64"])
 @pytest.mark.parametrize("variant", ["fastmetro-s", "fastmetro-l"])
 def test_variants(variant: str, backbone: str) -> None:

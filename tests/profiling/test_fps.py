@@ -18,7 +18,7 @@ import fastmetro
 from fastmetro.cli import main
 from fastmetro.inference.images import to_input
 from fastmetro.models import FastMETRO
-from fastmetro.profiling import fps
+from fastmetro.profiling import checks, fps
 from fastmetro.profiling.case import Case, Entry
 from fastmetro.profiling.checks import Truth, WrongResult
 from fastmetro.profiling.contenders import Contender, build_contender, build_model, settle_batch_norms
@@ -156,6 +156,14 @@ def test_what_is_allowed_follows_the_plain_network_in_that_precision(model: Fast
     assert exact.limit_mm < 0.05 * half.limit_mm
     with pytest.raises(WrongResult, match="off by"):  # bfloat16 does not pass as float32
         truth.check(contender(build_contender("plain", model, 2, torch.bfloat16, False).run))
+
+
+def test_one_image_is_more_than_one_draw(model: FastMETRO, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    several = Truth(model, images[:1]).plain_errors("bfloat16")
+    monkeypatch.setattr(checks, "DRAWS", 1)
+    single = Truth(model, images[:1]).plain_errors("bfloat16")
+    assert all(several[key] >= single[key] for key in single)
+    assert any(several[key] > single[key] for key in single)
 
 
 def test_parts_of_the_plain_path_are_the_network(model: FastMETRO, images: Tensor) -> None:

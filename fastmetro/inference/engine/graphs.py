@@ -40,30 +40,30 @@ class Captured:
     A graph starts when all of it has been submitted, which takes the longer the more nodes it has: with the backbone as
     a graph of its own, the rest is submitted while the backbone runs.
 
+    cuBLAS gets a workspace for each stream at the stream's first product, and PyTorch may take it away again later
+    (``torch.compile`` with CUDA graphs does, for all streams). So warm-ups run on another stream than the capture:
+    then the workspace comes from the graphs' own memory, which nobody else is given while they live.
+
     Args:
         steps: the first from images, each from what the one before gave, the last to outputs of one dtype; without
             synchronisation.
         images: an example; only its shape, dtype and strides matter.
         pool: memory that graphs share, of which only one runs at a time.
-        side: the stream to capture on. Always the same one, because what the warm-ups allocate stays with it.
+        side: the stream to capture on, on which nothing else runs.
     """
 
     def __init__(self, steps: Steps, images: Tensor, pool: Any, side: torch.cuda.Stream) -> None:
         self.images = torch.zeros_like(images)
         self.graphs = [torch.cuda.CUDAGraph() for _ in steps]
-        side.wait_stream(torch.cuda.current_stream(images.device))
         with _capturing:
-            with torch.cuda.stream(side):
-                for _ in range(_WARM_UPS):
-                    run(steps, self.images)
-            side.synchronize()
+            for _ in range(_WARM_UPS):
+                run(steps, self.images)
             value: Any = self.images
             for step, graph in zip(steps, self.graphs, strict=True):
                 # Other threads may go on using CUDA.
                 with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
                     value = step(value)
             self.outputs: Outputs = value
-        torch.cuda.current_stream(images.device).wait_stream(side)
 
     def replay(self, images: Tensor) -> Outputs:
         """Copies the images in (casting them), runs, and copies the outputs out, all in the current stream."""
