@@ -6,6 +6,7 @@ import collections
 import csv
 import importlib.metadata
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -35,6 +36,15 @@ def environment(device: torch.device) -> dict[str, str]:
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "command": " ".join(["python -m", *sys.argv]),
     }
+
+
+def results_csv(name: str, device: torch.device) -> Path:
+    """`<name>_cpu.csv` of the results, or after the GPU's name `<name>_h200.csv`."""
+    machine = "cpu"
+    if device.type == "cuda":
+        product = re.sub(r"^nvidia[ _-]*", "", device_name(device).lower())
+        machine = re.sub(r"[^a-z0-9]+", "_", product).strip("_")
+    return RESULTS / f"{name}_{machine}.csv"
 
 
 def versions() -> dict[str, str]:

@@ -11,7 +11,6 @@ of a case compiles the tuned baseline, which takes minutes: name cases where tim
 from __future__ import annotations
 
 import argparse
-import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -116,15 +115,6 @@ def target_table(rows: Sequence[Row], targets: Sequence[Target]) -> str:
     return "\n".join([*lines, f"  {met} of {len(targets)} reached, {missed} missed"])
 
 
-def default_csv(device: torch.device) -> Path:
-    """`fps_cpu.csv`, or after the GPU's name `fps_h200.csv`."""
-    name = "cpu"
-    if device.type == "cuda":
-        product = re.sub(r"^nvidia[ _-]*", "", common.device_name(device).lower())
-        name = re.sub(r"[^a-z0-9]+", "_", product).strip("_")
-    return common.RESULTS / f"fps_{name}.csv"
-
-
 def earlier_rows(path: Path, device: torch.device) -> list[Row]:
     """Rows of the file that is to be written, if there is one.
 
@@ -170,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.report:
         print(target_table(read_rows(options.report, COLUMNS), targets))
         return
-    path = options.csv or default_csv(device)
+    path = options.csv or common.results_csv("fps", device)
     cases = list(dict.fromkeys(options.cases or [target.case for target in targets]))
     earlier = earlier_rows(path, device)
     new: list[Row] = []

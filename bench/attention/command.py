@@ -20,7 +20,6 @@ H200 are compared, as far as they were measured; `--report CSV` compares an earl
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -60,15 +59,6 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def default_csv(device: torch.device) -> Path:
-    """`attention_cpu.csv`, or after the GPU's name `attention_h200.csv`."""
-    name = "cpu"
-    if device.type == "cuda":
-        product = re.sub(r"^nvidia[ _-]*", "", common.device_name(device).lower())
-        name = re.sub(r"[^a-z0-9]+", "_", product).strip("_")
-    return common.RESULTS / f"attention_{name}.csv"
-
-
 def shapes(texts: Sequence[str] | None, batch: int, device: torch.device) -> list[Shape]:
     """The cases that are named, or the usual ones of the device."""
     if texts is None and device.type == "cuda":
@@ -100,7 +90,7 @@ def run(options: argparse.Namespace, device: torch.device, wanted: Sequence[Shap
             conditions = report.Conditions(bandwidth, before, common.clocks(device))
             new = report.stage_rows(stage, entries, conditions, record)
             rows += new
-            common.write_csv(options.csv or default_csv(device), rows)
+            common.write_csv(options.csv or common.results_csv("attention", device), rows)
             say(report.stage_table(new))
             budget.stage += 1
     say(f"[{budget.elapsed():.0f} s] done")

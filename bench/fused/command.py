@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     add("--compile", action="store_true", help="also the library under torch.compile")
     add("--all-configs", action="store_true", help="also every tile of the tables")
     add("--only", default="", help="cases whose name and shape contain this text")
-    add("--csv", type=Path, help="default: bench/results/fused[_configs].csv")
+    add("--csv", type=Path, help="default: bench/results/fused_<device>.csv")
     return made
 
 
@@ -50,7 +50,7 @@ def main() -> None:
     device, dtype = torch.device("cuda"), getattr(torch, options.dtype)
     record = common.environment(device) | common.versions()
     print(f"{record['device']}, torch {record['torch']}, triton {record['triton']}, commit {record['commit']}")
-    target = options.csv or common.RESULTS / f"fused{'_configs' * options.all_configs}.csv"
+    target = options.csv or common.results_csv("fused", device)
     rows: list[report.Row] = []
     found: report.Found = []
     for batch in options.batch:

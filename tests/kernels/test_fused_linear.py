@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from fastmetro_kernels import BackendUnavailable
 from fastmetro_kernels.fused import LinearConfig, fused_linear, fused_linear_moments
 from fastmetro_kernels.fused.linear import configs, ops
-from fastmetro_kernels.fused.linear.configs import TILES, pinned, problem
+from fastmetro_kernels.fused.linear.configs import NARROWEST, TILES, pinned, problem
 
 
 def chain(
@@ -159,11 +159,11 @@ def test_random_sizes(runner: Runner) -> None:
     search()
 
 
-@pytest.mark.parametrize("tile", [*TILES[2], *TILES[4]], ids=lambda tile: "x".join(map(str, tile)))
+@pytest.mark.parametrize("tile", [*TILES[2], *TILES[4], NARROWEST], ids=lambda tile: "x".join(map(str, tile)))
 @on_triton
 def test_every_tile(runner: Runner, tile: LinearConfig) -> None:
     """More than one program each way, the last tiles incomplete; a step that is all, and several of them."""
-    if runner.dtype == FLOAT and not runner.interpreted and tile not in TILES[4]:
+    if runner.dtype == FLOAT and not runner.interpreted and tile not in (*TILES[4], NARROWEST):
         pytest.skip("a tile for half precision")
     step = tile.depth * tile.shares
     for width, normalize in ((100, 1e-5), (step + 8, None if runner.interpreted else 1e-5)):
@@ -401,7 +401,8 @@ LATE = {"normalize": 1e-5, "moments": M, "weight_sums": W[:, 0].contiguous()}
         ((X, W), {"relu": 1}, TypeError, "relu must be True or False"),
         ((X, W), {"out_dtype": DOUBLE}, TypeError, "out_dtype must be one of float32, float16, bfloat16, got"),
         ((X, W), {"config": (16, 16, 16, 1, 4, 1)}, TypeError, "config must be a LinearConfig, got tuple"),
-        ((X, W), {"config": LinearConfig(16, 8, 16, 1, 4, 1)}, ValueError, "columns must be one of 16"),
+        ((X, W), {"config": LinearConfig(16, 8, 16, 1, 4, 1)}, ValueError, "columns must be one of 4, 16"),
+        ((X, W), {"config": LinearConfig(16, 4, 16, 2, 4, 1)}, ValueError, "shares must be 1 with 4 columns, got 2"),
         ((X, W), {"backend": "cublas"}, ValueError, "backend='cublas' is not known"),
     ],
 )
@@ -473,6 +474,7 @@ def test_few_rows_get_small_tiles_and_many_large_ones(monkeypatch: pytest.Monkey
     assert pinned(49, 512, 512, 2)[:2] == (16, 16)
     assert pinned(445, 512, 512, 2)[:2] == (64, 32)
     assert pinned(14240, 512, 512, 2)[:2] == (128, 128)
+    assert pinned(14240, 3, 128, 4).columns == 4 and pinned(445, 3, 128, 4).columns == 16
 
 
 def test_a_measured_tile_goes_before_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:

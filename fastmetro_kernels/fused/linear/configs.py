@@ -32,7 +32,7 @@ class LinearConfig(NamedTuple):
 
 _ACCEPTED = {
     "rows": (16, 32, 64, 128, 256),
-    "columns": (16, 32, 64, 128, 256),
+    "columns": (4, 16, 32, 64, 128, 256),
     "depth": (16, 32, 64, 128, 256, 512),
     "shares": (1, 2, 4, 8),
     "warps": (1, 2, 4, 8, 16),
@@ -122,6 +122,10 @@ MEASURED: dict[tuple[int, int, int], tuple[tuple[int, LinearConfig], ...]] = {
 }
 """(bytes per element, N, K) -> (most rows, configuration), rising: the fastest of a measurement on an H200."""
 
+NARROWEST = LinearConfig(32, 4, 128, 1, 4, 2)
+"""For up to 4 features of many rows, as coordinates: most of 16 columns would be multiplied for nothing."""
+_MANY_ROWS = 2048
+
 _FILLED = 100
 """Programs that keep a large GPU busy: nearly one for each of its about 130 multiprocessors."""
 
@@ -143,6 +147,8 @@ def pinned(rows: int, features: int, width: int, element_size: int) -> LinearCon
     for most, config in MEASURED.get((element_size, features, width), ()):
         if rows <= most:
             return config
+    if features <= NARROWEST.columns and rows > _MANY_ROWS:
+        return fitted(NARROWEST, width)
     tiles = [tile for tile in TILES[element_size] if tile.columns == 16 or tile.columns < 2 * features]
     chosen = next((tile for tile in tiles if _programs(tile, rows, features) >= _FILLED), tiles[-1])
     return fitted(chosen, width)
@@ -164,6 +170,8 @@ def fitted(tile: LinearConfig, width: int) -> LinearConfig:
 
 def problem(config: LinearConfig) -> str | None:
     """What makes this configuration impossible, or None."""
+    if config.columns < 16 and config.shares > 1:
+        return f"shares must be 1 with {config.columns} columns, got {config.shares}"
     for name, value in config._asdict().items():
         if value not in _ACCEPTED[name]:
             return f"{name} must be one of {', '.join(map(str, _ACCEPTED[name]))}, got {value}"

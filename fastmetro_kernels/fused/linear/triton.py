@@ -125,6 +125,17 @@ def _late_norm(acc, moments_row, weight_sums, epsilon, WIDTH: tl.constexpr, PART
 
 
 @triton.jit
+def _multiply(tile, weight_tile, acc, COLUMNS: tl.constexpr):
+    """acc + tile @ weight_tile. Fewer than 16 columns, which tensor cores do not have, are multiplied and summed."""
+    if COLUMNS < 16:
+        products = tile.to(tl.float32)[:, :, None] * weight_tile.to(tl.float32)[None, :, :]
+        acc += tl.sum(products, 1)
+    else:
+        acc = tl.dot(tile.to(weight_tile.dtype), weight_tile, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
 def _product_in_steps(
     x_base, weight_base, stride_x_dim, stride_weight_dim, epsilon,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, SHARES: tl.constexpr,
@@ -149,7 +160,7 @@ def _product_in_steps(
         weight_step = _load_weight(weight_base, k, stride_weight_dim, WIDTH, EVEN, SHARES)
         if NORMALIZE:
             tile = _normalized(tile, mean, inverse, dtype, SHARES)
-        acc = tl.dot(tile.to(dtype), weight_step, acc, input_precision="ieee")
+        acc = _multiply(tile, weight_step, acc, COLUMNS)
     return acc if SHARES == 1 else tl.sum(acc, 0)
 
 
@@ -168,7 +179,7 @@ def _product_at_once(
         mean, squares = _add_moments(zero, zero, tile, k, 0, WIDTH, STEP, SHARES)
         tile = _normalized(tile, mean, tl.rsqrt(squares / WIDTH + epsilon), weight_tile.dtype, SHARES)
     acc = tl.zeros((ROWS, COLUMNS) if SHARES == 1 else (SHARES, ROWS, COLUMNS), tl.float32)
-    acc = tl.dot(tile.to(weight_tile.dtype), weight_tile, acc, input_precision="ieee")
+    acc = _multiply(tile, weight_tile, acc, COLUMNS)
     return acc if SHARES == 1 else tl.sum(acc, 0)
 
 

@@ -21,7 +21,7 @@ def normalize_rows(
 
     Args:
         x: ``[..., M, K]``, float32, float16, bfloat16 or (reference) float64; any strides, also a slice of the tokens
-            or a batch stride of 0. On Triton K goes up to 16,384.
+            or a batch stride of 0. Rows of more than 16,384 numbers run on the reference.
         epsilon: Finite, at least 0.
         config: The tile of the Triton kernel instead of the pinned one, for measurements.
         backend: ``"auto"`` (Triton where it can run on a GPU), ``"triton"`` or ``"reference"``.
