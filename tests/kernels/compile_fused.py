@@ -1,10 +1,10 @@
 """Compile the fused Triton kernels for an NVIDIA GPU, on any machine; run by `test_fused_compiles.py`.
 
 `python compile_fused.py CAPABILITY DTYPE WIDTH [all]` compiles the tiles that FastMETRO's layers of this width get (or
-all tiles) of the linear layer, of the attention over few keys and, at 128, of the decoder tail. It prints one JSON
-object: for each its registers, bytes of stack (spills), bytes of shared memory, whether it multiplies on tensor cores,
-whether it waits for earlier kernels, and whether it reads before it does. Needs TRITON_INTERPRET=0: with the
-interpreter chosen, kernels are plain Python.
+all tiles) of the linear layer, of the attention over few keys, of the row norm and, at 128, of the decoder tail. It
+prints one JSON object: for each its registers, bytes of stack (spills), bytes of shared memory, whether it multiplies
+on tensor cores, whether it waits for earlier kernels, and whether it reads before it does. Needs TRITON_INTERPRET=0:
+with the interpreter chosen, kernels are plain Python.
 """
 
 from __future__ import annotations
@@ -25,6 +25,10 @@ from fastmetro_kernels.fused.decoder_tail.configs import pinned as pinned_tail
 from fastmetro_kernels.fused.decoder_tail.weights import TailWeights
 from fastmetro_kernels.fused.linear import triton as linear
 from fastmetro_kernels.fused.linear.configs import TILES, LinearConfig, fitted, pinned
+from fastmetro_kernels.fused.normalize import triton as norm
+from fastmetro_kernels.fused.normalize.configs import NormalizeConfig
+from fastmetro_kernels.fused.normalize.configs import pinned as pinned_norm
+from fastmetro_kernels.fused.normalize.configs import tiles as all_norm_tiles
 from fastmetro_kernels.fused.short_attention import triton as attention
 from fastmetro_kernels.fused.short_attention.configs import TILES as ATTENTION_TILES
 from fastmetro_kernels.fused.short_attention.configs import ShortAttentionConfig
@@ -98,6 +102,18 @@ def attention_tiles(element_size: int, every: bool) -> list[ShortAttentionConfig
     return list(dict.fromkeys(pinned_attention(8 * batch, 445, element_size) for batch in (1, 32)))
 
 
+def norm_constants(tile: NormalizeConfig, width: int, early: bool) -> dict[str, Any]:
+    """Of rows of this width, which is a power of two."""
+    return {"WIDTH": width, "ROWS": tile.rows, "BLOCK": width, "EARLY": early}
+
+
+def norm_tiles(width: int, every: bool) -> list[NormalizeConfig]:
+    """All tiles, or those that FastMETRO's layers get."""
+    if every:
+        return list(all_norm_tiles(width))
+    return list(dict.fromkeys(pinned_norm(batch * rows, width) for batch in (1, 32, 256) for rows in ROWS))
+
+
 def tail_constants(tile: TailConfig, early: bool) -> dict[str, Any]:
     """Of FastMETRO's second stage: 8 heads of 16, 128 features, 512 hidden ones."""
     sizes = {"WIDTH": 128, "BLOCK": 128, "HEADS": 8, "DIM": 16, "BLOCK_DIM": 16, "FEED_FORWARD": 512, "KEYS": 64}
@@ -126,6 +142,9 @@ def main() -> None:
     for rows, warps in attention_tiles(element_size, every):
         constants = attention_constants(ShortAttentionConfig(rows, warps), min(width, 512) // 8, early)
         jobs.append((f"attention {(rows, warps)}", attention.short_attention_kernel, constants, warps, 1))
+    for norm_tile in norm_tiles(width, every):
+        constants = norm_constants(norm_tile, width, early)
+        jobs.append((f"norm {tuple(norm_tile)}", norm.normalize_rows_kernel, constants, norm_tile.warps, 1))
     found = {}
     for name, kernel, constants, warps, stages in jobs:
         options = {"num_warps": warps, "num_stages": stages} | ({"launch_pdl": True} if early else {})
