@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +42,21 @@ def refuse_gradients(op: str, tensors: Mapping[str, Tensor | None]) -> None:
                 f"{op} is for inference and has no gradients, but {name} requires grad: call it under "
                 f"torch.no_grad() or torch.inference_mode(), or pass {name}.detach()"
             )
+
+
+def check_config(config: Any, kind: type, problem: Callable[[Any], str | None]) -> None:
+    """A tile configuration of the right kind, or None.
+
+    Raises:
+        TypeError: another kind.
+        ValueError: numbers that are not accepted; `problem` tells which.
+    """
+    if config is None:
+        return
+    if not isinstance(config, kind):
+        raise TypeError(f"config must be a {kind.__name__}, got {type(config).__name__}")
+    if found := problem(config):
+        raise ValueError(f"config: {found}")
 
 
 @torch.compiler.assume_constant_result

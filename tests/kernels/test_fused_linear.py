@@ -14,85 +14,22 @@ from fused_cases import (
     HALF,
     TRITON_RUNNERS,
     Runner,
-    assert_within_budget,
     everywhere,
     on_cuda,
     on_each_backend,
     on_triton,
-    poisoned_memory,
     randn,
     surrounded,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from linear_cases import check, late, tensors
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fastmetro_kernels import BackendUnavailable
-from fastmetro_kernels.fused import LinearConfig, fused_linear, fused_linear_moments
+from fastmetro_kernels.fused import LinearConfig, fused_linear
 from fastmetro_kernels.fused.linear import configs, ops
 from fastmetro_kernels.fused.linear.configs import NARROWEST, TILES, pinned, problem
-
-
-def chain(
-    x: Tensor, weight: Tensor, bias: Tensor | None, normalize: float | None, residual: Tensor | None, relu: bool
-) -> Tensor:
-    """The same in plain PyTorch, in the dtype of x."""
-    y = x if normalize is None else F.layer_norm(x, x.shape[-1:], eps=normalize)
-    y = F.linear(y, weight)
-    y = y if bias is None else y + bias
-    y = y.relu() if relu else y
-    return y if residual is None else y + residual
-
-
-def moments_of(x: Tensor, part: int = 64) -> Tensor:
-    """Count, mean and squared distances from it of the rows of x, for parts of so many features."""
-    wide = x.to(torch.promote_types(x.dtype, FLOAT))
-    found = []
-    for values in wide.split(part, -1):
-        mean = values.mean(-1)
-        count = torch.full_like(mean, values.shape[-1])
-        found.append(torch.stack([count, mean, (values - mean[..., None]).square().sum(-1)], -1))
-    return torch.stack(found, -2)
-
-
-def late(x: Tensor, weight: Tensor) -> dict[str, Tensor]:
-    """What a layer norm behind the product needs."""
-    return {"moments": moments_of(x), "weight_sums": weight.to(torch.promote_types(x.dtype, FLOAT)).sum(1)}
-
-
-def check(
-    runner: Runner, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, normalize: float | None = None,
-    residual: Tensor | None = None, relu: bool = False, **options: Any,
-) -> Tensor:  # fmt: skip
-    """The result, held against float64; x, weight, bias and residual may differ in dtype.
-
-    With a layer norm, both in front of the product and as a correction of its sums.
-    """
-    options |= {"normalize": normalize, "residual": residual, "relu": relu}
-    if normalize is not None and "moments" not in options:
-        check(runner, x, weight, bias, **options, **late(x, weight))
-    options["backend"] = runner.backend
-    with poisoned_memory():
-        got = fused_linear(x, weight, bias, **options)
-    dtype = options.get("out_dtype") or x.dtype
-    assert got.dtype == dtype
-    wide = [None if tensor is None else tensor.to(DOUBLE) for tensor in (x, weight, bias, residual)]
-    exact = chain(wide[0], wide[1], wide[2], normalize, wide[3], relu)
-    plain = chain(x.to(weight.dtype), weight, bias, normalize, residual, relu).to(dtype)
-    rows = wide[0] if normalize is None else F.layer_norm(wide[0], x.shape[-1:], eps=normalize)
-    size = rows.abs() @ wide[1].abs().T + sum(tensor.abs() for tensor in wide[2:] if tensor is not None)
-    # Sums in float32, one rounding of the result, and one of the normalised rows, which plain PyTorch rounds too.
-    sums = torch.finfo(DOUBLE if x.dtype == DOUBLE else FLOAT).eps * 4
-    rounding = torch.finfo(dtype).eps / 2 * exact.abs() + size * sums
-    if normalize is not None and x.dtype.itemsize == 2:
-        rounding = rounding + torch.finfo(x.dtype).eps / 2 * size
-    if options.get("moments") is not None and x.numel():  # sums of rows that are not normalised yet
-        deviation = (wide[0].var(-1, keepdim=True, unbiased=False) + normalize).sqrt()
-        rounding = rounding + sums * (wide[0].abs() @ wide[1].abs().T) / deviation
-    assert_within_budget(got, exact, plain, rounding)
-    return got
-
 
 # batch, tokens, K, N, normalize, bias, residual, relu. The layers of FastMETRO, and odd ones.
 SMALL = [
@@ -116,18 +53,6 @@ LARGE = [
     (32, 49, 512, 3072, None, "feature", None, False),
     (32, 445, 2048, 512, None, "feature", "shared", False),
 ]
-
-
-def tensors(
-    runner: Runner, batch: int, tokens: int, width: int, features: int, bias: str | None, residual: str | None
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """x with a mean that is not 0, weight, bias and residual."""
-    biases = {None: None, "feature": (features,), "token": (tokens, features)}
-    residuals = {None: None, "shared": (tokens, features), "sample": (batch, tokens, features)}
-    shapes = ((width and (features, width)), biases[bias], residuals[residual])
-    rest = [None if shape is None else randn(runner, *shape, seed=i) for i, shape in enumerate(shapes)]
-    assert rest[0] is not None
-    return 3 * randn(runner, batch, tokens, width, seed=9) + 1, rest[0] * width**-0.5, rest[1], rest[2]
 
 
 @pytest.mark.parametrize("case", range(len(SMALL) + len(LARGE)))
@@ -245,66 +170,6 @@ def test_a_layer_norm_with_gain_and_shift_is_folded(runner: Runner) -> None:
         out = fused_linear(x, weight.to(x), bias.to(x), normalize=norm.eps, backend=runner.backend)
         plain = linear.to(x)(norm.to(x)(x))
     assert bool(((out.cpu() - exact).abs().amax() <= 4 * (plain.cpu() - exact).abs().amax()).all())
-
-
-@on_each_backend
-def test_leading_tokens_come_first_as_they_are(runner: Runner) -> None:
-    shapes = (((3,), (1, 18)), ((3,), (3, 2, 18)), ((2, 2), (2, 2, 17, 18)), ((), (4, 18)), ((2,), (0, 18)))
-    for samples, leading in shapes:
-        x, front = randn(runner, *samples, 19, 150), surrounded(randn(runner, *leading, seed=4))
-        weight, bias = randn(runner, 18, 150), randn(runner, 19, 18)
-        options: dict[str, Any] = {"normalize": 1e-5, "relu": True, "backend": runner.backend}
-        with poisoned_memory():
-            got = fused_linear(x, weight, bias, leading=front, **options)
-        count = front.shape[-2]
-        assert got.shape == (*samples, count + 19, 18) and got.is_contiguous()
-        assert torch.equal(got[..., :count, :], front.expand(*samples, count, 18))
-        torch.testing.assert_close(got[..., count:, :], fused_linear(x, weight, bias, **options))
-    alone = fused_linear(randn(runner, 2, 0, 150), weight, leading=front.expand(2, 0, 18), backend=runner.backend)
-    assert alone.shape == (2, 0, 18)
-    alone = fused_linear(randn(runner, 2, 0, 150), weight, leading=bias, backend=runner.backend)
-    assert torch.equal(alone, bias.expand(2, 19, 18))
-
-
-@everywhere
-def test_moments_are_those_of_the_rounded_result(runner: Runner) -> None:
-    for tokens, width, features in ((35, 40, 130), (3, 300, 16), (1, 16, 1)):
-        x, weight, bias, residual = tensors(runner, 2, tokens, width, features, "feature", "sample")
-        front = randn(runner, 2, 2, features, seed=4)
-        for added in ({"residual": residual}, {"leading": front}, {"leading": front[:, :0]}):
-            with poisoned_memory():
-                out, moments = fused_linear_moments(x, weight, bias, **added, backend=runner.backend)
-            assert torch.equal(out, fused_linear(x, weight, bias, **added, backend=runner.backend))
-            assert moments.shape[:-2] == out.shape[:-1] and moments.shape[-1] == 3
-            torch.testing.assert_close(moments, moments_of(out, int(moments[0, 0, 0, 0])), rtol=1e-4, atol=1e-4)
-
-
-@on_each_backend
-def test_a_chain_hands_on_its_moments(runner: Runner) -> None:
-    """As in a transformer: a residual stream, read by a slice of the tokens behind a norm."""
-    x, weight, bias, residual = tensors(runner, 2, 20, 70, 150, "feature", "sample")
-    out, moments = fused_linear_moments(x, weight, bias, residual=residual, backend=runner.backend)
-    reader = randn(runner, 24, 150) / 12
-    sums = reader.to(moments.dtype).sum(1)
-    check(runner, out[:, 1:], reader, normalize=1e-5, moments=moments[:, 1:], weight_sums=sums)
-    first, its_moments = out[:1, :1].expand(3, -1, -1), moments[:1, :1].expand(3, -1, -1, -1)
-    check(runner, first, reader, normalize=1e-5, moments=its_moments, weight_sums=sums)
-
-
-@on_triton
-def test_no_tokens_to_multiply(runner: Runner) -> None:
-    front = randn(runner, 2, 3, 18)
-    x, weight = randn(runner, 2, 0, 20), randn(runner, 18, 20)
-    out, moments = fused_linear_moments(x, weight, leading=front, backend=runner.backend)
-    assert torch.equal(out, front) and torch.equal(moments, moments_of(front))
-
-
-@everywhere
-def test_a_large_mean_is_taken_off(runner: Runner) -> None:
-    """Rows a hundred deviations away from 0, in half precision as it rounds them."""
-    sign = torch.tensor([1.0, -1.0], device=runner.device, dtype=runner.dtype)
-    x = randn(runner, 2, 20, 300) + 100 * sign[:, None, None]
-    check(runner, x, randn(runner, 18, 300) / 17, normalize=1e-5)
 
 
 @on_each_backend

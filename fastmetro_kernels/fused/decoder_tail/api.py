@@ -9,7 +9,7 @@ from torch import Tensor
 from fastmetro_kernels.fused.decoder_tail import ops, reference
 from fastmetro_kernels.fused.decoder_tail.configs import MAX_FEATURES, TailConfig, problem
 from fastmetro_kernels.fused.decoder_tail.weights import TailWeights
-from fastmetro_kernels.fused.inference import DTYPES, check_tensor, choose_backend, refuse_gradients
+from fastmetro_kernels.fused.inference import DTYPES, check_config, check_tensor, choose_backend, refuse_gradients
 from fastmetro_kernels.fused.short_attention.api import score_factor
 from fastmetro_kernels.fused.short_attention.configs import MAX_KEYS
 
@@ -71,11 +71,7 @@ def decoder_tail(
     for name, value in (("cross_epsilon", cross_epsilon), ("feed_forward_epsilon", feed_forward_epsilon)):
         if not 0 <= value < math.inf:
             raise ValueError(f"{name} must be finite and at least 0, got {value}")
-    if config is not None:
-        if not isinstance(config, TailConfig):
-            raise TypeError(f"config must be a TailConfig, got {type(config).__name__}")
-        if found := problem(config):
-            raise ValueError(f"config: {found}")
+    check_config(config, TailConfig, problem)
     factor = score_factor(scale, k.shape[3])
     refuse_gradients("decoder_tail", {"tokens": tokens} | given)
     options = (factor, cross_epsilon, feed_forward_epsilon)

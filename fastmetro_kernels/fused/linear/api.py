@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastmetro_kernels.fused.inference import DTYPES, check_tensor, choose_backend, refuse_gradients
+from fastmetro_kernels.fused.inference import DTYPES, check_config, check_tensor, choose_backend, refuse_gradients
 from fastmetro_kernels.fused.linear import ops, reference
 from fastmetro_kernels.fused.linear.configs import LinearConfig, problem
 
@@ -221,8 +221,4 @@ def _check_options(
     if out_dtype is not None and out_dtype not in out_dtypes:
         accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in out_dtypes)
         raise TypeError(f"out_dtype must be one of {accepted}, got {out_dtype}")
-    if config is not None:
-        if not isinstance(config, LinearConfig):
-            raise TypeError(f"config must be a LinearConfig, got {type(config).__name__}")
-        if found := problem(config):
-            raise ValueError(f"config: {found}")
+    check_config(config, LinearConfig, problem)

@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from fastmetro_kernels.fused.inference import DTYPES, check_tensor, choose_backend, refuse_gradients
+from fastmetro_kernels.fused.inference import DTYPES, check_config, check_tensor, choose_backend, refuse_gradients
 from fastmetro_kernels.fused.normalize import ops, reference
 from fastmetro_kernels.fused.normalize.configs import NormalizeConfig, problem
 
@@ -42,11 +42,7 @@ def normalize_rows(
         raise TypeError(f"epsilon must be a number, got {epsilon!r}")
     if not 0 <= epsilon < math.inf:
         raise ValueError(f"epsilon must be finite and at least 0, got {epsilon}")
-    if config is not None:
-        if not isinstance(config, NormalizeConfig):
-            raise TypeError(f"config must be a NormalizeConfig, got {type(config).__name__}")
-        if found := problem(config):
-            raise ValueError(f"config: {found}")
+    check_config(config, NormalizeConfig, problem)
     refuse_gradients("normalize_rows", {"x": x})
     chosen = choose_backend("normalize_rows", backend, x.device, x.dtype)
     if x.shape[-1] > ops.MAX_WIDTH:

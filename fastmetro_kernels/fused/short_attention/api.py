@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from fastmetro_kernels.fused.inference import DTYPES, check_tensor, choose_backend, refuse_gradients
+from fastmetro_kernels.fused.inference import DTYPES, check_config, check_tensor, choose_backend, refuse_gradients
 from fastmetro_kernels.fused.short_attention import ops, reference
 from fastmetro_kernels.fused.short_attention.configs import MAX_DIM, MAX_KEYS, ShortAttentionConfig, problem
 
@@ -44,11 +44,7 @@ def short_attention(
         BackendUnavailable: the named backend cannot take this input; the message tells why.
     """
     check_inputs(q, k, v)
-    if config is not None:
-        if not isinstance(config, ShortAttentionConfig):
-            raise TypeError(f"config must be a ShortAttentionConfig, got {type(config).__name__}")
-        if found := problem(config):
-            raise ValueError(f"config: {found}")
+    check_config(config, ShortAttentionConfig, problem)
     factor = score_factor(scale, q.shape[3])
     refuse_gradients("short_attention", {"q": q, "k": k, "v": v})
     if choose_backend("short_attention", backend, q.device, q.dtype) == "reference":
