@@ -138,12 +138,77 @@ class Bench:
         return 0 if all_right(run_fps(self.settings)) else 1
 
 
+Kind = Literal["body", "hand"]
+
+
+@dataclass
+class DataCheck:
+    """Decode every row of a METRO / FastMETRO data set and name those that cannot be used."""
+
+    file: Annotated[Path, tyro.conf.Positional]
+    """The YAML file of the data set."""
+    kind: Kind = "body"
+    """What the labels are of: 24 joints of a body, or 21 of a hand."""
+    workers: int = 0
+    """Further processes that decode."""
+    examples: int = 5
+    """Bad rows of each kind that are named."""
+
+    def run(self) -> int:
+        """Check and print; the exit status is 1 when a row cannot be used."""
+        from fastmetro.data.tsv import check_data
+
+        report = check_data(self.file, self.kind, self.workers, self.examples, progress=True)
+        print(report.text())
+        return 1 if report.bad else 0
+
+
+@dataclass
+class DataBuild:
+    """Make a data set from a folder of images and a .npz of annotations, as GraphCMR and SPIN have them."""
+
+    annotations: Annotated[Path, tyro.conf.Positional]
+    """Arrays imgname, center, scale, and of part, S, pose, shape, has_smpl, gender those that there are."""
+    images: Path
+    """The folder that image names start from."""
+    out: Path
+    """Path and first part of the names of the files: OUT.yaml, OUT.img.tsv, ..."""
+    kind: Kind = "body"
+    """What the annotations are of: 24 joints of a body, or 21 of a hand."""
+
+    def run(self) -> int:
+        """Build; rows that cannot be used are named and left out."""
+        from fastmetro.data.tsv import build_data
+
+        report = build_data(self.annotations, self.images, self.out, self.kind, progress=True)
+        for name, why in report.skipped:
+            print(f"fastmetro: left out {name}: {why}", file=sys.stderr)
+        print(f"{report.rows} rows in {report.path}, {len(report.skipped)} left out")
+        return 0
+
+
+@dataclass
+class Data:
+    """Check training data in the published format, or make some."""
+
+    command: Annotated[
+        Annotated[DataCheck, tyro.conf.subcommand("check", prefix_name=False)]
+        | Annotated[DataBuild, tyro.conf.subcommand("build", prefix_name=False)],
+        tyro.conf.arg(name=""),
+    ]
+
+    def run(self) -> int:
+        """Run the chosen one."""
+        return self.command.run()
+
+
 COMMANDS: dict[str, Callable[..., Any]] = {
     "predict": Predict,
     "demo": Demo,
     "eval": Eval,
     "train": Train,
     "bench": Bench,
+    "data": Data,
 }
 
 

@@ -10,14 +10,13 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from fastmetro.data.limits import MAX_PIXELS
 from fastmetro.data.synthetic.dataset import normalize_images
 
 CROP_SIZE = 224
 """Side of the network's input in pixels (paper, Section 4.1)."""
 BOX_MARGIN = 1.2
 """A person box is made square and this much larger, as the published label files were made."""
-MAX_PIXELS = 200_000_000
-"""Larger images are refused: a small file can claim any size."""
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -42,6 +43,19 @@ def refuse_gradients(op: str, tensors: Mapping[str, Tensor | None]) -> None:
                 f"{op} is for inference and has no gradients, but {name} requires grad: call it under "
                 f"torch.no_grad() or torch.inference_mode(), or pass {name}.detach()"
             )
+
+
+def check_epsilon(name: str, value: object, meaning: str = "a number") -> None:
+    """A finite number of at least 0.
+
+    Raises:
+        TypeError: no number.
+        ValueError: negative or not finite.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be {meaning}, got {value!r}")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be finite and at least 0, got {value}")
 
 
 def check_config(config: Any, kind: type, problem: Callable[[Any], str | None]) -> None:

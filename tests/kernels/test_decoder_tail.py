@@ -244,6 +244,7 @@ T, A, K, V, W = _zeros()
         ((T, A, K, V, W._replace(contract_weight=W.expand_weight.T)), {}, ValueError, "contract_weight must be"),
         ((T, A, K, V, W), {"scale": float("inf")}, ValueError, "scale must be finite, got inf"),
         ((T, A, K, V, W), {"cross_epsilon": -1.0}, ValueError, "cross_epsilon must be finite and at least 0, got -1.0"),
+        ((T, A, K, V, W), {"feed_forward_epsilon": None}, TypeError, "feed_forward_epsilon must be a number, got None"),
         ((T, A, K, V, W), {"config": (16, 16, 4, 1)}, TypeError, "config must be a TailConfig, got tuple"),
         ((T, A, K, V, W), {"config": TailConfig(16, 16, 3, 1)}, ValueError, "warps must be one of 1, 2, 4, 8, got 3"),
         ((T, A, K, V, W), {"backend": "flash"}, ValueError, "backend='flash' is not known"),

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 
 
-@pytest.mark.parametrize(("capability", "dtype", "width"), [(90, "fp16", 512), (80, "bf16", 128)])
+@pytest.mark.parametrize(("capability", "dtype", "width"), [(90, "fp16", 512), (90, "fp16", 128), (80, "bf16", 128)])
 def test_pinned_tiles_compile_without_spilling(capability: int, dtype: str, width: int) -> None:
     script = Path(__file__).with_name("compile_fused.py")
     done = subprocess.run(

@@ -262,7 +262,7 @@ LATE = {"normalize": 1e-5, "moments": M, "weight_sums": W[:, 0].contiguous()}
         ((X, W), {"residual": X}, ValueError, r"residual must be \[2, 5, 18\] or \[5, 18\], got \[2, 5, 20\]"),
         ((X, W.to("meta")), {}, ValueError, "weight must be on cpu, got meta"),
         ((X, W), {"normalize": True}, TypeError, "normalize must be the epsilon"),
-        ((X, W), {"normalize": -1.0}, ValueError, "normalize must be a finite epsilon"),
+        ((X, W), {"normalize": -1.0}, ValueError, "normalize must be finite and at least 0, got -1.0"),
         ((X, W), {"relu": 1}, TypeError, "relu must be True or False"),
         ((X, W), {"out_dtype": DOUBLE}, TypeError, "out_dtype must be one of float32, float16, bfloat16, got"),
         ((X, W), {"config": (16, 16, 16, 1, 4, 1)}, TypeError, "config must be a LinearConfig, got tuple"),

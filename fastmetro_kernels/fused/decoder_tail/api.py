@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import math
-
+import torch
 from torch import Tensor
 
 from fastmetro_kernels.fused.decoder_tail import ops, reference
 from fastmetro_kernels.fused.decoder_tail.configs import MAX_FEATURES, TailConfig, problem
 from fastmetro_kernels.fused.decoder_tail.weights import TailWeights
-from fastmetro_kernels.fused.inference import DTYPES, check_config, check_tensor, choose_backend, refuse_gradients
+from fastmetro_kernels.fused.inference import (
+    DTYPES,
+    check_config,
+    check_epsilon,
+    check_tensor,
+    choose_backend,
+    refuse_gradients,
+)
 from fastmetro_kernels.fused.short_attention.api import score_factor
 from fastmetro_kernels.fused.short_attention.configs import MAX_KEYS
 
@@ -50,7 +56,7 @@ def decoder_tail(
         constant_weights: A promise that the kernel launched right before this one in the stream writes no weights. On
             Hopper the first of them are then read while that kernel still runs.
         config: The tile of the Triton kernel instead of the pinned one, for measurements.
-        backend: ``"auto"`` (Triton where it can run on a GPU), ``"triton"`` or ``"reference"``.
+        backend: ``"auto"`` (Triton where it can run on a GPU, in half precision), ``"triton"`` or ``"reference"``.
 
     Returns:
         ``[B, L, C]`` in the dtype of tokens, contiguous.
@@ -69,12 +75,13 @@ def decoder_tail(
         check_tensor(name, tensor, (tokens.dtype,), tokens.device)
     _check_shapes(tokens, attended, k, v, weights)
     for name, value in (("cross_epsilon", cross_epsilon), ("feed_forward_epsilon", feed_forward_epsilon)):
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{name} must be finite and at least 0, got {value}")
+        check_epsilon(name, value)
     check_config(config, TailConfig, problem)
     factor = score_factor(scale, k.shape[3])
     refuse_gradients("decoder_tail", {"tokens": tokens} | given)
     options = (factor, cross_epsilon, feed_forward_epsilon)
+    if backend == "auto" and tokens.dtype == torch.float32 and tokens.is_cuda:
+        backend = "reference"  # without tensor cores a program's registers do not suffice: the kernel spills
     if choose_backend("decoder_tail", backend, tokens.device, tokens.dtype) == "reference":
         return reference.tail(tokens, attended, k, v, weights, *options)
     return ops.decoder_tail_triton(tokens, attended, k, v, list(weights), *options, constant_weights, config or ())

@@ -9,7 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastmetro_kernels.fused.inference import DTYPES, check_config, check_tensor, choose_backend, refuse_gradients
+from fastmetro_kernels.fused.inference import (
+    DTYPES,
+    check_config,
+    check_epsilon,
+    check_tensor,
+    choose_backend,
+    refuse_gradients,
+)
 from fastmetro_kernels.fused.linear import ops, reference
 from fastmetro_kernels.fused.linear.configs import LinearConfig, problem
 
@@ -212,10 +219,7 @@ def _check_options(
     config: LinearConfig | None,
 ) -> None:
     if normalize is not None:
-        if isinstance(normalize, bool) or not isinstance(normalize, (int, float)):
-            raise TypeError(f"normalize must be the epsilon of a layer norm or None, got {normalize!r}")
-        if not (math.isfinite(normalize) and normalize >= 0):
-            raise ValueError(f"normalize must be a finite epsilon of at least 0, got {normalize}")
+        check_epsilon("normalize", normalize, "the epsilon of a layer norm or None")
     if not isinstance(relu, bool):
         raise TypeError(f"relu must be True or False, got {relu!r}")
     if out_dtype is not None and out_dtype not in out_dtypes:

@@ -6,7 +6,14 @@ import math
 
 from torch import Tensor
 
-from fastmetro_kernels.fused.inference import DTYPES, check_config, check_tensor, choose_backend, refuse_gradients
+from fastmetro_kernels.fused.inference import (
+    DTYPES,
+    check_config,
+    check_epsilon,
+    check_tensor,
+    choose_backend,
+    refuse_gradients,
+)
 from fastmetro_kernels.fused.normalize import ops, reference
 from fastmetro_kernels.fused.normalize.configs import NormalizeConfig, problem
 
@@ -38,10 +45,7 @@ def normalize_rows(
     check_tensor("x", x, DTYPES)
     if x.dim() < 2 or x.shape[-1] == 0:
         raise ValueError(f"x must be [..., M, K] with K of at least 1, got {list(x.shape)}")
-    if isinstance(epsilon, bool) or not isinstance(epsilon, (int, float)):
-        raise TypeError(f"epsilon must be a number, got {epsilon!r}")
-    if not 0 <= epsilon < math.inf:
-        raise ValueError(f"epsilon must be finite and at least 0, got {epsilon}")
+    check_epsilon("epsilon", epsilon)
     check_config(config, NormalizeConfig, problem)
     refuse_gradients("normalize_rows", {"x": x})
     chosen = choose_backend("normalize_rows", backend, x.device, x.dtype)

@@ -1,0 +1,152 @@
+"""Make a data set in the published format from image files and arrays of annotations, one row at a time."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from tqdm import tqdm
+
+from fastmetro.data.tsv.files import TsvWriter
+from fastmetro.data.tsv.rows import BETAS, SHAPES, BadRow, Kind, decode_image, encode_image, parse_label
+
+MAX_IMAGE_BYTES = 128 << 20
+_TABLES = ("img", "label", "hw", "linelist")
+
+
+@dataclass
+class BuildReport:
+    """What was built.
+
+    Attributes:
+        path: the YAML file of the set.
+        rows: written.
+        skipped: (image name, why) of annotations that made no row.
+    """
+
+    path: Path
+    rows: int = 0
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+
+def build_data(
+    annotations: str | Path, images: str | Path, out: str | Path, kind: Kind = "body", progress: bool = False
+) -> BuildReport:
+    """Write OUT.yaml, OUT.img.tsv, OUT.label.tsv, OUT.hw.tsv, OUT.linelist.tsv and their index files.
+
+    One image is in memory at a time. A row whose image is missing or broken, or whose numbers are not finite, is
+    skipped and reported. Nothing is left behind where the whole fails.
+
+    Args:
+        annotations: a .npz file as GraphCMR and SPIN have them, N samples: `imgname` [N] (below `images`), `center`
+            [N, 2] and `scale` [N] (box side / 200, pixels); optional `part` [N, J, 3] (2D joints and confidence,
+            pixels), `S` [N, J, 4] (3D joints and confidence, metres), `pose` [N, P], `shape` [N, 10], `has_smpl` [N],
+            `gender` [N]. A body has J = 24 and P = 72, a hand 21 and 48. Flags are 1 where an array is given, unless
+            `has_smpl` is, too.
+        images: the folder that image names start from.
+        out: path and first part of the names of the files.
+        kind: what the annotations are of.
+        progress: whether a bar is shown.
+
+    Raises:
+        FileNotFoundError: no such annotations, or no folder for the result.
+        ValueError: an array is missing or has another shape; the message names it.
+    """
+    arrays = _read_annotations(Path(annotations), kind)
+    out, folder = Path(out), Path(images)
+    for name, place in (("out", out.parent), ("images", folder)):
+        if not place.is_dir():
+            raise FileNotFoundError(f"{name}: folder {str(place)!r} does not exist")
+    names = {table: f"{out.name}.{table}.tsv" for table in _TABLES}
+    report = BuildReport(out.with_name(f"{out.name}.yaml"))
+    with ExitStack() as stack:
+        writers = {table: stack.enter_context(TsvWriter(out.parent / name)) for table, name in names.items()}
+        for key, label in tqdm(_labels(arrays, kind), total=len(arrays["imgname"]), unit="row", disable=not progress):
+            try:
+                image, size = _image(folder, key)
+                text = json.dumps([label])
+                parse_label(text.encode(), kind)
+            except BadRow as error:
+                report.skipped.append((key, str(error)))
+                continue
+            writers["img"].write([key, encode_image(image)])
+            writers["label"].write([key, text])
+            writers["hw"].write([key, json.dumps([size])])
+            writers["linelist"].write([str(report.rows)])
+            report.rows += 1
+        if not report.rows:
+            raise ValueError(f"{annotations}: no row can be used, the first because of {report.skipped[:1]}")
+    report.path.write_text(yaml.safe_dump(names), encoding="utf-8")
+    return report
+
+
+def _read_annotations(path: Path, kind: Kind) -> dict[str, np.ndarray]:
+    """The arrays, of the right shapes."""
+    if not path.is_file():
+        raise FileNotFoundError(f"annotations {str(path)!r} do not exist")
+    shapes = SHAPES[kind]
+    known: dict[str, tuple[int, ...]] = {
+        "imgname": (), "center": (2,), "scale": (), "part": (shapes.joints, 3), "S": (shapes.joints, 4),
+        "pose": (shapes.pose,), "shape": (BETAS,), "has_smpl": (), "gender": (),
+    }  # fmt: skip
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in known if name in file.files}
+    except (ValueError, OSError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is not a file of plain arrays: {error}") from None
+    for name in ("imgname", "center", "scale"):
+        if name not in arrays:
+            raise ValueError(f"{path}: {name} is missing")
+    count = len(arrays["imgname"])
+    for name, array in arrays.items():
+        if array.shape != (count, *known[name]):
+            expected = "".join(f", {size}" for size in known[name])
+            raise ValueError(f"{path}: {name} must be [{count}{expected}], got {list(array.shape)}")
+    return arrays
+
+
+def _labels(arrays: dict[str, np.ndarray], kind: Kind) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Key and label of each sample."""
+    shapes = SHAPES[kind]
+    zeros = {"part": (shapes.joints, 3), "S": (shapes.joints, 4), "pose": (shapes.pose,), "shape": (BETAS,)}
+
+    def value(name: str, row: int) -> list[Any]:
+        found: list[Any] = (arrays[name][row] if name in arrays else np.zeros(zeros[name])).tolist()
+        return found
+
+    for row, name in enumerate(arrays["imgname"]):
+        yield str(name), {
+            "center": arrays["center"][row].tolist(),
+            "scale": float(arrays["scale"][row]),
+            "2d_joints": value("part", row),
+            "3d_joints": value("S", row),
+            "pose": value("pose", row),
+            "betas": value("shape", row),
+            "has_2d_joints": int("part" in arrays),
+            "has_3d_joints": int("S" in arrays),
+            "has_smpl": int(arrays["has_smpl"][row]) if "has_smpl" in arrays else int("pose" in arrays),
+            "gender": str(arrays["gender"][row]) if "gender" in arrays else "none",
+        }
+
+
+def _image(folder: Path, key: str) -> tuple[bytes, dict[str, int]]:
+    """The file's bytes, and the size of the image in it."""
+    path = folder / key
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise BadRow("image outside of the folder", key)
+    if any(mark in key for mark in "\t\r\n"):
+        raise BadRow("broken key", repr(key))
+    if not path.is_file():
+        raise BadRow("missing image", str(path))
+    if path.stat().st_size > MAX_IMAGE_BYTES:
+        raise BadRow("image too large", f"{path.stat().st_size} bytes, at most {MAX_IMAGE_BYTES} are read")
+    data = path.read_bytes()
+    height, width = decode_image(encode_image(data)).shape[:2]
+    return data, {"height": height, "width": width}

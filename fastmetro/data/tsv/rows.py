@@ -1,0 +1,169 @@
+"""What stands in the cells of a row: an image in base64, and a label as JSON. Both come from strangers."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import json
+import warnings
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from fastmetro.data.limits import MAX_PIXELS
+
+Kind = Literal["body", "hand"]
+MAX_LABEL_BYTES = 1 << 20
+
+
+class BadRow(ValueError):
+    """A row that cannot be used.
+
+    Attributes:
+        problem: what kind of problem, in a few words that are the same for all such rows.
+    """
+
+    def __init__(self, problem: str, detail: str) -> None:
+        super().__init__(f"{problem}: {detail}")
+        self.problem = problem
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Sizes of a label's arrays: joints and pose parameters."""
+
+    joints: int
+    pose: int
+
+
+SHAPES: dict[Kind, Shapes] = {"body": Shapes(24, 72), "hand": Shapes(21, 48)}
+BETAS = 10
+
+
+@dataclass(frozen=True)
+class Label:
+    """A label of the published files (body: 24 joints and 72 pose parameters; hand: 21 and 48).
+
+    Attributes:
+        center: float32 [2], of the box, pixels.
+        scale: side of the box / 200, pixels.
+        joints_2d: float32 [J, 3], x and y in pixels, and visibility.
+        joints_3d: float32 [J, 4], metres, and confidence.
+        pose: float32 [72] or [48], axis-angle of each joint.
+        betas: float32 [10].
+        has_joints_2d, has_joints_3d, has_smpl: whether these were measured.
+        gender: "male", "female", "neutral" or "none".
+    """
+
+    center: np.ndarray
+    scale: float
+    joints_2d: np.ndarray
+    joints_3d: np.ndarray
+    pose: np.ndarray
+    betas: np.ndarray
+    has_joints_2d: bool
+    has_joints_3d: bool
+    has_smpl: bool
+    gender: str
+
+
+def parse_label(text: bytes, kind: Kind) -> Label:
+    """The label of a cell: JSON, a list whose first element is an object.
+
+    Raises:
+        BadRow: broken JSON, a missing key, an array of another size, a number that is not finite, an empty box.
+    """
+    if len(text) > MAX_LABEL_BYTES:
+        raise BadRow("label too long", f"{len(text)} bytes, at most {MAX_LABEL_BYTES} are read")
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadRow("broken JSON", str(error)) from None
+    if not isinstance(content, list) or not content or not isinstance(content[0], dict):
+        raise BadRow("broken JSON", "a list of objects is expected")
+    found: dict[str, Any] = content[0]
+    shapes = SHAPES[kind]
+    center = _array(found, "center", (2,))
+    scale = float(_array(found, "scale", ()))
+    if scale <= 0:
+        raise BadRow("empty box", f"scale must be positive, got {scale}")
+    gender = found.get("gender", "none")
+    if not isinstance(gender, str):
+        raise BadRow("wrong value", f"gender must be a text, got {gender!r}")
+    return Label(
+        center=center,
+        scale=scale,
+        joints_2d=_array(found, "2d_joints", (shapes.joints, 3)),
+        joints_3d=_array(found, "3d_joints", (shapes.joints, 4)),
+        pose=_array(found, "pose", (shapes.pose,)),
+        betas=_array(found, "betas", (BETAS,)),
+        has_joints_2d=bool(_array(found, "has_2d_joints", ())),
+        has_joints_3d=bool(_array(found, "has_3d_joints", ())),
+        has_smpl=bool(_array(found, "has_smpl", ())),
+        gender=gender,
+    )
+
+
+def _array(found: dict[str, Any], key: str, shape: tuple[int, ...]) -> np.ndarray:
+    """float32, of that shape; published labels may have a leading axis of 1."""
+    if key not in found:
+        raise BadRow("missing key", key)
+    try:
+        values = np.array(found[key], dtype=np.float32)
+    except (TypeError, ValueError, OverflowError):
+        raise BadRow("wrong value", f"{key} must be numbers, got {str(found[key])[:60]}") from None
+    if values.shape == (1, *shape):
+        values = values[0]
+    if values.shape != shape:
+        raise BadRow("wrong shape", f"{key} must be {list(shape)}, got {list(values.shape)}")
+    if not bool(np.isfinite(values).all()):
+        raise BadRow("not finite", f"{key} holds NaN or infinity")
+    return values
+
+
+def decode_image(text: bytes) -> np.ndarray:
+    """The image of a cell, upright (EXIF orientation applied): base64 of a JPEG or PNG file -> uint8 RGB [H, W, 3].
+
+    Raises:
+        BadRow: broken base64, another kind of file, a truncated one, or more than ``MAX_PIXELS`` pixels.
+    """
+    try:
+        data = base64.b64decode(text, validate=True)
+    except binascii.Error as error:
+        raise BadRow("broken base64", str(error)) from None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below replaces it
+            with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as opened:
+                if opened.width * opened.height > MAX_PIXELS:
+                    raise BadRow("image too large", f"{opened.width} x {opened.height} pixels")
+                return np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise BadRow("broken image", str(error)) from None
+
+
+def encode_image(data: bytes) -> bytes:
+    """The cell of an image file's bytes."""
+    return base64.b64encode(data)
+
+
+def parse_size(text: bytes) -> tuple[int, int]:
+    """Height and width of an `hw` cell: ``[{"height": H, "width": W}]`` or ``H W``.
+
+    Raises:
+        BadRow: neither, or not positive.
+    """
+    try:
+        if text.startswith(b"["):
+            entry = json.loads(text)[0]
+            height, width = int(entry["height"]), int(entry["width"])
+        else:
+            height, width = (int(number) for number in text.split())
+    except (ValueError, KeyError, IndexError, TypeError, RecursionError):
+        raise BadRow("broken size", f"expected height and width, got {text[:60]!r}") from None
+    if height < 1 or width < 1:
+        raise BadRow("broken size", f"height and width must be positive, got {height} and {width}")
+    return height, width

@@ -1,0 +1,161 @@
+"""A data set as its YAML file describes it: images, labels and sizes in TSV files, and which of their rows count."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import yaml
+
+from fastmetro.data.tsv.files import TsvFile
+from fastmetro.data.tsv.rows import BadRow
+
+MAX_YAML_BYTES = 1 << 20
+_TABLES = ("img", "label", "hw")
+
+
+class Row(NamedTuple):
+    """A row, not decoded yet.
+
+    Attributes:
+        key: name of the image; in a composite set with its file in front, as the published loader has it.
+        image: base64 of a JPEG file (:func:`~fastmetro.data.tsv.rows.decode_image`).
+        label: JSON (:func:`~fastmetro.data.tsv.rows.parse_label`).
+        size: height and width (:func:`~fastmetro.data.tsv.rows.parse_size`), or None where the set has none.
+    """
+
+    key: str
+    image: bytes
+    label: bytes
+    size: bytes | None
+
+
+class TsvSource:
+    """Rows of a METRO / FastMETRO data set, single or composite.
+
+    A single set names one file each under `img`, `label` and (optional) `hw`, as given or beside the YAML file, and may
+    name a `linelist`, a file with the number of a row per line. With `composite: true` these are lists of as many files
+    each, and each line of the `linelist` holds the number of a file and that of a row of it. Without a `linelist` all
+    rows count.
+
+    Args:
+        path: the YAML file.
+
+    Raises:
+        FileNotFoundError: a file that is named is not there.
+        ValueError: the YAML file or the line list is not as described; the message names the key.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        settings = _read_yaml(self.path)
+        self.composite = settings.get("composite", False)
+        if not isinstance(self.composite, bool):
+            raise ValueError(f"{self.path}: composite must be true or false, got {self.composite!r}")
+        self._names: dict[str, list[str]] = {
+            table: _names(settings, table, self.composite, self.path) for table in _TABLES if table in settings
+        }
+        for table in ("img", "label"):
+            if table not in self._names:
+                raise ValueError(f"{self.path}: {table} is missing")
+        counts = {table: len(names) for table, names in self._names.items()}
+        if len(set(counts.values())) > 1:
+            raise ValueError(f"{self.path}: img, label and hw must name as many files each, got {counts}")
+        self._files = {table: [TsvFile(self._find(name)) for name in names] for table, names in self._names.items()}
+        self._places = self._read_places(settings.get("linelist"))
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def row(self, number: int) -> Row:
+        """A row by its number in the set.
+
+        Raises:
+            IndexError: there is no such row.
+            BadRow: one of its lines has too few cells, or their keys differ.
+            ValueError: an index file does not fit its TSV file.
+        """
+        if not 0 <= number < len(self):
+            raise IndexError(f"{self.path} has rows 0 to {len(self) - 1}, got {number}")
+        file, line = (int(value) for value in self._places[number])
+        cells = {table: files[file].row(line) for table, files in self._files.items()}
+        for table, found in cells.items():
+            if len(found) < 2:
+                raise BadRow("too few cells", f"{table} has {len(found)}")
+        keys = {table: found[0] for table, found in cells.items()}
+        if len(set(keys.values())) > 1:
+            raise BadRow("keys differ", ", ".join(f"{table} {key[:80]!r}" for table, key in keys.items()))
+        try:
+            key = keys["img"].decode()
+        except UnicodeDecodeError:
+            raise BadRow("broken key", f"not UTF-8, {keys['img'][:80]!r}") from None
+        if self.composite:
+            key = f"{self._names['img'][file]}_{key}"
+        size = cells["hw"][1] if "hw" in cells else None
+        return Row(key, cells["img"][-1], cells["label"][1], size)
+
+    def _find(self, name: str) -> Path:
+        """As given or beside the YAML file; in a composite set always beside it."""
+        given = Path(name)
+        beside = self.path.parent / name
+        return given if not self.composite and given.is_file() else beside
+
+    def _read_places(self, linelist: Any) -> np.ndarray:
+        """int32 [rows, 2]: file and line of each row of the set."""
+        lengths = [len(file) for file in self._files["img"]]
+        for table, files in self._files.items():
+            for name, file, length in zip(self._names[table], files, lengths, strict=True):
+                if len(file) != length:
+                    raise ValueError(f"{self.path}: {name} has {len(file)} rows, its images are {length}")
+        if linelist is None:
+            parts = [np.stack([np.full(n, i), np.arange(n)], axis=1) for i, n in enumerate(lengths)]
+            return np.concatenate(parts).astype(np.int32)
+        if not isinstance(linelist, str):
+            raise ValueError(f"{self.path}: linelist must name a file, got {linelist!r}")
+        path = self._find(linelist)
+        if not path.is_file():
+            raise FileNotFoundError(f"{self.path}: linelist {linelist!r} does not exist")
+        columns = 2 if self.composite else 1
+        try:
+            places = np.array(path.read_bytes().split(), dtype=np.int64).reshape(-1, columns)
+        except (ValueError, OverflowError):
+            raise ValueError(f"{path}: each line must hold {columns} numbers") from None
+        if not self.composite:
+            places = np.concatenate([np.zeros_like(places), places], axis=1)
+        _check_places(places, lengths, path)
+        return places.astype(np.int32)
+
+
+def _check_places(places: np.ndarray, lengths: Sequence[int], path: Path) -> None:
+    known = (places[:, 0] >= 0) & (places[:, 0] < len(lengths))
+    limit = np.array([*lengths, 0])[np.where(known, places[:, 0], len(lengths))]
+    wrong = np.flatnonzero((places[:, 1] < 0) | (places[:, 1] >= limit))
+    if len(wrong):
+        file, line = places[wrong[0]]
+        raise ValueError(f"{path}, line {wrong[0] + 1}: there is no row {line} of file {file}")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"data set {str(path)!r} does not exist")
+    if path.stat().st_size > MAX_YAML_BYTES:
+        raise ValueError(f"{path}: {path.stat().st_size} bytes, at most {MAX_YAML_BYTES} are read")
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is not YAML: {error}") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} must hold keys such as img and label, got {type(settings).__name__}")
+    return settings
+
+
+def _names(settings: dict[str, Any], key: str, composite: bool, path: Path) -> list[str]:
+    """The files under a key: a text, or with `composite` a list of texts."""
+    value = settings[key]
+    names = value if composite else [value]
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        accepted = "a list of files, because composite is true" if composite else "a file"
+        raise ValueError(f"{path}: {key} must name {accepted}, got {value!r}")
+    return names

@@ -1,0 +1,125 @@
+"""A data set in the published format from images and arrays of annotations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tsv_cases import jpeg
+
+from fastmetro import cli
+from fastmetro.data.tsv import TsvSource, build_data, check_data, decode_image, parse_label
+
+
+def annotations(folder: Path, count: int = 4, joints: int = 24, pose: int = 72, **changed: Any) -> Path:
+    """Images in two folders below `images`, and a .npz of random numbers."""
+    generator = np.random.default_rng(0)
+    names = [f"{'ab'[i % 2]}/{i}.jpg" for i in range(count)]
+    for i, name in enumerate(names):
+        path = folder / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(jpeg(40 + i, 30, i))
+    arrays = {
+        "imgname": np.array(names),
+        "center": generator.normal(size=(count, 2)),
+        "scale": generator.uniform(0.5, 2, size=count),
+        "part": generator.normal(size=(count, joints, 3)),
+        "S": generator.normal(size=(count, joints, 4)),
+        "pose": generator.normal(size=(count, pose)),
+        "shape": generator.normal(size=(count, 10)),
+        "gender": np.array(["male", "female"] * count)[:count],
+        "unused": np.zeros(3),
+    } | changed
+    path = folder / "some.npz"
+    np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
+    return path
+
+
+def test_what_is_built_is_what_was_given(tmp_path: Path) -> None:
+    path = annotations(tmp_path)
+    report = build_data(path, tmp_path / "images", tmp_path / "train")
+    assert (report.path, report.rows, report.skipped) == (tmp_path / "train.yaml", 4, [])
+    source, arrays = TsvSource(report.path), np.load(path)
+    for number in range(4):
+        row = source.row(number)
+        label = parse_label(row.label, "body")
+        assert row.key == arrays["imgname"][number]
+        assert decode_image(row.image).shape == (40 + number, 30, 3)
+        for name, array in (("center", "center"), ("joints_2d", "part"), ("joints_3d", "S"), ("pose", "pose")):
+            np.testing.assert_allclose(getattr(label, name), arrays[array][number], rtol=1e-6)
+        assert label.scale == pytest.approx(arrays["scale"][number]) and label.gender == arrays["gender"][number]
+        assert label.has_joints_2d and label.has_joints_3d and label.has_smpl
+    assert check_data(report.path).bad == 0
+    assert len(list(tmp_path.glob("train.*.lineidx"))) == 4
+
+
+def test_flags_tell_what_is_there(tmp_path: Path) -> None:
+    path = annotations(tmp_path, S=None, has_smpl=np.array([1, 0, 1, 0]))
+    source = TsvSource(build_data(path, tmp_path / "images", tmp_path / "train").path)
+    labels = [parse_label(source.row(number).label, "body") for number in range(4)]
+    assert [label.has_smpl for label in labels] == [True, False, True, False]
+    assert all(label.has_joints_2d and not label.has_joints_3d for label in labels)
+
+
+def test_hands(tmp_path: Path) -> None:
+    path = annotations(tmp_path, 2, 21, 48)
+    report = build_data(path, tmp_path / "images", tmp_path / "hand", "hand")
+    assert check_data(report.path, "hand").bad == 0 and check_data(report.path, "body").bad == 2
+
+
+def test_rows_that_cannot_be_used_are_skipped_and_told(tmp_path: Path) -> None:
+    center = np.zeros((4, 2))
+    center[0, 1] = np.nan
+    path = annotations(tmp_path, center=center)
+    (tmp_path / "images" / "b" / "1.jpg").unlink()
+    (tmp_path / "images" / "a" / "2.jpg").write_bytes(jpeg()[:300])
+    report = build_data(path, tmp_path / "images", tmp_path / "train")
+    assert report.rows == 1 and [name for name, _ in report.skipped] == ["a/0.jpg", "b/1.jpg", "a/2.jpg"]
+    assert [why.split(":")[0] for _, why in report.skipped] == ["not finite", "missing image", "broken image"]
+    assert TsvSource(report.path).row(0).key == "b/3.jpg"
+
+
+def test_image_names_stay_below_their_folder(tmp_path: Path) -> None:
+    path = annotations(tmp_path, 2, imgname=np.array(["../secret.jpg", "b/1.jpg"]))
+    (tmp_path / "secret.jpg").write_bytes(jpeg())
+    report = build_data(path, tmp_path / "images", tmp_path / "train")
+    assert report.skipped == [("../secret.jpg", "image outside of the folder: ../secret.jpg")]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"center": None}, "center is missing"),
+        ({"scale": np.ones(3)}, r"scale must be \[4\], got \[3\]"),
+        ({"S": np.ones((4, 17, 4))}, r"S must be \[4, 24, 4\], got \[4, 17, 4\]"),
+        ({"gender": np.array([None] * 4, dtype=object)}, "is not a file of plain arrays"),
+    ],
+)
+def test_annotations_that_do_not_fit_are_named(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
+    path = annotations(tmp_path, **changed)
+    with pytest.raises(ValueError, match=message):
+        build_data(path, tmp_path / "images", tmp_path / "train")
+    assert not list(tmp_path.glob("train*"))
+
+
+def test_nothing_is_left_where_no_row_can_be_used(tmp_path: Path) -> None:
+    path = annotations(tmp_path, scale=np.zeros(4))
+    with pytest.raises(ValueError, match=r"no row can be used, the first because of .*empty box"):
+        build_data(path, tmp_path / "images", tmp_path / "train")
+    assert not list(tmp_path.glob("train*"))
+    with pytest.raises(FileNotFoundError, match="out: folder"):
+        build_data(path, tmp_path / "images", tmp_path / "no" / "train")
+    with pytest.raises(FileNotFoundError, match="annotations"):
+        build_data(tmp_path / "no.npz", tmp_path / "images", tmp_path / "train")
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = annotations(tmp_path)
+    (tmp_path / "images" / "b" / "1.jpg").unlink()
+    arguments = ["data", "build", str(path), "--images", str(tmp_path / "images"), "--out", str(tmp_path / "train")]
+    assert cli.main(arguments) == 0
+    printed = capsys.readouterr()
+    assert "3 rows" in printed.out and "b/1.jpg: missing image" in printed.err
+    assert cli.main(["data", "check", str(tmp_path / "train.yaml")]) == 0

@@ -1,0 +1,118 @@
+"""Cells of the published files: labels, images, sizes; whatever strangers put there."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from tsv_cases import cell, jpeg, label
+
+from fastmetro.data.tsv import BadRow, decode_image, parse_label
+from fastmetro.data.tsv import rows as rows_module
+from fastmetro.data.tsv.rows import encode_image, parse_size
+
+
+def test_a_label_is_what_its_json_says() -> None:
+    found = parse_label(cell(label()).encode(), "body")
+    assert found.center.tolist() == [15.0, 20.0] and found.scale == pytest.approx(0.2)
+    assert found.joints_2d.shape == (24, 3) and found.joints_2d[5].tolist() == [5.0, 5.5, 1.0]
+    assert found.joints_3d.shape == (24, 4) and found.joints_3d[2, 2] == pytest.approx(0.08)  # a leading axis of 1
+    assert found.pose.shape == (72,) and found.betas[3] == pytest.approx(0.3)
+    assert (found.has_joints_2d, found.has_joints_3d, found.has_smpl) == (True, True, False)
+    assert found.gender == "female" and found.pose.dtype == np.float32
+
+
+def test_a_hand_has_other_sizes_and_gender_is_optional() -> None:
+    content = label(21, 48)
+    del content["gender"]
+    found = parse_label(json.dumps([content, {"ignored": 1}]).encode(), "hand")
+    assert found.joints_3d.shape == (21, 4) and found.pose.shape == (48,) and found.gender == "none"
+
+
+def _without(key: str) -> dict[str, Any]:
+    return {name: value for name, value in label().items() if name != key}
+
+
+@pytest.mark.parametrize(
+    ("text", "problem", "message"),
+    [
+        ("[{", "broken JSON", "Expecting"),
+        ("{}", "broken JSON", "a list of objects"),
+        ("[]", "broken JSON", "a list of objects"),
+        ("[" * 100_000, "broken JSON", ""),
+        (cell(_without("pose")), "missing key", "pose"),
+        (cell(label(betas=[0.0] * 9)), "wrong shape", r"betas must be \[10\], got \[9\]"),
+        (cell(label(21)), "wrong shape", r"2d_joints must be \[24, 3\], got \[21, 3\]"),
+        (cell(label(center=[1.0, float("nan")])), "not finite", "center holds NaN"),
+        (cell(label(scale=1e300)), "not finite", "scale holds NaN or infinity"),
+        (cell(label(scale=0)), "empty box", "got 0.0"),
+        (cell(label(pose=["a"] * 72)), "wrong value", "pose must be numbers"),
+        (cell(label(pose=[[1], [1, 2]])), "wrong value", "pose must be numbers"),
+        (cell(label(gender=3)), "wrong value", "gender must be a text"),
+    ],
+)
+def test_bad_labels_say_what_is_wrong(text: str, problem: str, message: str) -> None:
+    with pytest.raises(BadRow, match=message) as caught:
+        parse_label(text.encode(), "body")
+    assert caught.value.problem == problem
+
+
+def test_labels_that_are_too_long_are_not_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows_module, "MAX_LABEL_BYTES", 100)
+    with pytest.raises(BadRow, match="label too long"):
+        parse_label(cell(label()).encode(), "body")
+
+
+def test_an_image_is_decoded_upright() -> None:
+    data = jpeg()
+    plain = decode_image(encode_image(data))
+    assert plain.shape == (40, 30, 3) and plain.dtype == np.uint8
+    with Image.open(io.BytesIO(data)) as opened:
+        assert np.array_equal(plain, np.asarray(opened))
+        exif, turned = Image.Exif(), io.BytesIO()
+        exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees to see it upright
+        opened.save(turned, "JPEG", exif=exif, quality=95)
+    assert decode_image(encode_image(turned.getvalue())).shape == (30, 40, 3)
+
+
+def _gif() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(file, "GIF")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (b"!!!!", "broken base64"),
+        (encode_image(jpeg())[:-5], "broken base64"),
+        (encode_image(jpeg()[:400]), "broken image"),
+        (encode_image(b"no image"), "broken image"),
+        (encode_image(_gif()), "broken image"),
+        (b"", "broken image"),
+    ],
+)
+def test_bad_images_say_what_is_wrong(text: bytes, problem: str) -> None:
+    with pytest.raises(BadRow) as caught:
+        decode_image(text)
+    assert caught.value.problem == problem
+
+
+def test_images_that_claim_too_many_pixels_are_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows_module, "MAX_PIXELS", 1000)
+    with pytest.raises(BadRow, match="30 x 40 pixels"):
+        decode_image(base64.b64encode(jpeg()))
+
+
+def test_sizes_come_in_two_forms() -> None:
+    assert parse_size(b'[{"height": 40, "width": 30}]') == parse_size(b"40 30") == (40, 30)
+    for text in (b"40", b"40 30 20", b"a b", b"[{}]", b"[]", b"[{\"height\": null, \"width\": 1}]"):
+        with pytest.raises(BadRow, match="expected height and width"):
+            parse_size(text)
+    with pytest.raises(BadRow, match="must be positive, got 0 and 3"):
+        parse_size(b"0 3")

@@ -1,0 +1,161 @@
+"""Data sets as YAML files describe them, single and composite, and the check of all their rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from tsv_cases import cell, jpeg, label, rows, write_set, write_tables
+
+from fastmetro import cli
+from fastmetro.data.tsv import BadRow, TsvSource, check_data, parse_label
+from fastmetro.data.tsv.rows import encode_image
+
+
+def keys(source: TsvSource) -> list[str]:
+    return [source.row(number).key for number in range(len(source))]
+
+
+def test_a_single_set(tmp_path: Path) -> None:
+    source = TsvSource(write_set(tmp_path, rows()))
+    assert keys(source) == ["im0", "im1", "im2"]
+    assert parse_label(source.row(2).label, "body").scale == pytest.approx(2.2)
+    assert source.row(0).size == b"40 30" and source.row(1).image == rows()[1][1]
+    with pytest.raises(IndexError, match="rows 0 to 2, got 3"):
+        source.row(3)
+
+
+def test_a_line_list_chooses_rows(tmp_path: Path) -> None:
+    (tmp_path / "some.tsv").write_text("2\n0\n2\n")
+    assert keys(TsvSource(write_set(tmp_path, rows(), linelist="some.tsv"))) == ["im2", "im0", "im2"]
+
+
+def test_sizes_are_optional(tmp_path: Path) -> None:
+    source = TsvSource(write_set(tmp_path, rows(), hw=""))
+    assert source.row(0).size is None and check_data(source.path).bad == 0
+
+
+@pytest.fixture
+def composite(tmp_path: Path) -> Path:
+    first, second = write_tables(tmp_path, rows(2), "a"), write_tables(tmp_path, rows(3, "x"), "b")
+    settings = {table: [first[table], second[table]] for table in first} | {"composite": True}
+    path = tmp_path / "train.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def test_a_composite_set_names_the_file_in_its_keys(composite: Path) -> None:
+    names = [f"a.img.tsv_im{i}" for i in range(2)] + [f"b.img.tsv_x{i}" for i in range(3)]
+    assert keys(TsvSource(composite)) == names
+    settings = yaml.safe_load(composite.read_text())
+    (composite.parent / "list.tsv").write_text("1\t2\n0\t0\n")
+    composite.write_text(yaml.safe_dump(settings | {"linelist": "list.tsv"}))
+    assert keys(TsvSource(composite)) == ["b.img.tsv_x2", "a.img.tsv_im0"]
+    for wrong in ("2\t0\n", "1\t3\n", "0\t-1\n"):
+        (composite.parent / "list.tsv").write_text(wrong)
+        with pytest.raises(ValueError, match=r"list.tsv, line 1: there is no row"):
+            TsvSource(composite)
+    (composite.parent / "list.tsv").write_text("1\t2\n0\n")
+    with pytest.raises(ValueError, match="each line must hold 2 numbers"):
+        TsvSource(composite)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a\n", "must hold keys such as img and label, got list"),
+        ("img: [\n", "is not YAML"),
+        ("img: train.img.tsv\n", "label is missing"),
+        ("img: [train.img.tsv]\nlabel: train.label.tsv\n", "img must name a file, got"),
+        ("img: train.img.tsv\nlabel: train.label.tsv\ncomposite: true\n", "a list of files, because composite is true"),
+        ("img: train.img.tsv\nlabel: train.label.tsv\ncomposite: 3\n", "composite must be true or false, got 3"),
+        ("img: train.img.tsv\nlabel: train.label.tsv\nlinelist: 7\n", "linelist must name a file, got 7"),
+        ("img: train.img.tsv\nlabel: short.label.tsv\n", "short.label.tsv has 1 rows, its images are 3"),
+    ],
+)
+def test_unusable_descriptions_name_the_key(tmp_path: Path, text: str, message: str) -> None:
+    write_tables(tmp_path, rows())
+    write_tables(tmp_path, rows(1), "short")
+    (tmp_path / "set.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        TsvSource(tmp_path / "set.yaml")
+
+
+def test_missing_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"set\.yaml.* does not exist"):
+        TsvSource(tmp_path / "set.yaml")
+    path = write_set(tmp_path, rows(), label="other.tsv")
+    with pytest.raises(FileNotFoundError, match=r"other\.tsv.* does not exist"):
+        TsvSource(path)
+    path = write_set(tmp_path, rows(), linelist="other.tsv")
+    with pytest.raises(FileNotFoundError, match=r"linelist 'other\.tsv' does not exist"):
+        TsvSource(path)
+
+
+def test_yaml_is_data_and_not_code(tmp_path: Path) -> None:
+    (tmp_path / "set.yaml").write_text("img: !!python/object/apply:os.system ['touch made']\n")
+    with pytest.raises(ValueError, match="is not YAML"):
+        TsvSource(tmp_path / "set.yaml")
+
+
+def bad_rows() -> list[tuple[str, bytes, str, str]]:
+    """Usable rows among every kind of bad one."""
+    good = rows(3)
+    image, text, size = good[0][1:]
+    return [
+        good[0],
+        ("base64", b"!!!", text, size),
+        ("truncated", encode_image(jpeg()[:500]), text, size),
+        ("json", image, "[{", size),
+        ("keys", image, cell({"center": [0, 0]}), size),
+        good[1],
+        ("nan", image, cell(label(pose=[float("nan")] * 72)), size),
+        ("joints", image, cell(label(21)), size),
+        ("size", image, text, "41 30"),
+        ("size2", image, text, "30 40"),
+        good[2],
+    ]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_check_names_every_bad_row_and_goes_on(tmp_path: Path, workers: int) -> None:
+    report = check_data(write_set(tmp_path, bad_rows()), workers=workers, examples=1)
+    assert report.rows == 11 and report.bad == 8
+    assert dict(report.problems) == {
+        "broken base64": 1, "broken image": 1, "broken JSON": 1, "missing key": 1, "not finite": 1, "wrong shape": 1,
+        "size differs": 2,
+    }  # fmt: skip
+    assert [(row, problem) for row, problem, _ in report.examples] == [
+        (1, "broken base64"), (2, "broken image"), (3, "broken JSON"), (4, "missing key"), (6, "not finite"),
+        (7, "wrong shape"), (8, "size differs"),
+    ]  # fmt: skip
+    assert report.flags == {"2D joints": 3, "3D joints": 3}
+    text = report.text()
+    assert "11 rows, 3 can be used, 8 cannot" in text and "hw says 41 x 30, the image is 40 x 30" in text
+    assert "with mesh: 0" in text and "row 9" not in text
+
+
+def test_keys_that_differ_and_cells_that_lack(tmp_path: Path) -> None:
+    path = write_set(tmp_path, rows())
+    label_file = tmp_path / "train.label.tsv"
+    lines = label_file.read_text().splitlines()
+    lines[0], lines[1] = lines[0].replace("im0", "imX"), "im1"
+    label_file.write_text("\n".join(lines) + "\n")
+    (tmp_path / "train.label.lineidx").unlink()
+    source = TsvSource(path)
+    with pytest.raises(BadRow, match="keys differ: img b'im0', label b'imX'"):
+        source.row(0)
+    with pytest.raises(BadRow, match="too few cells: label has 1"):
+        source.row(1)
+    assert check_data(path).problems == {"keys differ": 1, "too few cells": 1}
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_set(tmp_path, bad_rows())
+    assert cli.main(["data", "check", str(path)]) == 1
+    assert "8 cannot" in capsys.readouterr().out
+    path = write_set(tmp_path, rows())
+    assert cli.main(["data", "check", str(path), "--examples", "2"]) == 0
+    assert cli.main(["data", "check", str(tmp_path / "no.yaml")]) == 1
+    assert "does not exist" in capsys.readouterr().err
