@@ -202,6 +202,36 @@ class Data:
         return self.command.run()
 
 
+@dataclass
+class Score:
+    """Score a file of predictions by FreiHAND's protocol: errors in cm, areas under the curve, F-scores."""
+
+    predictions: Annotated[Path, tyro.conf.Positional]
+    """pred.json, or a .zip that holds it, as FreiHAND's server takes it."""
+    truth: Path
+    """Folder with evaluation_xyz.json and evaluation_verts.json."""
+    out: Path | None = None
+    """Where the scores are written as well, as scores.txt of the official script."""
+    device: Device = None
+    """cpu, cuda, cuda:1, ...; the first GPU by default."""
+
+    def run(self) -> int:
+        """Score and print."""
+        from fastmetro.evaluation import freihand
+        from fastmetro.inference.predictor import default_device
+
+        device = default_device() if self.device is None else self.device
+        joints, vertices = freihand.read_predictions(self.predictions)
+        names = ("evaluation_xyz.json", "evaluation_verts.json")
+        truth = freihand.read_truth(*(self.truth / name for name in names))
+        scores = freihand.score(joints.to(device), vertices.to(device), *truth)
+        lines = [f"{name}: {value:.6f}" for name, value in scores.items()]
+        print(f"FreiHAND, {len(joints)} samples, errors in cm", *lines, sep="\n")
+        if self.out is not None:
+            self.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return 0
+
+
 COMMANDS: dict[str, Callable[..., Any]] = {
     "predict": Predict,
     "demo": Demo,
@@ -209,6 +239,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "train": Train,
     "bench": Bench,
     "data": Data,
+    "score": Score,
 }
 
 
