@@ -120,7 +120,7 @@ def test_every_tile(runner: Runner, tile: TailConfig) -> None:
     """More than one program, the last incomplete; under load on a GPU, where a race would show."""
     if runner.dtype == FLOAT and not runner.interpreted and tile not in TILES[4]:
         pytest.skip("a tile for half precision")
-    sizes = (1, tile.rows + 1, 49, 2, 16, tile.hidden + 8) if runner.interpreted else (8, 445, 49, 8, 16, 512)
+    sizes = (1, tile.rows + 1, 49, 2, 16, tile.hidden + 8) if runner.interpreted else (64, 445, 49, 8, 16, 512)
     for _ in range(1 if runner.interpreted else 3):
         check(runner, inputs(runner, *sizes), config=tile)
 
