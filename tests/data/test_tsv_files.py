@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import pickle
 from pathlib import Path
 
@@ -91,17 +90,6 @@ def test_an_empty_file_has_no_rows(tmp_path: Path) -> None:
     assert len(TsvFile(path)) == 0
     with pytest.raises(IndexError, match="got 0"):
         TsvFile(path).row(0)
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root can write everywhere")
-def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
-    path = write(tmp_path / "x.tsv")
-    (tmp_path / "x.lineidx").unlink()
-    tmp_path.chmod(0o500)
-    try:
-        assert content(TsvFile(path)) == ROWS
-    finally:
-        tmp_path.chmod(0o700)
 
 
 def test_an_index_that_cannot_be_saved_is_kept_in_memory(tmp_path: Path) -> None:

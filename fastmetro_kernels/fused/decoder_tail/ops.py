@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,37 +57,16 @@ def check_arguments(
 
 @torch.library.register_fake(f"{NAMESPACE}::decoder_tail_triton")
 def _fake(
-    tokens: Tensor,
-    attended: Tensor,
-    k: Tensor,
-    v: Tensor,
-    weights: Sequence[Tensor],
-    scale: float,
-    cross_epsilon: float,
-    feed_forward_epsilon: float,
-    constant_weights: bool,
-    config: Sequence[int],
+    tokens: Tensor, attended: Tensor, k: Tensor, v: Tensor, weights: Sequence[Tensor], *options: Any
 ) -> Tensor:
-    check_arguments(tokens, attended, k, v, weights, config)
+    check_arguments(tokens, attended, k, v, weights, options[-1])
     return tokens.new_empty(tuple(tokens.shape))
 
 
-def _decoder_tail_triton(
-    tokens: Tensor,
-    attended: Tensor,
-    k: Tensor,
-    v: Tensor,
-    weights: Sequence[Tensor],
-    scale: float,
-    cross_epsilon: float,
-    feed_forward_epsilon: float,
-    constant_weights: bool,
-    config: Sequence[int],
-) -> Tensor:
+def _decoder_tail_triton(*arguments: Any) -> Tensor:
     from fastmetro_kernels.fused.decoder_tail import triton
 
-    epsilons = (cross_epsilon, feed_forward_epsilon)
-    return triton.tail(tokens, attended, k, v, weights, scale, *epsilons, constant_weights, config)
+    return triton.tail(*arguments)
 
 
 for _device in ("CPU", "CUDA"):

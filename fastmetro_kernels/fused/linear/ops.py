@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -132,25 +133,10 @@ def _fake(
     return outputs(x, weight, more, out_dtype, parts)
 
 
-def _fused_linear_triton(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    leading: Tensor | None,
-    normalize: float | None,
-    moments: Tensor | None,
-    weight_sums: Tensor | None,
-    relu: bool,
-    out_dtype: torch.dtype,
-    give_moments: bool,
-    constant_weights: bool,
-    config: Sequence[int],
-) -> tuple[Tensor, Tensor]:
+def _fused_linear_triton(*arguments: Any) -> tuple[Tensor, Tensor]:
     from fastmetro_kernels.fused.linear import triton
 
-    options = (relu, out_dtype, give_moments, constant_weights, config)
-    return triton.linear(x, weight, bias, residual, leading, normalize, moments, weight_sums, *options)
+    return triton.linear(*arguments)
 
 
 for _device in ("CPU", "CUDA"):

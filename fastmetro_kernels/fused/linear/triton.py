@@ -183,6 +183,40 @@ def _product_at_once(
     return acc if SHARES == 1 else tl.sum(acc, 0)
 
 
+@triton.jit
+def _product(
+    x_base, weight_base, weight_tile, stride_x_dim, stride_weight_dim, moments_row, sums, epsilon,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, SHARES: tl.constexpr,
+    PARTS: tl.constexpr, NORMALIZE: tl.constexpr,
+):  # fmt: skip
+    """norm(x) @ weight.T of one tile, whichever way the norm is taken."""
+    if weight_tile is not None:
+        result = _product_at_once(
+            x_base, weight_tile, stride_x_dim, epsilon, WIDTH, ROWS, COLUMNS, DEPTH, SHARES, NORMALIZE
+        )
+    else:
+        result = _product_in_steps(
+            x_base, weight_base, stride_x_dim, stride_weight_dim, epsilon,
+            WIDTH, ROWS, COLUMNS, DEPTH, SHARES, NORMALIZE,
+        )  # fmt: skip
+    if PARTS > 0:
+        result = _late_norm(result, moments_row, sums, epsilon, WIDTH, PARTS)
+    return result
+
+
+@triton.jit
+def _store_moments(moments_out, stored, mask, row, rows, column, columns, features, COLUMNS: tl.constexpr):
+    """Count, mean and squared distances from it of the tile's rows; `column` of `columns` tiles."""
+    values = tl.where(mask, stored.to(tl.float32), 0.0)
+    count = tl.minimum(features - column * COLUMNS, COLUMNS).to(tl.float32)
+    mean = tl.sum(values, 1) / count
+    centred = tl.where(mask, values - mean[:, None], 0.0)
+    target = moments_out + (row.to(tl.int64) * columns + column) * 3
+    tl.store(target, mean * 0.0 + count, mask=row < rows)
+    tl.store(target + 1, mean, mask=row < rows)
+    tl.store(target + 2, tl.sum(centred * centred, 1), mask=row < rows)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def fused_linear_kernel(
     x, weight, bias, residual, leading, moments, weight_sums, out, moments_out,
@@ -200,10 +234,11 @@ def fused_linear_kernel(
     rows counts the output's, of which the first LEADING of each sample are copied. NORMALIZE: a layer norm without
     given moments.
     """
-    column_tiles = tl.cdiv(features, COLUMNS)
+    columns = tl.cdiv(features, COLUMNS)
     program = tl.program_id(0)
-    row = program // column_tiles * ROWS + tl.arange(0, ROWS)
-    feature = program % column_tiles * COLUMNS + tl.arange(0, COLUMNS)
+    column = program % columns
+    row = program // columns * ROWS + tl.arange(0, ROWS)
+    feature = column * COLUMNS + tl.arange(0, COLUMNS)
     mask = (row < rows)[:, None] & (feature < features)[None, :]
     # In the loop over the depth, places beyond the edges repeat the last row and feature, so that loads need no mask.
     near_row, near_feature = tl.minimum(row, rows - 1), tl.minimum(feature, features - 1).to(tl.int64)
@@ -221,13 +256,15 @@ def fused_linear_kernel(
         EVEN: tl.constexpr = WIDTH == DEPTH * SHARES
         weight_tile = _load_weight(weight_base, k, stride_weight_dim, WIDTH, EVEN, SHARES)
     elif CONSTANT_WEIGHTS and EARLY:
-        prefetch_rows(weight_base, stride_weight_dim, program < column_tiles, WIDTH)
+        prefetch_rows(weight_base, stride_weight_dim, program < columns, WIDTH)
     if bias is not None:
         if not TOKEN_BIAS:
             added = tl.load(bias + feature * stride_bias_feature, mask=feature < features, other=0.0)[None, :]
         elif SMALL:
             added = _load_tile(bias, token * stride_bias_token, feature * stride_bias_feature, mask)
-    if moments is not None:
+    moments_row, sums = None, None
+    if PARTS > 0:
+        moments_row = moments + batch * stride_moments_batch + token * stride_moments_token
         sums = tl.load(weight_sums + near_feature)
     if CONSTANT_WEIGHTS:
         await_earlier_kernels(EARLY)
@@ -236,18 +273,10 @@ def fused_linear_kernel(
         if SMALL:
             kept = _load_tile(residual, residual_row, feature * stride_residual_feature, mask)
 
-    if weight_tile is not None:
-        result = _product_at_once(
-            x_base, weight_tile, stride_x_dim, epsilon, WIDTH, ROWS, COLUMNS, DEPTH, SHARES, NORMALIZE
-        )
-    else:
-        result = _product_in_steps(
-            x_base, weight_base, stride_x_dim, stride_weight_dim, epsilon,
-            WIDTH, ROWS, COLUMNS, DEPTH, SHARES, NORMALIZE,
-        )  # fmt: skip
-    if moments is not None:
-        moments_row = moments + batch * stride_moments_batch + token * stride_moments_token
-        result = _late_norm(result, moments_row, sums, epsilon, WIDTH, PARTS)
+    result = _product(
+        x_base, weight_base, weight_tile, stride_x_dim, stride_weight_dim, moments_row, sums, epsilon,
+        WIDTH, ROWS, COLUMNS, DEPTH, SHARES, PARTS, NORMALIZE,
+    )  # fmt: skip
     if bias is not None:
         if TOKEN_BIAS and not SMALL:
             added = _load_tile(bias, token * stride_bias_token, feature * stride_bias_feature, mask)
@@ -266,14 +295,7 @@ def fused_linear_kernel(
     stored = result.to(out.dtype.element_ty)
     tl.store(out + row.to(tl.int64)[:, None] * features + feature[None, :], stored, mask=mask)
     if moments_out is not None:
-        values = tl.where(mask, stored.to(tl.float32), 0.0)
-        count = tl.minimum(features - program % column_tiles * COLUMNS, COLUMNS).to(tl.float32)
-        mean = tl.sum(values, 1) / count
-        centred = tl.where(mask, values - mean[:, None], 0.0)
-        target = moments_out + (row.to(tl.int64) * column_tiles + program % column_tiles) * 3
-        tl.store(target, tl.zeros((ROWS,), tl.float32) + count, mask=row < rows)
-        tl.store(target + 1, mean, mask=row < rows)
-        tl.store(target + 2, tl.sum(centred * centred, 1), mask=row < rows)
+        _store_moments(moments_out, stored, mask, row, rows, column, columns, features, COLUMNS)
 
 
 def linear(
