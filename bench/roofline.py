@@ -32,8 +32,8 @@ FLOP_PER_SECOND, BYTES_PER_SECOND = 989e12, 4.24e12
 """Of an H200: half-precision products by its data sheet (dense), and measured copies (attention_h200.csv)."""
 BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 COLOURS = {"backbone": "#1f5a94", "encoder": "#f28e2b", "decoder": "#c8102e", "upsampling": "#4d4d4d"}
-MARKERS = ("o", "s", "D", "^", "v", "P")
-LABELS = ((8, 3), (-8, -9))  # to the right above of the first network, to the left below of the second
+LABELS = {"backbone": (0, -15), "encoder": (0, 7), "decoder": (0, 7), "upsampling": (9, -4)}
+"""Where the number of images stands beside a point."""
 
 
 class Point(NamedTuple):
@@ -80,31 +80,26 @@ def points(rows: Sequence[Row]) -> list[Point]:
 
 
 def draw(found: Sequence[Point], path: Path) -> None:
-    """The picture."""
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    _roof(axes, found)
+    """The picture: side by side, one plot per network."""
     networks = list(dict.fromkeys(point.network for point in found))
-    markers = dict(zip(networks, MARKERS, strict=False))
-    for point in found:
-        where = point.work.intensity, point.speed / 1e12
-        colour, number = COLOURS[point.part], networks.index(point.network)
-        filled = colour if number == 0 else "none"
-        axes.plot(*where, markers[point.network], markersize=7 + 4 * number, color=colour, markerfacecolor=filled)
-        axes.annotate(
-            f"{point.network.split(',')[0]} {point.batch}", where, xytext=LABELS[number % 2], fontsize=8, color=colour,
-            textcoords="offset points", ha=("left", "right")[number % 2],
-        )  # fmt: skip
+    size = (6.4 * len(networks) + 0.6, 4.8)
+    figure, plots = plt.subplots(1, len(networks), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for axes, network in zip(plots[0], networks, strict=True):
+        _roof(axes, found)
+        for point in (point for point in found if point.network == network):
+            where = point.work.intensity, point.speed / 1e12
+            axes.plot(*where, "o", markersize=7, color=COLOURS[point.part])
+            axes.annotate(
+                str(point.batch), where, xytext=LABELS[point.part], fontsize=8, color=COLOURS[point.part],
+                textcoords="offset points", ha="left" if LABELS[point.part][0] else "center",
+            )  # fmt: skip
+        axes.set_title(network, fontsize=11)
+        axes.set_xlabel("FLOP per byte that has to be moved")
+        axes.spines[["top", "right"]].set_visible(False)
+    plots[0][0].set_ylabel("TFLOP/s")
     handles = [Line2D([], [], marker="o", linestyle="", color=colour, label=name) for name, colour in COLOURS.items()]
-    handles += [
-        Line2D([], [], marker=markers[name], linestyle="", color="grey", label=name,
-               markerfacecolor="grey" if name == networks[0] else "none")
-        for name in networks
-    ]  # fmt: skip
-    axes.legend(handles=handles, loc="lower right", frameon=False, fontsize=9)
-    axes.set_xlabel("FLOP per byte that has to be moved")
-    axes.set_ylabel("TFLOP/s")
-    axes.set_title("The engine's parts on an H200, half precision; numbers: images per call", fontsize=11)
-    axes.spines[["top", "right"]].set_visible(False)
+    plots[0][-1].legend(handles=handles, loc="lower right", frameon=False, fontsize=9)
+    figure.suptitle("The engine's parts on an H200, half precision; numbers: images per call", fontsize=12)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -124,11 +124,11 @@ def _library_product(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Ten
     """act(x W^T + b). On a GPU bias and ReLU are the product's epilogue; a bias per token is there first."""
     if relu and x.is_cuda and bias.dim() == 1 and x.dtype.itemsize == 2:
         return torch._addmm_activation(bias, x.flatten(0, -2), weight.T).unflatten(0, x.shape[:-1])
-    if x.is_cuda and bias.dim() == 2:
-        y = bias.expand(len(x), -1, -1).contiguous()
-        y.view(-1, len(weight)).addmm_(x.reshape(-1, x.shape[-1]), weight.T)
+    if bias.dim() == 1:
+        y = F.linear(x, weight, bias)
     else:
-        y = F.linear(x, weight, bias) if bias.dim() == 1 else F.linear(x, weight).add_(bias)
+        y = bias.repeat(len(x), 1, 1)  # a copy even of one image's: the sum goes where it lies
+        y.view(-1, len(weight)).addmm_(x.reshape(-1, x.shape[-1]), weight.T)
     return y.relu_() if relu else y
 
 
