@@ -90,7 +90,7 @@ class MixedSampler(Sampler[list[Pick]]):
             raise ValueError(f"start_step must satisfy 0 <= start_step <= steps ({steps}), got {start_step}")
         self.sources, self.batch_size, self.seed = list(sources), batch_size, seed
         self.steps, self.start_step, self.rank, self.world_size = steps, start_step, rank, world_size
-        self._ends = np.cumsum(_counts([source.share for source in sources]))
+        self._counts = _counts([source.share for source in sources])
         self._blocks: dict[int, np.ndarray] = {}
         self._epochs: list[dict[int, np.ndarray]] = [{} for _ in sources]
 
@@ -119,16 +119,22 @@ class MixedSampler(Sampler[list[Pick]]):
 
     def _pick(self, number: int) -> Pick:
         block, place = divmod(number, BLOCK)
-        dealt = int(_kept(self._blocks, block, lambda: self._permutation("block", block, BLOCK))[place])
-        source = int(np.searchsorted(self._ends, dealt, side="right"))
-        start = int(self._ends[source - 1]) if source else 0
-        turn = block * (int(self._ends[source]) - start) + dealt - start
+        source, earlier = _kept(self._blocks, block, lambda: self._deal(block))[place].tolist()
+        turn = block * int(self._counts[source]) + earlier
         length = self.sources[source].length
         if length is None:
             return Pick(source, turn, number)
         epoch, place = divmod(turn, length)
         order = _kept(self._epochs[source], epoch, lambda: self._permutation(f"source {source}, epoch", epoch, length))
         return Pick(source, int(order[place]), number)
+
+    def _deal(self, block: int) -> np.ndarray:
+        """int64 [BLOCK, 2], for each sample its source and how many of that source come before it in the block."""
+        sources = np.repeat(np.arange(len(self.sources)), self._counts)[self._permutation("block", block, BLOCK)]
+        earlier = np.empty_like(sources)
+        for source, count in enumerate(self._counts):
+            earlier[sources == source] = np.arange(count)
+        return np.stack([sources, earlier], axis=1)
 
     def _permutation(self, name: str, index: int, count: int) -> np.ndarray:
         """int64 [count], a permutation that is a hash of (seed, name, index).
