@@ -245,3 +245,12 @@ def test_an_empty_batch_of_pixels_is_addressable() -> None:
     packed = PackedCuts.pack([cut, cut], [Draw(), Draw()])
     assert packed.pixels.shape == (1,) and packed.sizes.tolist() == [[0, 0], [0, 0]]
     assert render_cuts(packed, 8).shape == (2, 3, 8, 8)
+
+
+@pytest.mark.parametrize("compat", [None, "published"])
+def test_nothing_waits_for_the_device(compat) -> None:
+    """Tensors without values cannot be read: a `.item()` or a branch on one would raise."""
+    draw = Draw(True, rotation=20.0)
+    cut = cut_image(photograph(50, 40), np.array([20.0, 20.0]), 0.2, draw, 16, compat)
+    packed = PackedCuts.pack([cut] * 65, [draw] * 65).to("meta")
+    assert render_cuts(packed, 16, compat).shape == (65, 3, 16, 16)

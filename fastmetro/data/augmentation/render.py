@@ -44,23 +44,31 @@ def finish_image(cut: Cut, draw: Draw, size: int = 224, compat: Compat | None = 
     """
     if compat and not is_small(cut):
         return render_cuts(PackedCuts.pack([cut], [draw]), size, compat)[0].numpy()
-    crop = render_published(cut, size) if compat else render_affine(cut, size)
-    if compat and draw.flip:
+    if not compat:
+        # Whole levels: what becomes of each is looked up.
+        tables = _normalised(np.arange(256, dtype=np.float32)[:, None] * np.array(draw.noise, np.float32))
+        crop = render_affine(cut, size)
+        return np.stack([tables[:, channel][crop[:, :, channel]] for channel in range(3)])
+    crop = render_published(cut, size)
+    if draw.flip:
         crop = crop[:, ::-1]
-    # The published noise is applied in float64; uint8 crops need no more than float32.
-    noise = np.array(draw.noise, np.float64 if compat else np.float32)
-    unit = np.clip(crop * noise, 0, 255).astype(np.float32) / np.float32(255)
-    result = (unit - np.array(IMAGE_MEAN, np.float32)) / np.array(IMAGE_DEVIATION, np.float32)
-    return np.ascontiguousarray(result.transpose(2, 0, 1))
+    return np.ascontiguousarray(_normalised(crop * np.array(draw.noise)).transpose(2, 0, 1))
+
+
+def _normalised(values: np.ndarray) -> np.ndarray:
+    """float32, as the network takes it, of channels [..., 3] of 0 to 255 after the noise."""
+    unit = np.clip(values, 0, 255).astype(np.float32) / np.float32(255)
+    return (unit - np.array(IMAGE_MEAN, np.float32)) / np.array(IMAGE_DEVIATION, np.float32)
 
 
 def render_cuts(cuts: PackedCuts, size: int = 224, compat: Compat | None = None) -> Tensor:
     """The same crops as of :func:`finish_image`, float32 [B, 3, size, size], made on the device of the cuts.
 
     Vectorised over the batch and without a wait for the device. Published crops differ from the worker's by rounding
-    (0.01 of 255 levels), because OpenCV's positions are reproduced. Default crops are not rounded to whole levels as
-    the worker's are (1 level of 255), with an OpenCV that interpolates uint8 exactly (5.0 does); one that rounds
-    positions to 1/32 of a pixel adds up to 1/32 of the largest step between neighbouring pixels.
+    (at most 0.01 of 255 levels), because OpenCV's positions, which it rounds to 1/32 of a pixel, are reproduced.
+    Default crops differ by at most a level times the noise, because the worker's are rounded to whole levels twice and
+    these are not. That is with an OpenCV that does not round the positions of uint8 images (5.0); with older ones a
+    difference d of neighbouring pixels adds up to d / 32 to the worker's error.
     """
     crops = [_render(cuts, start, min(start + _CHUNK, len(cuts.offsets)), size, compat)
              for start in range(0, len(cuts.offsets), _CHUNK)]  # fmt: skip
