@@ -1,0 +1,163 @@
+"""The crop exactly as the published loaders make it (protocol, 3.3 and quirk 2), for `compat="published"`.
+
+Box corners are truncated to whole pixels; the box is filled with black outside of the photograph, enlarged so that it
+can be turned, turned by `cv2.warpAffine`, cut down again, and resized by `cv2.resize`, both bilinear on float64 and
+without anti-aliasing. `cv2.warpAffine` rounds positions to 1/32 of a pixel on float64.
+
+Where the published code fails, the crop is black: a box without pixels or wholly outside of the photograph. A box so
+small that it need not be enlarged, which the published code fails to turn, is turned as it is. Boxes above ``MAX_SIDE``
+are black, too; large ones below it are sampled without being filled, to the same pixels, so that memory stays bounded.
+
+Geometry of a cut: float64 [11], the width and height of the box, the width of its enlargement, column and row of the
+cut's pixels in the enlarged box, and a 2 x 3 matrix from pixels of the turned box to those of the enlarged one.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastmetro.data.augmentation.cut import Cut, Grid, empty_cut
+from fastmetro.data.augmentation.draw import Draw
+
+MAX_SIDE = 1 << 20
+"""Pixels of the photograph. Positions in boxes up to here, times 1024, fit the 32-bit integers of OpenCV."""
+MAX_FILLED = 2048
+"""Larger boxes are not filled: two copies of three channels in float64 would take more than 200 MB."""
+
+
+class _Box(NamedTuple):
+    """Whole pixels: upper left corner, and the sides."""
+
+    left: int
+    top: int
+    width: int
+    height: int
+
+
+def point_matrix(center: np.ndarray, scale: float, draw: Draw, size: int) -> np.ndarray:
+    """float64 [3, 3], from the photograph to the crop, without the flip, with the published order of operations.
+
+    The order decides in which direction a position at a whole pixel is truncated.
+    """
+    side = 200 * (draw.scale * scale)
+    matrix = np.zeros((3, 3))
+    matrix[0, 0] = matrix[1, 1] = size / side
+    matrix[0, 2] = size * (-float(center[0]) / side + 0.5)
+    matrix[1, 2] = size * (-float(center[1]) / side + 0.5)
+    matrix[2, 2] = 1
+    if draw.rotation == 0:
+        return matrix
+    angle = -draw.rotation * np.pi / 180
+    sine, cosine = np.sin(angle), np.cos(angle)
+    turn = np.array([[cosine, -sine, 0], [sine, cosine, 0], [0, 0, 1]])
+    to_middle, back = np.eye(3), np.eye(3)
+    to_middle[:2, 2], back[:2, 2] = -size / 2, size / 2
+    return np.dot(back, np.dot(turn, np.dot(to_middle, matrix)))
+
+
+def transform_points(points: np.ndarray, center: np.ndarray, scale: float, draw: Draw, size: int) -> np.ndarray:
+    """Points [N, 2] of the photograph in the crop, before the flip: whole pixels, 1 more than truncated towards 0."""
+    matrix = point_matrix(center, scale, draw, size)
+    # One product per point: another order of additions could fall on the other side of a whole pixel.
+    moved = [np.dot(matrix, np.array([x, y, 1.0]))[:2] for x, y in points.astype(np.float64)]
+    return np.trunc(np.array(moved)) + 1
+
+
+def _box(center: np.ndarray, scale: float, draw: Draw, size: int) -> _Box | None:
+    """The box in whole pixels; None where it has none or too many."""
+    matrix = point_matrix(center, scale, Draw(scale=draw.scale), size)
+    inverse = torch.linalg.inv(torch.from_numpy(matrix)).numpy()  # as published: another inverse truncates elsewhere
+    left, top = np.trunc(np.dot(inverse, np.array([0.0, 0.0, 1.0]))[:2])
+    right, bottom = np.trunc(np.dot(inverse, np.array([size, size, 1.0]))[:2])
+    width, height = right - left, bottom - top
+    if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE):
+        return None
+    return _Box(int(left), int(top), int(width), int(height))
+
+
+def cut_published(image: np.ndarray, center: np.ndarray, scale: float, draw: Draw, size: int) -> Cut:
+    """The pixels of the photograph inside the enlarged box; arguments as of :func:`~.affine.cut_affine`."""
+    box = _box(center, scale, draw, size)
+    if box is None:
+        return empty_cut(np.zeros(11))
+    pad = 0
+    matrix = np.eye(2, 3)
+    if draw.rotation != 0:
+        pad = int(np.linalg.norm(np.array([box.width, box.height])) / 2 - float(box.height) / 2)
+        middle = ((box.width + 2 * pad - 1) * 0.5, (box.height + 2 * pad - 1) * 0.5)
+        matrix = _inverse(cv2.getRotationMatrix2D(middle, draw.rotation, 1.0))
+    left, top = box.left - pad, box.top - pad
+    x0, x1 = max(left, 0), min(left + box.width + 2 * pad, image.shape[1])
+    y0, y1 = max(top, 0), min(top + box.height + 2 * pad, image.shape[0])
+    if x0 >= x1 or y0 >= y1:
+        return empty_cut(np.zeros(11))
+    geometry = np.array([box.width, box.height, pad, x0 - left, y0 - top, *matrix.reshape(-1)], np.float64)
+    return Cut(image[y0:y1, x0:x1], geometry)
+
+
+def _inverse(matrix: np.ndarray) -> np.ndarray:
+    """Of a 2 x 3 matrix, with the rounding of cv2.warpAffine, which is to the last bit that of what it does inside."""
+    (a, b, x), (c, d, y) = matrix.tolist()
+    factor = 1.0 / (a * d - b * c)
+    a, b, c, d = d * factor, -b * factor, -c * factor, a * factor
+    return np.array([[a, b, -a * x - b * y], [c, d, -c * x - d * y]])
+
+
+def is_small(cut: Cut) -> bool:
+    """Whether the whole box may be filled."""
+    width, height, pad = cut.geometry[:3]
+    return bool(max(width, height) + 2 * pad <= MAX_FILLED)
+
+
+def render_published(cut: Cut, size: int) -> np.ndarray:
+    """The crop before the flip, float64 [size, size, 3]; the cut must be small (:func:`is_small`)."""
+    if cut.pixels.size == 0:
+        return np.zeros((size, size, 3))
+    width, height, pad, x, y = (int(value) for value in cut.geometry[:5])
+    filled = np.zeros((height + 2 * pad, width + 2 * pad, 3))
+    filled[y : y + cut.pixels.shape[0], x : x + cut.pixels.shape[1]] = cut.pixels
+    matrix = cut.geometry[5:].reshape(2, 3)
+    if not np.array_equal(matrix, np.eye(2, 3)):
+        flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+        whole = (width + 2 * pad, height + 2 * pad)
+        filled[:] = cv2.warpAffine(filled, matrix, whole, flags=flags, borderValue=(0, 0, 0))
+    box = filled[pad : pad + height, pad : pad + width]
+    return cv2.resize(box, (size, size), interpolation=cv2.INTER_LINEAR)
+
+
+def grid_published(geometry: Tensor, flip: Tensor, size: int) -> Grid:
+    """The samples of :func:`render_published` for geometries [B, 11], flipped where ``flip`` [B] holds.
+
+    Positions of the turned box are rounded to 1/32 of a pixel as by OpenCV, in the same integers.
+    """
+    width, height, pad, left, top = geometry[:, :5].unbind(1)
+    number = torch.arange(size, device=geometry.device, dtype=geometry.dtype)
+    columns, column_weights = _taps(torch.where(flip[:, None], size - 1 - number, number), width, size)
+    rows, row_weights = _taps(number.expand(len(geometry), size), height, size)
+    matrix = geometry[:, 5:].view(-1, 2, 3, 1, 1)
+    x, y = (columns + pad[:, None])[:, None, None], (rows + pad[:, None])[:, None, :, None]
+    fixed = (matrix[:, :, 0] * x * 1024).round() + ((matrix[:, :, 1] * y + matrix[:, :, 2]) * 1024).round() + 16
+    steps = (fixed / 32).floor()
+    whole = (steps / 32).floor()
+    share = ((steps - 32 * whole) / 32).float()
+    index = (whole - torch.stack([left, top], 1)[:, :, None, None]).long()
+    return Grid(index[:, 0], index[:, 1], share[:, 0], share[:, 1], column_weights, row_weights)
+
+
+def _taps(number: Tensor, side: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Pixels [B, 2S] of a box of that side [B] and their weights, for pixels [B, S] of a crop, as of cv2.resize."""
+    place = ((number + 0.5) * (side / size)[:, None] - 0.5).float()
+    last = (side - 1).float()[:, None]
+    first = place.floor()
+    share = torch.where((first < 0) | (first >= last), 0.0, place - first)
+    first = torch.minimum(first.clamp_min(0), last)
+    second = torch.minimum(first + 1, last)
+    return (
+        torch.stack([first, second], 2).flatten(1).double(),
+        torch.stack([1 - share, share], 2).flatten(1),
+    )
