@@ -7,7 +7,7 @@ whose corners are (-1, -1) (top left) and (1, 1).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -19,13 +19,17 @@ class MeshLabels:
 
     Attributes:
         vertices: float32 [B, M, 3], root-relative fine mesh, metres.
-        joints_3d: float32 [B, J, 3], root-relative joints, metres (J14 of the body, 21 of the hand).
+        joints_3d: float32 [B, J, 3], root-relative joints, metres (J14 of the body, 21 of the hand); or [B, J, 4] with
+            the confidence of each joint.
         joints_2d: float32 [B, J, 3], crop coordinates and confidence (0 where the joint lies outside of the crop).
         camera: float32 [B, 3], the weak-perspective camera (s, tx, ty) that fits the 2D joints best:
             s * (xy + t).
         has_vertices: bool [B]; published as ``has_smpl``.
         has_joints_3d: bool [B].
         has_joints_2d: bool [B].
+        pose_rotations: float32 [B, 24, 3, 3], rotations of the bones of SMPL, or None; they and ``betas`` count where
+            ``has_vertices`` holds.
+        betas: float32 [B, 10], shape of SMPL, or None.
     """
 
     vertices: Tensor
@@ -35,11 +39,14 @@ class MeshLabels:
     has_vertices: Tensor
     has_joints_3d: Tensor
     has_joints_2d: Tensor
+    pose_rotations: Tensor | None = None
+    betas: Tensor | None = None
 
     def to(self, device: torch.device | str) -> MeshLabels:
         """The same labels on another device."""
-        moved = {field.name: getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)}
-        return MeshLabels(**moved)
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved = {name: value.to(device, non_blocking=True) for name, value in given.items() if value is not None}
+        return replace(self, **moved)
 
 
 def fit_weak_perspective(points: Tensor, image_points: Tensor) -> Tensor:
