@@ -146,6 +146,18 @@ def test_rows_whose_tables_differ_are_bad_rows(tmp_path: Path) -> None:
         assert data[1].skipped[0] == "keys differ"
 
 
+def test_a_broken_index_is_a_problem_of_its_rows(tmp_path: Path) -> None:
+    path = write_set(tmp_path, good(4))
+    index = tmp_path / "train.img.lineidx"
+    starts = index.read_text().split()
+    starts[2] = str(int(starts[2]) + 1)
+    index.write_text("\n".join(starts) + "\n")
+    data = TsvDataset(TsvSource(path), "body", size=SIZE)
+    with pytest.warns(RuntimeWarning, match="row 2, without a usable key: broken index"):
+        batch = data.collate(data.__getitems__([0, 2, 3]))
+    assert batch.keys == ["im0", "im3"] and batch.skipped == {"broken index": 1}
+
+
 def test_too_many_bad_rows_raise(tmp_path: Path) -> None:
     content = [*good(3), *[broken("json")] * 20]
     data = dataset(tmp_path, content, seed=2)
