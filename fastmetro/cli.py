@@ -108,7 +108,11 @@ class Eval:
 
 @dataclass
 class Train:
-    """Train on synthetic images."""
+    """Train on synthetic images or TSV files: `fastmetro train [CONFIG.yaml] [options]`.
+
+    Options in front of which a file of settings may stand (see configs/) override it. Under `torchrun` several
+    processes train together.
+    """
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
 
@@ -243,9 +247,20 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 }
 
 
+def _with_settings(arguments: Sequence[str]) -> list[str]:
+    """`train FILE.yaml ...` as if the settings of the file stood there."""
+    from fastmetro.training.config_file import file_arguments
+
+    first, *rest = arguments or [""]
+    if first == "train" and rest and rest[0].endswith((".yaml", ".yml")):
+        return [first, *file_arguments(Path(rest[0]), TrainConfig), *rest[1:]]
+    return list(arguments)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; the return value is the exit status (2 for unusable arguments, 1 for an error)."""
     try:
+        arguments = _with_settings(sys.argv[1:] if arguments is None else arguments)
         command = tyro.extras.subcommand_cli_from_dict(
             COMMANDS, args=arguments, prog="fastmetro", description="3D human and hand meshes from one image."
         )

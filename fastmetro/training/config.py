@@ -4,26 +4,79 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from fastmetro.training.losses import LossWeights
+from fastmetro.training.losses.smpl_stage import SMPLStageWeights
+from fastmetro.training.schedule import Decay, Schedule
+from fastmetro.training.step import Precision
 
 _FREE_ON_RESUME = ("output", "max_seconds", "resume", "initialise", "device", "eval_every", "eval_count", "log_every",
-                   "save_every", "compile_model", "compile_images",
+                   "save_every", "compile_model", "compile_images", "tensorboard",
                    "capture_images", "export", "commit")  # fmt: skip
+_FREE_DATA = ("workers", "eval_file", "protocol")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """TSV files to train on and to evaluate with; without files all images are synthetic.
+
+    Attributes:
+        files: YAML files of data sets in the METRO / FastMETRO format.
+        shares: of each file in the samples that are read; by their lengths where empty.
+        synthetic_share: of synthetic images in all samples, at least 0 and below 1. Of people of another mesh than the
+            network's only the joints count.
+        body_model: the SMPL or MANO model file that makes vertices from the labels' parameters.
+        mesh_data: folder of the data files of the published repository, for the meshes "smpl" and "mano".
+        workers: processes that read ahead, for each process of the training.
+        pixels: where images are rotated, resized and coloured: in the "worker", or on the "device".
+        eval_file: YAML file of the data set that evaluations run on; synthetic images where None.
+        protocol: by which they do: "h36m-p2", "3dpw", "freihand".
+    """
+
+    files: tuple[Path, ...] = ()
+    shares: tuple[float, ...] = ()
+    synthetic_share: float = 0.0
+    body_model: Path | None = None
+    mesh_data: Path | None = None
+    workers: int = 4
+    pixels: Literal["worker", "device"] = "worker"
+    eval_file: Path | None = None
+    protocol: str = "h36m-p2"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.synthetic_share < 1:
+            raise ValueError(f"data.synthetic_share must be at least 0 and below 1, got {self.synthetic_share}")
+        if self.workers < 0:
+            raise ValueError(f"data.workers must not be negative, got {self.workers}")
+        if self.shares and len(self.shares) != len(self.files):
+            raise ValueError(
+                f"data.shares must be one share per file, got {len(self.shares)} for {len(self.files)} files"
+            )
+        if any(not share > 0 for share in self.shares):
+            raise ValueError(f"data.shares must be positive, got {self.shares}")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Training on synthetic images.
+    """A training run.
 
     Attributes:
         output: folder for the checkpoint, the log and the weights.
         model: name of the variant for ``create_model``.
         mesh: name of the mesh for ``load_mesh``.
+        backbone: for ``create_model``; None for the model's usual one.
+        backbone_weights: a checkpoint of the backbone alone (ImageNet), to start from.
+        upsampling, masking, attention: for ``create_model``.
+        stage: "meshes", or "smpl" to train the SMPL parameter regressor, too.
+        compat: "published" trains as the released code does: its crops, its means in the losses, its means of errors
+            over processes, its convention of the SMPL regressor. Its optimizer and schedule are settings.
+        data: TSV files.
         seed: seeds the weights, the dropout and the images; images of other seeds are different people.
-        batch_size: images per step.
+        batch_size: images per step, of all processes together.
+        accumulate: into how many parts a process splits its share of a batch, to save memory.
         steps: length of the run, and of the learning-rate schedule, in optimizer steps.
+        epochs: length of the run in passes over the rows of ``data.files`` instead.
         total_seconds: length of the run in seconds of stepping instead (over all resumed parts); ``steps`` then
             is an upper limit only.
         max_seconds: stop this call after so many seconds of wall time, set-up included, with everything saved.
@@ -31,12 +84,20 @@ class TrainConfig:
         initialise: start from the weights of this safetensors file (and a fresh optimizer).
         learning_rate: peak rate of AdamW.
         weight_decay: of AdamW.
+        decay: what decays: "matrices" only, or "all" parameters, as published.
+        betas: of AdamW.
+        schedule: of the rate after the warm-up: half a "cosine" down to 0, "constant", or by "step", a tenth at each of
+            the shares of the run in ``drop_at``.
+        drop_at: see ``schedule``.
         warmup: share of the run over which the rate rises.
         gradient_clip: largest global norm of the gradient.
         ema_decay: of the averaged weights, which are the ones evaluated and exported.
         dropout: probability in the transformer; images never repeat, so little is needed.
-        precision: "bf16" autocasts the network's forward pass.
+        precision: "bf16" and "fp16" autocast the network's forward pass; "fp16" scales the loss.
+        sync_batch_norm: take the moments of batch norms over the whole batch of all processes (GPUs only), so that a
+            run with several is the run with one.
         compile_model: run the network through ``torch.compile``.
+        capture_step: replay the whole step as one CUDA graph (needs a GPU; "bf16" or "fp32").
         compile_images: run the pixel part of the image generator through ``torch.compile``.
         capture_images: record the image generator as one CUDA graph and replay it (needs a GPU).
         image_size: side of the images in pixels; the published 224 gives the network its 7 x 7 image tokens.
@@ -44,30 +105,48 @@ class TrainConfig:
         overfit: repeat only the first so many images, to see whether the loss falls (0: never repeat one).
         log_every, eval_every, save_every: in steps; 0 for ``eval_every`` evaluates at the end only.
         eval_count: held-out images of the evaluations (0: none at all).
+        tensorboard: write scalars and pictures for TensorBoard.
         export: where a finished run puts a second copy of its weights, to ship: at most 16 MiB.
         device: "cuda", "cpu" or "auto".
         commit: recorded in the weights; asked from git where it is not given.
         loss: weights of the terms.
+        smpl_loss: weights of the terms of the stage "smpl".
     """
 
     output: Path = Path("out/train")
     model: str = "fastmetro-compact"
     mesh: str = "anny-body"
+    backbone: str | None = None
+    backbone_weights: Path | None = None
+    upsampling: Literal["fixed", "released", "learned"] = "fixed"
+    masking: Literal["all", "half-heads", "none"] = "all"
+    attention: Literal["auto", "dense", "reference", "native", "triton"] = "auto"
+    stage: Literal["meshes", "smpl"] = "meshes"
+    compat: Literal["published"] | None = None
+    data: DataConfig = field(default_factory=DataConfig)
     seed: int = 0
     batch_size: int = 256
+    accumulate: int = 1
     steps: int = 20_000
+    epochs: float | None = None
     total_seconds: float | None = None
     max_seconds: float | None = None
     resume: bool = False
     initialise: Path | None = None
     learning_rate: float = 8e-4
     weight_decay: float = 0.02
+    decay: Decay = "matrices"
+    betas: tuple[float, float] = (0.9, 0.98)
+    schedule: Schedule = "cosine"
+    drop_at: tuple[float, ...] = ()
     warmup: float = 0.04
     gradient_clip: float = 1.0
     ema_decay: float = 0.998
     dropout: float = 0.0
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Precision = "bf16"
+    sync_batch_norm: bool = False
     compile_model: bool = False
+    capture_step: bool = False
     compile_images: bool = False
     capture_images: bool = False
     image_size: int = 224
@@ -77,19 +156,21 @@ class TrainConfig:
     eval_every: int = 0
     save_every: int = 500
     eval_count: int = 1000
+    tensorboard: bool = False
     export: Path | None = None
     device: str = "auto"
     commit: str | None = None
     loss: LossWeights = field(default_factory=LossWeights)
+    smpl_loss: SMPLStageWeights = field(default_factory=SMPLStageWeights)
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "steps", "log_every", "save_every"):
+        for name in ("batch_size", "steps", "log_every", "save_every", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("learning_rate", "gradient_clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("total_seconds", "max_seconds"):
+        for name in ("epochs", "total_seconds", "max_seconds"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if min(self.overfit, self.eval_every, self.eval_count, self.weight_decay) < 0:
@@ -97,11 +178,44 @@ class TrainConfig:
         for name, low, high in (("warmup", 0.0, 0.99), ("ema_decay", 0.0, 1.0), ("dropout", 0.0, 0.99)):
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} must lie in [{low}, {high}], got {getattr(self, name)}")
-        if self.precision not in ("bf16", "fp32"):
-            raise ValueError(f"precision must be 'bf16' or 'fp32', got {self.precision!r}")
+        if self.precision not in get_args(Precision):
+            raise ValueError(f"precision must be one of {get_args(Precision)}, got {self.precision!r}")
+        if (self.schedule == "step") != bool(self.drop_at) or any(not 0 < share < 1 for share in self.drop_at):
+            raise ValueError(f"drop_at must be shares between 0 and 1 with schedule 'step' alone, got {self.drop_at}")
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
         if self.resume and self.initialise is not None:
             raise ValueError("resume and initialise exclude each other: a checkpoint brings its own weights")
+        if self.capture_step and (self.precision == "fp16" or self.compile_model):
+            raise ValueError("capture_step goes with precision bf16 or fp32 and without compile_model")
+        if self.batch_size % self.accumulate:
+            sizes = f"{self.batch_size} and {self.accumulate}"
+            raise ValueError(f"batch_size must be a multiple of accumulate, got {sizes}")
+        if self.data.files and self.overfit:
+            raise ValueError("overfit repeats synthetic images and does not go with data.files")
+        if self.epochs is not None and not self.data.files:
+            raise ValueError("epochs are passes over data.files; without them give steps")
+        if self.data.synthetic_share and not self.data.files:
+            raise ValueError("data.synthetic_share mixes synthetic images into data.files; without them all are")
+        if self.stage == "smpl" and not (self.mesh == "smpl" and self.data.body_model):
+            raise ValueError("stage 'smpl' needs mesh 'smpl' and data.body_model, the SMPL model file")
 
     def settings(self) -> dict[str, Any]:
-        """What decides the course of the run: a checkpoint may be resumed only under the same values."""
-        return {name: value for name, value in asdict(self).items() if name not in _FREE_ON_RESUME}
+        """What decides the course of the run: a checkpoint may be resumed only under the same values.
+
+        Plain values only, nested ones under names such as "data.files".
+        """
+        kept = {name: value for name, value in asdict(self).items() if name not in _FREE_ON_RESUME}
+        data = {name: value for name, value in kept.pop("data").items() if name not in _FREE_DATA}
+        kept |= {f"data.{name}": value for name, value in data.items()}
+        return {name: _plain(value) for name, value in kept.items()}
+
+
+def _plain(value: Any) -> Any:
+    """Without paths and tuples, which a checkpoint, read as data, would not give back."""
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, tuple):
+        return [_plain(entry) for entry in value]
+    return value

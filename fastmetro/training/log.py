@@ -20,7 +20,7 @@ class CsvLog:
         rows: list[dict[str, str]] = []
         if resume_step and path.is_file():
             with path.open(newline="") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= resume_step]
+                rows = [row for row in csv.DictReader(file) if _step(row) <= resume_step]
         with replacing(path) as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, columns, extrasaction="ignore")
             writer.writeheader()
@@ -33,3 +33,9 @@ class CsvLog:
             raise ValueError(f"row has columns {sorted(unknown)} that the log does not: {self.columns}")
         with self.path.open("a", newline="") as file:
             csv.DictWriter(file, self.columns).writerow(row)
+
+
+def _step(row: Mapping[str, str | None]) -> float:
+    """Of a row; infinity for one that was cut off while it was written."""
+    step = row.get("step") or ""
+    return int(step) if step.isdigit() and None not in row.values() else float("inf")

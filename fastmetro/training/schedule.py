@@ -3,26 +3,72 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import nn
 
+Schedule = Literal["cosine", "constant", "step"]
+Decay = Literal["matrices", "all"]
+DROP = 0.1
+"""What each drop of the schedule "step" multiplies the rate by."""
 
-def learning_rate_factor(progress: float, warmup: float) -> float:
-    """Linear rise over the first ``warmup`` share of the run, then half a cosine down to 0; ``progress`` in [0, 1]."""
+
+def learning_rate_factor(
+    progress: float, warmup: float, schedule: Schedule = "cosine", drop_at: Sequence[float] = ()
+) -> float:
+    """What the peak rate is multiplied by at ``progress`` in [0, 1] of the run.
+
+    All schedules rise linearly over the first ``warmup`` share of the run. Then "cosine" is half a cosine down to 0,
+    "constant" stays, and "step" is divided by ten at each of the shares ``drop_at``.
+    """
     if progress < warmup:
         return max(progress / warmup, 1e-3)
-    return 0.5 * (1.0 + math.cos(math.pi * min((progress - warmup) / (1.0 - warmup), 1.0)))
+    if schedule == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * min((progress - warmup) / (1.0 - warmup), 1.0)))
+    if schedule == "step":
+        return math.prod(DROP for share in drop_at if progress >= share)
+    return 1.0
 
 
-def make_optimizer(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW; weight decay acts on matrices and convolutions, not on biases, norms and learned tokens."""
+def make_optimizer(
+    model: nn.Module,
+    learning_rate: float,
+    weight_decay: float,
+    *,
+    decay: Decay = "matrices",
+    betas: tuple[float, float] = (0.9, 0.98),
+    capturable: bool = False,
+) -> torch.optim.AdamW:
+    """AdamW.
+
+    Args:
+        model: whose parameters that require gradients.
+        learning_rate: of both groups.
+        weight_decay: how much parameters decay.
+        decay: "matrices": only matrices and convolutions, not biases, norms and learned tokens; "all": everything, as
+            published (protocol 3.8).
+        betas: of AdamW.
+        capturable: for CUDA graphs: the rate is a tensor, which :func:`set_learning_rate` changes in place.
+    """
     tokens = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
-            (plain if parameter.ndim < 2 or id(parameter) in tokens else decayed).append(parameter)
+            exempt = decay == "matrices" and (parameter.ndim < 2 or id(parameter) in tokens)
+            (plain if exempt else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    fused = next(model.parameters()).device.type == "cuda"
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), fused=fused)
+    device = next(model.parameters()).device
+    rate = torch.tensor(learning_rate, device=device) if capturable else learning_rate
+    return torch.optim.AdamW(groups, lr=rate, betas=betas, fused=device.type == "cuda", capturable=capturable)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the rate of all groups, in place where it is a tensor."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastmetro.files import replacing
 
-FORMAT = 2
+FORMAT = 3
 """Version of the checkpoint's layout."""
 
 
@@ -52,7 +52,7 @@ def _state_tensors(model: nn.Module) -> Iterator[Tensor]:
 
 @dataclass
 class TrainState:
-    """Model, average, optimizer and position of a run. The next batch starts at sample ``step * batch_size``.
+    """Model, average, optimizer, loss scale and position of a run. The next batch is that of ``step``.
 
     ``commands`` are all that led here, in order, and ``samples_before`` counts the images of earlier runs whose weights
     this one started from.
@@ -61,14 +61,30 @@ class TrainState:
     model: nn.Module
     average: ExponentialAverage
     optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler | None = None
     step: int = 0
     seconds: float = 0.0
     commands: list[str] = field(default_factory=list)
     samples_before: int = 0
 
-    def save(self, path: Path, settings: dict[str, Any]) -> None:
-        """Write everything atomically; ``settings`` are the plain values that another start must share."""
+    def random_state(self) -> tuple[Tensor, Tensor | None]:
+        """The random number generators of this process: the CPU's and the device's."""
         device = next(self.model.parameters()).device
+        return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def save(
+        self, path: Path, settings: dict[str, Any], random: Sequence[tuple[Tensor, Tensor | None]] | None = None
+    ) -> None:
+        """Write everything atomically.
+
+        Args:
+            path: the file.
+            settings: the plain values that another start must share.
+            random: :meth:`random_state` of each process; of this one alone by default.
+
+        Raises:
+            OSError: the file cannot be written; what was there is still there.
+        """
         content = {
             "format": FORMAT,
             "settings": settings,
@@ -79,14 +95,22 @@ class TrainState:
             "model": self.model.state_dict(),
             "average": self.average.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "rng_cpu": torch.get_rng_state(),
-            "rng_device": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+            "scaler": self.scaler.state_dict() if self.scaler is not None else {},
+            "random": list(random or [self.random_state()]),
         }
         with replacing(path) as temporary:
-            torch.save(content, temporary)
+            try:
+                torch.save(content, temporary)
+            except RuntimeError as error:  # what PyTorch's own writer makes of a full disk
+                raise OSError(f"{path} could not be written: {error}") from error
 
-    def load(self, path: Path, settings: dict[str, Any]) -> None:
+    def load(self, path: Path, settings: dict[str, Any], rank: int = 0) -> None:
         """Go back to what :meth:`save` wrote.
+
+        Args:
+            path: the file.
+            settings: as when it was saved.
+            rank: whose random state to take; with more processes than then, the others keep theirs.
 
         Raises:
             FileNotFoundError: if there is no such file.
@@ -108,9 +132,13 @@ class TrainState:
         self.model.load_state_dict(content["model"])
         self.average.model.load_state_dict(content["average"])
         self.optimizer.load_state_dict(content["optimizer"])
+        if self.scaler is not None and content["scaler"]:
+            self.scaler.load_state_dict(content["scaler"])
         self.step, self.seconds = content["step"], content["seconds"]
         self.commands, self.samples_before = content["commands"], content["samples_before"]
-        torch.set_rng_state(content["rng_cpu"])
-        device = next(self.model.parameters()).device
-        if device.type == "cuda" and content["rng_device"] is not None:
-            torch.cuda.set_rng_state(content["rng_device"], device)
+        if rank < len(content["random"]):
+            on_cpu, on_device = content["random"][rank]
+            torch.set_rng_state(on_cpu)
+            device = next(self.model.parameters()).device
+            if device.type == "cuda" and on_device is not None:
+                torch.cuda.set_rng_state(on_device, device)

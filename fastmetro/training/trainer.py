@@ -1,4 +1,4 @@
-"""The steps of a run: images made on the device, a step, an average, a log; it can stop and go on at any step."""
+"""The steps of a run: batches, updates, an average, a log; it can stop and go on at any step."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import math
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,58 +16,98 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastmetro.data.labels import MeshLabels
+from fastmetro.files import remove_unfinished
+from fastmetro.training.board import Board
 from fastmetro.training.config import TrainConfig
+from fastmetro.training.distributed import World
 from fastmetro.training.log import CsvLog
-from fastmetro.training.losses import MeshRecoveryLoss
-from fastmetro.training.schedule import learning_rate_factor, make_optimizer
+from fastmetro.training.objective import Objective
+from fastmetro.training.schedule import learning_rate_factor, make_optimizer, set_learning_rate
+from fastmetro.training.sources import Batch, Source, SourceFailed
 from fastmetro.training.state import ExponentialAverage, TrainState
+from fastmetro.training.step import CapturedStep, TrainingStep
 
-Source = Callable[[Tensor], tuple[Tensor, MeshLabels]]
-"""int64 sample indices [B] -> normalised images [B, 3, H, W] and their labels, on the device of the indices."""
-
-LOG_COLUMNS = (
-    "step", "samples", "seconds", "images_per_second", "learning_rate", "gradient_norm", "loss",
-    "token_joints_3d", "mesh_joints_3d", "token_joints_2d", "mesh_joints_2d",
-    "vertices_fine", "vertices_intermediate", "vertices_coarse", "mpjpe", "pa_mpjpe", "mpvpe",
-)  # fmt: skip
+METRICS = ("mpjpe", "pa_mpjpe", "mpvpe")
+_LOGGED = ("step", "samples", "seconds", "images_per_second", "learning_rate", "skipped")
+_BAR = "{l_bar}{bar}| {elapsed} gone, {remaining} left {postfix}"
 
 
 class TrainingDiverged(RuntimeError):
     """The loss became NaN or infinite; the last checkpoint on disk is from before."""
 
 
+class TrainingFailed(RuntimeError):
+    """The run cannot go on, for a reason outside of it; the message says where its last good state is."""
+
+
 @dataclass
 class Trainer:
-    """One run. ``evaluate`` takes the averaged model and returns metrics named as in ``LOG_COLUMNS``."""
+    """One run, in this process.
+
+    Attributes:
+        config: its settings.
+        model: what is trained, on its device.
+        objective: the losses.
+        source: the batches.
+        evaluate: takes the averaged model and returns metrics named as in ``METRICS``; called in all processes.
+        show: takes the averaged model and a batch and returns a picture uint8 [H, W, 3], for TensorBoard.
+        started: time.monotonic() at which the time of this call began.
+        world: the processes of the run; rank 0 writes.
+    """
 
     config: TrainConfig
     model: nn.Module
-    loss: MeshRecoveryLoss
+    objective: Objective
     source: Source
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None
+    show: Callable[[nn.Module, Batch], Any] | None = None
     started: float | None = None
+    world: World = field(default_factory=World)
 
     def __post_init__(self) -> None:
         config = self.config
         if self.started is None:
             self.started = time.monotonic()
         self.device = next(self.model.parameters()).device
-        optimizer = make_optimizer(self.model, config.learning_rate, config.weight_decay)
-        self.state = TrainState(self.model, ExponentialAverage(self.model, config.ema_decay), optimizer)
+        optimizer = make_optimizer(
+            self.model, config.learning_rate, config.weight_decay, decay=config.decay, betas=config.betas,
+            capturable=config.capture_step,
+        )  # fmt: skip
+        network = torch.compile(self.model) if config.compile_model else self.model
+        self.step = TrainingStep(
+            self.model, network, self.objective, optimizer, clip=config.gradient_clip, precision=config.precision,
+            accumulate=config.accumulate, world=self.world,
+        )  # fmt: skip
+        average = ExponentialAverage(self.model, config.ema_decay)
+        self.state = TrainState(self.model, average, optimizer, self.step.scaler)
         self.settings = config.settings()
         self.checkpoint = Path(config.output) / "checkpoint.pt"
+        if not self.world.first:  # processes drop different units
+            torch.manual_seed(config.seed + 1_000_003 * self.world.rank)
         if config.resume:
-            self.state.load(self.checkpoint, self.settings)
+            self.state.load(self.checkpoint, self.settings, self.world.rank)
         elif self.checkpoint.exists():
             raise FileExistsError(
                 f"{self.checkpoint} would be overwritten: resume it, remove it, or choose another output"
             )
-        self.log = CsvLog(Path(config.output) / "log.csv", LOG_COLUMNS, self.state.step)
-        self._network = torch.compile(self.model) if config.compile_model else self.model
-        self._sums: dict[str, Tensor] = {}
+        self.world.share_state(self.model)
+        self._open_logs()
+        self._run_step: TrainingStep | CapturedStep = self.step
+        self._sum: Tensor | None = None
+        self._skipped: Counter[str] = Counter()
         self._since = self.state.step
         self._stop = False
+        self._last: Batch | None = None
+
+    def _open_logs(self) -> None:
+        self.log: CsvLog | None = None
+        self.board: Board | None = None
+        if self.world.first:
+            remove_unfinished(self.checkpoint)
+            columns = (*_LOGGED, *self.step.names, *METRICS)
+            self.log = CsvLog(Path(self.config.output) / "log.csv", columns, self.state.step)
+            if self.config.tensorboard:
+                self.board = Board(Path(self.config.output) / "tensorboard", self.state.step)
 
     @property
     def progress(self) -> float:
@@ -80,90 +121,127 @@ class Trainer:
     def run(self) -> bool:
         """Train until the run, or the time of this call, is over; True if the run is finished.
 
-        SIGINT and SIGTERM stop it after the current step with everything saved.
+        SIGINT and SIGTERM stop it after the current step (of several processes: at the next report) with everything
+        saved.
 
         Raises:
-            TrainingDiverged: if the loss is no longer finite.
+            TrainingDiverged: the loss is no longer finite.
+            TrainingFailed: batches ended (a dead worker, unusable data), or files cannot be written (a full disk).
         """
-        config, state = self.config, self.state
         self.model.train()
-        with self._graceful_signals(), tqdm(total=100, unit="%", bar_format="{l_bar}{bar}| {elapsed} {postfix}") as bar:
-            mark = time.monotonic()
-            while self.progress < 1.0 and not self._stop and not self._out_of_time():
-                self._step()
-                if state.step % config.log_every == 0:
-                    mark = self._report(mark, bar)
-                if state.step % config.save_every == 0:
-                    mark = self._report(mark, bar)
-                    state.save(self.checkpoint, self.settings)
-                if config.eval_every and state.step % config.eval_every == 0:
-                    mark = self._report(mark, bar)
-                    self._write_evaluation(bar)
-                    mark = time.monotonic()
-            self._report(mark, bar)
-        state.save(self.checkpoint, self.settings)
+        bar = tqdm(total=100, unit="%", bar_format=_BAR, disable=not self.world.first)
+        try:
+            with self._graceful_signals(), bar:
+                self._loop(bar)
+        except OSError as error:
+            raise TrainingFailed(f"a file of the run could not be written: {error}; {self._last_good()}") from error
+        finally:
+            if self.board is not None:
+                self.board.close()
         return self.progress >= 1.0
 
-    def _step(self) -> None:
+    def _loop(self, bar: Any) -> None:
         config, state = self.config, self.state
-        images, labels = self.source(self._indices())
-        rate = config.learning_rate * learning_rate_factor(self.progress, config.warmup)
-        for group in state.optimizer.param_groups:
-            group["lr"] = rate
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            outputs = self._network(images)
-        loss, terms = self.loss(outputs, labels)
-        state.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.gradient_clip)
-        state.optimizer.step()
+        mark = time.monotonic()
+        while self.progress < 1.0 and not self._is_over():
+            try:
+                batch = self.source(state.step)
+            except SourceFailed as error:
+                self._report(mark, bar)
+                self._save()
+                raise TrainingFailed(f"{error}; {self._last_good()}") from error
+            self._train_on(batch)
+            if state.step % config.log_every == 0:
+                mark = self._report(mark, bar)
+            if state.step % config.save_every == 0:
+                mark = self._report(mark, bar)
+                self._save()
+            if config.eval_every and state.step % config.eval_every == 0:
+                mark = self._report(mark, bar)
+                self._write_evaluation(bar)
+                mark = time.monotonic()
+        self._report(mark, bar)
+        self._save()
+
+    def _train_on(self, batch: Batch) -> None:
+        config, state = self.config, self.state
+        factor = learning_rate_factor(self.progress, config.warmup, config.schedule, config.drop_at)
+        set_learning_rate(state.optimizer, config.learning_rate * factor)
+        if config.capture_step and isinstance(self._run_step, TrainingStep):
+            self._run_step = CapturedStep(self.step, batch.images, batch.labels)
+        values = self._run_step(batch.images, batch.labels)
         state.average.update(self.model, state.step)
         state.step += 1
-        for name, value in (("loss", loss.detach()), ("gradient_norm", norm.detach()), *terms.items()):
-            self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
-
-    def _indices(self) -> Tensor:
-        first = self.state.step * self.config.batch_size
-        indices = torch.arange(first, first + self.config.batch_size, device=self.device)
-        return indices % self.config.overfit if self.config.overfit else indices
+        self._sum = values.clone() if self._sum is None else self._sum.add_(values)
+        self._skipped.update(batch.skipped)
+        self._last = batch
 
     def _report(self, mark: float, bar: Any) -> float:
         """Wait for the device, check the losses since the last report and log their means; returns the time."""
         state, steps = self.state, self.state.step - self._since
-        if steps == 0:
+        if steps == 0 or self._sum is None:
             return mark
-        means = dict(zip(self._sums, (torch.stack(list(self._sums.values())) / steps).tolist(), strict=True))
+        mean = self.world.sum(self._sum) / (steps * self.world.size)
+        means = dict(zip(self.step.names, mean.tolist(), strict=True))
         now = time.monotonic()
         state.seconds += now - mark
-        self._sums, self._since = {}, state.step
-        if not all(math.isfinite(value) for value in means.values()):
-            where = (
-                f"the last good state is in {self.checkpoint}" if self.checkpoint.is_file() else "no state was saved"
+        self._sum, self._since = None, state.step
+        broken = ", ".join(name for name, value in means.items() if not math.isfinite(value))
+        if broken:
+            raise TrainingDiverged(
+                f"not finite between steps {state.step - steps} and {state.step}: {broken}; {self._last_good()}"
             )
-            broken = ", ".join(name for name, value in means.items() if not math.isfinite(value))
-            raise TrainingDiverged(f"not finite between steps {state.step - steps} and {state.step}: {broken}; {where}")
         speed = steps * self.config.batch_size / max(now - mark, 1e-9)
-        self.log.write(
-            {
-                "step": state.step,
-                "samples": state.step * self.config.batch_size,
-                "seconds": round(state.seconds, 3),
-                "images_per_second": round(speed, 1),
-                "learning_rate": state.optimizer.param_groups[0]["lr"],
-                **{name: round(value, 6) for name, value in means.items()},
-            }
-        )
+        self._write(means, speed)
         bar.n = round(100 * self.progress, 1)
-        bar.set_postfix_str(f"step {state.step}, loss {means['loss']:.4f}, {speed:.0f} images/s")
+        skipped = f", {sum(self._skipped.values())} bad rows replaced" if self._skipped else ""
+        bar.set_postfix_str(f"step {state.step}, loss {means['loss']:.4f}, {speed:.0f} images/s{skipped}")
         return now
+
+    def _write(self, means: dict[str, float], speed: float) -> None:
+        row: dict[str, float | int] = {
+            "step": self.state.step,
+            "samples": self.state.step * self.config.batch_size,
+            "seconds": round(self.state.seconds, 3),
+            "images_per_second": round(speed, 1),
+            "learning_rate": float(self.state.optimizer.param_groups[0]["lr"]),
+            "skipped": sum(self._skipped.values()),
+            **{name: round(value, 6) for name, value in means.items()},
+        }
+        if self.log is not None:
+            self.log.write(row)
+        if self.board is not None:
+            self.board.scalars(self.state.step, row)
 
     def _write_evaluation(self, bar: Any) -> None:
         if self.evaluate is None:
             return
         metrics = self.evaluate(self.state.average.model)
-        row = {name: round(metrics[name], 3) for name in ("mpjpe", "pa_mpjpe", "mpvpe")}
-        self.log.write({"step": self.state.step, "samples": self.state.step * self.config.batch_size, **row})
-        bar.write(f"step {self.state.step}: " + ", ".join(f"{name} {value} mm" for name, value in row.items()))
+        row = {name: round(metrics[name], 3) for name in METRICS if name in metrics}
+        if self.log is not None:
+            self.log.write({"step": self.state.step, "samples": self.state.step * self.config.batch_size, **row})
+            bar.write(f"step {self.state.step}: " + ", ".join(f"{name} {value} mm" for name, value in row.items()))
+        if self.board is not None:
+            self.board.scalars(self.state.step, row)
+            if self.show is not None and self._last is not None:
+                self.board.picture(self.state.step, self.show(self.state.average.model, self._last))
+
+    def _save(self) -> None:
+        random = self.world.gather(self.state.random_state())
+        if self.world.first:
+            self.state.save(self.checkpoint, self.settings, random)
+        self.world.wait()
+
+    def _last_good(self) -> str:
+        kept = self.checkpoint.is_file()
+        return f"the last good state is in {self.checkpoint}" if kept else "no state was saved"
+
+    def _is_over(self) -> bool:
+        """Whether a signal came or the time of this call is over; several processes agree at each report."""
+        over = self._stop or self._out_of_time()
+        if self.world.size == 1:
+            return over
+        return self._since == self.state.step and self.world.any(over, self.device)
 
     def _out_of_time(self) -> bool:
         limit = self.config.max_seconds

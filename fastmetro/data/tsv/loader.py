@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import cv2
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from fastmetro.data.mixing import Pick
@@ -85,6 +86,7 @@ def make_loader(
         worker_init_fn=_use_one_thread,
         multiprocessing_context=start_method if workers else None,
         persistent_workers=workers > 0,
+        generator=torch.Generator(),  # else starting workers would draw from the generator that dropout goes on with
     )
 
 

@@ -1,0 +1,101 @@
+"""Labels of a network's mesh from those of TSV files: vertices by the body model, joints in the network's order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fastmetro.data.labels import MeshLabels, fit_weak_perspective
+from fastmetro.data.tsv.batch import TsvBatch
+from fastmetro.meshes.body import axis_angle_to_matrix
+from fastmetro.meshes.mano import MANO
+from fastmetro.meshes.mesh import Mesh
+from fastmetro.meshes.smpl import SMPL, SMPLModel
+
+J24_TO_J14 = (*range(13), 18)
+"""Of the 24 joints of the published labels, the 14 of the networks (protocol 3.4)."""
+
+
+class GroundTruth(nn.Module):
+    """From a batch of TSV files to labels of a network.
+
+    Vertices are those of the neutral body model of pose and betas. Joints and vertices are moved so that the root (the
+    middle of the hips, the wrist) is the origin, joints by the labelled root and vertices by that regressed from them.
+
+    Args:
+        mesh: of the network. Of a mesh that is neither SMPL's nor MANO's a batch gives joints only, and
+            ``has_vertices`` never holds.
+        model: SMPL or MANO, as the mesh asks.
+
+    Raises:
+        ValueError: the model is missing or is not the mesh's.
+    """
+
+    regressor: Tensor
+    chosen: Tensor
+
+    def __init__(self, mesh: Mesh, model: SMPLModel | None = None) -> None:
+        super().__init__()
+        if mesh.name in ("smpl", "mano") and (model is None or model.name != mesh.name):
+            raise ValueError(f"mesh {mesh.name!r} needs its body model for vertices, got {type(model).__name__}")
+        if mesh.joint_regressor is None:
+            raise ValueError(f"mesh {mesh.name!r} has no joint regressor")
+        self.mesh_name, self.num_vertices, self.roots = mesh.name, mesh.num_vertices, list(mesh.root_joints)
+        self.model = model if model is not None and model.name == mesh.name else None
+        regressor = torch.from_numpy(mesh.joint_regressor.toarray()).float()
+        self.register_buffer("regressor", regressor, persistent=False)
+        chosen = J24_TO_J14 if mesh.part == "body" else range(21)
+        self.register_buffer("chosen", torch.tensor(list(chosen)), persistent=False)
+
+    @torch.no_grad()
+    def forward(self, batch: TsvBatch) -> MeshLabels:
+        """The labels of a batch on this module's device.
+
+        Where a root has no confidence, the joints of that sample have none either.
+        """
+        joints_2d, joints_3d = batch.joints_2d[:, self.chosen], batch.joints_3d[:, self.chosen]
+        points, confidence = joints_3d[..., :3], joints_3d[..., 3:]
+        points = points - points[:, self.roots].mean(dim=1, keepdim=True)
+        known = (confidence[:, self.roots] > 0).all(dim=1, keepdim=True)
+        confidence = torch.where(known, confidence, 0.0)
+        vertices, rotations = self._vertices(batch)
+        has_vertices = batch.has_smpl if self.model is not None else torch.zeros_like(batch.has_smpl)
+        return MeshLabels(
+            vertices=vertices,
+            joints_3d=torch.cat([points, confidence], dim=-1),
+            joints_2d=joints_2d,
+            camera=fit_weak_perspective(points, joints_2d[..., :2]),
+            has_vertices=has_vertices,
+            has_joints_3d=batch.has_joints_3d,
+            has_joints_2d=batch.has_joints_2d,
+            pose_rotations=rotations,
+            betas=None if rotations is None else batch.betas,
+        )
+
+    def _vertices(self, batch: TsvBatch) -> tuple[Tensor, Tensor | None]:
+        """Root-relative vertices [B, M, 3] and, of SMPL, rotations [B, 24, 3, 3]."""
+        if self.model is None:
+            return batch.images.new_zeros((len(batch.images), self.num_vertices, 3)), None
+        vertices, _ = self.model(batch.pose, batch.betas)
+        root = (self.regressor @ vertices)[:, self.roots].mean(dim=1, keepdim=True)
+        body = self.mesh_name == "smpl"
+        return vertices - root, axis_angle_to_matrix(batch.pose.unflatten(1, (-1, 3))) if body else None
+
+
+def ground_truth(mesh: Mesh, model_file: Path | None) -> GroundTruth:
+    """For a mesh, with the user's model file where the mesh is SMPL's or MANO's.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the mesh needs a file and none is given, or it is not of that model.
+    """
+    if mesh.name not in ("smpl", "mano"):
+        return GroundTruth(mesh)
+    if model_file is None:
+        raise ValueError(
+            f"labels of vertices are made by the {mesh.name.upper()} model, whose file is yours to bring: name it by "
+            "data.body_model (training) or --body-model (evaluation)"
+        )
+    return GroundTruth(mesh, SMPL(model_file) if mesh.name == "smpl" else MANO(model_file))

@@ -1,0 +1,80 @@
+"""Settings from a YAML file, as arguments of the command line that stand in front of the user's own.
+
+So names, types and choices are checked in one place, and every field can be overridden.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+MAX_BYTES = 1 << 20
+
+
+def file_arguments(path: Path, settings: type) -> list[str]:
+    """The arguments that a file stands for, e.g. ``["--learning-rate", "0.0001", "--data.workers", "8"]``.
+
+    Args:
+        path: a YAML file of names and values; a section holds the fields of a dataclass.
+        settings: the dataclass whose fields may be named.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not such a file; the message names the key.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no configuration at {path}")
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"{path}: {path.stat().st_size} bytes, at most {MAX_BYTES} are read")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is not YAML: {error}") from None
+    if content is None:
+        return []
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} must hold names and values, got {type(content).__name__}")
+    return list(_arguments(content, settings, "", path))
+
+
+def _arguments(content: Mapping[Any, Any], settings: type, prefix: str, path: Path) -> Iterator[str]:
+    types = typing.get_type_hints(settings)
+    names = {field.name for field in dataclasses.fields(settings)}
+    for key, value in content.items():
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{path}: there is no setting {prefix + str(key)!r}{hint}")
+        name = prefix + key
+        if dataclasses.is_dataclass(types[key]):
+            if not isinstance(value, Mapping):
+                raise ValueError(f"{path}: {name} must be a section of settings, got {value!r}")
+            yield from _arguments(value, typing.cast(type, types[key]), f"{name}.", path)
+        else:
+            yield from _option(name, value, path)
+
+
+def _option(name: str, value: Any, path: Path) -> Iterator[str]:
+    option = "--" + name.replace("_", "-")
+    if isinstance(value, bool):
+        parent, _, last = option[2:].rpartition(".")
+        dot = "." if parent else ""
+        yield option if value else f"--{parent}{dot}no-{last}"
+    elif isinstance(value, list):
+        yield option
+        yield from (_text(name, entry, path) for entry in value)
+    else:
+        yield option
+        yield _text(name, value, path)
+
+
+def _text(name: str, value: Any, path: Path) -> str:
+    if value is not None and not isinstance(value, str | int | float):
+        raise ValueError(f"{path}: {name} must be a text, a number, true or false, or a list of these, got {value!r}")
+    return str(value)

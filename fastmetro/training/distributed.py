@@ -1,0 +1,119 @@
+"""The processes of one training or evaluation, as `torchrun` starts them: one per device, on one node or many."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all; alone by default.
+
+    Attributes:
+        rank: 0 to size - 1. Rank 0 writes files and prints.
+        size: how many processes there are.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes files and prints."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all processes, in place; every process must call it with as many values."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Whether the flag is set in any process; waits for all of them."""
+        if self.size == 1:
+            return flag
+        return bool(self.sum(torch.tensor(float(flag), device=device)) > 0)
+
+    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Replace the gradients by their means over all processes, in one call for each dtype.
+
+        A parameter without a gradient here must have none anywhere: all processes run the same network.
+        """
+        if self.size == 1:
+            return
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for parameter in parameters:
+            if parameter.grad is not None:
+                by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+        for gradients in by_dtype.values():
+            flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+            dist.all_reduce(flat)
+            flat /= self.size
+            parts = flat.split([gradient.numel() for gradient in gradients])
+            torch._foreach_copy_(gradients, [p.view_as(g) for p, g in zip(parts, gradients, strict=True)])
+
+    def share_state(self, model: nn.Module) -> None:
+        """Give all processes the parameters and buffers of rank 0."""
+        if self.size > 1:
+            for value in (*model.parameters(), *model.buffers()):
+                dist.broadcast(value.detach(), 0)
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes, in the order of their ranks."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def wait(self) -> None:
+        """Wait until all processes are here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+@contextlib.contextmanager
+def open_world(device: str = "auto") -> Iterator[tuple[World, torch.device]]:
+    """This process's world, and its device, for the time of the block.
+
+    Under `torchrun`, whose environment variables tell, the processes find each other over NCCL on GPUs (one each) and
+    over Gloo on CPUs. A process that already belongs to a group stays in it.
+
+    Args:
+        device: "cpu", "cuda", or "auto": a GPU where there is one. "cuda:1" and the like only for one process alone.
+
+    Raises:
+        ValueError: a numbered device for one of several processes.
+        RuntimeError: more processes on this node than GPUs, or the processes do not find each other.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield World(), torch.device(device)
+        return
+    if ":" in device:
+        raise ValueError(f"device must be 'cpu', 'cuda' or 'auto' under torchrun, got {device!r}")
+    chosen = torch.device(device)
+    if chosen.type == "cuda":
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        if local >= torch.cuda.device_count():
+            raise RuntimeError(f"process {local} of this node has no GPU: there are {torch.cuda.device_count()}")
+        chosen = torch.device("cuda", local)
+        torch.cuda.set_device(chosen)
+    owner = not dist.is_initialized()
+    if owner:
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield World(dist.get_rank(), dist.get_world_size()), chosen
+    finally:
+        if owner:
+            dist.destroy_process_group()

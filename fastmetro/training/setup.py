@@ -1,0 +1,178 @@
+"""The parts of a run, made from its configuration: mesh, network, losses, batches, evaluation, pictures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from fastmetro.data.synthetic.capture import CapturedPeople
+from fastmetro.data.synthetic.dataset import SyntheticPeople
+from fastmetro.evaluation.synthetic import evaluate_synthetic, format_report
+from fastmetro.meshes.mesh import Mesh, load_mesh
+from fastmetro.models import create_model
+from fastmetro.models.checkpoints import load_checkpoint
+from fastmetro.training.config import TrainConfig
+from fastmetro.training.distributed import World
+from fastmetro.training.losses import MeshRecoveryLoss
+from fastmetro.training.objective import Objective
+from fastmetro.training.pictures import batch_picture
+from fastmetro.training.sources import Batch, Source, SyntheticSource
+from fastmetro.training.trainer import METRICS
+
+if TYPE_CHECKING:
+    from fastmetro.data.ground_truth import GroundTruth
+
+SYNTHETIC_MESH = "anny-body"
+"""Whose people the synthetic images show."""
+
+
+class Setup:
+    """Everything that a run needs.
+
+    Args:
+        config: its settings.
+        world: its processes.
+        device: of this one.
+
+    Attributes:
+        config: the settings, with ``steps`` made of ``epochs``.
+        mesh, model, objective, source: see :class:`~fastmetro.training.trainer.Trainer`.
+
+    Raises:
+        FileNotFoundError: a file that is named is not there.
+        ValueError: the settings do not fit one another.
+    """
+
+    def __init__(self, config: TrainConfig, world: World, device: torch.device) -> None:
+        self.config, self.world, self.device = config, world, device
+        self.mesh = self._load_mesh()
+        self.model = self._make_model()
+        self._truth: GroundTruth | None = None
+        self.objective = self._make_objective()
+        self.source: Source
+        if config.data.files:
+            self.source, rows = self._tsv_source()
+            if config.epochs is not None:
+                read = config.batch_size * (1 - config.data.synthetic_share)
+                self.config = replace(config, steps=math.ceil(config.epochs * rows / read))
+        else:
+            self.source = self._synthetic_source()
+
+    def _load_mesh(self) -> Mesh:
+        data = self.config.data
+        if self.config.mesh not in ("smpl", "mano"):
+            return load_mesh(self.config.mesh)
+        return load_mesh(self.config.mesh, data=data.mesh_data, model_file=data.body_model)
+
+    def _make_model(self) -> nn.Module:
+        config = self.config
+        model: nn.Module = create_model(
+            config.model, config.backbone, self.mesh, config.upsampling, config.attention, config.stage == "smpl",
+            masking=config.masking, dropout=config.dropout, smpl_compat=config.compat == "published",
+        )  # fmt: skip
+        if config.backbone_weights is not None:
+            load_checkpoint(model.get_submodule("backbone"), config.backbone_weights)
+        if config.initialise is not None:
+            load_checkpoint(model, config.initialise)
+        if config.sync_batch_norm and self.world.size > 1:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model.to(self.device)
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return model
+
+    def _make_objective(self) -> Objective:
+        config = self.config
+        meshes = MeshRecoveryLoss(self.mesh, config.loss, config.compat)
+        stage = None
+        if config.stage == "smpl":
+            from fastmetro.meshes.smpl import SMPL
+            from fastmetro.training.losses.smpl_stage import SMPLStageLoss
+
+            assert config.data.body_model is not None
+            stage = SMPLStageLoss(SMPL(config.data.body_model), self.mesh, config.smpl_loss, config.compat)
+        return Objective(meshes, stage).to(self.device)
+
+    def _people(self) -> SyntheticPeople:
+        config = self.config
+        mesh = self.mesh if self.mesh.name == SYNTHETIC_MESH else load_mesh(SYNTHETIC_MESH)
+        people = SyntheticPeople(mesh, config.seed, config.image_size, config.photographs, config.compile_images)
+        return people.to(self.device)
+
+    def _synthetic_source(self) -> Source:
+        config = self.config
+        if config.mesh != SYNTHETIC_MESH:
+            raise ValueError(f"mesh must be {SYNTHETIC_MESH} to train on synthetic images alone, got {config.mesh!r}")
+        people: Any = self._people()
+        if config.capture_images:
+            people = CapturedPeople(people, config.batch_size // self.world.size)
+        return SyntheticSource(people, config.batch_size, self.device, self.world, config.overfit)
+
+    def _tsv_source(self) -> tuple[Source, int]:
+        """The batches, and how many rows there are."""
+        from fastmetro.data.tsv.dataset import TsvDataset
+        from fastmetro.data.tsv.source import TsvSource as Rows
+        from fastmetro.training.sources import TsvSource, make_sampler
+
+        config, data = self.config, self.config.data
+        sets = [
+            TsvDataset(
+                Rows(path), self._kind, seed=config.seed, size=config.image_size, pixels=data.pixels,
+                compat=config.compat,
+            )
+            for path in data.files
+        ]  # fmt: skip
+        if data.synthetic_share and self._kind != "body":
+            raise ValueError("data.synthetic_share must be 0 for hands: synthetic images show bodies")
+        sampler = make_sampler(
+            sets, data.shares, data.synthetic_share, batch_size=config.batch_size, seed=config.seed, world=self.world
+        )
+        people = self._people() if data.synthetic_share else None
+        source = TsvSource(sets, self.truth, sampler, self.device, data.workers, people)
+        return source, sum(len(part) for part in sets)
+
+    @property
+    def _kind(self) -> Literal["body", "hand"]:
+        return "hand" if self.mesh.part == "hand" else "body"
+
+    @property
+    def truth(self) -> GroundTruth:
+        """Makes labels of the network's mesh from those of TSV files."""
+        from fastmetro.data.ground_truth import ground_truth
+
+        if self._truth is None:
+            self._truth = ground_truth(self.mesh, self.config.data.body_model).to(self.device)
+        return self._truth
+
+    def evaluation(self, count: int) -> Callable[[nn.Module], dict[str, float]] | None:
+        """What measures a network while it is trained, on ``count`` images; None where nothing is to be measured."""
+        if not self.config.eval_count:
+            return None
+
+        def evaluate(network: nn.Module) -> dict[str, float]:
+            report = self._measure(network, count, baselines=False)
+            return {name: float(str(report[name])) for name in METRICS if name in report}
+
+        return evaluate
+
+    def report(self, network: nn.Module) -> dict[str, object]:
+        """All that is measured in the end; printed by the first process."""
+        report = self._measure(network, self.config.eval_count, baselines=True)
+        if self.world.first:
+            print(format_report(report))
+        return report
+
+    def _measure(self, network: nn.Module, count: int, baselines: bool) -> dict[str, object]:
+        config = self.config
+        return evaluate_synthetic(
+            network, count, mesh=self.mesh, photographs=config.photographs, size=config.image_size,
+            baselines=baselines, progress=baselines and self.world.first,
+        )  # fmt: skip
+
+    def show(self, network: nn.Module, batch: Batch) -> Any:
+        """A picture of what the network makes of a batch; see :func:`~fastmetro.training.pictures.batch_picture`."""
+        return batch_picture(network, batch, self.mesh)

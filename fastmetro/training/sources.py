@@ -1,0 +1,209 @@
+"""Where the batches of a training come from: synthetic images, TSV files, or both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from fastmetro.data.labels import MeshLabels
+from fastmetro.data.mixing import MixedSampler, Pick
+from fastmetro.data.mixing import Source as Share
+from fastmetro.data.synthetic.dataset import SyntheticBatch, normalize_images
+from fastmetro.data.tsv.batch import TsvBatch
+from fastmetro.data.tsv.dataset import PackedBatch, TsvDataset, UnusableData
+from fastmetro.data.tsv.loader import MixedDataset, make_loader
+from fastmetro.training.distributed import World
+
+if TYPE_CHECKING:
+    from fastmetro.data.ground_truth import GroundTruth
+
+People = Callable[[Tensor], SyntheticBatch]
+"""int64 sample indices [B] -> images and labels, on the device of the indices."""
+
+
+class SourceFailed(RuntimeError):
+    """No batch could be had: a worker process died, or most rows cannot be used. The training's state is whole."""
+
+
+class Batch(NamedTuple):
+    """This process's share of a step, on its device.
+
+    Attributes:
+        images: normalised [B, 3, H, W], channels last.
+        labels: of the images.
+        skipped: rows that could not be used and were replaced, by problem.
+    """
+
+    images: Tensor
+    labels: MeshLabels
+    skipped: Mapping[str, int] = {}
+
+
+class Source(Protocol):
+    """Batches by step, the same for a step whenever it is asked for; steps are asked for one after the other."""
+
+    def __call__(self, step: int) -> Batch:
+        """The batch of a step.
+
+        Raises:
+            SourceFailed: there is none.
+        """
+
+
+@dataclass(frozen=True)
+class SyntheticSource:
+    """Synthetic images, made on the device; no two steps share one.
+
+    Attributes:
+        people: makes them.
+        batch_size: of all processes together.
+        device: of the images.
+        world: the processes that share a batch; each makes its own part.
+        overfit: repeat the first so many images; 0: never one.
+    """
+
+    people: People
+    batch_size: int
+    device: torch.device
+    world: World = field(default_factory=World)
+    overfit: int = 0
+
+    def indices(self, step: int) -> Tensor:
+        """int64, the samples of this process in a step."""
+        count = self.batch_size // self.world.size
+        first = step * self.batch_size + self.world.rank * count
+        indices = torch.arange(first, first + count, device=self.device)
+        return indices % self.overfit if self.overfit else indices
+
+    def __call__(self, step: int) -> Batch:
+        """See :class:`Source`."""
+        batch = self.people(self.indices(step))
+        return Batch(_channels_last(normalize_images(batch.images)), batch.labels)
+
+
+class TsvSource:
+    """Rows of TSV files, read ahead by worker processes, and synthetic images among them.
+
+    Args:
+        sets: data sets for training.
+        truth: makes labels of the network's mesh from a batch.
+        sampler: deals the samples; its sources are the sets in order and, with people, the synthetic images.
+        device: of the batches.
+        workers: processes that read ahead; 0 reads in this one.
+        people: makes the synthetic images; of those of another mesh than the network's only the joints count.
+    """
+
+    def __init__(
+        self,
+        sets: Sequence[TsvDataset],
+        truth: GroundTruth,
+        sampler: MixedSampler,
+        device: torch.device,
+        workers: int,
+        people: People | None = None,
+    ) -> None:
+        self._sets, self._truth, self._sampler, self._people = list(sets), truth, sampler, people
+        self._device, self._workers = device, workers
+        self._batches: Iterator[Any] | None = None
+        self._next = -1
+
+    def __call__(self, step: int) -> Batch:
+        """See :class:`Source`. A step that does not follow the one before starts the workers anew."""
+        if self._batches is None or step != self._next:
+            self._batches = self._read_from(step)
+        self._next = step + 1
+        batch = self._read(step).to(self._device)
+        read = Batch(_channels_last(batch.images), self._truth(batch), batch.skipped)
+        if self._people is None:
+            return read
+        synthetic = [pick.row for pick in self._sampler.picks(step) if pick.source == len(self._sets)]
+        return _joined(read, self._people(torch.tensor(synthetic, device=self._device))) if synthetic else read
+
+    def _read(self, step: int) -> TsvBatch | PackedBatch:
+        assert self._batches is not None
+        try:
+            return next(self._batches)
+        except (RuntimeError, OSError, UnusableData) as error:
+            self._batches = None
+            raise SourceFailed(f"the samples of step {step} could not be read: {error}") from error
+
+    def _read_from(self, step: int) -> Iterator[Any]:
+        sets: list[TsvDataset | None] = [*self._sets, None] if self._people is not None else [*self._sets]
+        steps = _Steps(self._sampler, step)
+        pin = self._device.type == "cuda"
+        return iter(make_loader(MixedDataset(sets), steps, workers=self._workers, pin_memory=pin))
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """The sampler's steps from one on."""
+
+    sampler: MixedSampler
+    first: int
+
+    def __iter__(self) -> Iterator[list[Pick]]:
+        step = self.first
+        while True:
+            yield self.sampler.picks(step)
+            step += 1
+
+
+def make_sampler(
+    sets: Sequence[TsvDataset],
+    shares: Sequence[float],
+    synthetic_share: float,
+    *,
+    batch_size: int,
+    seed: int,
+    world: World,
+) -> MixedSampler:
+    """Deals samples from sets and synthetic images.
+
+    Args:
+        sets: with rows.
+        shares: of each set among the sets; by their lengths where empty.
+        synthetic_share: of synthetic images in all samples, 0 <= share < 1.
+        batch_size, seed, world: of the training.
+
+    Raises:
+        ValueError: as many shares as sets are accepted, all positive.
+    """
+    if shares and len(shares) != len(sets):
+        raise ValueError(f"data.shares must be one share per file, got {len(shares)} for {len(sets)} files")
+    parts = list(shares) or [float(len(part)) for part in sets]
+    read = [share / sum(parts) * (1 - synthetic_share) for share in parts]
+    sources = [Share(share, len(part)) for share, part in zip(read, sets, strict=True)]
+    if synthetic_share:
+        sources.append(Share(synthetic_share))
+    return MixedSampler(sources, batch_size, seed, rank=world.rank, world_size=world.size)
+
+
+def _joined(read: Batch, made: SyntheticBatch) -> Batch:
+    """Both, one after the other. Vertices of another mesh are left out, and so are labels that not both have."""
+    ours, theirs = read.labels, made.labels
+    if theirs.vertices.shape[1:] != ours.vertices.shape[1:]:
+        empty = ours.vertices.new_zeros((len(theirs.vertices), *ours.vertices.shape[1:]))
+        values = {**vars(theirs), "vertices": empty, "has_vertices": torch.zeros_like(theirs.has_vertices)}
+    else:
+        values = dict(vars(theirs))
+    if ours.joints_3d.shape[-1] == 4 and theirs.joints_3d.shape[-1] == 3:  # confidences
+        values["joints_3d"] = torch.cat([theirs.joints_3d, torch.ones_like(theirs.joints_3d[..., :1])], -1)
+    joined: dict[str, Any] = {}
+    for item in fields(MeshLabels):
+        mine, other = getattr(ours, item.name), values[item.name]
+        joined[item.name] = None if mine is None else torch.cat([mine, _filled(other, mine, len(made.images))])
+    images = torch.cat([read.images, normalize_images(made.images)])
+    return Batch(_channels_last(images), MeshLabels(**joined), read.skipped)
+
+
+def _filled(value: Tensor | None, like: Tensor, count: int) -> Tensor:
+    """The value, or zeros for labels that synthetic people of another mesh do not have."""
+    return like.new_zeros((count, *like.shape[1:])) if value is None else value.to(like.dtype)
+
+
+def _channels_last(images: Tensor) -> Tensor:
+    return images.contiguous(memory_format=torch.channels_last)

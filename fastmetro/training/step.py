@@ -1,0 +1,182 @@
+"""One training step on a batch that is on the device: eager, or as one CUDA graph."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastmetro.data.labels import MeshLabels
+from fastmetro.training.distributed import World
+from fastmetro.training.objective import Objective
+
+Precision = Literal["bf16", "fp16", "fp32"]
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_WARM_UPS = 3
+Network = Callable[[Tensor], Mapping[str, Tensor]]
+
+
+def map_labels(labels: MeshLabels, change: Callable[[Tensor], Tensor]) -> MeshLabels:
+    """The labels with every tensor that is there changed."""
+    found = {field.name: getattr(labels, field.name) for field in fields(labels)}
+    changed: dict[str, Any] = {name: change(value) for name, value in found.items() if isinstance(value, Tensor)}
+    return replace(labels, **changed)
+
+
+class TrainingStep:
+    """Forward pass, loss, backward pass, mean of the gradients over processes, clipping, update. Nothing waits.
+
+    Args:
+        model: whose parameters are trained.
+        network: the model, or what torch.compile made of it.
+        objective: the losses.
+        optimizer: over the model's parameters.
+        clip: largest global norm of the gradient.
+        precision: of the forward pass, by autocast; "fp16" scales the loss.
+        accumulate: into how many parts a batch is split, whose gradients are summed.
+        world: the processes that share the batch.
+
+    Attributes:
+        names: of the values that a step returns.
+        scaler: of the loss; it does nothing unless the precision is "fp16".
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        network: Network,
+        objective: Objective,
+        optimizer: torch.optim.Optimizer,
+        *,
+        clip: float,
+        precision: Precision,
+        accumulate: int = 1,
+        world: World = World(),  # noqa: B008 - frozen
+    ) -> None:
+        self.model, self.network, self.objective, self.optimizer = model, network, objective, optimizer
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.device = self.parameters[0].device
+        self.clip, self.precision, self.accumulate, self.world = clip, precision, accumulate, world
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
+        self.names = ("loss", "gradient_norm", *objective.term_names)
+
+    def __call__(self, images: Tensor, labels: MeshLabels) -> Tensor:
+        """Train on this process's share of a batch.
+
+        Returns:
+            float32 [len(names)]; over processes their means are the values of the whole batch. The norm is that
+            before clipping, 0 where the step was left out because its gradient was not finite ("fp16").
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        values = self._gradients(images, labels)
+        self.world.average_gradients(self.parameters)
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.precision == "fp16":
+            norm = torch.where(norm.isfinite(), norm, 0.0)
+        return torch.cat([values[:1], norm.detach().float().view(1), values[1:]])
+
+    def _gradients(self, images: Tensor, labels: MeshLabels) -> Tensor:
+        """Adds up the gradients of all parts; returns the loss and its terms."""
+        counts = None
+        if self.accumulate > 1 or self.world.size > 1:
+            counts = self.world.sum(self.objective.counts(labels)) / self.world.size
+        total: Tensor | None = None
+        for part in range(self.accumulate):
+            place = slice(part * len(images) // self.accumulate, (part + 1) * len(images) // self.accumulate)
+            loss, values = self._forward(images[place], map_labels(labels, operator.itemgetter(place)), counts)
+            self.scaler.scale(loss).backward()
+            total = values if total is None else total + values
+        assert total is not None
+        return total
+
+    def _forward(self, images: Tensor, labels: MeshLabels, counts: Tensor | None) -> tuple[Tensor, Tensor]:
+        dtype = _DTYPES.get(self.precision, torch.bfloat16)
+        with torch.autocast(self.device.type, dtype, enabled=self.precision != "fp32"):
+            outputs = self.network(images)
+        loss, terms = self.objective(outputs, labels, counts)
+        return loss, torch.stack([loss.detach(), *(terms[name] for name in self.objective.term_names)]).float()
+
+
+class CapturedStep:
+    """A step as one CUDA graph, replayed for batches of one size.
+
+    Capturing runs the step a few times; weights, statistics, optimizer and random numbers are put back afterwards.
+
+    Args:
+        step: in float32 or bfloat16, with a capturable optimizer.
+        images, labels: a batch like those that will come.
+
+    Raises:
+        ValueError: the step cannot be captured.
+    """
+
+    def __init__(self, step: TrainingStep, images: Tensor, labels: MeshLabels) -> None:
+        if step.device.type != "cuda":
+            raise ValueError(f"a step can be captured on a CUDA device only, got {step.device}")
+        if step.precision == "fp16":
+            raise ValueError("a step in fp16 cannot be captured: its loss scale changes; use bf16 or fp32")
+        self.names = step.names
+        self._images = images.clone(memory_format=torch.preserve_format)
+        self._labels = map_labels(labels, Tensor.clone)
+        before = _Snapshot(step)
+        side = torch.cuda.Stream(step.device)
+        side.wait_stream(torch.cuda.current_stream(step.device))
+        with torch.cuda.stream(side):
+            for _ in range(_WARM_UPS):
+                step(self._images, self._labels)
+        torch.cuda.current_stream(step.device).wait_stream(side)
+        step.optimizer.zero_grad(set_to_none=True)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._values = step(self._images, self._labels)
+        before.restore(step)
+
+    def __call__(self, images: Tensor, labels: MeshLabels) -> Tensor:
+        """As :meth:`TrainingStep.__call__`; the next call overwrites what is returned.
+
+        Raises:
+            ValueError: the batch has another shape than that of the capture.
+        """
+        if images.shape != self._images.shape:
+            raise ValueError(f"images must be {list(self._images.shape)}, as captured, got {list(images.shape)}")
+        self._images.copy_(images)
+        for field in fields(labels):
+            mine, theirs = getattr(self._labels, field.name), getattr(labels, field.name)
+            if isinstance(mine, Tensor):
+                mine.copy_(theirs)
+        self._graph.replay()
+        return self._values
+
+
+class _Snapshot:
+    """Everything that a step changes."""
+
+    def __init__(self, step: TrainingStep) -> None:
+        self._tensors = [(value, value.detach().clone()) for value in _state(step.model)]
+        self._optimizer = {
+            parameter: {name: value.clone() for name, value in values.items() if isinstance(value, Tensor)}
+            for parameter, values in step.optimizer.state.items()
+        }
+        self._random = torch.cuda.get_rng_state(step.device)
+
+    @torch.no_grad()
+    def restore(self, step: TrainingStep) -> None:
+        for value, before in self._tensors:
+            value.copy_(before)
+        for parameter, values in step.optimizer.state.items():
+            saved = self._optimizer.get(parameter, {})
+            for name, value in values.items():
+                if isinstance(value, Tensor):
+                    value.copy_(saved[name]) if name in saved else value.zero_()
+        torch.cuda.set_rng_state(self._random, step.device)
+
+
+def _state(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]

@@ -1,0 +1,122 @@
+"""Several processes train as one does."""
+
+from __future__ import annotations
+
+import csv
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from small_network import MESH, SmallNetwork, labelled
+
+from fastmetro.training.config import TrainConfig
+from fastmetro.training.distributed import World, open_world
+from fastmetro.training.losses import MeshRecoveryLoss
+from fastmetro.training.objective import Objective
+from fastmetro.training.sources import Batch, SyntheticSource
+from fastmetro.training.trainer import Trainer
+
+SETTINGS = {"batch_size": 12, "steps": 12, "log_every": 3, "save_every": 6, "precision": "fp32", "learning_rate": 1e-2}
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def run_processes(work, count: int, *arguments) -> None:
+    """`work(rank, *arguments)` in as many processes, in the environment that torchrun gives them."""
+    mp.spawn(_in_process, (work, count, free_port(), arguments), nprocs=count)
+
+
+def _in_process(rank: int, work, count: int, port: int, arguments) -> None:
+    torch.set_num_threads(1)
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in names.items()})
+    work(rank, *arguments)
+
+
+def train(output: Path, world: World, device: torch.device, dropout: float = 0.0, stop: int = 99, **options) -> Trainer:
+    torch.manual_seed(world.rank)  # rank 0's weights count
+    config = TrainConfig(output=output, **(SETTINGS | options))
+    indices = SyntheticSource(None, config.batch_size, device, world).indices
+
+    def source(step: int) -> Batch:
+        if step == stop:
+            trainer._stop = world.first  # as a signal does, in one process only
+        return Batch(*labelled(indices(step)))
+
+    trainer = Trainer(config, SmallNetwork(dropout), Objective(MeshRecoveryLoss(MESH)), source, world=world)
+    trainer.run()
+    return trainer
+
+
+def _train_in(rank: int, output: Path, options: dict) -> None:
+    with open_world("cpu") as (world, device):
+        assert world.rank == rank
+        trainer = train(output, world, device, **options)
+        weights = torch.cat([p.detach().reshape(-1) for p in trainer.model.parameters()])
+        assert all(torch.equal(weights, other) for other in world.gather(weights))
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "log.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize(("count", "accumulate"), [(2, 1), (3, 2)])
+def test_the_curve_is_that_of_one_process(count: int, accumulate: int, tmp_path: Path) -> None:
+    """Losses, terms and gradient norms, although samples of different processes have different labels."""
+    train(tmp_path / "one", World(), torch.device("cpu"))
+    run_processes(_train_in, count, tmp_path / "many", {"accumulate": accumulate})
+    one, many = rows(tmp_path / "one"), rows(tmp_path / "many")
+    assert [row["step"] for row in many] == ["3", "6", "9", "12"]
+    for a, b in zip(one, many, strict=True):
+        for name in ("loss", "gradient_norm", "token_joints_3d", "mesh_joints_2d", "vertices_fine", "learning_rate"):
+            assert float(b[name]) == pytest.approx(float(a[name]), rel=2e-5, abs=2e-6), name
+
+
+def test_a_stopped_run_goes_on_with_the_same_bits(tmp_path: Path) -> None:
+    """With dropout, whose random numbers every process has for itself; a signal that reaches one stops all."""
+    run_processes(_train_in, 2, tmp_path / "whole", {"dropout": 0.3})
+    run_processes(_train_in, 2, tmp_path / "parts", {"dropout": 0.3, "stop": 4})
+    assert torch.load(tmp_path / "parts" / "checkpoint.pt", weights_only=True)["step"] == 6  # at the next report
+    run_processes(_train_in, 2, tmp_path / "parts", {"dropout": 0.3, "resume": True})
+    whole, parts = (torch.load(tmp_path / x / "checkpoint.pt", weights_only=True) for x in ("whole", "parts"))
+    assert whole["step"] == parts["step"] == 12
+    assert all(torch.equal(value, parts["model"][name]) for name, value in whole["model"].items())
+    assert [row["loss"] for row in rows(tmp_path / "whole")] == [row["loss"] for row in rows(tmp_path / "parts")]
+
+
+def _average(rank: int) -> None:
+    with open_world("cpu") as (world, _):
+        first, second, without = (torch.nn.Parameter(torch.zeros(2, 3)) for _ in range(3))
+        second.data = second.data.double()
+        first.grad = torch.full((3, 2), float(rank)).T  # not contiguous
+        second.grad = torch.full((2, 3), 10.0 * rank, dtype=torch.float64)
+        world.average_gradients([first, second, without])
+        assert torch.equal(first.grad, torch.full((2, 3), 1.0))
+        assert torch.equal(second.grad, torch.full((2, 3), 10.0, dtype=torch.float64))
+        assert without.grad is None
+        assert world.any(rank == 2, torch.device("cpu")) and not world.any(False, torch.device("cpu"))
+        assert world.gather(rank) == [0, 1, 2]
+
+
+def test_gradients_are_averaged() -> None:
+    run_processes(_average, 3)
+
+
+def test_alone_there_is_nothing_to_do() -> None:
+    with open_world("cpu") as (world, device):
+        assert world == World() and device == torch.device("cpu")
+        assert world.any(True, device) and world.gather(3) == [3]
+
+
+def test_numbered_devices_are_for_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="under torchrun, got 'cuda:1'"), open_world("cuda:1"):
+        pass

@@ -1,0 +1,138 @@
+"""A run that is killed, or cannot write, or loses a worker, keeps its last good state and goes on from it."""
+
+from __future__ import annotations
+
+import csv
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from small_network import MESH, SmallNetwork, labelled
+from test_sources import tables
+
+from fastmetro.training.config import TrainConfig
+from fastmetro.training.losses import MeshRecoveryLoss
+from fastmetro.training.objective import Objective
+from fastmetro.training.sources import Batch, SourceFailed, SyntheticSource
+from fastmetro.training.trainer import Trainer, TrainingFailed
+
+OPTIONS = ["--batch-size", "4", "--image-size", "32", "--eval-count", "0", "--device", "cpu", "--steps", "8",
+           "--precision", "fp32", "--dropout", "0.1", "--log-every", "1", "--save-every", "2", "--no-photographs",
+           "--data.workers", "1", "--data.synthetic-share", "0.25"]  # fmt: skip
+
+
+def command(data: Path, output: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "fastmetro", "train", "--output", str(output), "--data.files", str(data), *OPTIONS,
+            *more]  # fmt: skip
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "log.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def values(folder: Path) -> list[dict[str, str]]:
+    """The log without what a clock says."""
+    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows(folder)]
+
+
+def test_a_killed_run_goes_on_with_the_same_bits(tmp_path: Path) -> None:
+    """SIGKILL twice, at some moment; rows of TSV files and synthetic images, workers, dropout, an average."""
+    data = tables(tmp_path / "data", 11)
+    subprocess.run(command(data, tmp_path / "whole"), check=True, capture_output=True, timeout=300)
+    parts, resume = tmp_path / "parts", []
+    for steps in (3, 6):
+        process = subprocess.Popen(command(data, parts, *resume), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 200
+        while not ((parts / "log.csv").is_file() and len(rows(parts)) >= steps):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        (parts / ".checkpoint.pt.x.part").write_bytes(b"as if killed while it saved")
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        resume = ["--resume"]
+    subprocess.run(command(data, parts, *resume), check=True, capture_output=True, timeout=300)
+    assert values(parts) == values(tmp_path / "whole") and len(values(parts)) == 8
+    whole, other = (torch.load(x / "checkpoint.pt", weights_only=True) for x in (tmp_path / "whole", parts))
+    for part in ("model", "average"):
+        assert all(torch.equal(value, other[part][name]) for name, value in whole[part].items())
+    assert not list(parts.glob(".*.part"))
+
+
+def small(output: Path, source=None, **options) -> Trainer:
+    torch.manual_seed(0)
+    settings = {"batch_size": 8, "steps": 12, "log_every": 2, "save_every": 4, "precision": "fp32", **options}
+    config = TrainConfig(output=output, **settings)
+    indices = SyntheticSource(None, 8, torch.device("cpu")).indices
+    usual = lambda step: Batch(*labelled(indices(step)))  # noqa: E731
+    return Trainer(config, SmallNetwork(), Objective(MeshRecoveryLoss(MESH)), source or usual)
+
+
+def _on_a_full_disk(rank: int, output: Path, result: Path) -> None:
+    trainer = small(output)
+    save = trainer.state.save
+
+    def limited(*arguments) -> None:
+        if trainer.state.step == 8:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+        save(*arguments)
+
+    trainer.state.save = limited
+    try:
+        trainer.run()
+    except TrainingFailed as error:
+        result.write_text(str(error))
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path) -> None:
+    """A file cannot grow beyond 3,000 bytes, as on a disk that is full."""
+    output, result = tmp_path / "run", tmp_path / "result"
+    mp.spawn(_on_a_full_disk, (output, result))
+    assert "could not be written" in result.read_text()
+    assert f"the last good state is in {output / 'checkpoint.pt'}" in result.read_text()
+    assert {path.name for path in output.iterdir()} == {"checkpoint.pt", "log.csv"}
+    trainer = small(output, resume=True)
+    assert trainer.state.step == 4 and trainer.run()
+
+
+def test_a_source_that_fails_keeps_every_step(tmp_path: Path) -> None:
+    usual = small(tmp_path / "whole").source
+
+    def failing(step: int) -> Batch:
+        if step == 7:
+            raise SourceFailed("the samples of step 7 could not be read: a worker died")
+        return usual(step)
+
+    trainer = small(tmp_path / "run", failing)
+    with pytest.raises(TrainingFailed, match=r"step 7 could not be read.*last good state is in .*checkpoint\.pt"):
+        trainer.run()
+    assert torch.load(trainer.checkpoint, weights_only=True)["step"] == 7
+    assert small(tmp_path / "run", resume=True).run()
+    whole = small(tmp_path / "whole2")
+    whole.run()
+    again = torch.load(trainer.checkpoint, weights_only=True)["model"]
+    assert all(torch.equal(value, again[name]) for name, value in whole.model.state_dict().items())
+
+
+def test_bad_rows_are_counted_in_the_log(tmp_path: Path) -> None:
+    usual = small(tmp_path / "x").source
+    trainer = small(tmp_path / "run", lambda step: usual(step)._replace(skipped={"broken image": 1} if step > 2 else {}))
+    trainer.run()
+    assert [row["skipped"] for row in rows(tmp_path / "run")] == ["0", "1", "3", "5", "7", "9"]
+
+
+def test_a_row_that_was_cut_off_is_dropped(tmp_path: Path) -> None:
+    trainer = small(tmp_path)
+    trainer.run()
+    log = tmp_path / "log.csv"
+    lines = log.read_text().splitlines(keepends=True)
+    log.write_text("".join(lines[:4]) + lines[4][:9])
+    small(tmp_path, resume=True)
+    assert log.read_text().splitlines(keepends=True) == lines[:4]

