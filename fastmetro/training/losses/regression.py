@@ -81,9 +81,3 @@ class JointRegression(nn.Module):
         if self.root_weights is None:
             return joints
         return joints - (self.root_weights.to(joints.dtype) * joints).sum(dim=1, keepdim=True)
-
-    def centre_labels(self, joints: Tensor, readable: Tensor) -> Tensor:
-        """True joints [B, J, 3] relative to their root; what is not ``readable`` ([B, J] or [B, 1]) may hold NaN."""
-        if self.root_weights is None:
-            return joints
-        return self.centre(torch.where(readable.unsqueeze(-1), joints, 0.0))
