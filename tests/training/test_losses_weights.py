@@ -79,3 +79,5 @@ def test_what_does_not_fit_the_mesh_is_named():
     for name, value in bad.items():
         with pytest.raises(ValueError, match=rf"labels\.{name} must be \[3"):
             loss(outputs, dataclasses.replace(labels, **{name: value}))
+    with pytest.raises(ValueError, match=r"counts must be \[7\], one for each of .*, got \[3\]"):
+        loss(outputs, labels, torch.ones(3))

@@ -150,7 +150,7 @@ class MeshRecoveryLoss(nn.Module):
                 the averages of loss, terms and gradients are those of the whole batch in one process.
 
         Raises:
-            ValueError: an output is missing, or a label has another shape than the mesh or the outputs.
+            ValueError: an output is missing, or a label or ``counts`` has another shape than the mesh or the terms.
         """
         check_labels(labels, self.regression.num_vertices, self.regression.num_joints)
         missing = [name for name in self._outputs if name not in outputs]

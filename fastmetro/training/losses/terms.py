@@ -54,7 +54,12 @@ def combine(sums: Mapping[str, Tensor], counts: Tensor, factors: Tensor) -> tupl
     """Weighted total and detached means of sums (scalars, in the order of ``counts`` and ``factors``, both [T]).
 
     Where a count is 0 the mean is 0.
+
+    Raises:
+        ValueError: ``counts`` has another shape.
     """
+    if counts.shape != factors.shape:
+        raise ValueError(f"counts must be {list(factors.shape)}, one for each of {list(sums)}, got {list(counts.shape)}")
     means = torch.stack(list(sums.values())) / (counts + (counts == 0))
     first, *others = (means * factors).unbind()
     return sum(others, start=first), dict(zip(sums, means.detach().unbind(), strict=True))
