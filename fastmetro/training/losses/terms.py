@@ -59,7 +59,7 @@ def combine(sums: Mapping[str, Tensor], counts: Tensor, factors: Tensor) -> tupl
         ValueError: ``counts`` has another shape.
     """
     if counts.shape != factors.shape:
-        raise ValueError(f"counts must be {list(factors.shape)}, one for each of {list(sums)}, got {list(counts.shape)}")
+        raise ValueError(f"counts must be [{len(factors)}], one for each of {list(sums)}, got {list(counts.shape)}")
     means = torch.stack(list(sums.values())) / (counts + (counts == 0))
     first, *others = (means * factors).unbind()
     return sum(others, start=first), dict(zip(sums, means.detach().unbind(), strict=True))
