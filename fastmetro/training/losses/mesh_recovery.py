@@ -9,17 +9,17 @@ from torch import Tensor, nn
 
 from fastmetro.data.labels import MeshLabels
 from fastmetro.meshes.mesh import Mesh
-from fastmetro.training.losses.availability import (
+from fastmetro.training.losses.regression import JointRegression, MeshJoints
+from fastmetro.training.losses.surface import SurfaceTerms
+from fastmetro.training.losses.targets import (
     JOINTS_2D,
     JOINTS_3D,
     VERTICES,
-    Availability,
-    availability,
+    Targets,
     check_labels,
+    prepare_targets,
 )
-from fastmetro.training.losses.regression import JointRegression, MeshJoints
-from fastmetro.training.losses.surface import SurfaceTerms
-from fastmetro.training.losses.terms import combine, confident_l1_sum, l1_sum, weak_perspective
+from fastmetro.training.losses.terms import combine, l1_sum, weak_perspective, weighted_l1_sum
 from fastmetro.training.losses.weights import Compat, LossWeights
 
 _SURFACE = ("edge_lengths", "edge_self", "normals")
@@ -135,7 +135,7 @@ class MeshRecoveryLoss(nn.Module):
 
     def counts(self, labels: MeshLabels) -> Tensor:
         """The denominators of the terms, float32 [T] in the order of ``term_names``; see ``forward``."""
-        return self._counts(self._available(labels, torch.float32))
+        return self._counts(self._targets(labels, torch.float32))
 
     def forward(
         self, outputs: Mapping[str, Tensor], labels: MeshLabels, counts: Tensor | None = None
@@ -150,7 +150,7 @@ class MeshRecoveryLoss(nn.Module):
                 the averages of loss, terms and gradients are those of the whole batch in one process.
 
         Raises:
-            ValueError: an output is missing, or a label has another shape than the mesh or the outputs.
+            ValueError: an output is missing, or a label or ``counts`` has another shape than the mesh or the terms.
         """
         check_labels(labels, self.regression.num_vertices, self.regression.num_joints)
         missing = [name for name in self._outputs if name not in outputs]
@@ -158,39 +158,33 @@ class MeshRecoveryLoss(nn.Module):
             raise ValueError(f"outputs must have {', '.join(self._outputs)}; {', '.join(missing)} missing")
         dtype = torch.promote_types(torch.float32, outputs["pred_3d_vertices_fine"].dtype)
         with torch.autocast(labels.vertices.device.type, enabled=False):
-            available = self._available(labels, dtype)
+            targets = self._targets(labels, dtype)
             values = {name: outputs[name].to(dtype) for name in self._outputs}
             mesh_joints = self.regression(values["pred_3d_vertices_fine"])
-            sums = self._joint_sums(values, mesh_joints, labels, available)
+            sums = self._joint_sums(values, mesh_joints, targets)
             sums |= self._vertex_sums(values, mesh_joints, labels)
             ordered = {name: sums[name] for name in self.term_names}
-            return combine(ordered, self._counts(available) if counts is None else counts, self.factors)
+            return combine(ordered, self._counts(targets) if counts is None else counts, self.factors)
 
-    def _available(self, labels: MeshLabels, dtype: torch.dtype) -> Availability:
-        return availability(labels, dtype, self._roots, self.compat == "published")
+    def _targets(self, labels: MeshLabels, dtype: torch.dtype) -> Targets:
+        return prepare_targets(labels, dtype, self._roots, self.compat == "published")
 
-    def _counts(self, available: Availability) -> Tensor:
-        return (self.sizes * available.amounts).sum(dim=1)
+    def _counts(self, targets: Targets) -> Tensor:
+        return (self.sizes * targets.amounts).sum(dim=1)
 
-    def _joint_sums(
-        self, values: Mapping[str, Tensor], mesh_joints: MeshJoints, labels: MeshLabels, available: Availability
-    ) -> dict[str, Tensor]:
+    def _joint_sums(self, values: Mapping[str, Tensor], mesh_joints: MeshJoints, targets: Targets) -> dict[str, Tensor]:
         joints = {"mesh": (mesh_joints.to_compare, mesh_joints.to_project)}
         if "pred_3d_joints" in values:
             tokens = self.regression.centre(values["pred_3d_joints"])
             joints["token"] = (tokens, tokens)
-        goal = self.regression.centre_labels(
-            labels.joints_3d[..., :3].to(mesh_joints.to_compare.dtype), available.readable_3d
-        )
+        goal = self.regression.centre(targets.joints_3d)
         sums: dict[str, Tensor] = {}
         for source, (to_compare, to_project) in joints.items():
             if f"{source}_joints_3d" in self.term_names:
-                sums[f"{source}_joints_3d"] = confident_l1_sum(to_compare, goal, available.joints_3d)
+                sums[f"{source}_joints_3d"] = weighted_l1_sum(to_compare, goal, targets.confidence_3d)
             if f"{source}_joints_2d" in self.term_names:
                 projected = weak_perspective(to_project, values["pred_cam"])
-                sums[f"{source}_joints_2d"] = confident_l1_sum(
-                    projected, labels.joints_2d[..., :2], available.joints_2d
-                )
+                sums[f"{source}_joints_2d"] = weighted_l1_sum(projected, targets.joints_2d, targets.confidence_2d)
         return sums
 
     def _vertex_sums(

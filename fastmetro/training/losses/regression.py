@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+import scipy.sparse as sp
 import torch
 from torch import Tensor, nn
 
 from fastmetro.meshes.mesh import Mesh
+from fastmetro_kernels import SparseMatrix, sparse_upsample
 
 
 class MeshJoints(NamedTuple):
@@ -28,6 +30,8 @@ class MeshJoints(NamedTuple):
 class JointRegression(nn.Module):
     """Linear regression of a mesh's joints, by one matrix product.
 
+    Centred regressions are products with a sparse matrix, in full precision whatever is allowed for matrix products.
+
     Args:
         mesh: its joint regressor, its root joints and, if there, its regressor "h36m", whose first joint is the pelvis.
         centred: take joints relative to their root: the mean of the root joints.
@@ -37,53 +41,44 @@ class JointRegression(nn.Module):
         ValueError: the mesh has no joint regressor.
     """
 
-    matrix: Tensor
-    origin_row: Tensor | None
-    root_weights: Tensor | None
+    dense: Tensor
+    root_weights: Tensor
 
     def __init__(self, mesh: Mesh, centred: bool, published: bool = False) -> None:
         super().__init__()
         if mesh.joint_regressor is None:
             raise ValueError(f"mesh {mesh.name!r} has no joint regressor")
+        self.centred = centred
+        self.num_joints, self.num_vertices = mesh.joint_regressor.shape
+        if not centred:
+            # Dense as it has always been: another order of summation would change the bits of training runs.
+            self.register_buffer("dense", torch.from_numpy(mesh.joint_regressor.toarray()).float(), persistent=False)
+            return
         joints = mesh.joint_regressor.toarray().astype(np.float64)
-        self.num_joints, self.num_vertices = joints.shape
-        self.separate = centred and published and "h36m" in mesh.regressors
-        matrix, origin, weights = joints, None, None
-        if centred:
-            weights = np.zeros((self.num_joints, 1))
-            weights[list(mesh.root_joints)] = 1 / len(mesh.root_joints)
-            root = weights.T @ joints
-            origin = mesh.regressors["h36m"].toarray()[:1] if "h36m" in mesh.regressors else root
-            projected = [joints - origin] if self.separate else []
-            matrix = np.concatenate([joints - root, *projected, origin])
-        self.register_buffer("matrix", torch.from_numpy(matrix).float(), persistent=False)
-        for name, array in (("origin_row", origin), ("root_weights", weights)):
-            self.register_buffer(name, None if array is None else torch.from_numpy(array).float(), persistent=False)
+        weights = np.zeros((self.num_joints, 1))
+        weights[list(mesh.root_joints)] = 1 / len(mesh.root_joints)
+        root = weights.T @ joints
+        origin = mesh.regressors["h36m"].toarray()[:1] if "h36m" in mesh.regressors else root
+        blocks = [joints - root, joints - origin, origin] if published else [joints - root, origin]
+        self._block_sizes = [len(block) for block in blocks]
+        self.blocks = SparseMatrix(sp.csr_matrix(np.concatenate(blocks)))
+        self.origin_row = SparseMatrix(sp.csr_matrix(origin, dtype=np.float64))
+        self.register_buffer("root_weights", torch.from_numpy(weights).float(), persistent=False)
 
     def forward(self, vertices: Tensor) -> MeshJoints:
         """Joints of fine meshes [B, M, 3]."""
-        joints = self.matrix.to(vertices.dtype) @ vertices
-        if self.origin_row is None:
+        if not self.centred:
+            joints = self.dense.to(vertices.dtype) @ vertices
             return MeshJoints(joints, joints, None)
-        compare, rest = joints.split([self.num_joints, joints.shape[1] - self.num_joints], dim=1)
-        if self.separate:
-            project, origin = rest.split([self.num_joints, 1], dim=1)
-            return MeshJoints(compare, project, origin)
-        return MeshJoints(compare, compare, rest)
+        blocks = sparse_upsample(vertices, self.blocks).split(self._block_sizes, dim=1)
+        return MeshJoints(blocks[0], blocks[-2], blocks[-1])
 
     def origin(self, vertices: Tensor) -> Tensor:
         """What the vertices of fine meshes [B, M, 3] are relative to, [B, 1, 3]; centred regressions only."""
-        assert self.origin_row is not None
-        return self.origin_row.to(vertices.dtype) @ vertices
+        return sparse_upsample(vertices, self.origin_row)
 
     def centre(self, joints: Tensor) -> Tensor:
         """Joints [B, J, 3] relative to their root; as they are where the regression is not centred."""
-        if self.root_weights is None:
+        if not self.centred:
             return joints
         return joints - (self.root_weights.to(joints.dtype) * joints).sum(dim=1, keepdim=True)
-
-    def centre_labels(self, joints: Tensor, readable: Tensor) -> Tensor:
-        """True joints [B, J, 3] relative to their root; what is not ``readable`` ([B, J] or [B, 1]) may hold NaN."""
-        if self.root_weights is None:
-            return joints
-        return self.centre(torch.where(readable.unsqueeze(-1), joints, 0.0))

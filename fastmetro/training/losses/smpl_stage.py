@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from fastmetro.data.labels import MeshLabels
 from fastmetro.meshes.mesh import Mesh
 from fastmetro.meshes.smpl import NUM_BETAS, SMPL
-from fastmetro.training.losses.availability import Availability, availability, check_labels
 from fastmetro.training.losses.regression import JointRegression
-from fastmetro.training.losses.terms import combine, confident_l1_sum, l1_sum, squared_sum, weak_perspective
+from fastmetro.training.losses.targets import Targets, check_labels, prepare_targets
+from fastmetro.training.losses.terms import combine, l1_sum, squared_sum, weak_perspective, weighted_l1_sum
 from fastmetro.training.losses.weights import Compat
 
 
@@ -87,7 +87,7 @@ class SMPLStageLoss(nn.Module):
 
     def counts(self, labels: MeshLabels) -> Tensor:
         """The denominators of the terms, float32 [5]; see `MeshRecoveryLoss.forward`."""
-        return self._counts(self._available(labels, torch.float32))
+        return self._counts(self._targets(labels, torch.float32))
 
     def total(self, stage_loss: Tensor, mesh_loss: Tensor) -> Tensor:
         """What is minimised: both losses with their weights."""
@@ -114,33 +114,32 @@ class SMPLStageLoss(nn.Module):
         check_labels(labels, self.regression.num_vertices, self.regression.num_joints)
         dtype = torch.promote_types(torch.float32, outputs["pred_rotmat"].dtype)
         with torch.autocast(labels.vertices.device.type, enabled=False):
-            available = self._available(labels, dtype)
+            targets = self._targets(labels, dtype)
             rotations, betas = outputs["pred_rotmat"].to(dtype), outputs["pred_betas"].to(dtype)
             sums = {
                 "smpl_rotations": squared_sum(rotations, labels.pose_rotations, labels.has_vertices),
                 "smpl_betas": squared_sum(betas, labels.betas, labels.has_vertices),
-                **self._mesh_sums(rotations, betas, outputs["pred_cam"].detach().to(dtype), labels, available),
+                **self._mesh_sums(rotations, betas, outputs["pred_cam"].detach().to(dtype), labels, targets),
             }
-            return combine(sums, self._counts(available) if counts is None else counts, self.factors)
+            return combine(sums, self._counts(targets) if counts is None else counts, self.factors)
 
     def _mesh_sums(
-        self, rotations: Tensor, betas: Tensor, camera: Tensor, labels: MeshLabels, available: Availability
+        self, rotations: Tensor, betas: Tensor, camera: Tensor, labels: MeshLabels, targets: Targets
     ) -> dict[str, Tensor]:
         vertices, _ = self.smpl(rotations, betas)
         joints = self.regression(vertices)
-        goal = self.regression.centre_labels(labels.joints_3d[..., :3].to(vertices.dtype), available.readable_3d)
+        goal = self.regression.centre(targets.joints_3d)
+        projected = weak_perspective(joints.to_project, camera)
         truth, valid = labels.vertices.to(vertices.dtype), labels.has_vertices
         true_origin = torch.where(valid.view(-1, 1, 1), self.regression.origin(truth), 0.0)
         return {
-            "smpl_joints_3d": confident_l1_sum(joints.to_compare, goal, available.joints_3d),
-            "smpl_joints_2d": confident_l1_sum(
-                weak_perspective(joints.to_project, camera), labels.joints_2d[..., :2], available.joints_2d
-            ),
+            "smpl_joints_3d": weighted_l1_sum(joints.to_compare, goal, targets.confidence_3d),
+            "smpl_joints_2d": weighted_l1_sum(projected, targets.joints_2d, targets.confidence_2d),
             "smpl_vertices": l1_sum(vertices - (joints.origin - true_origin), truth, valid),
         }
 
-    def _available(self, labels: MeshLabels, dtype: torch.dtype) -> Availability:
-        return availability(labels, dtype, self._roots, self.compat == "published")
+    def _targets(self, labels: MeshLabels, dtype: torch.dtype) -> Targets:
+        return prepare_targets(labels, dtype, self._roots, self.compat == "published")
 
-    def _counts(self, available: Availability) -> Tensor:
-        return (self.sizes * available.amounts).sum(dim=1)
+    def _counts(self, targets: Targets) -> Tensor:
+        return (self.sizes * targets.amounts).sum(dim=1)

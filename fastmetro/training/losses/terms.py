@@ -11,7 +11,8 @@ from torch import Tensor
 
 def weak_perspective(points: Tensor, camera: Tensor) -> Tensor:
     """Project [B, N, 3] with ``camera`` [B, 3] = (s, tx, ty) into the crop: s * (xy + t), [B, N, 2] in [-1, 1]."""
-    return camera[:, None, :1] * (points[..., :2] + camera[:, None, 1:])
+    scale, shift = camera.unsqueeze(1).split([1, 2], dim=-1)
+    return scale * (points[..., :2] + shift)
 
 
 def masked_l1(prediction: Tensor, target: Tensor, valid: Tensor, confidence: Tensor | None = None) -> Tensor:
@@ -22,8 +23,13 @@ def masked_l1(prediction: Tensor, target: Tensor, valid: Tensor, confidence: Ten
     weight = valid.to(prediction.dtype).unsqueeze(1).expand(prediction.shape[:2])
     if confidence is not None:
         weight = weight * confidence.to(prediction.dtype)
-    count = weight.sum() * prediction.shape[-1]
-    return confident_l1_sum(prediction, target, weight) / count.clamp_min(1.0)
+    goal = torch.where(weight.unsqueeze(-1) > 0, target, prediction.detach())
+    return weighted_l1_sum(prediction, goal, weight) / (weight.sum() * prediction.shape[-1]).clamp_min(1.0)
+
+
+def weighted_l1_sum(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Sum of the absolute errors of [B, N, D], each times the weight [B, N] of its point. The target is finite."""
+    return ((prediction - target).abs() * weight.unsqueeze(-1)).sum()
 
 
 def l1_sum(prediction: Tensor, target: Tensor, valid: Tensor) -> Tensor:
@@ -34,12 +40,6 @@ def l1_sum(prediction: Tensor, target: Tensor, valid: Tensor) -> Tensor:
 def squared_sum(prediction: Tensor, target: Tensor, valid: Tensor) -> Tensor:
     """Sum of the squared errors of [B, ...] where ``valid`` [B] holds."""
     return F.mse_loss(prediction, known(target, valid, prediction), reduction="sum")
-
-
-def confident_l1_sum(prediction: Tensor, target: Tensor, confidence: Tensor) -> Tensor:
-    """Sum of the absolute errors of [B, N, D], each times the confidence [B, N] of its point."""
-    weight = confidence.unsqueeze(-1)
-    return ((prediction - torch.where(weight > 0, target, prediction.detach())).abs() * weight).sum()
 
 
 def known(target: Tensor, valid: Tensor, prediction: Tensor) -> Tensor:
@@ -54,7 +54,12 @@ def combine(sums: Mapping[str, Tensor], counts: Tensor, factors: Tensor) -> tupl
     """Weighted total and detached means of sums (scalars, in the order of ``counts`` and ``factors``, both [T]).
 
     Where a count is 0 the mean is 0.
+
+    Raises:
+        ValueError: ``counts`` has another shape.
     """
-    means = torch.stack(list(sums.values())) / torch.where(counts > 0, counts, 1.0)
+    if counts.shape != factors.shape:
+        raise ValueError(f"counts must be [{len(factors)}], one for each of {list(sums)}, got {list(counts.shape)}")
+    means = torch.stack(list(sums.values())) / (counts + (counts == 0))
     first, *others = (means * factors).unbind()
     return sum(others, start=first), dict(zip(sums, means.detach().unbind(), strict=True))

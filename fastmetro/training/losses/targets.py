@@ -1,4 +1,4 @@
-"""Which labels of a batch count, and how many they are."""
+"""The labels of a batch as the losses need them: absent ones made harmless, and how many there are."""
 
 from __future__ import annotations
 
@@ -10,31 +10,29 @@ from torch import Tensor
 
 from fastmetro.data.labels import MeshLabels
 
-VERTICES, JOINTS_3D, JOINTS_2D = range(3)  # places in `Availability.amounts`
+VERTICES, JOINTS_3D, JOINTS_2D = range(3)  # places in `Targets.amounts`
 
 
-class Availability(NamedTuple):
-    """What labels of B samples count.
+class Targets(NamedTuple):
+    """Labels of B samples. What is absent is 0 and has confidence 0, whatever stood there.
 
     Attributes:
-        vertices: bool [B].
-        joints_3d: confidences [B, J], 0 where there is no label.
-        readable_3d: bool [B, J] or [B, 1], where the coordinates of 3D joints are read.
-        joints_2d: the same for 2D joints.
+        joints_3d, joints_2d: [B, J, 3] and [B, J, 2].
+        confidence_3d, confidence_2d: [B, J].
         amounts: [3], the samples with vertices, the 3D joints and the 2D joints that a mean is taken over.
     """
 
-    vertices: Tensor
     joints_3d: Tensor
-    readable_3d: Tensor
     joints_2d: Tensor
+    confidence_3d: Tensor
+    confidence_2d: Tensor
     amounts: Tensor
 
 
-def availability(
+def prepare_targets(
     labels: MeshLabels, dtype: torch.dtype, roots: Sequence[int] = (), published: bool = False
-) -> Availability:
-    """Confidences and denominators of a batch.
+) -> Targets:
+    """Joints, confidences and denominators of a batch, in ``dtype``.
 
     By default a mean is over the joints that have a label, weighted by their confidence, and where 3D joints are
     compared relative to ``roots`` a sample counts only if these have a label.
@@ -44,25 +42,26 @@ def availability(
     root (protocol 3.7, 3.11.12).
     """
     has_3d = labels.has_joints_3d.unsqueeze(1)
-    joints_2d = _where_positive(labels.joints_2d[..., 2].to(dtype))
+    is_2d = labels.joints_2d[..., 2] > 0
     if not published:
-        joints_2d = torch.where(labels.has_joints_2d.unsqueeze(1), joints_2d, 0.0)
-    if labels.joints_3d.shape[-1] == 4:
-        confidence = labels.joints_3d[..., 3].to(dtype)
-        joints_3d = torch.where(has_3d, _where_positive(confidence), 0.0)
+        is_2d = is_2d & labels.has_joints_2d.unsqueeze(1)
+    if labels.joints_3d.shape[-1] == 3:
+        is_3d, confidence_3d = has_3d, has_3d.to(dtype).expand(labels.joints_3d.shape[:2])
+    else:
+        is_3d = has_3d & (labels.joints_3d[..., 3] > 0)
         if not published:
             for root in roots:
-                joints_3d = torch.where(joints_3d[:, root : root + 1] > 0, joints_3d, 0.0)
-    else:
-        joints_3d = has_3d.to(dtype).expand(labels.joints_3d.shape[:2])
+                is_3d = is_3d & is_3d[:, root : root + 1]
+        confidence_3d = torch.where(is_3d, labels.joints_3d[..., 3], 0.0).to(dtype)
+    image = torch.where(is_2d.unsqueeze(-1), labels.joints_2d, 0.0).to(dtype)
+    joints_3d = torch.where((has_3d if published else is_3d).unsqueeze(-1), labels.joints_3d[..., :3], 0.0).to(dtype)
     if published:
-        amount_3d = labels.has_joints_3d.sum() * joints_3d.shape[1]
-        amount_2d = joints_2d.new_full((), joints_2d.numel())
-        readable = has_3d
+        amount_3d = labels.has_joints_3d.sum() * confidence_3d.shape[1]
+        amount_2d = image.new_full((), confidence_3d.numel())
     else:
-        amount_3d, amount_2d, readable = joints_3d.sum(), joints_2d.sum(), joints_3d > 0
+        amount_3d, amount_2d = confidence_3d.sum(), image[..., 2].sum()
     amounts = torch.stack([labels.has_vertices.sum().to(dtype), amount_3d.to(dtype), amount_2d])
-    return Availability(labels.has_vertices, joints_3d, readable, joints_2d, amounts)
+    return Targets(joints_3d, image[..., :2], confidence_3d, image[..., 2], amounts)
 
 
 def check_labels(labels: MeshLabels, num_vertices: int, num_joints: int) -> None:
@@ -81,8 +80,3 @@ def check_labels(labels: MeshLabels, num_vertices: int, num_joints: int) -> None
         if found not in shapes:
             accepted = " or ".join(str(list(shape)) for shape in shapes)
             raise ValueError(f"labels.{name} must be {accepted}, got {list(found)}")
-
-
-def _where_positive(confidence: Tensor) -> Tensor:
-    """Confidences; 0 for NaN and below."""
-    return torch.where(confidence > 0, confidence, 0.0)

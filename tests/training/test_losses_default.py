@@ -1,0 +1,98 @@
+"""The default loss is, bit for bit, the one that the weights in the package were trained with, in fewer operations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from loss_cases import random_labels, random_outputs, small_mesh
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastmetro import load_mesh
+from fastmetro.training.losses import LossWeights, MeshRecoveryLoss
+
+
+def as_trained(mesh, weights, outputs, labels):
+    """Term by term: mask, replace what is absent, mean, and add to the total."""
+    device, camera = labels.vertices.device, outputs["pred_cam"]
+    total, terms = torch.zeros((), device=device), {}
+
+    def add(name, factor, prediction, target, valid, confidence=None):
+        nonlocal total
+        weight = valid.to(prediction.dtype).view(-1, 1, 1)
+        if confidence is not None:
+            weight = weight * confidence.unsqueeze(-1)
+        error = (prediction - torch.where(weight > 0, target, prediction.detach())).abs() * weight
+        terms[name] = error.sum() / weight.expand_as(prediction).sum().clamp_min(1.0)
+        total = total + factor * terms[name]
+
+    def project(points):
+        return camera[:, None, :1] * (points[..., :2] + camera[:, None, 1:])
+
+    regressor = torch.from_numpy(mesh.joint_regressor.toarray()).float().to(device)
+    sources = {"token": outputs["pred_3d_joints"], "mesh": regressor @ outputs["pred_3d_vertices_fine"]}
+    image, visible = labels.joints_2d[..., :2], labels.joints_2d[..., 2]
+    for source, joints in sources.items():
+        factor_3d, factor_2d = getattr(weights, f"{source}_joints_3d"), getattr(weights, f"{source}_joints_2d")
+        add(f"{source}_joints_3d", factor_3d, joints, labels.joints_3d, labels.has_joints_3d)
+        add(f"{source}_joints_2d", factor_2d, project(joints), image, labels.has_joints_2d, visible)
+    kept = torch.arange(mesh.num_vertices)
+    names = ("fine", "intermediate", "coarse") if len(mesh.levels) == 3 else ("fine", "coarse")
+    for name, level in zip(names, mesh.levels, strict=True):
+        kept = kept[torch.as_tensor(level.kept)]
+        factor = weights.vertices * getattr(weights, f"{name}_share")
+        goal = labels.vertices[:, kept.to(device)]
+        add(f"vertices_{name}", factor, outputs[f"pred_3d_vertices_{name}"], goal, labels.has_vertices)
+    return total, terms
+
+
+def results(compute, outputs):
+    leaves = {name: value.detach().clone().requires_grad_() for name, value in outputs.items()}
+    total, terms = compute(leaves)
+    total.backward()
+    return {"total": total.detach(), **terms, **{name: value.grad for name, value in leaves.items()}}
+
+
+@pytest.mark.parametrize("name", ["anny-body", "anny-hand", "small"])
+@pytest.mark.parametrize("weights", [LossWeights(), LossWeights(token_joints_2d=0.5, mesh_joints_2d=0.3, vertices=0.7)])
+def test_the_same_bits_as_before(name, weights):
+    mesh = small_mesh() if name == "small" else load_mesh(name)
+    loss = MeshRecoveryLoss(mesh, weights)
+    for batch in (1, 5):
+        labels = random_labels(mesh, batch, confidence=False, dtype=torch.float32)
+        labels.joints_2d[..., 2].round_()  # 0 or 1, as in the synthetic images
+        if batch == 1:
+            for flags in (labels.has_vertices, labels.has_joints_3d, labels.has_joints_2d):
+                flags.fill_(True)
+        outputs = random_outputs(mesh, batch, dtype=torch.float32)
+        expected = results(lambda leaves, labels=labels: as_trained(mesh, weights, leaves, labels), outputs)
+        actual = results(lambda leaves, labels=labels: loss(leaves, labels), outputs)
+        assert list(actual) == list(expected)
+        for key, value in expected.items():
+            assert value.abs().max() > 0 and torch.equal(actual[key], value.detach()), key
+
+
+class _Operations(TorchDispatchMode):
+    """Counts what does work: views and allocations are left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        self.count += not (func.is_view or name.startswith("empty") or name in ("_unsafe_view", "new_empty_strided"))
+        return func(*args, **(kwargs or {}))
+
+
+def test_fewer_operations_than_term_by_term():
+    """151 before."""
+    mesh = small_mesh()
+    labels = random_labels(mesh, 3, confidence=False, dtype=torch.float32)
+    outputs = random_outputs(mesh, 3, dtype=torch.float32)
+    loss, counts = MeshRecoveryLoss(mesh), []
+    for compute in (lambda leaves: as_trained(mesh, loss.weights, leaves, labels), lambda leaves: loss(leaves, labels)):
+        leaves = {name: value.detach().clone().requires_grad_() for name, value in outputs.items()}
+        with _Operations() as operations:
+            compute(leaves)[0].backward()
+        counts.append(operations.count)
+    assert counts[1] < 0.75 * counts[0], counts
