@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from fastmetro.evaluation.settings import EvalSettings
 from fastmetro.profiling.settings import FpsSettings
 from fastmetro.training.config import TrainConfig
 
@@ -73,36 +74,18 @@ class Demo:
 
 @dataclass
 class Eval:
-    """Evaluate on images that were never used in training, beside the mean mesh as baseline."""
+    """Evaluate on images that were never used in training: synthetic ones, or a TSV data set by its protocol.
 
-    checkpoint: str = "fastmetro-compact"
-    """A checkpoint of this project, or the name of shipped weights."""
-    data: Literal["synthetic"] = "synthetic"
-    """What to evaluate on."""
-    count: int = 1000
-    """Number of images."""
-    batch_size: int = 32
-    """Images at once."""
-    attention: Attention = "auto"
-    """Backend of the decoder's attention; dense is plain PyTorch."""
-    device: Device = None
-    """cpu, cuda, cuda:1, ...; the first GPU by default."""
+    Under `torchrun` several processes share a TSV data set.
+    """
+
+    settings: Annotated[EvalSettings, tyro.conf.arg(name="")]
 
     def run(self) -> int:
         """Evaluate and print the errors with the protocol's name."""
-        from fastmetro.evaluation.synthetic import evaluate_synthetic, format_report
-        from fastmetro.inference.predictor import default_device
-        from fastmetro.inference.pretrained import load_pretrained
+        from fastmetro.evaluation.command import run_evaluation
 
-        device = default_device() if self.device is None else self.device
-        model = load_pretrained(self.checkpoint, attention=self.attention).to(device).eval()
-        print(
-            format_report(
-                evaluate_synthetic(
-                    model, self.count, device=device, mesh=model.mesh, batch_size=self.batch_size, progress=True
-                )
-            )
-        )
+        run_evaluation(self.settings)
         return 0
 
 

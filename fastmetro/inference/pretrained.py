@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
+from fastmetro.meshes.mesh import Mesh
 from fastmetro.models import FastMETRO, create_model
 from fastmetro.models.checkpoints import load_checkpoint, weights_record
 
@@ -12,7 +15,9 @@ SHIPPED = {"fastmetro-compact": ASSETS / "fastmetro_compact.safetensors"}
 """Names of the weights inside the package."""
 
 
-def load_pretrained(checkpoint: str | Path, *, model: FastMETRO | None = None, attention: str = "auto") -> FastMETRO:
+def load_pretrained(
+    checkpoint: str | Path, *, model: FastMETRO | None = None, attention: str = "auto", mesh: Mesh | None = None
+) -> FastMETRO:
     """Build the network that a checkpoint names and load its weights.
 
     Args:
@@ -20,6 +25,7 @@ def load_pretrained(checkpoint: str | Path, *, model: FastMETRO | None = None, a
             for others pass ``model``.
         model: The network to load into; None builds it.
         attention: Backend for a network that is built here, as in :func:`fastmetro.create_model`.
+        mesh: The mesh of a network that is built here, where it needs files ("smpl", "mano"); by its name otherwise.
 
     Returns:
         The network on the CPU, in float32, in evaluation mode.
@@ -42,6 +48,21 @@ def load_pretrained(checkpoint: str | Path, *, model: FastMETRO | None = None, a
                 f"{path} does not name its network, as released checkpoints do not; build it with "
                 "fastmetro.create_model(...) and pass it as model="
             )
-        model = create_model(record["model"], mesh=record["mesh"], attention=attention)
+        if mesh is not None and mesh.name != record["mesh"]:
+            raise ValueError(f"mesh must be {record['mesh']!r}, which {path} was trained for, got {mesh.name!r}")
+        options = _options(record)
+        model = create_model(record["model"], mesh=mesh or record["mesh"], attention=attention, **options)
     load_checkpoint(model, path)
     return model.eval()
+
+
+def _options(record: dict[str, str]) -> dict[str, Any]:
+    """For ``create_model``, from the settings of the training, which older files lack some of."""
+    try:
+        settings = json.loads(record.get("config", "{}"))
+    except ValueError:
+        settings = None
+    if not isinstance(settings, dict):
+        raise ValueError("the record of the weights has settings that are not JSON")
+    options = {name: settings[name] for name in ("backbone", "upsampling", "masking") if settings.get(name) is not None}
+    return {**options, "smpl_head": settings.get("stage") == "smpl"}

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
+from fastmetro.distributed import World, open_world
 from fastmetro.evaluation.synthetic import HELD_OUT_SEED
 from fastmetro.files import replacing
 from fastmetro.models.checkpoints import load_checkpoint, weights_record
 from fastmetro.training.config import TrainConfig
-from fastmetro.training.distributed import World, open_world
 from fastmetro.training.export import SHIPPED_BYTES, export_weights
 from fastmetro.training.setup import Setup
 from fastmetro.training.state import TrainState

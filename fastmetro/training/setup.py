@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,12 +13,12 @@ from torch import nn
 
 from fastmetro.data.synthetic.capture import CapturedPeople
 from fastmetro.data.synthetic.dataset import SyntheticPeople
+from fastmetro.distributed import World
 from fastmetro.evaluation.synthetic import evaluate_synthetic, format_report
 from fastmetro.meshes.mesh import Mesh, load_mesh
 from fastmetro.models import create_model
 from fastmetro.models.checkpoints import load_checkpoint
 from fastmetro.training.config import TrainConfig
-from fastmetro.training.distributed import World
 from fastmetro.training.losses import MeshRecoveryLoss
 from fastmetro.training.objective import Objective
 from fastmetro.training.pictures import batch_picture
@@ -52,8 +53,8 @@ class Setup:
         self.config, self.world, self.device = config, world, device
         self.mesh = self._load_mesh()
         self.model = self._make_model()
-        self._truth: GroundTruth | None = None
         self.objective = self._make_objective()
+        self._check_evaluation()
         self.source: Source
         if config.data.files:
             self.source, rows = self._tsv_source()
@@ -62,6 +63,19 @@ class Setup:
                 self.config = replace(config, steps=math.ceil(config.epochs * rows / read))
         else:
             self.source = self._synthetic_source()
+
+    def _check_evaluation(self) -> None:
+        """Before hours of training, that what is measured at its end can be."""
+        config, data = self.config, self.config.data
+        if config.eval_count and data.eval_file is not None:
+            from fastmetro.data.tsv.source import TsvSource as Rows
+            from fastmetro.evaluation.protocols import find_protocol
+            from fastmetro.evaluation.tsv import Measure
+
+            Measure(self.mesh, find_protocol(data.protocol), self.device)
+            Rows(data.eval_file)
+        elif config.eval_count and self.mesh.name != SYNTHETIC_MESH:
+            raise ValueError(f"mesh {self.mesh.name!r} is evaluated on data.eval_file; give one, or eval_count 0")
 
     def _load_mesh(self) -> Mesh:
         data = self.config.data
@@ -139,34 +153,60 @@ class Setup:
     def _kind(self) -> Literal["body", "hand"]:
         return "hand" if self.mesh.part == "hand" else "body"
 
-    @property
+    @functools.cached_property
     def truth(self) -> GroundTruth:
         """Makes labels of the network's mesh from those of TSV files."""
+        return self._ground_truth().to(self.device)
+
+    @functools.cached_property
+    def exact_truth(self) -> GroundTruth:
+        """The same in float64, for evaluations."""
+        return self._ground_truth().double().to(self.device)
+
+    def _ground_truth(self) -> GroundTruth:
         from fastmetro.data.ground_truth import ground_truth
 
-        if self._truth is None:
-            self._truth = ground_truth(self.mesh, self.config.data.body_model).to(self.device)
-        return self._truth
+        return ground_truth(self.mesh, self.config.data.body_model)
 
     def evaluation(self, count: int) -> Callable[[nn.Module], dict[str, float]] | None:
         """What measures a network while it is trained, on ``count`` images; None where nothing is to be measured."""
-        if not self.config.eval_count:
-            return None
-
-        def evaluate(network: nn.Module) -> dict[str, float]:
-            report = self._measure(network, count, baselines=False)
-            return {name: float(str(report[name])) for name in METRICS if name in report}
-
-        return evaluate
+        return (lambda network: self._errors(network, count)) if self.config.eval_count else None
 
     def report(self, network: nn.Module) -> dict[str, object]:
         """All that is measured in the end; printed by the first process."""
-        report = self._measure(network, self.config.eval_count, baselines=True)
+        config = self.config
+        if config.data.eval_file is None:
+            report = self._synthetic(network, config.eval_count, baselines=True)
+            text = format_report(report)
+        else:
+            errors = self._errors(network, config.eval_count)
+            report = {**errors, "protocol": config.data.protocol, "data": str(config.data.eval_file)}
+            text = f"{config.data.protocol}: " + ", ".join(f"{name} {value:.2f} mm" for name, value in errors.items())
         if self.world.first:
-            print(format_report(report))
+            print(text)
         return report
 
-    def _measure(self, network: nn.Module, count: int, baselines: bool) -> dict[str, object]:
+    def _errors(self, network: nn.Module, count: int) -> dict[str, float]:
+        """In mm, of ``count`` synthetic images or of the first so many rows of the evaluation's data set."""
+        config, data = self.config, self.config.data
+        if data.eval_file is None:
+            report = self._synthetic(network, count, baselines=False)
+            return {name: float(str(report[name])) for name in METRICS}
+        from fastmetro.data.tsv.source import TsvSource as Rows
+        from fastmetro.evaluation.protocols import find_protocol
+        from fastmetro.evaluation.tsv import evaluate_tsv, mesh_of
+
+        protocol = find_protocol(data.protocol)
+        evaluation = evaluate_tsv(
+            mesh_of(network), Rows(data.eval_file), self.exact_truth, self.mesh, protocol, self.device,
+            world=self.world, workers=data.workers, size=config.image_size, count=count,
+            compat=config.compat is not None,
+        )  # fmt: skip
+        published = config.compat is not None
+        errors = evaluation.errors.published_means(self.world.size) if published else evaluation.errors.means()
+        return {name: errors[name] for name in METRICS}
+
+    def _synthetic(self, network: nn.Module, count: int, baselines: bool) -> dict[str, object]:
         config = self.config
         return evaluate_synthetic(
             network, count, mesh=self.mesh, photographs=config.photographs, size=config.image_size,

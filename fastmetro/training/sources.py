@@ -16,7 +16,7 @@ from fastmetro.data.synthetic.dataset import SyntheticBatch, normalize_images
 from fastmetro.data.tsv.batch import TsvBatch
 from fastmetro.data.tsv.dataset import PackedBatch, TsvDataset, UnusableData
 from fastmetro.data.tsv.loader import MixedDataset, make_loader
-from fastmetro.training.distributed import World
+from fastmetro.distributed import World
 
 if TYPE_CHECKING:
     from fastmetro.data.ground_truth import GroundTruth

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmetro.data.labels import MeshLabels
-from fastmetro.training.distributed import World
+from fastmetro.distributed import World
 from fastmetro.training.objective import Objective
 
 Precision = Literal["bf16", "fp16", "fp32"]

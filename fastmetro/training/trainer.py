@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fastmetro.distributed import World
 from fastmetro.files import remove_unfinished
 from fastmetro.training.board import Board
 from fastmetro.training.config import TrainConfig
-from fastmetro.training.distributed import World
 from fastmetro.training.log import CsvLog
 from fastmetro.training.objective import Objective
 from fastmetro.training.schedule import learning_rate_factor, make_optimizer, set_learning_rate

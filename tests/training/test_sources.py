@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
 from tsv_cases import cell, jpeg, label, write_set
 
 from fastmetro.data.ground_truth import GroundTruth, ground_truth
@@ -19,8 +16,8 @@ from fastmetro.data.synthetic.dataset import SyntheticPeople
 from fastmetro.data.tsv.dataset import TsvDataset
 from fastmetro.data.tsv.rows import encode_image
 from fastmetro.data.tsv.source import TsvSource as Rows
+from fastmetro.distributed import World
 from fastmetro.meshes.mesh import Mesh, load_mesh
-from fastmetro.training.distributed import World
 from fastmetro.training.sources import Batch, SourceFailed, TsvSource, make_sampler
 
 SIZE = 32

@@ -12,8 +12,8 @@ import torch
 import torch.multiprocessing as mp
 from small_network import MESH, SmallNetwork, labelled
 
+from fastmetro.distributed import World, open_world
 from fastmetro.training.config import TrainConfig
-from fastmetro.training.distributed import World, open_world
 from fastmetro.training.losses import MeshRecoveryLoss
 from fastmetro.training.objective import Objective
 from fastmetro.training.sources import Batch, SyntheticSource

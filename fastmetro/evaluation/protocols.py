@@ -1,0 +1,53 @@
+"""The protocols of body and hand data sets: which joints, which roots, which alignment (protocol 3.9, 3.10)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+_BODY = (
+    "14 joints, of the prediction by the Human3.6M regressor on the fine mesh, of the truth as labelled; MPJPE after "
+    "both are recentred at the middle of the hips, PA-MPJPE after a similarity transform, both over samples with 3D "
+    "joints; MPVPE of the vertices relative to the regressed pelvis, over samples with body parameters"
+)
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a data set is evaluated.
+
+    Attributes:
+        name: on the command line and in tables.
+        kind: what its labels are of.
+        description: what is printed beside the numbers.
+    """
+
+    name: str
+    kind: Literal["body", "hand"]
+    description: str
+
+
+PROTOCOLS = {
+    protocol.name: protocol
+    for protocol in (
+        Protocol("h36m-p2", "body", f"Human3.6M, protocol 2: {_BODY} (Human3.6M has none)"),
+        Protocol("3dpw", "body", f"3DPW: {_BODY} of the neutral model, whatever the gender"),
+        Protocol(
+            "freihand", "hand",
+            "FreiHAND: 21 joints regressed from the mesh, and the mesh, relative to the wrist; PA-MPJPE and PA-MPVPE "
+            "after a similarity transform; the labels of its evaluation set are dummies, scores come from the official "
+            "truth",
+        ),
+    )
+}  # fmt: skip
+
+
+def find_protocol(name: str) -> Protocol:
+    """The protocol of a name.
+
+    Raises:
+        ValueError: there is none; the message lists those that there are.
+    """
+    if name not in PROTOCOLS:
+        raise ValueError(f"protocol must be one of {', '.join(map(repr, PROTOCOLS))}, got {name!r}")
+    return PROTOCOLS[name]

@@ -1,0 +1,67 @@
+"""The settings of `fastmetro eval`; every field is one of its options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """What is evaluated on what.
+
+    Attributes:
+        checkpoint: a checkpoint of this project, or the name of shipped weights, or with `model` a released one.
+        data: "synthetic" for people that were never used in training, beside the mean mesh as baseline; or the YAML
+            file of a TSV data set.
+        protocol: of a TSV data set: "h36m-p2", "3dpw" or "freihand".
+        compat: "published" crops, and takes means, as the released code does.
+        processes: with compat, of how many processes' results the plain mean is taken.
+        model: the network of a released checkpoint, e.g. "fastmetro-l".
+        backbone, upsampling: of that network.
+        mesh: of that network: "smpl" or "mano".
+        mesh_data: folder of the data files of the published repository, for the meshes "smpl" and "mano".
+        body_model: the SMPL or MANO model file, which makes the true vertices.
+        count: images; of a TSV data set the first so many, all by default. 1000 synthetic ones by default.
+        batch_size: images at once, in each process.
+        workers: processes that read ahead.
+        csv: where a row is appended, for a TSV data set.
+        predictions: with "freihand", where pred.json, or a .zip that holds it, is written.
+        truth: with "freihand", the folder of evaluation_xyz.json and evaluation_verts.json, to score them.
+        attention: backend of the decoder's attention; "dense" is plain PyTorch.
+        device: cpu, cuda, cuda:1, ...; the first GPU by default.
+    """
+
+    checkpoint: str = "fastmetro-compact"
+    data: str = "synthetic"
+    protocol: str = "h36m-p2"
+    compat: Literal["published"] | None = None
+    processes: int = 1
+    model: str | None = None
+    backbone: str = "hrnet-w64"
+    upsampling: Literal["fixed", "released", "learned"] = "released"
+    mesh: Literal["smpl", "mano"] = "smpl"
+    mesh_data: Path | None = None
+    body_model: Path | None = None
+    count: int | None = None
+    batch_size: int = 32
+    workers: int = 0
+    csv: Path = Path("out/eval.csv")
+    predictions: Path | None = None
+    truth: Path | None = None
+    attention: Literal["auto", "dense", "reference", "native", "triton"] = "auto"
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "processes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.count is not None and self.count < 1:
+            raise ValueError(f"count must be at least 1, got {self.count}")
+        if self.workers < 0:
+            raise ValueError(f"workers must not be negative, got {self.workers}")
+        if self.processes > 1 and self.compat is None:
+            raise ValueError("processes is of compat 'published'; exact means do not depend on it")
+        if self.protocol != "freihand" and (self.predictions or self.truth):
+            raise ValueError(f"predictions and truth go with protocol 'freihand', got {self.protocol!r}")
