@@ -187,8 +187,8 @@ class TrainConfig:
     def _check_combinations(self) -> None:
         if self.resume and self.initialise is not None:
             raise ValueError("resume and initialise exclude each other: a checkpoint brings its own weights")
-        if self.capture_step and (self.precision == "fp16" or self.compile_model):
-            raise ValueError("capture_step goes with precision bf16 or fp32 and without compile_model")
+        if self.capture_step and self.precision == "fp16":
+            raise ValueError("capture_step goes with precision bf16 or fp32, got 'fp16'")
         if self.batch_size % self.accumulate:
             sizes = f"{self.batch_size} and {self.accumulate}"
             raise ValueError(f"batch_size must be a multiple of accumulate, got {sizes}")

@@ -59,10 +59,12 @@ def test_bad_weights(number):
         LossWeights(surface_level="medium")
 
 
-def test_a_mesh_of_one_level_is_refused():
+def test_a_mesh_of_one_level_has_fine_vertices_only():
     mesh = small_mesh()
-    with pytest.raises(ValueError, match="2 or 3 levels, has 1"):
-        MeshRecoveryLoss(dataclasses.replace(mesh, levels=mesh.levels[:1]))
+    loss = MeshRecoveryLoss(dataclasses.replace(mesh, levels=mesh.levels[:1]))
+    assert [name for name in loss.term_names if name.startswith("vertices")] == ["vertices_fine"]
+    with pytest.raises(ValueError, match="1 to 3 levels, has 0"):
+        MeshRecoveryLoss(dataclasses.replace(mesh, levels=()))
 
 
 def test_what_does_not_fit_the_mesh_is_named():

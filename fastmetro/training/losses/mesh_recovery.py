@@ -100,9 +100,10 @@ class MeshRecoveryLoss(nn.Module):
 
     def _add_levels(self, mesh: Mesh) -> dict[str, int]:
         """Vertices of each level by name, fine to coarse; buffers with the places of coarser ones in the fine mesh."""
-        names = {2: ("fine", "coarse"), 3: ("fine", "intermediate", "coarse")}.get(len(mesh.levels))
+        accepted = {1: ("fine",), 2: ("fine", "coarse"), 3: ("fine", "intermediate", "coarse")}
+        names = accepted.get(len(mesh.levels))
         if names is None:
-            raise ValueError(f"mesh {mesh.name!r} must have 2 or 3 levels, has {len(mesh.levels)}")
+            raise ValueError(f"mesh {mesh.name!r} must have 1 to 3 levels, has {len(mesh.levels)}")
         kept = torch.arange(len(mesh.levels[0].kept))
         sizes = {"fine": len(kept)}
         for name, level in zip(names[1:], mesh.levels[1:], strict=True):

@@ -1,0 +1,115 @@
+"""Ways to make a training step. All minimise the same losses with AdamW and clip at 0.3; weights start equal.
+
+published   the published network eager in float32 with TF32, channels first, AdamW as PyTorch has it by default, and
+            five values read back in every step, as the published loop does.
+compiled    the strongest plain PyTorch: this network on PyTorch's own operations (SDPA under an additive mask in
+            bfloat16, dense upsampling), torch.compile, channels_last, bfloat16 autocast, fused AdamW, and the whole
+            step in one CUDA graph. "compiled, boolean mask" is the same with the mask as it is.
+ours        this network with the kernels of this project, the same around it: torch.compile and one CUDA graph.
+ours, not compiled    without torch.compile.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastmetro.data.labels import MeshLabels
+from fastmetro.models import FastMETRO
+from fastmetro.models.baselines import published_network
+from fastmetro.models.baselines.tuned import DenseTokenAttention, DenseUpsampling
+from fastmetro.models.upsampling import FixedUpsampling, check_steps
+from fastmetro.training.losses import MeshRecoveryLoss
+from fastmetro.training.objective import Objective
+from fastmetro.training.schedule import make_optimizer
+from fastmetro.training.step import CapturedStep, TrainingStep
+
+CLIP, RATE = 0.3, 1e-4
+OURS = "ours"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Attributes: name; run, one step, returns the loss and more as a tensor; tf32, whether TF32 is allowed."""
+
+    name: str
+    run: Callable[[], Tensor]
+    tf32: bool
+
+
+def build(name: str, model: FastMETRO, images: Tensor, labels: MeshLabels, eager: bool = False) -> Contender:
+    """A contender around a copy of the model, on its device; with `eager` neither compiled nor captured.
+
+    Raises:
+        ValueError: there is no such contender.
+    """
+    if name == "published":
+        return Contender(name, _published(model, images, labels), tf32=True)
+    networks: dict[str, tuple[Callable[[], nn.Module], bool]] = {
+        OURS: (lambda: copy.deepcopy(model), True),
+        "ours, not compiled": (lambda: copy.deepcopy(model), False),
+        "compiled": (functools.partial(_plain, model, "bias"), True),
+        "compiled, boolean mask": (functools.partial(_plain, model, "bool"), True),
+    }
+    if name not in networks:
+        raise ValueError(f"contender must be 'published' or one of {list(networks)}, got {name!r}")
+    make, compiled = networks[name]
+    return Contender(name, _tuned_step(make(), model, images, labels, compiled, eager), tf32=False)
+
+
+NAMES = ("published", "compiled", "compiled, boolean mask", "ours, not compiled", OURS)
+
+
+def _objective(model: FastMETRO, device: torch.device) -> Objective:
+    return Objective(MeshRecoveryLoss(model.mesh)).to(device)
+
+
+def _published(model: FastMETRO, images: Tensor, labels: MeshLabels) -> Callable[[], Tensor]:
+    network = published_network(model)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=1e-4)
+    step = TrainingStep(network, network, _objective(model, images.device), optimizer, clip=CLIP, precision="fp32")
+    ordinary = images.contiguous()
+
+    def run() -> Tensor:
+        values = step(ordinary, labels)
+        for value in values[:5]:
+            value.item()
+        return values
+
+    return run
+
+
+def _plain(model: FastMETRO, mask: str) -> nn.Module:
+    """The network on PyTorch's own operations."""
+    plain = FastMETRO(replace(model.config, attention="dense"), copy.deepcopy(model.backbone), model.mesh)
+    plain.load_state_dict(model.state_dict(), strict=True)
+    device = model.xyz_regressor.weight.device
+    plain.to(device)
+    attention: Any = DenseTokenAttention(plain.token_attention, mask, torch.bfloat16)
+    plain.token_attention = attention
+    steps = check_steps(model.mesh.upsampling, plain.num_vertices)
+    matrices = {"coarse2intermediate_upsample": steps[0], "coarse2fine_upsample": steps[-1] @ steps[0]} if steps else {}
+    for name, matrix in matrices.items():
+        if isinstance(getattr(plain, name), FixedUpsampling):
+            setattr(plain, name, DenseUpsampling(matrix, torch.float32, device))
+    return plain.train()
+
+
+def _tuned_step(
+    network: nn.Module, model: FastMETRO, images: Tensor, labels: MeshLabels, compiled: bool, eager: bool
+) -> Callable[[], Tensor]:
+    captures = images.is_cuda and not eager
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = make_optimizer(network, RATE, 1e-4, capturable=captures)
+    run = torch.compile(network) if compiled and not eager else network
+    step = TrainingStep(network, run, _objective(model, images.device), optimizer, clip=CLIP, precision="bf16")
+    if not captures:
+        return functools.partial(step, images, labels)
+    captured = CapturedStep(step, images, labels)
+    return functools.partial(captured, images, labels)

@@ -1,0 +1,70 @@
+"""The benchmark of training steps: contenders agree, and a wrong one is refused."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.training import cases, command, contenders
+from fastmetro.models import FastMETRO
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compact network in place of the large ones."""
+
+    def build(case: cases.Case, device: torch.device) -> FastMETRO:
+        from fastmetro.models import create_model
+
+        torch.manual_seed(0)
+        return create_model("fastmetro-compact").to(device).train()
+
+    monkeypatch.setattr(command, "build_model", build)
+
+
+OPTIONS = ["--cases", "s-r50", "--batch", "2", "--seconds", "0.01", "--rounds", "1", "--device", "cpu"]
+
+
+def test_rows(small: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "training.csv"
+    command.main([*OPTIONS, "--csv", str(path), "--contenders", "published", "ours, not compiled"])
+    command.main([*OPTIONS, "--csv", str(path), "--contenders", "published", "ours, not compiled"])
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["contender"], row["status"]) for row in rows] == [("published", "ok"), ("ours, not compiled", "ok")]
+    assert all(float(row["step_ms"]) > 0 for row in rows)
+    assert "published: ready after" in capsys.readouterr().out
+
+
+def test_a_wrong_contender_is_refused(
+    small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(model: FastMETRO, mask: str) -> FastMETRO:
+        plain = original(model, mask)
+        with torch.no_grad():
+            plain.xyz_regressor.weight.mul_(5)
+        return plain
+
+    original = contenders._plain
+    monkeypatch.setattr(contenders, "_plain", broken)
+    path = tmp_path / "training.csv"
+    command.main([*OPTIONS, "--csv", str(path), "--contenders", "published", "compiled"])
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["status"] for row in rows] == ["ok", "failed"] and "its first loss is" in rows[1]["reason"]
+
+
+def test_the_report_names_targets() -> None:
+    row = {"case": "s-r50", "contender": "compiled", "step_ms": "15", "times_ours": "1.6", "peak_mib": "1"}
+    row["reason"] = ""
+    assert "s-r50 against compiled: at least 1.5x, 1.6, reached" in command.report([row])
+    assert "MISSED" in command.report([{**row, "times_ours": "1.4"}])
+
+
+def test_every_vertex_as_a_token() -> None:
+    mesh = cases.full_mesh(900)
+    assert [level.num_vertices for level in mesh.levels] == [900] and mesh.topology.num_vertices == 900
+    assert mesh.joint_regressor is not None and abs(mesh.joint_regressor.sum(1) - 1).max() < 1e-5
