@@ -1,0 +1,34 @@
+"""The benchmark of training from disk, and pictures of learning curves."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from bench import curves, data
+
+
+def test_rows(tmp_path: Path) -> None:
+    path = tmp_path / "data.csv"
+    data.main([
+        "--workers", "0", "1", "--batch", "2", "--steps", "2", "--rows", "4", "--model", "fastmetro-compact",
+        "--device", "cpu", "--csv", str(path),
+    ])  # fmt: skip
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["pixels"], row["workers"]) for row in rows] == [(p, w) for p in ("worker", "device") for w in "01"]
+    assert all(0 < float(row["busy"]) < 1.5 and float(row["images_per_second_alone"]) > 0 for row in rows)
+
+
+def test_curves_are_drawn(tmp_path: Path) -> None:
+    log = tmp_path / "log.csv"
+    log.write_text("step,samples,loss,pa_mpjpe\n1,10,3.0,\n2,20,2.0,\n2,20,,90.0\n3,30,1.5,\n3,30,,80.0\n")
+    out = tmp_path / "new" / "curves.png"
+    curves.main([f"a={log}", f"b={log}", "--out", str(out)])
+    assert out.stat().st_size > 10_000
+    with pytest.raises(SystemExit, match="no run has 'speed'"):
+        curves.main([f"a={log}", "--values", "speed", "--out", str(out)])
+    with pytest.raises(SystemExit, match="expected NAME=FILE"):
+        curves.main([str(log)])

@@ -1,0 +1,119 @@
+"""Runs on SMPL's and MANO's meshes from TSV files to report, with model files made up here."""
+
+from __future__ import annotations
+
+import csv
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from test_published import fake_model
+from tsv_cases import cell, jpeg, label, write_set
+
+from fastmetro.cli import main
+from fastmetro.data.tsv.rows import encode_image
+
+SMALL = ["--model", "fastmetro-compact", "--batch-size", "2", "--steps", "2", "--image-size", "32", "--device", "cpu",
+         "--precision", "fp32", "--data.workers", "0", "--eval-count", "3", "--eval-every", "2",
+         "--log-every", "1"]  # fmt: skip
+
+
+@pytest.fixture
+def published(shared: Path) -> str:
+    folder = shared / "data" / "fastmetro"
+    if not (folder / "mesh_downsampling.npz").is_file():
+        pytest.skip(f"no published data in {folder}")
+    return str(folder)
+
+
+def data_set(folder: Path, kind: str) -> Path:
+    joints, pose = (24, 72) if kind == "body" else (21, 48)
+    folder.mkdir()
+    points = {"3d_joints": (torch.randn(joints, 4, generator=torch.Generator().manual_seed(0)).abs()).tolist()}
+    content = [
+        (f"im{i}", encode_image(jpeg(40, 30, 9 * i)),
+         cell(label(joints, pose, scale=0.15, has_smpl=1, pose=[0.01 * i] * pose, **points)), "40 30")
+        for i in range(5)
+    ]  # fmt: skip
+    return write_set(folder, content)
+
+
+def model_file(name: str, folder: Path) -> str:
+    path = folder / f"{name}.pkl"
+    path.write_bytes(pickle.dumps(fake_model(name), 2))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "protocol", "options"),
+    [
+        ("smpl", "3dpw", ["--upsampling", "released", "--compat", "published", "--loss.centred"]),
+        ("smpl", "3dpw", ["--stage", "smpl", "--smpl-loss.mesh", "1e-8"]),
+        ("mano", "freihand", ["--loss.edge-lengths", "1", "--loss.surface-level", "fine"]),
+    ],
+    ids=["body", "parameters", "hand"],
+)
+def test_from_rows_to_a_report(mesh: str, protocol: str, options: list[str], published: str, tmp_path: Path) -> None:
+    data = str(data_set(tmp_path / "data", "hand" if mesh == "mano" else "body"))
+    model, run = model_file(mesh, tmp_path), tmp_path / "run"
+    files = ["--data.mesh-data", published, "--data.body-model", model, "--mesh", mesh]
+    measured = ["--data.eval-file", data, "--data.protocol", protocol]
+    arguments = ["train", "--output", str(run), *SMALL, "--data.files", data, *files, *measured, *options]
+    assert main(arguments) == 0
+    with (run / "log.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert float(rows[0]["vertices_fine"]) > 0 and float(rows[-1]["mpvpe"]) > 0
+    assert ("smpl_rotations" in rows[0]) == ("smpl" in options)
+    assert ("edge_lengths" in rows[0]) == (mesh == "mano")
+    report = json.loads((run / "report.json").read_text())
+    assert report["report"]["protocol"] == protocol and report["report"]["mpjpe"] > 0
+    evaluated = ["eval", "--checkpoint", str(run / "weights.safetensors"), "--data", data, "--protocol", protocol]
+    evaluated += ["--mesh-data", published, "--body-model", model, "--device", "cpu", "--csv", str(run / "eval.csv")]
+    if mesh == "mano":
+        evaluated += ["--predictions", str(run / "pred.zip")]
+    assert main(evaluated) == 0
+    assert (run / "pred.zip").is_file() == (mesh == "mano")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--mesh", "smpl"], "needs data=, the folder of data files"),
+        (["--stage", "smpl"], "stage 'smpl' needs mesh 'smpl' and data.body_model"),
+        (["--epochs", "3"], "epochs are passes over data.files"),
+        (["--data.synthetic-share", "0.5"], "mixes synthetic images into data.files"),
+        (["--schedule", "step"], "drop_at must be shares between 0 and 1"),
+        (["--batch-size", "3", "--accumulate", "2"], "batch_size must be a multiple of accumulate, got 3 and 2"),
+        (["--capture-step"], "capture_step needs a CUDA device"),
+        (["--data.files", "absent.yaml"], "data set 'absent.yaml' does not exist"),
+        (["--data.eval-file", "absent.yaml", "--data.protocol", "x"], "protocol must be one of 'h36m-p2'"),
+        (["--backbone-weights", "absent.pth"], "no checkpoint at absent.pth"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_does_not_fit_is_one_line(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        status = main(["train", "--output", str(tmp_path / "run"), *SMALL, *options])
+    except SystemExit as stop:
+        status = stop.code
+    assert status in (1, 2) and message in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "run").exists()
+
+
+def test_epochs_become_steps_and_pictures_are_kept(tmp_path: Path) -> None:
+    """Five rows in batches of two, two epochs: five steps."""
+    data = str(data_set(tmp_path / "data", "body"))
+    run = tmp_path / "run"
+    options = [*SMALL, "--data.files", data, "--epochs", "2", "--tensorboard", "--eval-every", "5"]
+    assert main(["train", "--output", str(run), *options, "--data.synthetic-share", "0", "--no-photographs"]) == 0
+    assert torch.load(run / "checkpoint.pt", weights_only=True)["step"] == 5
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("training/loss")] == [1, 2, 3, 4, 5]
+    assert [event.step for event in events.Images("meshes")] == [5]
