@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -21,13 +22,15 @@ J24_TO_J14 = (*range(13), 18)
 class GroundTruth(nn.Module):
     """From a batch of TSV files to labels of a network.
 
-    Vertices are those of the neutral body model of pose and betas. Joints and vertices are moved so that the root (the
+    Vertices are those of the body model of pose and betas: of the neutral one or, where they are given, of that of the
+    sample's gender. Joints and vertices are moved so that the root (the
     middle of the hips, the wrist) is the origin, joints by the labelled root and vertices by that regressed from them.
 
     Args:
         mesh: of the network. Of a mesh that is neither SMPL's nor MANO's a batch gives joints only, and
             ``has_vertices`` never holds.
         model: SMPL or MANO, as the mesh asks.
+        gendered: further models of SMPL by gender, "male" and "female" (3DPW was made with them).
 
     Raises:
         ValueError: the model is missing or is not the mesh's.
@@ -36,14 +39,19 @@ class GroundTruth(nn.Module):
     regressor: Tensor
     chosen: Tensor
 
-    def __init__(self, mesh: Mesh, model: SMPLModel | None = None) -> None:
+    def __init__(
+        self, mesh: Mesh, model: SMPLModel | None = None, gendered: Mapping[str, SMPLModel] | None = None
+    ) -> None:
         super().__init__()
+        if gendered and (mesh.name != "smpl" or not set(gendered) <= {"male", "female"}):
+            raise ValueError(f"gendered must be 'male' and 'female' models for the mesh 'smpl', got {list(gendered)}")
         if mesh.name in ("smpl", "mano") and (model is None or model.name != mesh.name):
             raise ValueError(f"mesh {mesh.name!r} needs its body model for vertices, got {type(model).__name__}")
         if mesh.joint_regressor is None:
             raise ValueError(f"mesh {mesh.name!r} has no joint regressor")
         self.mesh_name, self.num_vertices, self.roots = mesh.name, mesh.num_vertices, list(mesh.root_joints)
         self.model = model if model is not None and model.name == mesh.name else None
+        self.gendered = nn.ModuleDict(dict(gendered or {}))
         regressor = torch.from_numpy(mesh.joint_regressor.toarray()).float()
         self.register_buffer("regressor", regressor, persistent=False)
         chosen = J24_TO_J14 if mesh.part == "body" else range(21)
@@ -79,13 +87,24 @@ class GroundTruth(nn.Module):
         if self.model is None:
             return batch.images.new_zeros((len(batch.images), self.num_vertices, 3)), None
         vertices, _ = self.model(batch.pose, batch.betas)
+        for gender, model in self.gendered.items():
+            rows = [row for row, found in enumerate(batch.genders) if found == gender]
+            if rows:
+                vertices[rows] = model(batch.pose[rows], batch.betas[rows])[0]
         root = (self.regressor @ vertices)[:, self.roots].mean(dim=1, keepdim=True)
         body = self.mesh_name == "smpl"
         return vertices - root, axis_angle_to_matrix(batch.pose.unflatten(1, (-1, 3))) if body else None
 
 
-def ground_truth(mesh: Mesh, model_file: Path | None) -> GroundTruth:
+def ground_truth(
+    mesh: Mesh, model_file: Path | None, male: Path | None = None, female: Path | None = None
+) -> GroundTruth:
     """For a mesh, with the user's model file where the mesh is SMPL's or MANO's.
+
+    Args:
+        mesh: of the network.
+        model_file: SMPL (neutral) or MANO.
+        male, female: of SMPL, for samples of that gender; the neutral one without.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -98,4 +117,5 @@ def ground_truth(mesh: Mesh, model_file: Path | None) -> GroundTruth:
             f"labels of vertices are made by the {mesh.name.upper()} model, whose file is yours to bring: name it by "
             "data.body_model (training) or --body-model (evaluation)"
         )
-    return GroundTruth(mesh, SMPL(model_file) if mesh.name == "smpl" else MANO(model_file))
+    gendered = {gender: SMPL(path) for gender, path in (("male", male), ("female", female)) if path is not None}
+    return GroundTruth(mesh, SMPL(model_file) if mesh.name == "smpl" else MANO(model_file), gendered)

@@ -43,7 +43,8 @@ def run_evaluation(settings: EvalSettings) -> dict[str, float]:
     with open_world(settings.device) as (world, device):
         model = load_network(settings).to(device).eval()
         source = TsvSource(settings.data)
-        truth = ground_truth(model.mesh, settings.body_model).double().to(device)
+        files = (settings.body_model, settings.male_model, settings.female_model)
+        truth = ground_truth(model.mesh, *files).double().to(device)
         evaluation = evaluate_tsv(
             mesh_of(model), source, truth, model.mesh, protocol, device, world=world, batch_size=settings.batch_size,
             workers=settings.workers, count=settings.count, compat=settings.compat is not None, progress=True,
@@ -103,6 +104,8 @@ def _report(settings: EvalSettings, protocol: Protocol, evaluation: Evaluation, 
     numbers = "   ".join(f"{names[name]} {value:.2f}" for name, value in errors.items())
     lines = [f"{protocol.name}: {numbers}   mm"]
     lines.append(f"{len(evaluation.errors.rows)} samples of {settings.data}; {protocol.description}")
+    if settings.male_model is not None:
+        lines.append("true vertices by the model of each sample's gender")
     if settings.compat is not None:
         lines.append(
             f"as published: its crops; PA-MPJPE over all samples; plain mean over {settings.processes} process(es)"
@@ -123,7 +126,7 @@ def _row(
 ) -> dict[str, object]:
     return {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "protocol": protocol.name,
+        "protocol": protocol.name + (", gendered truth" if settings.male_model is not None else ""),
         "compat": settings.compat or "",
         "checkpoint": settings.checkpoint,
         "data": settings.data,

@@ -31,7 +31,7 @@ PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
         Protocol("h36m-p2", "body", f"Human3.6M, protocol 2: {_BODY} (Human3.6M has none)"),
-        Protocol("3dpw", "body", f"3DPW: {_BODY} of the neutral model, whatever the gender"),
+        Protocol("3dpw", "body", f"3DPW: {_BODY}, by the neutral model unless others are named"),
         Protocol(
             "freihand", "hand",
             "FreiHAND: 21 joints regressed from the mesh, and the mesh, relative to the wrist; PA-MPJPE and PA-MPVPE "

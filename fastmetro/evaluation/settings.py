@@ -23,6 +23,8 @@ class EvalSettings:
         mesh: of that network: "smpl" or "mano".
         mesh_data: folder of the data files of the published repository, for the meshes "smpl" and "mano".
         body_model: the SMPL or MANO model file, which makes the true vertices.
+        male_model, female_model: SMPL model files for the true vertices of samples of that gender (3DPW); the published
+            protocol takes the neutral one for all.
         count: images; of a TSV data set the first so many, all by default. 1000 synthetic ones by default.
         batch_size: images at once, in each process.
         workers: processes that read ahead.
@@ -44,6 +46,8 @@ class EvalSettings:
     mesh: Literal["smpl", "mano"] = "smpl"
     mesh_data: Path | None = None
     body_model: Path | None = None
+    male_model: Path | None = None
+    female_model: Path | None = None
     count: int | None = None
     batch_size: int = 32
     workers: int = 0
@@ -63,5 +67,9 @@ class EvalSettings:
             raise ValueError(f"workers must not be negative, got {self.workers}")
         if self.processes > 1 and self.compat is None:
             raise ValueError("processes is of compat 'published'; exact means do not depend on it")
+        if (self.male_model is None) != (self.female_model is None):
+            raise ValueError("male_model and female_model go together, or half of the truth would be another")
+        if self.male_model is not None and self.compat is not None:
+            raise ValueError("male_model and female_model do not go with compat 'published', whose truth is neutral")
         if self.protocol != "freihand" and (self.predictions or self.truth):
             raise ValueError(f"predictions and truth go with protocol 'freihand', got {self.protocol!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +141,24 @@ def test_the_truth_has_no_errors(tmp_path: Path) -> None:
     assert errors.mpvpe.max() < 1e-9 and errors.pa_mpvpe.max() < 1e-6
     roots = torch.from_numpy(mesh.joint_regressor.toarray())[[2, 3]] @ labels.vertices
     assert roots.mean(1).abs().max() < 1e-5
+
+
+def test_truth_by_gender(tmp_path: Path) -> None:
+    """The rows say "female"."""
+    (tmp_path / "other").mkdir()
+    mesh, neutral, female = made_up_mesh("smpl"), body_model("smpl", tmp_path), body_model("smpl", tmp_path / "other")
+    female.skinning.template.mul_(1.1)
+    from fastmetro.data.tsv.dataset import TsvDataset
+
+    dataset = TsvDataset(data_set(tmp_path / "data"), "body", size=32)
+    batch = dataset.collate([dataset[row] for row in range(4)])
+    batch = replace(batch, genders=["female", "male", "none", "female"])
+    mixed, plain = GroundTruth(mesh, neutral, {"female": female})(batch), GroundTruth(mesh, neutral)(batch)
+    expected = GroundTruth(mesh, female)(batch)
+    for row, gender in enumerate(batch.genders):
+        torch.testing.assert_close(mixed.vertices[row], (expected if gender == "female" else plain).vertices[row])
+    with pytest.raises(ValueError, match="gendered must be 'male' and 'female' models"):
+        GroundTruth(mesh, neutral, {"other": female})
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -282,5 +301,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "as published" in capsys.readouterr().out
     assert main([*arguments, "--csv", str(tmp_path / "data" / "train.yaml")]) == 1
     assert "has the columns" in capsys.readouterr().err
+    assert main([*arguments, "--male-model", "m.pkl"]) != 0
+    assert "go together" in capsys.readouterr().err
     assert main(["eval", "--data", "absent.yaml", "--device", "cpu"]) == 1
     assert "absent.yaml" in capsys.readouterr().err
