@@ -14,6 +14,7 @@ from tsv_cases import cell, jpeg, label, write_set
 
 from fastmetro.cli import main
 from fastmetro.data.tsv.rows import encode_image
+from fastmetro.models.checkpoints import weights_record
 
 SMALL = ["--model", "fastmetro-compact", "--batch-size", "2", "--steps", "2", "--image-size", "32", "--device", "cpu",
          "--precision", "fp32", "--data.workers", "0", "--eval-count", "3", "--eval-every", "2",
@@ -67,6 +68,7 @@ def test_from_rows_to_a_report(mesh: str, protocol: str, options: list[str], pub
     assert float(rows[0]["vertices_fine"]) > 0 and float(rows[-1]["mpvpe"]) > 0
     assert ("smpl_rotations" in rows[0]) == ("smpl" in options)
     assert ("edge_lengths" in rows[0]) == (mesh == "mano")
+    assert float(weights_record(run / "best.safetensors")["pa_mpjpe"]) == pytest.approx(float(rows[-1]["pa_mpjpe"]))
     report = json.loads((run / "report.json").read_text())
     assert report["report"]["protocol"] == protocol and report["report"]["mpjpe"] > 0
     evaluated = ["eval", "--checkpoint", str(run / "weights.safetensors"), "--data", data, "--protocol", protocol]
