@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fastmetro.data.ground_truth import ground_truth
+from fastmetro.data.ground_truth import GroundTruth, ground_truth
 from fastmetro.data.tsv import TsvSource
 from fastmetro.distributed import World, open_world
 from fastmetro.evaluation import freihand
@@ -43,8 +43,7 @@ def run_evaluation(settings: EvalSettings) -> dict[str, float]:
     with open_world(settings.device) as (world, device):
         model = load_network(settings).to(device).eval()
         source = TsvSource(settings.data)
-        files = (settings.body_model, settings.male_model, settings.female_model)
-        truth = ground_truth(model.mesh, *files).double().to(device)
+        truth = _truth(settings, protocol, model.mesh).double().to(device)
         evaluation = evaluate_tsv(
             mesh_of(model), source, truth, model.mesh, protocol, device, world=world, batch_size=settings.batch_size,
             workers=settings.workers, count=settings.count, compat=settings.compat is not None, progress=True,
@@ -57,6 +56,13 @@ def run_evaluation(settings: EvalSettings) -> dict[str, float]:
                 _freihand(settings, evaluation, device)
         world.wait()
     return errors
+
+
+def _truth(settings: EvalSettings, protocol: Protocol, mesh: Mesh) -> GroundTruth:
+    """What makes the labels. Human3.6M has joints only, for which no model file is needed."""
+    if protocol.name == "h36m-p2" and settings.body_model is None:
+        return GroundTruth(mesh, joints_only=True)
+    return ground_truth(mesh, settings.body_model, settings.male_model, settings.female_model)
 
 
 def load_network(settings: EvalSettings) -> FastMETRO:
