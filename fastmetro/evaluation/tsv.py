@@ -175,7 +175,10 @@ def _read(
     from tqdm import tqdm
 
     numbered = _Numbered(dataset)
-    loader = DataLoader(numbered, batch_sampler=batches, num_workers=workers, collate_fn=numbered.collate)
+    # With a generator of its own: else it would draw from the one that a training's dropout goes on with.
+    loader = DataLoader(
+        numbered, batch_sampler=batches, num_workers=workers, collate_fn=numbered.collate, generator=torch.Generator()
+    )
     return iter(tqdm(loader, disable=not progress, desc="evaluating"))
 
 

@@ -218,6 +218,7 @@ class Trainer:
     def _write_evaluation(self, bar: Any) -> None:
         if self.evaluate is None:
             return
+        self.world.share_state(self.state.average.model)  # statistics of batch norms are each process's own
         metrics = self.evaluate(self.state.average.model)
         row = {name: round(metrics[name], 3) for name in METRICS if name in metrics}
         if metrics.get("pa_mpjpe", math.inf) < self.state.best:

@@ -14,7 +14,7 @@ from tsv_cases import cell, jpeg, label, write_set
 
 from fastmetro.cli import main
 from fastmetro.data.tsv.rows import encode_image
-from fastmetro.models.checkpoints import weights_record
+from fastmetro.models.checkpoints import read_state_dict, weights_record
 
 SMALL = ["--model", "fastmetro-compact", "--batch-size", "2", "--steps", "2", "--image-size", "32", "--device", "cpu",
          "--precision", "fp32", "--data.workers", "0", "--eval-count", "3", "--eval-every", "2",
@@ -77,6 +77,24 @@ def test_from_rows_to_a_report(mesh: str, protocol: str, options: list[str], pub
         evaluated += ["--predictions", str(run / "pred.zip")]
     assert main(evaluated) == 0
     assert (run / "pred.zip").is_file() == (mesh == "mano")
+
+
+def test_the_regressor_of_parameters_is_trained_on_top_of_a_body_network(published: str, tmp_path: Path) -> None:
+    """The body's weights are taken over, and with a rate of next to nothing they stay."""
+    data, model = str(data_set(tmp_path / "data", "body")), model_file("smpl", tmp_path)
+    files = ["--data.files", data, "--data.mesh-data", published, "--data.body-model", model, "--mesh", "smpl"]
+    body, stage = tmp_path / "body", tmp_path / "stage"
+    common = [*SMALL[:-6], "--eval-count", "0", *files, "--ema-decay", "0", "--dropout", "0"]
+    assert main(["train", "--output", str(body), *common]) == 0
+    weights = str(body / "weights.safetensors")
+    more = ["--stage", "smpl", "--learning-rate", "1e-9", "--initialise", weights]
+    assert main(["train", "--output", str(stage), *common, *more]) == 0
+    before, after = read_state_dict(weights), read_state_dict(stage / "weights.safetensors")
+    new = {name for name in after if name.startswith("smpl_parameter_regressor.")}
+    assert new and set(after) - new == set(before)
+    assert torch.equal(before["vertex_token_embed.weight"], after["vertex_token_embed.weight"])
+    other = [*common[:-4], "--model", "fastmetro-s", "--stage", "smpl", "--initialise", weights]
+    assert main(["train", "--output", str(tmp_path / "other"), *other]) == 1
 
 
 @pytest.mark.parametrize(
