@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -19,10 +18,9 @@ from fastmetro.evaluation.results import append_result, check_table
 from fastmetro.evaluation.settings import EvalSettings
 from fastmetro.evaluation.synthetic import evaluate_synthetic, format_report
 from fastmetro.evaluation.tsv import Evaluation, evaluate_tsv, mesh_of
-from fastmetro.inference.pretrained import SHIPPED, load_pretrained
-from fastmetro.meshes.mesh import Mesh, load_mesh
-from fastmetro.models import FastMETRO, create_model
-from fastmetro.models.checkpoints import weights_record
+from fastmetro.inference.pretrained import load_pretrained
+from fastmetro.meshes.mesh import Mesh
+from fastmetro.models import FastMETRO
 from fastmetro.profiling.record import commit, device_name
 
 SYNTHETIC_COUNT = 1000
@@ -60,9 +58,9 @@ def run_evaluation(settings: EvalSettings) -> dict[str, float]:
 
 def _truth(settings: EvalSettings, protocol: Protocol, mesh: Mesh) -> GroundTruth:
     """What makes the labels. Human3.6M has joints only, for which no model file is needed."""
-    if protocol.name == "h36m-p2" and settings.body_model is None:
+    if protocol.name == "h36m-p2" and settings.network.body_model is None:
         return GroundTruth(mesh, joints_only=True)
-    return ground_truth(mesh, settings.body_model, settings.male_model, settings.female_model)
+    return ground_truth(mesh, settings.network.body_model, settings.male_model, settings.female_model)
 
 
 def load_network(settings: EvalSettings) -> FastMETRO:
@@ -72,18 +70,8 @@ def load_network(settings: EvalSettings) -> FastMETRO:
         FileNotFoundError: there is no such file.
         ValueError: the checkpoint does not say what it is, or does not fit; its mesh needs files of the user.
     """
-    path = SHIPPED.get(settings.checkpoint, Path(settings.checkpoint))
-    if settings.model is not None:
-        chosen = _mesh(settings.mesh, settings)
-        network = create_model(settings.model, settings.backbone, chosen, settings.upsampling, settings.attention)
-        return load_pretrained(path, model=network)
-    name = weights_record(path).get("mesh") if path.is_file() else None
-    mesh = _mesh(name, settings) if name in ("smpl", "mano") else None
-    return load_pretrained(settings.checkpoint, attention=settings.attention, mesh=mesh)
-
-
-def _mesh(name: str, settings: EvalSettings) -> Mesh:
-    return load_mesh(name, data=settings.mesh_data, model_file=settings.body_model)
+    network = settings.network.build(settings.checkpoint, settings.attention)
+    return load_pretrained(settings.checkpoint, model=network, attention=settings.attention)
 
 
 def _synthetic(settings: EvalSettings) -> dict[str, float]:

@@ -77,6 +77,10 @@ def test_from_rows_to_a_report(mesh: str, protocol: str, options: list[str], pub
         evaluated += ["--predictions", str(run / "pred.zip")]
     assert main(evaluated) == 0
     assert (run / "pred.zip").is_file() == (mesh == "mano")
+    (tmp_path / "photo.jpg").write_bytes(jpeg(60, 50))
+    predicted = ["predict", str(tmp_path / "photo.jpg"), "--out", str(run / "out"), "--device", "cpu"]
+    predicted += ["--checkpoint", str(run / "weights.safetensors"), "--mesh-data", published, "--body-model", model]
+    assert main(predicted) == 0 and (run / "out" / "photo.glb").is_file()
 
 
 def test_the_regressor_of_parameters_is_trained_on_top_of_a_body_network(published: str, tmp_path: Path) -> None:
