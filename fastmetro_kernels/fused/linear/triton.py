@@ -205,6 +205,15 @@ def _product(
 
 
 @triton.jit
+def _put_leading(result, leading_base, place, stride_token, columns, mask, LEADING: tl.constexpr):
+    """The rows whose place in their sample is below LEADING, copied."""
+    leads = place < LEADING
+    row = tl.minimum(place, LEADING - 1).to(tl.int64) * stride_token
+    copied = tl.load(leading_base[:, None] + row[:, None] + columns[None, :], mask=mask & leads[:, None], other=0.0)
+    return tl.where(leads[:, None], copied.to(tl.float32), result)
+
+
+@triton.jit
 def _store_moments(moments_out, stored, mask, row, rows, column, columns, features, COLUMNS: tl.constexpr):
     """Count, mean and squared distances from it of the tile's rows; `column` of `columns` tiles."""
     values = tl.where(mask, stored.to(tl.float32), 0.0)
@@ -212,7 +221,7 @@ def _store_moments(moments_out, stored, mask, row, rows, column, columns, featur
     mean = tl.sum(values, 1) / count
     centred = tl.where(mask, values - mean[:, None], 0.0)
     target = moments_out + (row.to(tl.int64) * columns + column) * 3
-    tl.store(target, mean * 0.0 + count, mask=row < rows)
+    tl.store(target, tl.zeros_like(mean) + count, mask=row < rows)
     tl.store(target + 1, mean, mask=row < rows)
     tl.store(target + 2, tl.sum(centred * centred, 1), mask=row < rows)
 
@@ -288,10 +297,10 @@ def fused_linear_kernel(
             kept = _load_tile(residual, residual_row, feature * stride_residual_feature, mask)
         result += kept.to(tl.float32)
     if LEADING > 0:
-        leads = place < LEADING
-        leading_row = batch * stride_leading_batch + tl.minimum(place, LEADING - 1).to(tl.int64) * stride_leading_token
-        copied = _load_tile(leading, leading_row, feature * stride_leading_feature, mask & leads[:, None])
-        result = tl.where(leads[:, None], copied.to(tl.float32), result)
+        from_leading = leading + batch * stride_leading_batch
+        result = _put_leading(
+            result, from_leading, place, stride_leading_token, feature * stride_leading_feature, mask, LEADING
+        )
     stored = result.to(out.dtype.element_ty)
     tl.store(out + row.to(tl.int64)[:, None] * features + feature[None, :], stored, mask=mask)
     if moments_out is not None:
