@@ -26,7 +26,7 @@ from PIL import Image
 from bench import common
 from fastmetro.data.ground_truth import ground_truth
 from fastmetro.data.synthetic.dataset import SyntheticPeople
-from fastmetro.data.tsv import TsvSource as Rows
+from fastmetro.data.tsv import TsvSource
 from fastmetro.data.tsv.build import build_data
 from fastmetro.data.tsv.dataset import TsvDataset
 from fastmetro.distributed import World
@@ -35,7 +35,7 @@ from fastmetro.models import create_model
 from fastmetro.training.losses import MeshRecoveryLoss
 from fastmetro.training.objective import Objective
 from fastmetro.training.schedule import make_optimizer
-from fastmetro.training.sources import Source, TsvSource, make_sampler
+from fastmetro.training.sources import Batches, TsvBatches, make_sampler
 from fastmetro.training.step import CapturedStep, TrainingStep
 
 SIZE = (640, 480)
@@ -69,12 +69,12 @@ def write_photographs(folder: Path, count: int, device: torch.device) -> Path:
     return build_data(folder / "annotations.npz", folder, folder / "people", "body").path
 
 
-def make_source(path: Path, options: argparse.Namespace, pixels: Any, workers: int, device: torch.device) -> Source:
+def make_source(path: Path, options: argparse.Namespace, pixels: Any, workers: int, device: torch.device) -> Batches:
     """Batches as a training gets them."""
-    sets = [TsvDataset(Rows(path), "body", seed=1, pixels=pixels, compat="published")]
+    sets = [TsvDataset(TsvSource(path), "body", seed=1, pixels=pixels, compat="published")]
     sampler = make_sampler(sets, (), 0.0, batch_size=options.batch, seed=1, world=World())
     truth = ground_truth(load_mesh("anny-body"), None).to(device)
-    return TsvSource(sets, truth, sampler, device, workers)
+    return TsvBatches(sets, truth, sampler, device, workers)
 
 
 def _synchronize(device: torch.device) -> None:
@@ -115,7 +115,7 @@ def measure(path: Path, options: argparse.Namespace, device: torch.device) -> li
             reading = _seconds(source, options.steps, device)
             source = make_source(path, options, pixels, workers, device)
 
-            def train(number: int, source: Source = source) -> None:
+            def train(number: int, source: Batches = source) -> None:
                 found = source(number)
                 step(found.images, found.labels)
 

@@ -3,9 +3,10 @@
     python -m bench training [--cases s-r50 l-r50 l-r50-full] [--contenders ours compiled ...] [--seconds 3]
                              [--rounds 5] [--batch 32] [--device cuda] [--csv FILE]
 
-A time is that of one synchronised step; contenders take turns. Before they do, the first loss of each, eager and
-without dropout, is held against that of the first contender, and so is its loss after the first steps as it is timed,
-which dropout blurs. Rows go to bench/results/training_<device>.csv, and replace those of the same case.
+A time is that of one synchronised step; contenders take turns. Before they do, the first loss of each and the norm of
+its gradient, eager and without dropout, are held against those of the first contender, and so is its loss after the
+first steps as it is timed, which dropout blurs. Rows go to bench/results/training_<device>.csv, and replace those of
+the same case.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bench import common
 from bench.training.cases import CASES, Case, build_model, random_batch
@@ -36,6 +37,8 @@ TARGETS = {
 """How many times faster our step must be, on one H200, batch 32."""
 AGREE = 0.02
 """Relative difference of the first loss that bfloat16 may make."""
+GRADIENT = 0.05
+"""The same of the norm of the first gradient."""
 NEAR = 0.15
 """The same of the loss after the first steps, to which dropout adds."""
 WARM_UPS = 3
@@ -43,24 +46,28 @@ MIB = 2**20
 
 
 @contextlib.contextmanager
-def _without_dropout(model: nn.Module) -> Iterator[None]:
+def _without_dropout(model: FastMETRO) -> Iterator[None]:
+    """In the layers, which copies of the model take over, and in the settings, of which the baselines are made."""
     layers = [layer for layer in model.modules() if hasattr(layer, "dropout") and isinstance(layer.dropout, float)]
-    before = [layer.dropout for layer in layers]
+    before, config = [layer.dropout for layer in layers], model.config
     for layer in layers:
         layer.dropout = 0.0  # type: ignore[assignment]
+    model.config = replace(config, dropout=0.0)
     try:
         yield
     finally:
+        model.config = config
         for layer, value in zip(layers, before, strict=True):
             layer.dropout = value
 
 
-def first_loss(name: str, model: FastMETRO, images: Tensor, labels: Any) -> float:
-    """The loss of the first step, eager and without dropout."""
+def first_values(name: str, model: FastMETRO, images: Tensor, labels: Any) -> tuple[float, float]:
+    """The loss of the first step and the norm of its gradient, eager and without dropout."""
     with _without_dropout(model):
         contender = build(name, model, images, labels, eager=True)
         with tensor_float_32(contender.tf32):
-            return float(contender.run()[0])
+            loss, norm, *_ = contender.run().tolist()
+            return loss, norm
 
 
 class Prepared(NamedTuple):
@@ -104,13 +111,17 @@ def run_case(case: Case, names: Sequence[str], options: argparse.Namespace) -> l
     rows: list[dict[str, Any]] = []
     warm: list[tuple[dict[str, Any], Contender]] = []
     losses: list[float] = []
+    norms: list[float] = []
     later: list[float] = []
     for name in names:
         row: dict[str, Any] = {"case": case.name, "batch": case.batch, "contender": name, "status": "ok", "reason": ""}
         rows.append(row)
         try:
-            losses.append(first_loss(name, model, images, labels))
+            loss, norm = first_values(name, model, images, labels)
+            losses.append(loss)
+            norms.append(norm)
             _check(losses, AGREE, "first loss", names)
+            _check(norms, GRADIENT, "first gradient's norm", names)
             ready = prepare(model, images, labels, name)
             later.append(ready.loss)
             _check(later, NEAR, "loss after the first steps", names)

@@ -140,7 +140,6 @@ def _freihand(settings: EvalSettings, evaluation: Evaluation, device: torch.devi
     assert evaluation.joints is not None and evaluation.vertices is not None
     joints, vertices = evaluation.joints, evaluation.vertices
     if settings.predictions is not None:
-        settings.predictions.parent.mkdir(parents=True, exist_ok=True)
         count = freihand.write_predictions(settings.predictions, [(joints, vertices)])
         print(f"{count} predictions in {settings.predictions}")
     if settings.truth is not None:

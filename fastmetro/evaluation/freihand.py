@@ -9,7 +9,6 @@ FastMETRO are relative to the wrist, so that only the aligned scores mean someth
 from __future__ import annotations
 
 import json
-import os
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,6 +17,8 @@ from typing import IO
 import numpy as np
 import torch
 from torch import Tensor
+
+from fastmetro.files import replacing
 
 JOINTS, VERTICES = 21, 778
 MAX_BYTES = 2 << 30
@@ -33,7 +34,7 @@ def write_predictions(path: str | Path, batches: Iterable[tuple[Tensor, Tensor]]
     The file appears when all is written.
 
     Args:
-        path: .json or .zip; its folder must exist.
+        path: .json or .zip; missing folders are made.
         batches: joints [B, 21, 3] and vertices [B, 778, 3] of consecutive samples.
 
     Returns:
@@ -51,8 +52,7 @@ def write_predictions(path: str | Path, batches: Iterable[tuple[Tensor, Tensor]]
         _check(some_vertices, (VERTICES, 3), f"vertices of batch {number}")
         joints.append(some_joints.detach().cpu().double().numpy())
         vertices.append(some_vertices.detach().cpu().double().numpy())
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
+    with replacing(path) as temporary:
         if path.suffix == ".zip":
             zipped = zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED)
             with zipped as archive, archive.open("pred.json", "w", force_zip64=True) as file:
@@ -60,9 +60,6 @@ def write_predictions(path: str | Path, batches: Iterable[tuple[Tensor, Tensor]]
         else:
             with temporary.open("wb") as file:
                 _write(file, joints, vertices)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return sum(map(len, joints))
 
 

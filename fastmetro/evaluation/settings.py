@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from fastmetro.compat import Compat
 from fastmetro.inference.pretrained import NetworkChoice
 
 
@@ -38,7 +39,7 @@ class EvalSettings:
     checkpoint: str = "fastmetro-compact"
     data: str = "synthetic"
     protocol: str = "h36m-p2"
-    compat: Literal["published"] | None = None
+    compat: Compat | None = None
     processes: int = 1
     network: Annotated[NetworkChoice, tyro.conf.arg(name="")] = field(default_factory=NetworkChoice)
     male_model: Path | None = None

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from fastmetro.compat import Compat
 from fastmetro.training.losses import LossWeights
 from fastmetro.training.losses.smpl_stage import SMPLStageWeights
 from fastmetro.training.schedule import Decay, Schedule
@@ -122,7 +123,7 @@ class TrainConfig:
     masking: Literal["all", "half-heads", "none"] = "all"
     attention: Literal["auto", "dense", "reference", "native", "triton"] = "auto"
     stage: Literal["meshes", "smpl"] = "meshes"
-    compat: Literal["published"] | None = None
+    compat: Compat | None = None
     data: DataConfig = field(default_factory=DataConfig)
     seed: int = 0
     batch_size: int = 256

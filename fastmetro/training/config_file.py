@@ -12,9 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-MAX_BYTES = 1 << 20
+from fastmetro.yaml_file import read_yaml
 
 
 def file_arguments(path: Path, settings: type) -> list[str]:
@@ -28,19 +26,7 @@ def file_arguments(path: Path, settings: type) -> list[str]:
         FileNotFoundError: there is no such file.
         ValueError: it is not such a file; the message names the key.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no configuration at {path}")
-    if path.stat().st_size > MAX_BYTES:
-        raise ValueError(f"{path}: {path.stat().st_size} bytes, at most {MAX_BYTES} are read")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not YAML: {error}") from None
-    if content is None:
-        return []
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{path} must hold names and values, got {type(content).__name__}")
-    return list(_arguments(content, settings, "", path))
+    return list(_arguments(read_yaml(path, "configuration"), settings, "", path))
 
 
 def _arguments(content: Mapping[Any, Any], settings: type, prefix: str, path: Path) -> Iterator[str]:

@@ -23,7 +23,7 @@ from fastmetro.training.config import TrainConfig
 from fastmetro.training.losses import MeshRecoveryLoss
 from fastmetro.training.objective import Objective
 from fastmetro.training.pictures import batch_picture
-from fastmetro.training.sources import Batch, Source, SyntheticSource
+from fastmetro.training.sources import Batch, Batches, SyntheticBatches
 from fastmetro.training.trainer import METRICS
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Setup:
         self.model = self._make_model()
         self.objective = self._make_objective()
         self._check_evaluation()
-        self.source: Source
+        self.source: Batches
         if config.data.files:
             self.source, rows = self._tsv_source()
             if config.epochs is not None:
@@ -69,12 +69,12 @@ class Setup:
         """Before hours of training, that what is measured at its end can be."""
         config, data = self.config, self.config.data
         if config.eval_count and data.eval_file is not None:
-            from fastmetro.data.tsv.source import TsvSource as Rows
+            from fastmetro.data.tsv.source import TsvSource
             from fastmetro.evaluation.protocols import find_protocol
             from fastmetro.evaluation.tsv import Measure
 
             Measure(self.mesh, find_protocol(data.protocol), self.device)
-            Rows(data.eval_file)
+            TsvSource(data.eval_file)
         elif config.eval_count and self.mesh.name != SYNTHETIC_MESH:
             raise ValueError(f"mesh {self.mesh.name!r} is evaluated on data.eval_file; give one, or eval_count 0")
 
@@ -132,25 +132,25 @@ class Setup:
         people = SyntheticPeople(mesh, config.seed, config.image_size, config.photographs, config.compile_images)
         return people.to(self.device)
 
-    def _synthetic_source(self) -> Source:
+    def _synthetic_source(self) -> Batches:
         config = self.config
         if config.mesh != SYNTHETIC_MESH:
             raise ValueError(f"mesh must be {SYNTHETIC_MESH} to train on synthetic images alone, got {config.mesh!r}")
         people: Any = self._people()
         if config.capture_images:
             people = CapturedPeople(people, config.batch_size // self.world.size)
-        return SyntheticSource(people, config.batch_size, self.device, self.world, config.overfit)
+        return SyntheticBatches(people, config.batch_size, self.device, self.world, config.overfit)
 
-    def _tsv_source(self) -> tuple[Source, int]:
+    def _tsv_source(self) -> tuple[Batches, int]:
         """The batches, and how many rows there are."""
         from fastmetro.data.tsv.dataset import TsvDataset
-        from fastmetro.data.tsv.source import TsvSource as Rows
-        from fastmetro.training.sources import TsvSource, make_sampler
+        from fastmetro.data.tsv.source import TsvSource
+        from fastmetro.training.sources import TsvBatches, make_sampler
 
         config, data = self.config, self.config.data
         sets = [
             TsvDataset(
-                Rows(path), self._kind, seed=config.seed, size=config.image_size, pixels=data.pixels,
+                TsvSource(path), self._kind, seed=config.seed, size=config.image_size, pixels=data.pixels,
                 compat=config.compat,
             )
             for path in data.files
@@ -161,7 +161,7 @@ class Setup:
             sets, data.shares, data.synthetic_share, batch_size=config.batch_size, seed=config.seed, world=self.world
         )
         people = self._people() if data.synthetic_share else None
-        source = TsvSource(sets, self.truth, sampler, self.device, data.workers, people)
+        source = TsvBatches(sets, self.truth, sampler, self.device, data.workers, people)
         return source, sum(len(part) for part in sets)
 
     @property
@@ -207,13 +207,13 @@ class Setup:
         if data.eval_file is None:
             report = self._synthetic(network, count, baselines=False)
             return {name: float(str(report[name])) for name in METRICS}
-        from fastmetro.data.tsv.source import TsvSource as Rows
+        from fastmetro.data.tsv.source import TsvSource
         from fastmetro.evaluation.protocols import find_protocol
         from fastmetro.evaluation.tsv import evaluate_tsv, mesh_of
 
         protocol = find_protocol(data.protocol)
         evaluation = evaluate_tsv(
-            mesh_of(network), Rows(data.eval_file), self.exact_truth, self.mesh, protocol, self.device,
+            mesh_of(network), TsvSource(data.eval_file), self.exact_truth, self.mesh, protocol, self.device,
             world=self.world, workers=data.workers, size=config.image_size, count=count,
             compat=config.compat is not None,
         )  # fmt: skip

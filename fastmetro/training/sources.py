@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from fastmetro.data.labels import MeshLabels
-from fastmetro.data.mixing import MixedSampler, Pick
-from fastmetro.data.mixing import Source as Share
+from fastmetro.data.mixing import MixedSampler, Pick, Source
 from fastmetro.data.synthetic.dataset import SyntheticBatch, normalize_images
 from fastmetro.data.tsv.batch import TsvBatch
 from fastmetro.data.tsv.dataset import PackedBatch, TsvDataset, UnusableData
@@ -43,7 +42,7 @@ class Batch(NamedTuple):
     skipped: Mapping[str, int] = {}
 
 
-class Source(Protocol):
+class Batches(Protocol):
     """Batches by step, the same for a step whenever it is asked for; steps are asked for one after the other."""
 
     def __call__(self, step: int) -> Batch:
@@ -55,7 +54,7 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True)
-class SyntheticSource:
+class SyntheticBatches:
     """Synthetic images, made on the device; no two steps share one.
 
     Attributes:
@@ -80,12 +79,12 @@ class SyntheticSource:
         return indices % self.overfit if self.overfit else indices
 
     def __call__(self, step: int) -> Batch:
-        """See :class:`Source`."""
+        """See :class:`Batches`."""
         batch = self.people(self.indices(step))
         return Batch(_channels_last(normalize_images(batch.images)), batch.labels)
 
 
-class TsvSource:
+class TsvBatches:
     """Rows of TSV files, read ahead by worker processes, and synthetic images among them.
 
     Args:
@@ -112,7 +111,7 @@ class TsvSource:
         self._next = -1
 
     def __call__(self, step: int) -> Batch:
-        """See :class:`Source`. A step that does not follow the one before starts the workers anew."""
+        """See :class:`Batches`. A step that does not follow the one before starts the workers anew."""
         if self._batches is None or step != self._next:
             self._batches = self._read_from(step)
         self._next = step + 1
@@ -176,9 +175,9 @@ def make_sampler(
         raise ValueError(f"data.shares must be one share per file, got {len(shares)} for {len(sets)} files")
     parts = list(shares) or [float(len(part)) for part in sets]
     read = [share / sum(parts) * (1 - synthetic_share) for share in parts]
-    sources = [Share(share, len(part)) for share, part in zip(read, sets, strict=True)]
+    sources = [Source(share, len(part)) for share, part in zip(read, sets, strict=True)]
     if synthetic_share:
-        sources.append(Share(synthetic_share))
+        sources.append(Source(synthetic_share))
     return MixedSampler(sources, batch_size, seed, rank=world.rank, world_size=world.size)
 
 

@@ -23,7 +23,7 @@ from fastmetro.training.config import TrainConfig
 from fastmetro.training.log import CsvLog
 from fastmetro.training.objective import Objective
 from fastmetro.training.schedule import learning_rate_factor, make_optimizer, set_learning_rate
-from fastmetro.training.sources import Batch, Source, SourceFailed
+from fastmetro.training.sources import Batch, Batches, SourceFailed
 from fastmetro.training.state import ExponentialAverage, TrainState
 from fastmetro.training.step import CapturedStep, TrainingStep
 
@@ -59,7 +59,7 @@ class Trainer:
     config: TrainConfig
     model: nn.Module
     objective: Objective
-    source: Source
+    source: Batches
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None
     export: Callable[[Trainer, Path, dict[str, float]], object] | None = None
     show: Callable[[nn.Module, Batch], Any] | None = None

@@ -57,6 +57,21 @@ def test_a_wrong_contender_is_refused(
     assert [row["status"] for row in rows] == ["ok", "failed"] and "its first loss is" in rows[1]["reason"]
 
 
+def test_every_contender_starts_with_the_same_loss_and_gradient() -> None:
+    """To bfloat16's rounding: dropout is off in all of them, and on again afterwards."""
+    from fastmetro.models import create_model
+
+    torch.manual_seed(0)
+    model = create_model("fastmetro-compact").train()
+    images, labels = cases.random_batch(model.mesh, 2, torch.device("cpu"))
+    expected = command.first_values("published", model, images, labels)
+    assert command.first_values("published", model, images, labels) == expected
+    for name in contenders.NAMES[1:]:
+        loss, norm = command.first_values(name, model, images, labels)
+        assert loss == pytest.approx(expected[0], rel=2e-3) and norm == pytest.approx(expected[1], rel=0.03), name
+    assert model.config.dropout == 0.1 and model.transformer_1.encoder.layers[0].dropout == 0.1
+
+
 def test_the_report_names_targets() -> None:
     row = {"case": "s-r50", "contender": "compiled", "step_ms": "15", "times_ours": "1.6", "peak_mib": "1"}
     row["reason"] = ""

@@ -64,7 +64,7 @@ def test_a_composite_set_names_the_file_in_its_keys(composite: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("- a\n", "must hold keys such as img and label, got list"),
+        ("- a\n", "must hold names and values, got list"),
         ("img: [\n", "is not YAML"),
         ("img: train.img.tsv\n", "label is missing"),
         ("img: [train.img.tsv]\nlabel: train.label.tsv\n", "img must name a file, got"),

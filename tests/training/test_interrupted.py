@@ -19,7 +19,7 @@ from test_sources import tables
 from fastmetro.training.config import TrainConfig
 from fastmetro.training.losses import MeshRecoveryLoss
 from fastmetro.training.objective import Objective
-from fastmetro.training.sources import Batch, SourceFailed, SyntheticSource
+from fastmetro.training.sources import Batch, SourceFailed, SyntheticBatches
 from fastmetro.training.trainer import Trainer, TrainingFailed
 
 OPTIONS = ["--batch-size", "4", "--image-size", "32", "--eval-count", "0", "--steps", "8",
@@ -76,7 +76,7 @@ def small(output: Path, source=None, **options) -> Trainer:
     torch.manual_seed(0)
     settings = {"batch_size": 8, "steps": 12, "log_every": 2, "save_every": 4, "precision": "fp32", **options}
     config = TrainConfig(output=output, **settings)
-    indices = SyntheticSource(None, 8, torch.device("cpu")).indices
+    indices = SyntheticBatches(None, 8, torch.device("cpu")).indices
     usual = lambda step: Batch(*labelled(indices(step)))  # noqa: E731
     return Trainer(config, SmallNetwork(), Objective(MeshRecoveryLoss(MESH)), source or usual)
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
+from test_published import fake_model
 
 from fastmetro.data.labels import MeshLabels
 from fastmetro.meshes.body import axis_angle_to_matrix
@@ -23,20 +24,8 @@ TERMS = ("smpl_rotations", "smpl_betas", "smpl_joints_3d", "smpl_joints_2d", "sm
 
 @pytest.fixture(scope="module")
 def smpl(tmp_path_factory):
-    rng = np.random.default_rng(0)
-    regressor = sp.random(BONES, VERTICES, 0.01, random_state=0).toarray() + np.eye(BONES, VERTICES)
-    parents = np.array([2**32 - 1, *((bone - 1) // 2 for bone in range(1, BONES))], np.int64)
-    model = {
-        "v_template": rng.normal(size=(VERTICES, 3)),
-        "shapedirs": 0.05 * rng.normal(size=(VERTICES, 3, 10)),
-        "posedirs": 0.01 * rng.normal(size=(VERTICES, 3, 9 * (BONES - 1))),
-        "J_regressor": sp.csc_matrix(regressor / regressor.sum(1, keepdims=True)),
-        "weights": rng.dirichlet(np.full(BONES, 0.1), VERTICES),
-        "kintree_table": np.stack([parents, np.arange(BONES)]).astype(np.uint32),
-        "f": rng.integers(0, VERTICES, (100, 3)).astype(np.uint32),
-    }
     path = tmp_path_factory.mktemp("smpl") / "model.pkl"
-    path.write_bytes(pickle.dumps(model, 2))
+    path.write_bytes(pickle.dumps(fake_model("smpl"), 2))
     return SMPL(path)
 
 
@@ -235,3 +224,9 @@ def test_what_is_missing_is_named(smpl, mesh):
         SMPLStageLoss(smpl, SimpleNamespace(name="other", num_vertices=778))
     with pytest.raises(ValueError, match="compat must be None or 'published'"):
         SMPLStageLoss(smpl, mesh, compat="yes")
+
+
+@pytest.mark.parametrize("number", [-1.0, float("nan"), float("inf")])
+def test_bad_weights_are_named(number):
+    with pytest.raises(ValueError, match="betas must be a finite number >= 0"):
+        SMPLStageWeights(betas=number)

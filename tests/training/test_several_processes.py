@@ -16,7 +16,7 @@ from fastmetro.distributed import World, open_world
 from fastmetro.training.config import TrainConfig
 from fastmetro.training.losses import MeshRecoveryLoss
 from fastmetro.training.objective import Objective
-from fastmetro.training.sources import Batch, SyntheticSource
+from fastmetro.training.sources import Batch, SyntheticBatches
 from fastmetro.training.trainer import Trainer
 
 SETTINGS = {"batch_size": 12, "steps": 12, "log_every": 3, "save_every": 6, "precision": "fp32", "learning_rate": 1e-2}
@@ -43,7 +43,7 @@ def _in_process(rank: int, work, count: int, port: int, arguments) -> None:
 def train(output: Path, world: World, device: torch.device, dropout: float = 0.0, stop: int = 99, **options) -> Trainer:
     torch.manual_seed(world.rank)  # rank 0's weights count
     config = TrainConfig(output=output, **(SETTINGS | options))
-    indices = SyntheticSource(None, config.batch_size, device, world).indices
+    indices = SyntheticBatches(None, config.batch_size, device, world).indices
 
     def source(step: int) -> Batch:
         if step == stop:
@@ -92,22 +92,25 @@ def test_a_stopped_run_goes_on_with_the_same_bits(tmp_path: Path) -> None:
     assert [row["loss"] for row in rows(tmp_path / "whole")] == [row["loss"] for row in rows(tmp_path / "parts")]
 
 
-def _average(rank: int) -> None:
-    with open_world("cpu") as (world, _):
+def _average(rank: int, folder: Path) -> None:
+    with open_world("cpu") as (world, device):
         first, second, without = (torch.nn.Parameter(torch.zeros(2, 3)) for _ in range(3))
         second.data = second.data.double()
         first.grad = torch.full((3, 2), float(rank)).T  # not contiguous
         second.grad = torch.full((2, 3), 10.0 * rank, dtype=torch.float64)
         world.average_gradients([first, second, without])
-        assert torch.equal(first.grad, torch.full((2, 3), 1.0))
-        assert torch.equal(second.grad, torch.full((2, 3), 10.0, dtype=torch.float64))
-        assert without.grad is None
-        assert world.any(rank == 2, torch.device("cpu")) and not world.any(False, torch.device("cpu"))
-        assert world.gather(rank) == [0, 1, 2]
+        flags = [world.any(rank == 2, device), world.any(False, device)]
+        torch.save([first.grad, second.grad, without.grad, flags, world.gather(rank)], folder / f"{rank}.pt")
 
 
-def test_gradients_are_averaged() -> None:
-    run_processes(_average, 3)
+def test_gradients_are_averaged(tmp_path: Path) -> None:
+    """Of any dtype and strides; a parameter without one stays without."""
+    run_processes(_average, 3, tmp_path)
+    for rank in range(3):
+        first, second, without, flags, ranks = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert torch.equal(first, torch.full((2, 3), 1.0))
+        assert torch.equal(second, torch.full((2, 3), 10.0, dtype=torch.float64))
+        assert without is None and flags == [True, False] and ranks == [0, 1, 2]
 
 
 def test_alone_there_is_nothing_to_do() -> None:

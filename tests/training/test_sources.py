@@ -15,10 +15,10 @@ from fastmetro.data.ground_truth import GroundTruth, ground_truth
 from fastmetro.data.synthetic.dataset import SyntheticPeople
 from fastmetro.data.tsv.dataset import TsvDataset
 from fastmetro.data.tsv.rows import encode_image
-from fastmetro.data.tsv.source import TsvSource as Rows
+from fastmetro.data.tsv.source import TsvSource
 from fastmetro.distributed import World
 from fastmetro.meshes.mesh import Mesh, load_mesh
-from fastmetro.training.sources import Batch, SourceFailed, TsvSource, make_sampler
+from fastmetro.training.sources import Batch, SourceFailed, TsvBatches, make_sampler
 
 SIZE = 32
 CPU = torch.device("cpu")
@@ -40,12 +40,14 @@ def tables(folder: Path, count: int, bad: tuple[int, ...] = (), start: int = 0) 
     return write_set(folder, content)
 
 
-def source(mesh: Mesh, paths: list[Path], shares=(), synthetic: float = 0.0, workers: int = 0, world=None) -> TsvSource:
-    sets = [TsvDataset(Rows(path), "body", seed=3, size=SIZE) for path in paths]
+def source(
+    mesh: Mesh, paths: list[Path], shares=(), synthetic: float = 0.0, workers: int = 0, world=None
+) -> TsvBatches:
+    sets = [TsvDataset(TsvSource(path), "body", seed=3, size=SIZE) for path in paths]
     world = world or World()
     sampler = make_sampler(sets, shares, synthetic, batch_size=12, seed=3, world=world)
     people = SyntheticPeople(mesh, 3, SIZE, photographs=False) if synthetic else None
-    return TsvSource(sets, GroundTruth(mesh), sampler, CPU, workers, people)
+    return TsvBatches(sets, GroundTruth(mesh), sampler, CPU, workers, people)
 
 
 def assert_same(a: Batch, b: Batch) -> None:

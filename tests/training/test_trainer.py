@@ -14,7 +14,7 @@ from fastmetro.training.export import export_weights
 from fastmetro.training.losses import MeshRecoveryLoss
 from fastmetro.training.objective import Objective
 from fastmetro.training.schedule import learning_rate_factor, make_optimizer
-from fastmetro.training.sources import Batch, SyntheticSource
+from fastmetro.training.sources import Batch, SyntheticBatches
 from fastmetro.training.state import ExponentialAverage
 from fastmetro.training.trainer import Trainer, TrainingDiverged
 
@@ -71,7 +71,7 @@ def trainer(tmp_path, device="cpu", **options):
 
 def batches(make, config, device="cpu"):
     """A source of the trainer from a function of indices."""
-    indices = SyntheticSource(None, config.batch_size, torch.device(device), overfit=config.overfit).indices
+    indices = SyntheticBatches(None, config.batch_size, torch.device(device), overfit=config.overfit).indices
     return lambda step: Batch(*make(indices(step)))
 
 
@@ -187,7 +187,7 @@ def test_a_signal_stops_after_the_step_with_everything_saved(tmp_path):
 
 
 def test_overfit_repeats_its_first_images():
-    source = SyntheticSource(None, 8, torch.device("cpu"), overfit=3)
+    source = SyntheticBatches(None, 8, torch.device("cpu"), overfit=3)
     assert source.indices(0).tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
     assert source.indices(1).tolist() == [2, 0, 1, 2, 0, 1, 2, 0]
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.spatial.transform import Rotation
 
+from fastmetro.compat import Compat
 from fastmetro.data.augmentation.affine import crop_matrix
 from fastmetro.data.augmentation.draw import Draw
 from fastmetro.data.augmentation.published import transform_points
-from fastmetro.data.augmentation.render import Compat
 from fastmetro.data.tsv.rows import BadRow, Kind, Label
 
 J24 = (

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 import torch
 from torch import Tensor
 
+from fastmetro.compat import Compat
 from fastmetro.data.augmentation.affine import cut_affine, grid_affine, render_affine
 from fastmetro.data.augmentation.cut import Cut, Grid, PackedCuts
 from fastmetro.data.augmentation.draw import Draw
 from fastmetro.data.augmentation.published import cut_published, grid_published, is_small, render_published
 from fastmetro.data.synthetic.dataset import IMAGE_DEVIATION, IMAGE_MEAN
 
-Compat = Literal["published"]
 _CHUNK = 64
 """Crops that are made at a time on a device: temporary memory stays below 1.5 GB for crops of 224 pixels."""
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fastmetro.compat import Compat
 from fastmetro.data.augmentation import Cut, Draw, PackedCuts, augment_label, cut_image, draw_samples, finish_image
 from fastmetro.data.augmentation.labels import CropLabel
-from fastmetro.data.augmentation.render import Compat, render_cuts
+from fastmetro.data.augmentation.render import render_cuts
 from fastmetro.data.counter_random import CounterRandom
 from fastmetro.data.mixing import Pick
 from fastmetro.data.tsv.batch import TsvBatch

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import yaml
 
 from fastmetro.data.tsv.files import TsvFile
 from fastmetro.data.tsv.rows import BadRow
+from fastmetro.yaml_file import read_yaml
 
-MAX_YAML_BYTES = 1 << 20
 _TABLES = ("img", "label", "hw")
 
 
@@ -50,7 +49,7 @@ class TsvSource:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        settings = _read_yaml(self.path)
+        settings = read_yaml(self.path, "data set")
         self.composite = settings.get("composite", False)
         if not isinstance(self.composite, bool):
             raise ValueError(f"{self.path}: composite must be true or false, got {self.composite!r}")
@@ -135,20 +134,6 @@ def _check_places(places: np.ndarray, lengths: Sequence[int], path: Path) -> Non
     if len(wrong):
         file, line = places[wrong[0]]
         raise ValueError(f"{path}, line {wrong[0] + 1}: there is no row {line} of file {file}")
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"data set {str(path)!r} does not exist")
-    if path.stat().st_size > MAX_YAML_BYTES:
-        raise ValueError(f"{path}: {path.stat().st_size} bytes, at most {MAX_YAML_BYTES} are read")
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not YAML: {error}") from None
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} must hold keys such as img and label, got {type(settings).__name__}")
-    return settings
 
 
 def _names(settings: dict[str, Any], key: str, composite: bool, path: Path) -> list[str]:

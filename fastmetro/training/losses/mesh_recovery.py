@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from fastmetro.compat import Compat
 from fastmetro.data.labels import MeshLabels
 from fastmetro.meshes.mesh import Mesh
 from fastmetro.training.losses.regression import JointRegression, MeshJoints
@@ -20,7 +21,7 @@ from fastmetro.training.losses.targets import (
     prepare_targets,
 )
 from fastmetro.training.losses.terms import combine, l1_sum, weak_perspective, weighted_l1_sum
-from fastmetro.training.losses.weights import Compat, LossWeights
+from fastmetro.training.losses.weights import LossWeights
 
 _SURFACE = ("edge_lengths", "edge_self", "normals")
 

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fastmetro.compat import Compat
 from fastmetro.data.labels import MeshLabels
 from fastmetro.meshes.mesh import Mesh
 from fastmetro.meshes.smpl import NUM_BETAS, SMPL
 from fastmetro.training.losses.regression import JointRegression
 from fastmetro.training.losses.targets import Targets, check_labels, prepare_targets
 from fastmetro.training.losses.terms import combine, l1_sum, squared_sum, weak_perspective, weighted_l1_sum
-from fastmetro.training.losses.weights import Compat
+from fastmetro.training.losses.weights import check_numbers
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,9 @@ class SMPLStageWeights:
         joints_3d, joints_2d, vertices: L1 of the mesh of the predicted parameters, metres and half crops.
         stage: of all these in the total.
         mesh: of the mesh recovery loss in the total.
+
+    Raises:
+        ValueError: a weight that is negative or not finite.
     """
 
     rotations: float = 1.0
@@ -35,6 +39,9 @@ class SMPLStageWeights:
     vertices: float = 1.0
     stage: float = 1000.0
     mesh: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
 
     @classmethod
     def published_h36m(cls) -> SMPLStageWeights:

@@ -5,10 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 Level = Literal["fine", "intermediate", "coarse"]
-Compat = Literal["published"]
+
+
+def check_numbers(weights: Any) -> None:
+    """Raise a ValueError that names the first float of a dataclass that is not finite or below 0."""
+    for name, value in vars(weights).items():
+        if isinstance(value, int | float) and not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -49,9 +55,7 @@ class LossWeights:
     def __post_init__(self) -> None:
         if self.surface_level not in get_args(Level):
             raise ValueError(f"surface_level must be one of {get_args(Level)}, got {self.surface_level!r}")
-        for name, value in vars(self).items():
-            if name not in ("surface_level", "centred") and not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+        check_numbers(self)
 
     @classmethod
     def paper(cls) -> LossWeights:

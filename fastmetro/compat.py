@@ -1,0 +1,8 @@
+"""What `compat` options accept."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Compat = Literal["published"]
+"""Do as the released code does, also where that is not right; docs/train.md has the list."""
