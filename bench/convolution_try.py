@@ -14,12 +14,7 @@ import torch.nn.functional as F
 
 from bench.common import capture
 from fastmetro_kernels import backends
-
-LIBRARY = torch.library.Library("fastmetro_kernels", "FRAGMENT")
-LIBRARY.define(
-    "convolution_native(Tensor x, Tensor weight, Tensor bias, Tensor? residual, Tensor? second, Tensor? second_weight, "
-    "int stride, int padding, int second_stride, bool relu, int[] config) -> Tensor"
-)
+from fastmetro_kernels.convolution import ops
 
 
 def layers() -> list[tuple[int, int, int, int, int, int]]:
@@ -37,11 +32,9 @@ def layers() -> list[tuple[int, int, int, int, int, int]]:
     return found
 
 
-def call(x: Any, w: Any, b: Any, r: Any, stride: int, padding: int, config: Any, second: Any = None, sw: Any = None) -> Any:
+def call(x: Any, w: Any, b: Any, r: Any, stride: int, padding: int, config: Any) -> Any:
     """x [N, H, W, C], w [K, R, S, C]."""
-    return torch.ops.fastmetro_kernels.convolution_native(
-        x, w, b, r, second, sw, stride, padding, 2 if second is not None else 1, True, list(config)
-    )
+    return ops.convolution_native(x, w, b, r, None, None, stride, padding, 1, True, list(config))
 
 
 def microseconds(run: Any, calls: int = 20) -> float:
@@ -84,7 +77,7 @@ def main() -> None:
         results = []
         for columns, split, stages, early in itertools.product((32, 64, 128), (1, 2, 4, 8), (2, 4, 8, 16), (1, 0)):
             ring = stages * (64 + columns) * 128 + (64 * (columns + 8) * 4 if split > 1 else 0) + 2048
-            if split > depth or columns > k or ring > 227 * 1024 or stages > 2 * -(-depth // split) and stages > 2:
+            if split > depth or columns > k or ring > 227 * 1024 or (stages > 2 and stages > 2 * -(-depth // split)):
                 continue
             if quick and (early == 0 or stages not in (4, 8)):
                 continue
