@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
 from fastmetro.evaluation.settings import EvalSettings
+from fastmetro.inference.pretrained import NetworkChoice
 from fastmetro.profiling.settings import FpsSettings
 from fastmetro.training.config import TrainConfig
 
@@ -33,7 +34,8 @@ class Predict:
     box: tuple[float, float, float, float] | None = None
     """The person in the image: left top right bottom in pixels (one image only). Default: the central square."""
     checkpoint: str = "fastmetro-compact"
-    """A checkpoint of this project, or the name of shipped weights."""
+    """A checkpoint of this project, or the name of shipped weights, or with --model a released one."""
+    network: Annotated[NetworkChoice, tyro.conf.arg(name="")] = field(default_factory=NetworkChoice)
     attention: Attention = "auto"
     """Backend of the decoder's attention; dense is plain PyTorch."""
     device: Device = None
@@ -47,7 +49,8 @@ class Predict:
         images = collect_images(self.images)
         if self.box is not None and len(images) != 1:
             raise ValueError(f"--box goes with one image, got {len(images)}")
-        predictor = Predictor(self.checkpoint, attention=self.attention, device=self.device)
+        network = self.network.build(self.checkpoint, self.attention)
+        predictor = Predictor(self.checkpoint, model=network, attention=self.attention, device=self.device)
         failures = predict_files(predictor, images, self.out, box=self.box)
         for path, why in failures.items():
             print(f"fastmetro: {path}: {why}", file=sys.stderr)

@@ -29,8 +29,9 @@ class GroundTruth(nn.Module):
     Args:
         mesh: of the network. Of a mesh that is neither SMPL's nor MANO's a batch gives joints only, and
             ``has_vertices`` never holds.
-        model: SMPL or MANO, as the mesh asks.
+        model: SMPL or MANO, as the mesh asks; None with ``joints_only``.
         gendered: further models of SMPL by gender, "male" and "female" (3DPW was made with them).
+        joints_only: give joints only, of SMPL's mesh too.
 
     Raises:
         ValueError: the model is missing or is not the mesh's.
@@ -38,24 +39,31 @@ class GroundTruth(nn.Module):
 
     regressor: Tensor
     chosen: Tensor
+    roots: Tensor
 
     def __init__(
-        self, mesh: Mesh, model: SMPLModel | None = None, gendered: Mapping[str, SMPLModel] | None = None
+        self,
+        mesh: Mesh,
+        model: SMPLModel | None = None,
+        gendered: Mapping[str, SMPLModel] | None = None,
+        joints_only: bool = False,
     ) -> None:
         super().__init__()
         if gendered and (mesh.name != "smpl" or not set(gendered) <= {"male", "female"}):
             raise ValueError(f"gendered must be 'male' and 'female' models for the mesh 'smpl', got {list(gendered)}")
-        if mesh.name in ("smpl", "mano") and (model is None or model.name != mesh.name):
+        if mesh.name in ("smpl", "mano") and not joints_only and (model is None or model.name != mesh.name):
             raise ValueError(f"mesh {mesh.name!r} needs its body model for vertices, got {type(model).__name__}")
         if mesh.joint_regressor is None:
             raise ValueError(f"mesh {mesh.name!r} has no joint regressor")
-        self.mesh_name, self.num_vertices, self.roots = mesh.name, mesh.num_vertices, list(mesh.root_joints)
+        self.mesh_name, self.num_vertices = mesh.name, mesh.num_vertices
         self.model = model if model is not None and model.name == mesh.name else None
         self.gendered = nn.ModuleDict(dict(gendered or {}))
         regressor = torch.from_numpy(mesh.joint_regressor.toarray()).float()
         self.register_buffer("regressor", regressor, persistent=False)
         chosen = J24_TO_J14 if mesh.part == "body" else range(21)
+        # Indices are tensors on the device: a list would be copied there in every step.
         self.register_buffer("chosen", torch.tensor(list(chosen)), persistent=False)
+        self.register_buffer("roots", torch.tensor(mesh.root_joints), persistent=False)
 
     @torch.no_grad()
     def forward(self, batch: TsvBatch) -> MeshLabels:
@@ -74,7 +82,7 @@ class GroundTruth(nn.Module):
             vertices=vertices,
             joints_3d=torch.cat([points, confidence], dim=-1),
             joints_2d=joints_2d,
-            camera=fit_weak_perspective(points, joints_2d[..., :2]),
+            camera=fit_weak_perspective(points, joints_2d[..., :2], joints_2d[..., 2].clamp(0, 1)),
             has_vertices=has_vertices,
             has_joints_3d=batch.has_joints_3d,
             has_joints_2d=batch.has_joints_2d,

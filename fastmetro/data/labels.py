@@ -49,14 +49,24 @@ class MeshLabels:
         return replace(self, **moved)
 
 
-def fit_weak_perspective(points: Tensor, image_points: Tensor) -> Tensor:
+def fit_weak_perspective(points: Tensor, image_points: Tensor, weights: Tensor | None = None) -> Tensor:
     """Least-squares (s, tx, ty) with s * (xy + t) = image_points: [B, N, 3], [B, N, 2] -> [B, 3].
 
-    The scale is clamped to 1e-3 from below, so that a degenerate fit stays finite.
+    ``weights`` [B, N], at least 0, say how much each point counts, all alike by default; where a sample has none that
+    counts, the result is finite and means nothing. The scale is clamped to 1e-3 from below, so that a degenerate fit
+    stays finite.
     """
     flat = points[..., :2]
-    mean, image_mean = flat.mean(dim=1), image_points.mean(dim=1)
+    if weights is None:
+        share = None
+        mean, image_mean = flat.mean(dim=1), image_points.mean(dim=1)
+    else:
+        share = (weights / weights.sum(dim=1, keepdim=True).clamp_min(1e-8)).unsqueeze(-1)
+        mean, image_mean = (flat * share).sum(dim=1), (image_points * share).sum(dim=1)
     centred, image_centred = flat - mean.unsqueeze(1), image_points - image_mean.unsqueeze(1)
-    scale = (centred * image_centred).sum(dim=(1, 2)) / centred.square().sum(dim=(1, 2)).clamp_min(1e-8)
+    products, squares = centred * image_centred, centred.square()
+    if share is not None:
+        products, squares = products * share, squares * share
+    scale = products.sum(dim=(1, 2)) / squares.sum(dim=(1, 2)).clamp_min(1e-8)
     scale = scale.clamp_min(1e-3).unsqueeze(1)
     return torch.cat([scale, image_mean / scale - mean], dim=1)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from pathlib import Path
 
 import torch
 from torch import nn
 
-from fastmetro.data.ground_truth import ground_truth
+from fastmetro.data.ground_truth import GroundTruth, ground_truth
 from fastmetro.data.tsv import TsvSource
 from fastmetro.distributed import World, open_world
 from fastmetro.evaluation import freihand
@@ -19,10 +18,9 @@ from fastmetro.evaluation.results import append_result, check_table
 from fastmetro.evaluation.settings import EvalSettings
 from fastmetro.evaluation.synthetic import evaluate_synthetic, format_report
 from fastmetro.evaluation.tsv import Evaluation, evaluate_tsv, mesh_of
-from fastmetro.inference.pretrained import SHIPPED, load_pretrained
-from fastmetro.meshes.mesh import Mesh, load_mesh
-from fastmetro.models import FastMETRO, create_model
-from fastmetro.models.checkpoints import weights_record
+from fastmetro.inference.pretrained import load_pretrained
+from fastmetro.meshes.mesh import Mesh
+from fastmetro.models import FastMETRO
 from fastmetro.profiling.record import commit, device_name
 
 SYNTHETIC_COUNT = 1000
@@ -43,8 +41,7 @@ def run_evaluation(settings: EvalSettings) -> dict[str, float]:
     with open_world(settings.device) as (world, device):
         model = load_network(settings).to(device).eval()
         source = TsvSource(settings.data)
-        files = (settings.body_model, settings.male_model, settings.female_model)
-        truth = ground_truth(model.mesh, *files).double().to(device)
+        truth = _truth(settings, protocol, model.mesh).double().to(device)
         evaluation = evaluate_tsv(
             mesh_of(model), source, truth, model.mesh, protocol, device, world=world, batch_size=settings.batch_size,
             workers=settings.workers, count=settings.count, compat=settings.compat is not None, progress=True,
@@ -59,6 +56,13 @@ def run_evaluation(settings: EvalSettings) -> dict[str, float]:
     return errors
 
 
+def _truth(settings: EvalSettings, protocol: Protocol, mesh: Mesh) -> GroundTruth:
+    """What makes the labels. Human3.6M has joints only, for which no model file is needed."""
+    if protocol.name == "h36m-p2" and settings.network.body_model is None:
+        return GroundTruth(mesh, joints_only=True)
+    return ground_truth(mesh, settings.network.body_model, settings.male_model, settings.female_model)
+
+
 def load_network(settings: EvalSettings) -> FastMETRO:
     """The network that a checkpoint names, or that the settings do, with its weights.
 
@@ -66,18 +70,8 @@ def load_network(settings: EvalSettings) -> FastMETRO:
         FileNotFoundError: there is no such file.
         ValueError: the checkpoint does not say what it is, or does not fit; its mesh needs files of the user.
     """
-    path = SHIPPED.get(settings.checkpoint, Path(settings.checkpoint))
-    if settings.model is not None:
-        chosen = _mesh(settings.mesh, settings)
-        network = create_model(settings.model, settings.backbone, chosen, settings.upsampling, settings.attention)
-        return load_pretrained(path, model=network)
-    name = weights_record(path).get("mesh") if path.is_file() else None
-    mesh = _mesh(name, settings) if name in ("smpl", "mano") else None
-    return load_pretrained(settings.checkpoint, attention=settings.attention, mesh=mesh)
-
-
-def _mesh(name: str, settings: EvalSettings) -> Mesh:
-    return load_mesh(name, data=settings.mesh_data, model_file=settings.body_model)
+    network = settings.network.build(settings.checkpoint, settings.attention)
+    return load_pretrained(settings.checkpoint, model=network, attention=settings.attention)
 
 
 def _synthetic(settings: EvalSettings) -> dict[str, float]:

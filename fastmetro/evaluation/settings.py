@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
+
+from fastmetro.inference.pretrained import NetworkChoice
 
 
 @dataclass(frozen=True)
@@ -18,11 +22,7 @@ class EvalSettings:
         protocol: of a TSV data set: "h36m-p2", "3dpw" or "freihand".
         compat: "published" crops, and takes means, as the released code does.
         processes: with compat, of how many processes' results the plain mean is taken.
-        model: the network of a released checkpoint, e.g. "fastmetro-l".
-        backbone, upsampling: of that network.
-        mesh: of that network: "smpl" or "mano".
-        mesh_data: folder of the data files of the published repository, for the meshes "smpl" and "mano".
-        body_model: the SMPL or MANO model file, which makes the true vertices.
+        network: what the checkpoint does not say of its network. Its body model also makes the true vertices.
         male_model, female_model: SMPL model files for the true vertices of samples of that gender (3DPW); the published
             protocol takes the neutral one for all.
         count: images; of a TSV data set the first so many, all by default. 1000 synthetic ones by default.
@@ -40,12 +40,7 @@ class EvalSettings:
     protocol: str = "h36m-p2"
     compat: Literal["published"] | None = None
     processes: int = 1
-    model: str | None = None
-    backbone: str = "hrnet-w64"
-    upsampling: Literal["fixed", "released", "learned"] = "released"
-    mesh: Literal["smpl", "mano"] = "smpl"
-    mesh_data: Path | None = None
-    body_model: Path | None = None
+    network: Annotated[NetworkChoice, tyro.conf.arg(name="")] = field(default_factory=NetworkChoice)
     male_model: Path | None = None
     female_model: Path | None = None
     count: int | None = None

@@ -136,7 +136,8 @@ def evaluate_tsv(
         mesh: of the network.
         protocol: how errors are taken.
         device: of the images.
-        world: the processes; each measures every world.size-th row.
+        world: the processes; each measures every world.size-th batch, so that a sample has the same others beside it,
+            and so the same bits, whatever their number.
         batch_size: images at a time, of each process.
         workers: processes that read ahead.
         size: side of the images.
@@ -150,11 +151,13 @@ def evaluate_tsv(
     world = world or World()
     measure = Measure(mesh, protocol, device)
     dataset = TsvDataset(source, protocol.kind, size=size, compat="published" if compat else None)
-    rows = range(world.rank, min(len(source), count or len(source)), world.size)
+    rows = range(min(len(source), count or len(source)))
+    batches = [list(rows[first : first + batch_size]) for first in range(0, len(rows), batch_size)]
     errors: list[SampleErrors] = []
     hands: list[tuple[Tensor, Tensor]] = []
     skipped: Counter[str] = Counter()
-    for numbers, batch in _batches(dataset, rows, batch_size, workers, progress and world.first):
+    mine = batches[world.rank :: world.size]
+    for numbers, batch in _read(dataset, mine, workers, progress and world.first):
         skipped.update(batch.skipped)
         if not len(numbers):
             continue
@@ -166,14 +169,16 @@ def evaluate_tsv(
     return _gathered(world, errors, hands, skipped, protocol, source.path)
 
 
-def _batches(
-    dataset: TsvDataset, rows: range, batch_size: int, workers: int, progress: bool
+def _read(
+    dataset: TsvDataset, batches: list[list[int]], workers: int, progress: bool
 ) -> Iterator[tuple[Tensor, TsvBatch]]:
     from tqdm import tqdm
 
     numbered = _Numbered(dataset)
-    batches = [list(rows[first : first + batch_size]) for first in range(0, len(rows), batch_size)]
-    loader = DataLoader(numbered, batch_sampler=batches, num_workers=workers, collate_fn=numbered.collate)
+    # With a generator of its own: else it would draw from the one that a training's dropout goes on with.
+    loader = DataLoader(
+        numbered, batch_sampler=batches, num_workers=workers, collate_fn=numbered.collate, generator=torch.Generator()
+    )
     return iter(tqdm(loader, disable=not progress, desc="evaluating"))
 
 

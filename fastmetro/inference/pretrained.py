@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from fastmetro.meshes.mesh import Mesh
+from fastmetro.meshes.mesh import Mesh, load_mesh
 from fastmetro.models import FastMETRO, create_model
 from fastmetro.models.checkpoints import load_checkpoint, weights_record
 
@@ -15,9 +16,44 @@ SHIPPED = {"fastmetro-compact": ASSETS / "fastmetro_compact.safetensors"}
 """Names of the weights inside the package."""
 
 
-def load_pretrained(
-    checkpoint: str | Path, *, model: FastMETRO | None = None, attention: str = "auto", mesh: Mesh | None = None
-) -> FastMETRO:
+@dataclass(frozen=True)
+class NetworkChoice:
+    """What a checkpoint does not say of its network, as options of the command line.
+
+    Attributes:
+        model: the network of a released checkpoint, e.g. "fastmetro-l"; ours name theirs.
+        backbone, upsampling, mesh: of that network.
+        mesh_data: folder of the data files of the published repository, for the meshes "smpl" and "mano".
+        body_model: the SMPL or MANO model file of those meshes.
+    """
+
+    model: str | None = None
+    backbone: str = "hrnet-w64"
+    upsampling: Literal["fixed", "released", "learned"] = "released"
+    mesh: Literal["smpl", "mano"] = "smpl"
+    mesh_data: Path | None = None
+    body_model: Path | None = None
+
+    def build(self, checkpoint: str | Path, attention: str = "auto") -> FastMETRO | None:
+        """The network to load a checkpoint into; None where :func:`load_pretrained` builds it from what the file says.
+
+        Raises:
+            FileNotFoundError: a file of the mesh is absent.
+            ValueError: a name that is not known, or the mesh needs files that are not given.
+        """
+        if self.model is not None:
+            return create_model(self.model, self.backbone, self._mesh(self.mesh), self.upsampling, attention)
+        path = SHIPPED.get(str(checkpoint), Path(checkpoint))
+        record = weights_record(path) if path.is_file() else {}
+        if record.get("mesh") not in ("smpl", "mano") or "model" not in record:
+            return None
+        return create_model(record["model"], mesh=self._mesh(record["mesh"]), attention=attention, **_options(record))
+
+    def _mesh(self, name: str) -> Mesh:
+        return load_mesh(name, data=self.mesh_data, model_file=self.body_model)
+
+
+def load_pretrained(checkpoint: str | Path, *, model: FastMETRO | None = None, attention: str = "auto") -> FastMETRO:
     """Build the network that a checkpoint names and load its weights.
 
     Args:
@@ -25,7 +61,6 @@ def load_pretrained(
             for others pass ``model``.
         model: The network to load into; None builds it.
         attention: Backend for a network that is built here, as in :func:`fastmetro.create_model`.
-        mesh: The mesh of a network that is built here, where it needs files ("smpl", "mano"); by its name otherwise.
 
     Returns:
         The network on the CPU, in float32, in evaluation mode.
@@ -48,10 +83,7 @@ def load_pretrained(
                 f"{path} does not name its network, as released checkpoints do not; build it with "
                 "fastmetro.create_model(...) and pass it as model="
             )
-        if mesh is not None and mesh.name != record["mesh"]:
-            raise ValueError(f"mesh must be {record['mesh']!r}, which {path} was trained for, got {mesh.name!r}")
-        options = _options(record)
-        model = create_model(record["model"], mesh=mesh or record["mesh"], attention=attention, **options)
+        model = create_model(record["model"], mesh=record["mesh"], attention=attention, **_options(record))
     load_checkpoint(model, path)
     return model.eval()
 

@@ -46,6 +46,11 @@ def load_published(name: str, data: Path, model_file: str | Path | None = None) 
         ValueError: a file does not fit, or holds anything but arrays.
     """
     sizes = SIZES[name]
+    if not (data / ARCHIVES[name]).is_file():
+        raise FileNotFoundError(
+            f"no file {data / ARCHIVES[name]}: data= (on the command line the option that ends in mesh-data) must be "
+            "the folder of data files of the published FastMETRO repository, src/modeling/data"
+        )
     archive = read_object_npz(data / ARCHIVES[name], _keys(name))
     template, model = _template(name, archive, model_file)
     levels: list[MeshLevel] = []

@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -25,9 +26,9 @@ from fastmetro.training.trainer import Trainer
 def train(config: TrainConfig) -> dict[str, object]:
     """Train until the run or this call's time is over, in this process or in all those of a `torchrun`.
 
-    Writes to ``config.output``: checkpoint.pt (everything that ``resume`` needs), log.csv, and weights.safetensors
-    (the averaged weights). When the run is finished they are read back and evaluated, report.json keeps the result, and
-    ``config.export`` receives a copy.
+    Writes to ``config.output``: checkpoint.pt (everything that ``resume`` needs), log.csv, weights.safetensors (the
+    averaged weights), and best.safetensors (those of the evaluation with the smallest PA-MPJPE). When the run is
+    finished the weights are read back and evaluated, report.json keeps the result, and ``config.export`` gets a copy.
 
     Returns:
         ``finished``, ``step`` and, in the first process, ``weights`` (path) and, if it was evaluated, ``report``.
@@ -49,7 +50,7 @@ def train(config: TrainConfig) -> dict[str, object]:
         setup = Setup(config, world, device)
         trainer = Trainer(
             setup.config, setup.model, setup.objective, setup.source, setup.evaluation(max(config.eval_count // 4, 1)),
-            setup.show, started, world,
+            export_average, setup.show, started, world,
         )  # fmt: skip
         if config.initialise is not None:
             _take_over_history(trainer.state, config.initialise)
@@ -79,26 +80,36 @@ def _take_over_history(state: TrainState, initial: Path) -> None:
     state.samples_before = int(record.get("samples", 0))
 
 
-def _finish(trainer: Trainer, setup: Setup, finished: bool) -> dict[str, object]:
-    """Export the averaged weights and, at the end of the run, measure what was written, its rounding included."""
-    config, averaged = trainer.config, trainer.state.average.model
-    weights = Path(config.output) / "weights.safetensors"
-    record = {
+def export_average(trainer: Trainer, path: Path, metrics: Mapping[str, object] | None = None) -> int:
+    """Write the averaged weights with the record of how they were made; returns the size of the file in bytes."""
+    return export_weights(trainer.state.average.model, path, {**_record(trainer), **(metrics or {})})
+
+
+def _record(trainer: Trainer) -> dict[str, object]:
+    config, state = trainer.config, trainer.state
+    return {
         "model": config.model,
         "mesh": config.mesh,
-        "step": trainer.state.step,
-        "samples": trainer.state.samples_before + trainer.state.step * config.batch_size,
-        "seconds": round(trainer.state.seconds, 1),
-        "commands": trainer.state.commands,
+        "step": state.step,
+        "samples": state.samples_before + state.step * config.batch_size,
+        "seconds": round(state.seconds, 1),
+        "commands": state.commands,
         "commit": config.commit or _commit(),
         "config": config.settings(),
         "processes": trainer.world.size,
         "device": torch.cuda.get_device_name(trainer.device) if trainer.device.type == "cuda" else "cpu",
         "torch": torch.__version__,
     }
+
+
+def _finish(trainer: Trainer, setup: Setup, finished: bool) -> dict[str, object]:
+    """Export the averaged weights and, at the end of the run, measure what was written, its rounding included."""
+    config, averaged = trainer.config, trainer.state.average.model
+    weights = Path(config.output) / "weights.safetensors"
+    record = _record(trainer)
     result: dict[str, object] = {"finished": finished, "step": trainer.state.step}
     if trainer.world.first:
-        size = export_weights(averaged, weights, record)
+        size = export_average(trainer, weights)
         print(f"{'finished' if finished else 'stopped'} at step {trainer.state.step}; {weights} has {size} bytes")
         result["weights"] = weights
     trainer.world.wait()

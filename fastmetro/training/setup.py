@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -16,8 +17,8 @@ from fastmetro.data.synthetic.dataset import SyntheticPeople
 from fastmetro.distributed import World
 from fastmetro.evaluation.synthetic import evaluate_synthetic, format_report
 from fastmetro.meshes.mesh import Mesh, load_mesh
-from fastmetro.models import create_model
-from fastmetro.models.checkpoints import load_checkpoint
+from fastmetro.models import FastMETRO, create_model
+from fastmetro.models.checkpoints import load_checkpoint, read_state_dict
 from fastmetro.training.config import TrainConfig
 from fastmetro.training.losses import MeshRecoveryLoss
 from fastmetro.training.objective import Objective
@@ -85,19 +86,33 @@ class Setup:
 
     def _make_model(self) -> nn.Module:
         config = self.config
-        model: nn.Module = create_model(
-            config.model, config.backbone, self.mesh, config.upsampling, config.attention, config.stage == "smpl",
-            masking=config.masking, dropout=config.dropout, smpl_compat=config.compat == "published",
-        )  # fmt: skip
+        model: nn.Module = self._network(smpl_head=config.stage == "smpl")
         if config.backbone_weights is not None:
             load_checkpoint(model.get_submodule("backbone"), config.backbone_weights)
         if config.initialise is not None:
-            load_checkpoint(model, config.initialise)
+            self._initialise(model, config.initialise)
         if config.sync_batch_norm and self.world.size > 1:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         model.to(self.device)
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return model
+
+    def _network(self, smpl_head: bool) -> FastMETRO:
+        config = self.config
+        return create_model(
+            config.model, config.backbone, self.mesh, config.upsampling, config.attention, smpl_head,
+            masking=config.masking, dropout=config.dropout, smpl_compat=config.compat == "published",
+        )  # fmt: skip
+
+    def _initialise(self, model: nn.Module, path: Path) -> None:
+        """Load weights; the regressor of SMPL parameters may be new, everything else must be there."""
+        head = "smpl_parameter_regressor."
+        if self.config.stage == "smpl" and not any(name.startswith(head) for name in read_state_dict(path)):
+            body = self._network(smpl_head=False)
+            load_checkpoint(body, path)
+            model.load_state_dict({**model.state_dict(), **body.state_dict()})
+        else:
+            load_checkpoint(model, path)
 
     def _make_objective(self) -> Objective:
         config = self.config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -55,7 +56,7 @@ class TrainState:
     """Model, average, optimizer, loss scale and position of a run. The next batch is that of ``step``.
 
     ``commands`` are all that led here, in order, and ``samples_before`` counts the images of earlier runs whose weights
-    this one started from.
+    this one started from; ``best`` is the smallest PA-MPJPE that an evaluation has found.
     """
 
     model: nn.Module
@@ -66,6 +67,7 @@ class TrainState:
     seconds: float = 0.0
     commands: list[str] = field(default_factory=list)
     samples_before: int = 0
+    best: float = math.inf
 
     def random_state(self) -> tuple[Tensor, Tensor | None]:
         """The random number generators of this process: the CPU's and the device's."""
@@ -92,6 +94,7 @@ class TrainState:
             "seconds": self.seconds,
             "commands": self.commands,
             "samples_before": self.samples_before,
+            "best": self.best,
             "model": self.model.state_dict(),
             "average": self.average.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -136,6 +139,7 @@ class TrainState:
             self.scaler.load_state_dict(content["scaler"])
         self.step, self.seconds = content["step"], content["seconds"]
         self.commands, self.samples_before = content["commands"], content["samples_before"]
+        self.best = content["best"]
         if rank < len(content["random"]):
             on_cpu, on_device = content["random"][rank]
             torch.set_rng_state(on_cpu)

@@ -50,6 +50,7 @@ class Trainer:
         objective: the losses.
         source: the batches.
         evaluate: takes the averaged model and returns metrics named as in ``METRICS``; called in all processes.
+        export: writes the averaged weights to a file, with the metrics they were measured at.
         show: takes the averaged model and a batch and returns a picture uint8 [H, W, 3], for TensorBoard.
         started: time.monotonic() at which the time of this call began.
         world: the processes of the run; rank 0 writes.
@@ -60,6 +61,7 @@ class Trainer:
     objective: Objective
     source: Source
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None
+    export: Callable[[Trainer, Path, dict[str, float]], object] | None = None
     show: Callable[[nn.Module, Batch], Any] | None = None
     started: float | None = None
     world: World = field(default_factory=World)
@@ -216,8 +218,13 @@ class Trainer:
     def _write_evaluation(self, bar: Any) -> None:
         if self.evaluate is None:
             return
+        self.world.share_state(self.state.average.model)  # statistics of batch norms are each process's own
         metrics = self.evaluate(self.state.average.model)
         row = {name: round(metrics[name], 3) for name in METRICS if name in metrics}
+        if metrics.get("pa_mpjpe", math.inf) < self.state.best:
+            self.state.best = metrics["pa_mpjpe"]
+            if self.export is not None and self.world.first:
+                self.export(self, Path(self.config.output) / "best.safetensors", row)
         if self.log is not None:
             self.log.write({"step": self.state.step, "samples": self.state.step * self.config.batch_size, **row})
             bar.write(f"step {self.state.step}: " + ", ".join(f"{name} {value} mm" for name, value in row.items()))

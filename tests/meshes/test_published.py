@@ -168,7 +168,7 @@ def test_published_mesh_with_model(data, tmp_path) -> None:
 
 
 def test_absent_data(tmp_path) -> None:
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match=r"mesh_downsampling\.npz: data= .*must be the folder of data files"):
         load_mesh("smpl", data=tmp_path)
     with pytest.raises(TypeError):
         load_mesh("smpl", data=tmp_path, nonsense=1)

@@ -14,6 +14,7 @@ from tsv_cases import cell, jpeg, label, write_set
 
 from fastmetro.cli import main
 from fastmetro.data.tsv.rows import encode_image
+from fastmetro.models.checkpoints import read_state_dict, weights_record
 
 SMALL = ["--model", "fastmetro-compact", "--batch-size", "2", "--steps", "2", "--image-size", "32", "--device", "cpu",
          "--precision", "fp32", "--data.workers", "0", "--eval-count", "3", "--eval-every", "2",
@@ -67,6 +68,7 @@ def test_from_rows_to_a_report(mesh: str, protocol: str, options: list[str], pub
     assert float(rows[0]["vertices_fine"]) > 0 and float(rows[-1]["mpvpe"]) > 0
     assert ("smpl_rotations" in rows[0]) == ("smpl" in options)
     assert ("edge_lengths" in rows[0]) == (mesh == "mano")
+    assert float(weights_record(run / "best.safetensors")["pa_mpjpe"]) == pytest.approx(float(rows[-1]["pa_mpjpe"]))
     report = json.loads((run / "report.json").read_text())
     assert report["report"]["protocol"] == protocol and report["report"]["mpjpe"] > 0
     evaluated = ["eval", "--checkpoint", str(run / "weights.safetensors"), "--data", data, "--protocol", protocol]
@@ -75,6 +77,28 @@ def test_from_rows_to_a_report(mesh: str, protocol: str, options: list[str], pub
         evaluated += ["--predictions", str(run / "pred.zip")]
     assert main(evaluated) == 0
     assert (run / "pred.zip").is_file() == (mesh == "mano")
+    (tmp_path / "photo.jpg").write_bytes(jpeg(60, 50))
+    predicted = ["predict", str(tmp_path / "photo.jpg"), "--out", str(run / "out"), "--device", "cpu"]
+    predicted += ["--checkpoint", str(run / "weights.safetensors"), "--mesh-data", published, "--body-model", model]
+    assert main(predicted) == 0 and (run / "out" / "photo.glb").is_file()
+
+
+def test_the_regressor_of_parameters_is_trained_on_top_of_a_body_network(published: str, tmp_path: Path) -> None:
+    """The body's weights are taken over, and with a rate of next to nothing they stay."""
+    data, model = str(data_set(tmp_path / "data", "body")), model_file("smpl", tmp_path)
+    files = ["--data.files", data, "--data.mesh-data", published, "--data.body-model", model, "--mesh", "smpl"]
+    body, stage = tmp_path / "body", tmp_path / "stage"
+    common = [*SMALL[:-6], "--eval-count", "0", *files, "--ema-decay", "0", "--dropout", "0"]
+    assert main(["train", "--output", str(body), *common]) == 0
+    weights = str(body / "weights.safetensors")
+    more = ["--stage", "smpl", "--learning-rate", "1e-9", "--initialise", weights]
+    assert main(["train", "--output", str(stage), *common, *more]) == 0
+    before, after = read_state_dict(weights), read_state_dict(stage / "weights.safetensors")
+    new = {name for name in after if name.startswith("smpl_parameter_regressor.")}
+    assert new and set(after) - new == set(before)
+    assert torch.equal(before["vertex_token_embed.weight"], after["vertex_token_embed.weight"])
+    other = [*common[:-4], "--model", "fastmetro-s", "--stage", "smpl", "--initialise", weights]
+    assert main(["train", "--output", str(tmp_path / "other"), *other]) == 1
 
 
 @pytest.mark.parametrize(

@@ -213,6 +213,24 @@ def test_evaluations_are_logged(tmp_path):
     assert [row["pa_mpjpe"] for row in rows(tmp_path) if row["mpjpe"]] == ["2.0"] * 3
 
 
+def test_the_best_weights_are_kept(tmp_path):
+    """Those of the smallest PA-MPJPE, also over a resumption; an error that is NaN is never the best."""
+    errors = iter([float("nan"), 5.0, 7.0, 6.0, 4.0, 9.0])
+    kept = []
+
+    def evaluated(steps, **options):
+        run = trainer(tmp_path, eval_every=10, steps=60, **options)
+        run.evaluate = lambda model: {"mpjpe": 1.0, "pa_mpjpe": next(errors), "mpvpe": 1.0}
+        run.export = lambda run, path, row: kept.append((run.state.step, path.name, row["pa_mpjpe"]))
+        run._out_of_time = lambda: run.state.step >= steps
+        run.run()
+        return run
+
+    evaluated(30)
+    assert evaluated(60, resume=True).state.best == 4.0
+    assert kept == [(20, "best.safetensors", 5.0), (50, "best.safetensors", 4.0)]
+
+
 def test_the_average_follows_weights_and_statistics():
     model = TinyNetwork()
     average = ExponentialAverage(model, decay=0.9)
