@@ -1,0 +1,148 @@
+// The instructions of compute capability 9.0 that the convolutions are made of: barriers that count bytes, copies of
+// boxes by the tensor memory accelerator, products of warpgroups, stores to other blocks of the cluster.
+#pragma once
+
+#include "common/device.cuh"
+
+namespace fm {
+
+// A description of a tensor for the copy engine, which the host has encoded (CUtensorMap).
+struct alignas(128) TensorMap {
+  uint64_t opaque[16];
+};
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL  // products of warpgroups exist on 9.0 only, not on chips after it
+
+// A barrier in shared memory, for `arrivals` arrivals and whatever bytes are announced per phase.
+__device__ __forceinline__ void barrier_init(SharedAddress barrier, uint32_t arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+// Makes barriers visible to the other blocks of the cluster and to the copy engine.
+__device__ __forceinline__ void barriers_ready() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(SharedAddress barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// Arrives, and announces so many bytes that copies or stores of others will bring.
+__device__ __forceinline__ void barrier_expect(SharedAddress barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// Waits for the end of the phase of this parity.
+__device__ __forceinline__ void barrier_wait(SharedAddress barrier, uint32_t parity) {
+  uint32_t done = 0;
+  do {
+    asm volatile(
+        "{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+        : "=r"(done)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+  } while (done == 0);
+}
+
+__device__ __forceinline__ void prefetch_map(const TensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+// Starts the copy of a box of 64 channels, one tap and some output channels of the weights to shared memory.
+__device__ __forceinline__ void copy_weights(SharedAddress to, const TensorMap& map, SharedAddress barrier, int channel,
+                                             int tap, int output) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::
+          "r"(to), "l"(&map), "r"(channel), "r"(tap), "r"(output), "r"(barrier)
+      : "memory");
+}
+
+// Starts the copy of 64 channels of consecutive output positions' pixels under one tap: the position's first pixel is at
+// column x and row y of image n, and the tap is so many columns and rows further. What lies outside is zero.
+__device__ __forceinline__ void copy_pixels(SharedAddress to, const TensorMap& map, SharedAddress barrier, int channel,
+                                            int x, int y, int n, uint16_t right, uint16_t down) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], "
+      "[%6], {%7, %8};" ::"r"(to),
+      "l"(&map), "r"(channel), "r"(x), "r"(y), "r"(n), "r"(barrier), "h"(right), "h"(down)
+      : "memory");
+}
+
+// Stores two numbers at the address of another block of the cluster and counts their bytes at a barrier there.
+__device__ __forceinline__ void store_cluster(uint32_t to, float first, float second, uint32_t barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(to), "f"(first),
+               "f"(second), "r"(barrier)
+               : "memory");
+}
+
+// An operand of a product: rows of 64 16-bit numbers, 128 bytes each in the copy engine's 128-byte swizzle, at an
+// address that is a multiple of 1024; 16 numbers further along the rows are 2 more.
+__device__ __forceinline__ uint64_t operand(SharedAddress rows) {
+  constexpr uint64_t kRowGroup = 1024 >> 4, kSwizzle128 = 1;
+  return (static_cast<uint64_t>(rows & 0x3ffff) >> 4) | (1ull << 16) | (kRowGroup << 32) | (kSwizzle128 << 62);
+}
+
+__device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// Waits until at most the last PENDING groups of products are under way.
+template <int PENDING>
+__device__ __forceinline__ void products_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+
+// Keeps the compiler from moving uses of sums of asynchronous products before the wait for them.
+template <int N>
+__device__ __forceinline__ void keep(float (&sums)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; i++) asm volatile("" : "+f"(sums[i])::"memory");
+}
+
+#define FM_8(d, i)                                                                                                    \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]),           \
+      "+f"(d[i + 7])
+#define FM_PRODUCT(SHAPE, TYPE, REGISTERS, A, B, P, ...)                                                               \
+  asm volatile("{.reg .pred p; setp.ne.b32 p, %" #P ", 0;\n"                                                          \
+               "wgmma.mma_async.sync.aligned." SHAPE ".f32." TYPE "." TYPE " {" REGISTERS "}, %" #A ", %" #B             \
+               ", p, 1, 1, 0, 0;}\n"                                                                                  \
+               : __VA_ARGS__                                                                                          \
+               : "l"(a), "l"(b), "r"(add))
+#define FM_R16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
+#define FM_R32 FM_R16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define FM_R64                                                                                                        \
+  FM_R32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58," \
+         "%59,%60,%61,%62,%63"
+
+// sums (+)= a b for a 64 x 16 and b 16 x N, by the four warps of a warpgroup; T = __half or __nv_bfloat16. `add` 0
+// overwrites the sums. Thread t holds of row 16 (t / 32) + t % 32 / 4 (+ 8) columns 8 j + 2 (t % 4) and the next, at
+// sums[4 j] (+ 2).
+template <typename T, int N>
+__device__ __forceinline__ void multiply(float (&sums)[N / 2], uint64_t a, uint64_t b, int add) {
+  static_assert(N == 32 || N == 64 || N == 128);
+  constexpr bool kHalf = std::is_same_v<T, __half>;
+  if constexpr (N == 32) {
+    if constexpr (kHalf) FM_PRODUCT("m64n32k16", "f16", FM_R16, 16, 17, 18, FM_8(sums, 0), FM_8(sums, 8));
+    else FM_PRODUCT("m64n32k16", "bf16", FM_R16, 16, 17, 18, FM_8(sums, 0), FM_8(sums, 8));
+  } else if constexpr (N == 64) {
+    if constexpr (kHalf)
+      FM_PRODUCT("m64n64k16", "f16", FM_R32, 32, 33, 34, FM_8(sums, 0), FM_8(sums, 8), FM_8(sums, 16), FM_8(sums, 24));
+    else FM_PRODUCT("m64n64k16", "bf16", FM_R32, 32, 33, 34, FM_8(sums, 0), FM_8(sums, 8), FM_8(sums, 16), FM_8(sums, 24));
+  } else {
+    if constexpr (kHalf)
+      FM_PRODUCT("m64n128k16", "f16", FM_R64, 64, 65, 66, FM_8(sums, 0), FM_8(sums, 8), FM_8(sums, 16), FM_8(sums, 24),
+                 FM_8(sums, 32), FM_8(sums, 40), FM_8(sums, 48), FM_8(sums, 56));
+    else
+      FM_PRODUCT("m64n128k16", "bf16", FM_R64, 64, 65, 66, FM_8(sums, 0), FM_8(sums, 8), FM_8(sums, 16), FM_8(sums, 24),
+                 FM_8(sums, 32), FM_8(sums, 40), FM_8(sums, 48), FM_8(sums, 56));
+  }
+}
+
+#undef FM_8
+#undef FM_PRODUCT
+#undef FM_R16
+#undef FM_R32
+#undef FM_R64
+
+#endif
+
+}  // namespace fm

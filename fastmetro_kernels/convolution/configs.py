@@ -1,0 +1,81 @@
+"""Tiles of the convolution kernel: which there are, and which a shape gets."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+ROWS, DEPTH = 64, 64
+SHARED_BYTES = 227 * 1024
+MAX_STAGES = 16
+COLUMNS, SPLITS = (32, 64, 128), (1, 2, 4, 8)
+
+
+class ConvolutionConfig(NamedTuple):
+    """How a convolution is cut.
+
+    Attributes:
+        columns: output channels of a tile of 64 positions.
+        split: blocks of a cluster that share the depth.
+        stages: chunks of 64 of the depth under way at a time.
+        early: whether to start before the kernel in front has ended.
+    """
+
+    columns: int
+    split: int
+    stages: int
+    early: bool = True
+
+
+class Shape(NamedTuple):
+    """Sizes of a convolution: positions of all images, output channels, chunks of the depth."""
+
+    rows: int
+    outputs: int
+    chunks: int
+
+
+def shared_bytes(config: ConvolutionConfig) -> int:
+    """As in ``csrc/convolution/forward.cuh``."""
+    ring = config.stages * (ROWS + config.columns) * DEPTH * 2
+    sums = ROWS * (config.columns + 8) * 4 if config.split > 1 else 0
+    return ring + sums + (2 * MAX_STAGES + 1) * 8 + 1024
+
+
+def problem(config: ConvolutionConfig, chunks: int) -> str | None:
+    """What makes a configuration impossible for a depth of so many chunks, or None."""
+    if config.columns not in COLUMNS:
+        return f"columns must be one of {COLUMNS}, got {config.columns}"
+    if config.split not in SPLITS:
+        return f"split must be one of {SPLITS}, got {config.split}"
+    if config.split > chunks:
+        return f"split must be at most the {chunks} chunks of the depth, got {config.split}"
+    if not 2 <= config.stages <= MAX_STAGES or shared_bytes(config) > SHARED_BYTES:
+        return f"stages must be 2 to {MAX_STAGES} and fit {SHARED_BYTES} bytes of shared memory, got {config.stages}"
+    return None
+
+
+def usable(shape: Shape) -> list[ConvolutionConfig]:
+    """All configurations that make sense for a shape."""
+    found = []
+    for columns in COLUMNS:
+        for split in SPLITS:
+            if columns > max(shape.outputs, COLUMNS[0]) or split > shape.chunks:
+                continue
+            share = -(-shape.chunks // split)
+            for stages in (2, 4, 8, 16):
+                config = ConvolutionConfig(columns, split, stages)
+                if problem(config, shape.chunks) is None and (stages == 2 or stages < 2 * share):
+                    found.append(config)
+    return found
+
+
+def pinned(shape: Shape, multiprocessors: int = 132) -> ConvolutionConfig:
+    """By rule, until measured tables are there: wide tiles while all multiprocessors have one, else a shared depth."""
+    tiles = -(-shape.rows // ROWS)
+    choices = [(columns, split) for split in SPLITS for columns in reversed(COLUMNS)]
+    choices = [(c, s) for c, s in choices if s <= shape.chunks and (c <= shape.outputs or c == COLUMNS[0])]
+    filled = [(c, s) for c, s in choices if tiles * -(-shape.outputs // c) * s >= multiprocessors]
+    most = max(choices, key=lambda choice: tiles * -(-shape.outputs // choice[0]) * choice[1])
+    columns, split = filled[0] if filled else most
+    stages = min(max(-(-shape.chunks // split), 2), 8)
+    return ConvolutionConfig(columns, split, stages)

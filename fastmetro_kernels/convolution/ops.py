@@ -1,0 +1,42 @@
+"""Schema and shape rule of the convolution op; ``csrc/convolution/`` implements it for CUDA."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "fastmetro_kernels"
+
+torch.library.define(
+    f"{NAMESPACE}::convolution_native",
+    "(Tensor x, Tensor weight, Tensor bias, Tensor? residual, Tensor? second, Tensor? second_weight, int stride, "
+    "int padding, int second_stride, bool relu, int[] config) -> Tensor",
+)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::convolution_native")
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    second: Tensor | None,
+    second_weight: Tensor | None,
+    stride: int,
+    padding: int,
+    second_stride: int,
+    relu: bool,
+    config: Sequence[int],
+) -> Tensor:
+    torch._check(x.dim() == 4 and weight.dim() == 4, lambda: "x must be [N, H, W, C] and weight [O, R, S, C]")
+    torch._check(x.size(3) == weight.size(3), lambda: "x and weight must have the same channels")
+    height = (x.size(1) + 2 * padding - weight.size(1)) // stride + 1
+    width = (x.size(2) + 2 * padding - weight.size(2)) // stride + 1
+    return x.new_empty((x.size(0), height, width, weight.size(0)))
+
+
+def convolution_native(*arguments: object) -> Tensor:
+    """See ``csrc/convolution/convolution.cu``: x [N, H, W, C] -> [N, P, Q, O], contiguous."""
+    return torch.ops.fastmetro_kernels.convolution_native(*arguments)

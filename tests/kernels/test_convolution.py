@@ -1,0 +1,176 @@
+"""The fused convolution against float64, on every backend that is here; the yardstick is cuDNN's error."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastmetro_kernels.backends import BackendUnavailable
+from fastmetro_kernels.convolution import ConvolutionConfig, ConvolutionWeights, convolution, lay_out
+from fastmetro_kernels.convolution.configs import Shape, pinned, problem, usable
+from fastmetro_kernels.convolution.layout import as_conv2d
+
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+GPU = pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0")
+RUNNERS = [("cpu", "reference", torch.float32)]
+if HOPPER:
+    HALVES = (torch.float16, torch.bfloat16)
+    RUNNERS += [("cuda", backend, dtype) for backend in ("reference", "native") for dtype in HALVES]
+SHAPES = [  # images, height, width, channels in and out, kernel, stride
+    (1, 56, 56, 64, 64, 1, 1),
+    (1, 56, 56, 64, 64, 3, 1),
+    (1, 56, 56, 128, 128, 3, 2),
+    (1, 7, 7, 512, 512, 3, 1),
+    (2, 14, 14, 256, 1024, 1, 1),
+    (3, 13, 9, 48, 80, 3, 1),
+    (3, 13, 9, 16, 32, 3, 2),
+    (5, 1, 1, 16, 16, 1, 1),
+    (2, 12, 17, 112, 48, 1, 2),
+    (16, 8, 8, 64, 96, 5, 1),
+]
+
+
+def make(shape, device, dtype, residual: bool = False, second: bool = False, seed: int = 0):
+    """x, weights, residual, second, and the exact result in front of the ReLU."""
+    n, height, width, c, k, kernel, stride = shape
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=generator).to(device, dtype)
+
+    x = normal(n, c, height, width).contiguous(memory_format=torch.channels_last)
+    weight, bias = normal(k, c, kernel, kernel) / (c * kernel * kernel) ** 0.5, normal(k)
+    exact = F.conv2d(x.double(), weight.double(), bias.double(), stride, kernel // 2)
+    more = kept = branch = None
+    if second:
+        more_weight, more_bias = normal(k, 32, 1, 1) / 32**0.5, normal(k)
+        branch = normal(n, 32, exact.shape[2] * 2 - 1, exact.shape[3] * 2).contiguous(memory_format=torch.channels_last)
+        more = (more_weight, more_bias, 2)
+        exact = exact + F.conv2d(branch.double(), more_weight.double(), more_bias.double(), 2)
+    if residual:
+        kept = normal(*exact.shape).contiguous(memory_format=torch.channels_last)
+        exact = exact + kept.double()
+    return x, lay_out(weight, bias, stride, second=more), kept, branch, exact
+
+
+def budget(x, weights: ConvolutionWeights, exact) -> float:
+    """Twice the error of PyTorch's convolution with one more rounding of the output."""
+    if x.dtype == torch.float32:
+        return 1e-5 * float(exact.norm())
+    rounded = exact.to(x.dtype).double()
+    return 3 * float((rounded - exact).norm()) + 1e-6
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("residual", "second", "relu"),
+    [(False, False, True), (True, False, True), (False, False, False), (True, True, True)],
+)
+@pytest.mark.parametrize(("device", "backend", "dtype"), RUNNERS, ids=str)
+def test_against_float64(shape, residual, second, relu, device, backend, dtype) -> None:
+    x, weights, kept, branch, exact = make(shape, device, dtype, residual, second)
+    got = convolution(x, weights, residual=kept, second=branch, relu=relu, backend=backend)
+    assert got.dtype == dtype and got.is_contiguous(memory_format=torch.channels_last)
+    want = exact.relu() if relu else exact
+    slack = 3 if backend == "reference" and (residual or second) else 1  # one rounding for each term
+    assert float((got.double() - want).norm()) <= slack * budget(x, weights, want)
+
+
+@GPU
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_tile(shape) -> None:
+    x, weights, kept, branch, exact = make(shape, "cuda", torch.float16, True, True)
+    n, k = len(x), weights.weight.shape[0]
+    taps, channels = shape[5] ** 2, shape[3]
+    size = Shape(n * exact.shape[2] * exact.shape[3], k, taps * -(-channels // 64) + 1)
+    want = exact.relu()
+    for config in usable(size):
+        for early in (True, False):
+            chosen = config._replace(early=early)
+            got = convolution(x, weights, residual=kept, second=branch, config=chosen, backend="native")
+            assert float((got.double() - want).norm()) <= budget(x, weights, want), config
+
+
+@GPU
+def test_the_same_bits_a_hundred_times_and_in_a_chain() -> None:
+    """Kernels that start early wait for the one in front; every output is poisoned before."""
+    shape = (1, 14, 14, 256, 256, 3, 1)
+    x, weights, _, _, _ = make(shape, "cuda", torch.float16)
+    with torch.no_grad():
+        expected = x
+        for _ in range(6):
+            expected = convolution(expected, weights, backend="native", config=ConvolutionConfig(64, 4, 4, early=False))
+        for _ in range(100):
+            got = x
+            for _ in range(6):
+                torch.full((1, 14, 14, 256), torch.nan, dtype=torch.float16, device="cuda")
+                got = convolution(got, weights, backend="native", config=ConvolutionConfig(64, 4, 4, early=True))
+            assert torch.equal(got, expected)
+
+
+@GPU
+def test_in_graphs_on_two_streams_at_once() -> None:
+    graphs, outputs, expected = [], [], []
+    for seed in (0, 1):
+        x, weights, kept, _, exact = make((1, 28, 28, 128, 512, 1, 1), "cuda", torch.float16, True, seed=seed)
+        convolution(x, weights, residual=kept, backend="native")
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        with torch.cuda.graph(graph, stream=stream):
+            y = x
+            for _ in range(20):
+                y = convolution(x, weights, residual=kept, backend="native")
+        graphs.append((graph, stream))
+        outputs.append(y)
+        expected.append(exact.relu())
+    for _ in range(1000):
+        for graph, stream in graphs:
+            with torch.cuda.stream(stream):
+                graph.replay()
+    torch.cuda.synchronize()
+    for y, want in zip(outputs, expected, strict=True):
+        assert float((y.double() - want).norm()) <= 3 * float((want.half().double() - want).norm())
+
+
+def test_configurations() -> None:
+    shape = Shape(49, 512, 72)
+    for config in usable(shape):
+        assert problem(config, shape.chunks) is None
+    assert pinned(shape).split == 8 and pinned(Shape(3136, 256, 1)).split == 1
+    assert problem(ConvolutionConfig(48, 1, 2), 9) == "columns must be one of (32, 64, 128), got 48"
+    assert "split must be at most the 3 chunks" in str(problem(ConvolutionConfig(32, 4, 2), 3))
+    assert "stages must be 2 to 16" in str(problem(ConvolutionConfig(128, 1, 16), 99))
+
+
+def test_weights_are_laid_out_once() -> None:
+    weight, bias = torch.randn(32, 16, 3, 3), torch.randn(32)
+    weights = lay_out(weight, bias, 2)
+    assert torch.equal(as_conv2d(weights.weight), weight) and weights.padding == 1
+    more = (torch.randn(32, 48, 1, 1), torch.randn(32), 2)
+    assert torch.equal(lay_out(weight, bias, second=more).bias, bias + more[1])
+    for arguments, message in (
+        ((torch.randn(30, 16, 3, 3), torch.randn(30)), "multiples of 16"),
+        ((torch.randn(32, 16, 2, 2), bias), "padding must be given"),
+        ((weight, bias, 9), "stride must be 1 to 8"),
+        ((weight, bias, 1, 3), "less than the kernel's 3 x 3, got 3"),
+        ((weight, torch.randn(3)), "bias"),
+        ((weight, bias, 1, 1, (torch.randn(32, 16, 3, 3), bias, 1)), "second must be a 1 x 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            lay_out(*arguments)
+
+
+def test_bad_input_is_named() -> None:
+    x, weights, kept, branch, _ = make((1, 6, 6, 16, 32, 3, 1), "cpu", torch.float32, True, True)
+    with pytest.raises(ValueError, match=r"x must be \[N, 16, H, W\]"):
+        convolution(torch.randn(1, 32, 6, 6), weights, residual=kept, second=branch)
+    with pytest.raises(ValueError, match="residual must be"):
+        convolution(x, weights, residual=kept[:, :16], second=branch)
+    with pytest.raises(ValueError, match="second must be given if"):
+        convolution(x, weights, residual=kept)
+    with pytest.raises(TypeError, match="must come from lay_out"):
+        convolution(x, weights.weight)
+    with pytest.raises(RuntimeError, match="has no gradients"):
+        convolution(x.requires_grad_(), weights, residual=kept, second=branch)
+    with pytest.raises(BackendUnavailable, match="runs on CUDA devices only"):
+        convolution(x.detach(), weights, residual=kept, second=branch, backend="native")
