@@ -336,8 +336,7 @@ class Convolution:
         (n, h, w), (c, k), taps = self.size, self.channels, self.kernel
         p, q = (h - 1) // self.stride + 1, (w - 1) // self.stride + 1
         more = (normal(k, 48, 1, 1, scale=48**-0.5), normal(k), 2) if self.second else None
-        weight = normal(k, c, taps, taps, scale=(c * taps**2) ** -0.5)
-        weights = lay_out(weight, normal(k), self.stride, second=more)
+        weights = lay_out(normal(k, c, taps, taps, scale=(c * taps**2) ** -0.5), normal(k), self.stride, second=more)
         images = [normal(n, *size) for size in ((h, w, c), (p, q, k), (2 * p, 2 * q - 1, 48))]
         x, kept, branch = (one.permute(0, 3, 1, 2) for one in images)
         added = {"residual": kept if self.residual else None, "second": branch if more else None}
