@@ -27,7 +27,8 @@ def convolution(
 ) -> Tensor:
     """``act(conv(x) + conv_1x1(second) + bias + residual)`` of channels_last images, for inference.
 
-    Sums are in float32 and rounded once. The order of additions is fixed: the same bits in every run.
+    Sums are in float32 and rounded once. The order of additions is fixed: the same bits in every run. The kernel reads
+    weights before the kernel in front of it has ended (see ``ConvolutionConfig.early``), which must not write them.
 
     Args:
         x: ``[N, C, H, W]`` float16 or bfloat16 (reference: any floating point type); other orders than channels_last
