@@ -79,14 +79,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
             except TuningFileError as error:
                 made.error(str(error))
         found = _layers(uses, dtype, device, options.rounds) if options.only in (None, "layers") else []
+        rows = [row | record for row in report.layer_rows(found, uses, dtype)]
+        _write(options.csv, rows, device)
         outcomes = _trunks(options, dtype, device) if options.only in (None, "trunks") else []
-    rows = [row | record for row in (*report.layer_rows(found, uses, dtype), *report.trunk_rows(outcomes, dtype))]
-    target = options.csv or (common.results_csv("convolution", device) if device.type == "cuda" else None)
+        if outcomes:
+            _write(options.csv, rows + [row | record for row in report.trunk_rows(outcomes, dtype)], device)
+    if wrong := sum(bool(one.note) for one in found):
+        raise SystemExit(f"results of ours are wrong for {wrong} layers: see the notes")
+
+
+def _write(path: Path | None, rows: list[report.Row], device: torch.device) -> None:
+    """What there is so far; on a CPU only where it was asked for."""
+    target = path or (common.results_csv("convolution", device) if device.type == "cuda" else None)
     if rows and target is not None:
         common.write_csv(target, rows)
         print(f"written to {target}")
-    if wrong := sum(bool(one.note) for one in found):
-        raise SystemExit(f"results of ours are wrong for {wrong} layers: see the notes")
 
 
 def _tune(path: Path, layers: list[Used], dtype: torch.dtype, device: torch.device) -> None:

@@ -11,8 +11,8 @@ import torch
 from bench.convolution import command, measure, report, trunks, tune
 from bench.convolution.layers import Used, used_layers
 from bench.convolution.measure import Case
-from fastmetro_kernels.convolution import ConvolutionConfig, table
-from fastmetro_kernels.convolution.configs import usable
+from fastmetro_kernels.convolution import ConvolutionConfig, choice, table
+from fastmetro_kernels.convolution.configs import problem, usable
 from fastmetro_kernels.convolution.table import Layer
 from fastmetro_kernels.tuning import reader
 
@@ -40,6 +40,16 @@ def test_layers_are_those_of_the_folded_trunks() -> None:
     strided = Used(Layer(1, 56, 56, 256, 512, 1, 1, 2, 0), False, False)
     assert strided.elements() == 28 * 28 * (256 + 512) + 256 * 512  # a quarter of the pixels
     assert strided.floor(2, 1e12) == pytest.approx(2e-12 * strided.elements())
+
+
+@pytest.mark.parametrize("trunk", ["resnet50", "hrnet-w64"])
+def test_every_layer_has_a_tile_by_rule_and_others_to_try(trunk: str) -> None:
+    for images in (1, 8):
+        for used in used_layers(trunk, images, 224):
+            shape = used.layer.shape
+            tile = choice.by_rule(used.layer)
+            assert tile is not None and problem(tile, shape.chunks) is None and usable(shape)
+    assert all(choice.by_rule(used.layer) is None for used in used_layers(trunk, 32, 224))
 
 
 @pytest.mark.parametrize("used", [PLAIN, MERGED, PRODUCT], ids=str)
