@@ -111,16 +111,16 @@ def test_the_same_bits_a_hundred_times_and_in_a_chain() -> None:
 
 @GPU
 def test_in_graphs_on_two_streams_at_once() -> None:
-    graphs, outputs, expected = [], [], []
+    graphs, inputs, outputs, expected = [], [], [], []
     for seed in (0, 1):
         x, weights, kept, _, exact = make((1, 28, 28, 128, 512, 1, 1), "cuda", torch.float16, True, seed=seed)
         convolution(x, weights, residual=kept, backend="native")
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         with torch.cuda.graph(graph, stream=stream):
-            y = x
             for _ in range(20):
                 y = convolution(x, weights, residual=kept, backend="native")
         graphs.append((graph, stream))
+        inputs.append((x, weights, kept))  # a graph does not keep them
         outputs.append(y)
         expected.append(exact.relu())
     for _ in range(1000):
