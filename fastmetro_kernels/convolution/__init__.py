@@ -3,5 +3,15 @@
 from fastmetro_kernels.convolution.api import convolution
 from fastmetro_kernels.convolution.configs import ConvolutionConfig
 from fastmetro_kernels.convolution.layout import ConvolutionWeights, lay_out
+from fastmetro_kernels.convolution.stem import StemWeights, convolution_stem, lay_out_stem, pack_stem
 
-__all__ = ["ConvolutionConfig", "ConvolutionWeights", "convolution", "lay_out"]
+__all__ = [
+    "ConvolutionConfig",
+    "ConvolutionWeights",
+    "StemWeights",
+    "convolution",
+    "convolution_stem",
+    "lay_out",
+    "lay_out_stem",
+    "pack_stem",
+]

@@ -84,5 +84,3 @@ def output_size(height: int, width: int, weights: ConvolutionWeights) -> tuple[i
 def as_conv2d(weight: Tensor) -> Tensor:
     """[O, R, S, C] as ``conv2d`` takes it: [O, C, R, S] in channels_last, a view."""
     return weight.permute(0, 3, 1, 2)
-
-
