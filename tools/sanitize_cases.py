@@ -350,7 +350,7 @@ def convolution_native() -> Iterator[Convolution]:
             yield Convolution((3, 7, 5), (80, 144), ConvolutionConfig(columns, split, 2), residual=True)
     yield Convolution((2, 9, 9), (112, 48), ConvolutionConfig(64, 2, 4, early=False), stride=2, second=True)
     yield Convolution((1, 1, 1), (16, 16), ConvolutionConfig(32, 1, 2), kernel=1)
-    yield Convolution((2, 8, 8), (64, 256), ConvolutionConfig(128, 1, 2), kernel=1, residual=True, dtype=BFLOAT)
+    yield Convolution((2, 8, 8), (64, 256), ConvolutionConfig(128, 1, 3, groups=2), residual=True, dtype=BFLOAT)
     yield Convolution((1, 14, 14), (128, 64), ConvolutionConfig(64, 8, 4), kernel=5, second=True, stride=2)
 
 

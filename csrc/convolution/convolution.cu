@@ -19,7 +19,13 @@ using torch::stable::Tensor;
 struct Config {
   int columns, split, stages;
   bool early;
+  int groups;  // of 64 rows
 };
+
+#ifdef FM_TIMELINE
+long long* timeline = nullptr;
+int64_t timeline_numbers = 0;  // of a launch
+#endif
 
 void check_device(int device) {
   int major = 0, minor = 0;
@@ -57,32 +63,40 @@ Geometry geometry(const Tensor& x, const Tensor& weight, int64_t stride, int64_t
   return g;
 }
 
-template <typename T, int COLUMNS, int SPLIT>
-void launch(const Problem<T>& problem, const Config& config, cudaStream_t stream) {
-  const unsigned rows = (problem.rows + fm_convolution::kRows - 1) / fm_convolution::kRows;
-  const unsigned columns = (problem.channels + COLUMNS - 1) / COLUMNS;
-  fm::launch_kernel(fm_convolution::convolution_kernel<T, COLUMNS, SPLIT>, dim3(SPLIT, rows, columns),
-                    fm_convolution::kThreads, fm_convolution::shared_bytes(COLUMNS, SPLIT, config.stages), SPLIT,
-                    config.early, stream, problem);
+void check_config(const Config& config) {
+  STD_TORCH_CHECK(config.split == 1 || config.split == 2 || config.split == 4 || config.split == 8,
+                  "convolution_native: split must be 1, 2, 4 or 8, got ", config.split);
+  STD_TORCH_CHECK(config.stages >= 2 && config.stages <= fm_convolution::kMaxStages,
+                  "convolution_native: stages must be 2 to ", fm_convolution::kMaxStages, ", got ", config.stages);
+  STD_TORCH_CHECK(config.groups == 1 || (config.groups == 2 && config.split == 1),
+                  "convolution_native: groups must be 1, or 2 without a split, got ", config.groups, " and a split of ",
+                  config.split);
+  // Rows of float32 sums are put together in the ring.
+  STD_TORCH_CHECK(config.split > 1 || config.stages * (config.groups * 64 + config.columns) * 128 >=
+                                          config.groups * 64 * (config.columns + 8) * 4,
+                  "convolution_native: two groups of 128 columns need 3 stages, got ", config.stages);
 }
 
 template <typename T, int COLUMNS>
-void choose_split(const Problem<T>& problem, const Config& config, cudaStream_t stream) {
-  switch (config.split) {
-    case 1: return launch<T, COLUMNS, 1>(problem, config, stream);
-    case 2: return launch<T, COLUMNS, 2>(problem, config, stream);
-    case 4: return launch<T, COLUMNS, 4>(problem, config, stream);
-    case 8: return launch<T, COLUMNS, 8>(problem, config, stream);
-    default: STD_TORCH_CHECK(false, "convolution_native: split must be 1, 2, 4 or 8, got ", config.split);
-  }
+void launch(const Problem<T>& problem, const Config& config, cudaStream_t stream) {
+  using fm_convolution::convolution_kernel;
+  const int per_block = config.groups * fm_convolution::kRows;
+  const unsigned rows = (problem.rows + per_block - 1) / per_block;
+  const unsigned columns = (problem.channels + COLUMNS - 1) / COLUMNS;
+  const auto kernel = config.groups == 2  ? convolution_kernel<T, COLUMNS, 2, false>
+                      : config.split == 1 ? convolution_kernel<T, COLUMNS, 1, false>
+                                          : convolution_kernel<T, COLUMNS, 1, true>;
+  const int bytes = fm_convolution::shared_bytes(COLUMNS, config.groups, config.split, config.stages);
+  fm::launch_kernel(kernel, dim3(config.split, rows, columns), config.groups * fm_convolution::kWarpgroup + 32, bytes,
+                    config.split, config.early, stream, problem);
 }
 
 template <typename T>
 void run(const Problem<T>& problem, const Config& config, cudaStream_t stream) {
   switch (config.columns) {
-    case 32: return choose_split<T, 32>(problem, config, stream);
-    case 64: return choose_split<T, 64>(problem, config, stream);
-    case 128: return choose_split<T, 128>(problem, config, stream);
+    case 32: return launch<T, 32>(problem, config, stream);
+    case 64: return launch<T, 64>(problem, config, stream);
+    case 128: return launch<T, 128>(problem, config, stream);
     default: STD_TORCH_CHECK(false, "convolution_native: columns must be 32, 64 or 128, got ", config.columns);
   }
 }
@@ -97,7 +111,7 @@ Tensor convolution(Tensor x, Tensor weight, Tensor bias, std::optional<Tensor> r
   const ScalarType type = x.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Half || type == ScalarType::BFloat16,
                   "convolution_native: x must be float16 or bfloat16, got ", torch::headeronly::toString(type));
-  STD_TORCH_CHECK(config.size() == 4, "convolution_native: config must hold columns, split, stages, early");
+  STD_TORCH_CHECK(config.size() == 5, "convolution_native: config must hold columns, split, stages, early, groups");
   check_device(x.get_device_index());
   check(x, "x", 4, x, type);
   check(weight, "weight", 4, x, type);
@@ -109,9 +123,8 @@ Tensor convolution(Tensor x, Tensor weight, Tensor bias, std::optional<Tensor> r
   STD_TORCH_CHECK(rows <= INT32_MAX && g.height <= 32767 && g.width <= 32767, "convolution_native: too many positions");
   STD_TORCH_CHECK(second.has_value() == second_weight.has_value(),
                   "convolution_native: second and second_weight go together");
-  const Config chosen{int(config[0]), int(config[1]), int(config[2]), config[3] != 0};
-  STD_TORCH_CHECK(chosen.stages >= 2 && chosen.stages <= fm_convolution::kMaxStages,
-                  "convolution_native: stages must be 2 to ", fm_convolution::kMaxStages, ", got ", chosen.stages);
+  const Config chosen{int(config[0]), int(config[1]), int(config[2]), config[3] != 0, int(config[4])};
+  check_config(chosen);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   Tensor out = torch::stable::new_empty(x, {g.images, height, width, outputs});
   if (rows == 0) return out;
@@ -136,14 +149,20 @@ Tensor convolution(Tensor x, Tensor weight, Tensor bias, std::optional<Tensor> r
       problem.second = fm_convolution::make_input(map_type, second->const_data_ptr(), second_weight->const_data_ptr(),
                                                   more, outputs, chosen.columns);
     }
-    const int depth = problem.first.taps * problem.first.chunks + problem.second.taps * problem.second.chunks;
-    STD_TORCH_CHECK(depth >= chosen.split, "convolution_native: split must be at most the ", depth, " chunks of the depth");
+    const int depth = problem.first.depth + problem.second.depth;
+    STD_TORCH_CHECK(depth < 65536, "convolution_native: more than 65535 chunks of 64 of the depth, ", depth);
+    STD_TORCH_CHECK(chosen.split <= depth, "convolution_native: split must be at most the ", depth,
+                    " chunks of the depth, got ", chosen.split);
     problem.bias = bias.const_data_ptr<float>();
     problem.residual = residual.has_value() ? static_cast<const T*>(residual->const_data_ptr()) : nullptr;
     problem.out = static_cast<T*>(out.mutable_data_ptr());
     problem.rows = int(rows), problem.channels = int(outputs);
     problem.height = int(height), problem.width = int(width);
-    problem.stages = chosen.stages, problem.relu = relu;
+    problem.split = chosen.split, problem.stages = chosen.stages, problem.relu = relu;
+#ifdef FM_TIMELINE
+    problem.times = timeline;
+    if (timeline != nullptr) timeline += timeline_numbers;
+#endif
     run(problem, chosen, fm::current_stream(x));
   };
   if (type == ScalarType::Half) call(static_cast<__half*>(nullptr));
@@ -152,5 +171,12 @@ Tensor convolution(Tensor x, Tensor weight, Tensor bias, std::optional<Tensor> r
 }
 
 }  // namespace
+
+#ifdef FM_TIMELINE
+// From now on every launch stamps the next so many numbers of device memory; null ends it.
+extern "C" __attribute__((visibility("default"))) void fm_convolution_timeline(long long* memory, int64_t numbers) {
+  timeline = memory, timeline_numbers = numbers;
+}
+#endif
 
 STABLE_TORCH_LIBRARY_IMPL(fastmetro_kernels, CUDA, m) { m.impl("convolution_native", TORCH_BOX(&convolution)); }

@@ -69,11 +69,28 @@ __device__ __forceinline__ void copy_pixels(SharedAddress to, const TensorMap& m
       : "memory");
 }
 
-// Stores two numbers at the address of another block of the cluster and counts their bytes at a barrier there.
-__device__ __forceinline__ void store_cluster(uint32_t to, float first, float second, uint32_t barrier) {
-  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(to), "f"(first),
-               "f"(second), "r"(barrier)
+// Stores four numbers at the address of another block of the cluster and counts their bytes at a barrier there.
+__device__ __forceinline__ void store_cluster(uint32_t to, const float4& v, uint32_t barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
+               "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(barrier)
                : "memory");
+}
+
+// Which multiprocessor this is.
+__device__ __forceinline__ unsigned multiprocessor() {
+  unsigned number;
+  asm volatile("mov.u32 %0, %%smid;" : "=r"(number));
+  return number;
+}
+
+// Loads 16 bytes that a kernel before wrote, here and now: later statements do not move in front.
+__device__ __forceinline__ uint4 load_coherent(const void* from) {
+  uint4 v;
+  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(from)
+               : "memory");
+  return v;
 }
 
 // An operand of a product: rows of 64 16-bit numbers, 128 bytes each in the copy engine's 128-byte swizzle, at an

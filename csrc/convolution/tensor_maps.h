@@ -66,9 +66,9 @@ inline Input make_input(CUtensorMapDataType type, const void* pixels, const void
   Input input{};
   encode_pixels(input.pixels, type, pixels, g);
   encode_weights(input.weights, type, weights, g, outputs, columns);
-  input.taps_across = int(g.taps_across);
-  input.taps = int(g.taps_down * g.taps_across);
-  input.chunks = int((g.channels + kDepth - 1) / kDepth);
+  input.across = Divisor::of(uint32_t(g.taps_across));
+  input.chunks = Divisor::of(uint32_t((g.channels + kDepth - 1) / kDepth));
+  input.depth = int(g.taps_down * g.taps_across * input.chunks.number);
   input.stride = int(g.stride);
   input.left = int(g.padding);
   return input;

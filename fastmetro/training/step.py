@@ -123,6 +123,7 @@ class CapturedStep:
         if step.precision == "fp16":
             raise ValueError("a step in fp16 cannot be captured: its loss scale changes; use bf16 or fp32")
         self.names = step.names
+        self._step = step  # the graph works in the memory of its weights, and does not keep them
         self._images = images.clone(memory_format=torch.preserve_format)
         self._labels = map_labels(labels, Tensor.clone)
         before = _Snapshot(step)

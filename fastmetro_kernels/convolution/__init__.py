@@ -3,5 +3,16 @@
 from fastmetro_kernels.convolution.api import choose, convolution
 from fastmetro_kernels.convolution.configs import ConvolutionConfig
 from fastmetro_kernels.convolution.layout import ConvolutionWeights, lay_out
+from fastmetro_kernels.convolution.stem import StemWeights, convolution_stem, lay_out_stem, pack_stem
 
-__all__ = ["ConvolutionConfig", "ConvolutionWeights", "choose", "convolution", "lay_out"]
+__all__ = [
+    "ConvolutionConfig",
+    "ConvolutionWeights",
+    "StemWeights",
+    "choose",
+    "convolution",
+    "convolution_stem",
+    "lay_out",
+    "lay_out_stem",
+    "pack_stem",
+]

@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 ROWS, DEPTH = 64, 64
 SHARED_BYTES = 227 * 1024
 MAX_STAGES = 16
-COLUMNS, SPLITS = (32, 64, 128), (1, 2, 4, 8)
+COLUMNS, SPLITS, GROUPS = (32, 64, 128), (1, 2, 4, 8), (1, 2)
+STAGES = (2, 3, 4, 6, 8)
+"""Tried besides as many as there are chunks."""
+MOST_TILES_TO_SPLIT, FEWEST_TILES_OF_TWO = 264, 24
+"""Twice the multiprocessors of an H200, with more tiles than which there is nothing to share; and so few tiles of two
+groups that most multiprocessors would stand still."""
 
 
 class ConvolutionConfig(NamedTuple):
     """How a convolution is cut.
 
     Attributes:
-        columns: output channels of a tile of 64 positions.
+        columns: output channels of a tile.
         split: blocks of a cluster that share the depth.
         stages: chunks of 64 of the depth under way at a time.
         early: whether to start before the kernel in front has ended.
+        groups: of 64 positions of a tile; two without a split only.
     """
 
     columns: int
     split: int
     stages: int
     early: bool = True
+    groups: int = 1
 
 
 class Shape(NamedTuple):
@@ -34,11 +42,18 @@ class Shape(NamedTuple):
     chunks: int
 
 
+def _ring_bytes(config: ConvolutionConfig) -> int:
+    return config.stages * (config.groups * ROWS + config.columns) * DEPTH * 2
+
+
+def _sum_bytes(config: ConvolutionConfig) -> int:
+    return config.groups * ROWS * (config.columns + 8) * 4
+
+
 def shared_bytes(config: ConvolutionConfig) -> int:
     """As in ``csrc/convolution/forward.cuh``."""
-    ring = config.stages * (ROWS + config.columns) * DEPTH * 2
-    sums = ROWS * (config.columns + 8) * 4 if config.split > 1 else 0
-    return ring + sums + (2 * MAX_STAGES + 1) * 8 + 1024
+    sums = _sum_bytes(config) if config.split > 1 else 0
+    return _ring_bytes(config) + sums + (2 * MAX_STAGES + 1) * 8 + 1024
 
 
 def problem(config: ConvolutionConfig, chunks: int) -> str | None:
@@ -49,23 +64,29 @@ def problem(config: ConvolutionConfig, chunks: int) -> str | None:
         return f"split must be one of {SPLITS}, got {config.split}"
     if config.split > chunks:
         return f"split must be at most the {chunks} chunks of the depth, got {config.split}"
+    if config.groups not in GROUPS or (config.groups > 1 and config.split > 1):
+        return f"groups must be 1, or 2 without a split, got {config.groups} and a split of {config.split}"
     if not 2 <= config.stages <= MAX_STAGES or shared_bytes(config) > SHARED_BYTES:
         return f"stages must be 2 to {MAX_STAGES} and fit {SHARED_BYTES} bytes of shared memory, got {config.stages}"
+    if config.split == 1 and _ring_bytes(config) < _sum_bytes(config):
+        return f"stages must hold the {_sum_bytes(config)} bytes of a tile's sums, got {config.stages}"
     return None
 
 
 def usable(shape: Shape) -> list[ConvolutionConfig]:
     """All configurations that make sense for a shape."""
     found = []
-    for columns in COLUMNS:
-        for split in SPLITS:
-            if columns > max(shape.outputs, COLUMNS[0]) or split > shape.chunks:
-                continue
-            share = -(-shape.chunks // split)
-            for stages in (2, 4, 8, 16):
-                config = ConvolutionConfig(columns, split, stages)
-                if problem(config, shape.chunks) is None and (stages == 2 or stages < 2 * share):
-                    found.append(config)
+    for columns, split, groups in itertools.product(COLUMNS, SPLITS, GROUPS):
+        tiles = -(-shape.rows // (groups * ROWS)) * -(-shape.outputs // columns)
+        if columns > max(shape.outputs, COLUMNS[0]) or split > shape.chunks:
+            continue
+        if (split > 1 and tiles > MOST_TILES_TO_SPLIT) or (groups > 1 and tiles < FEWEST_TILES_OF_TWO):
+            continue
+        share = max(-(-shape.chunks // split), 2)
+        for stages in sorted({min(share, MAX_STAGES), *(count for count in STAGES if count <= share)}):
+            config = ConvolutionConfig(columns, split, stages, groups=groups)
+            if problem(config, shape.chunks) is None:
+                found.append(config)
     return found
 
 

@@ -112,7 +112,7 @@ def test_the_same_bits_a_thousand_times_and_in_a_chain() -> None:
 @GPU
 def test_a_thousand_replays_on_two_streams_at_once() -> None:
     """Every replay gives the same bits; what the one before wrote is poisoned in front of each."""
-    replays = []
+    replays, inputs = [], []
     for seed in (0, 1):
         x, weights, kept, _, exact = make((1, 28, 28, 128, 512, 1, 1), "cuda", torch.float16, True, seed=seed)
         first = convolution(x, weights, residual=kept, backend="native")
@@ -121,6 +121,7 @@ def test_a_thousand_replays_on_two_streams_at_once() -> None:
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         with torch.cuda.graph(graph, stream=stream):
             outputs = [convolution(x, weights, residual=kept, backend="native") for _ in range(20)]
+        inputs.append((x, weights, kept))  # a graph does not keep them
         replays.append((graph, stream, outputs, first, torch.zeros((), dtype=torch.int64, device="cuda")))
     torch.cuda.synchronize()
     for _ in range(1000):

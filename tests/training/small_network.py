@@ -31,6 +31,7 @@ class SmallNetwork(nn.Module):
         self.hidden = nn.Linear(48, 16)
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(16, 3 * VERTICES + 3)
+        self.register_buffer("coarse", torch.tensor([0, 3]), persistent=False)
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         out = self.head(self.dropout(torch.tanh(self.hidden(images.flatten(1))))).float()
@@ -39,7 +40,7 @@ class SmallNetwork(nn.Module):
             "pred_cam": out[:, :3],
             "pred_3d_joints": vertices[:, :2],
             "pred_3d_vertices_fine": vertices,
-            "pred_3d_vertices_coarse": vertices[:, [0, 3]],
+            "pred_3d_vertices_coarse": vertices[:, self.coarse],
         }
 
 

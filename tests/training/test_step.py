@@ -100,6 +100,18 @@ def test_a_captured_step_is_the_step(precision: str, accumulate: int) -> None:
 
 
 @GPU
+def test_a_captured_step_keeps_what_it_works_on() -> None:
+    """A graph does not keep the weights that it was captured with; whoever has the step only may let go of them."""
+    captured = CapturedStep(make("cuda", capturable=True), *batch(0, "cuda"))
+    torch.cuda.empty_cache()
+    poison = [torch.full((size,), torch.nan, device="cuda") for size in (16, 48, 256, 1024, 4096) for _ in range(64)]
+    eager = make("cuda", capturable=True)
+    for number in range(3):
+        torch.testing.assert_close(captured(*batch(number, "cuda")), eager(*batch(number, "cuda")), rtol=1e-5, atol=1e-6)
+    assert all(value.isnan().all() for value in poison)
+
+
+@GPU
 def test_a_captured_step_drops_other_units_each_time() -> None:
     step = make("cuda", dropout=0.5, capturable=True)
     set_learning_rate(step.optimizer, 0.0)
