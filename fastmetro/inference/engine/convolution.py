@@ -21,8 +21,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmetro.inference.engine import onednn
-from fastmetro.inference.engine.weights import AUTO, LIBRARY, BlockWeights, ConvolutionWeights, ExchangeWeights
+from fastmetro.inference.engine.weights import (
+    AUTO,
+    LIBRARY,
+    BlockWeights,
+    ConvolutionWeights,
+    ExchangeWeights,
+    StemWeights,
+)
 from fastmetro_kernels import convolution as kernels
+from fastmetro_kernels.convolution import choice
+from fastmetro_kernels.convolution.stem import stem_reasons
 
 _NO_DILATION = (1, 1)
 
@@ -73,8 +82,17 @@ def _cudnn_fuses(x: Tensor) -> bool:
     return x.dtype in (torch.float16, torch.bfloat16) and torch.backends.cudnn.is_available()
 
 
-def stem(x: Tensor, weights: ConvolutionWeights) -> Tensor:
-    """ResNet's beginning: 7 x 7 convolution of stride 2, ReLU, 3 x 3 max pooling of stride 2."""
+def stem(x: Tensor, weights: StemWeights) -> Tensor:
+    """ResNet's beginning: 7 x 7 convolution of stride 2, ReLU, 3 x 3 max pooling of stride 2.
+
+    Like any layer that was not measured it is one kernel for small batches, up to the images of `choice.py`.
+    """
+    laid_out, backend = weights.laid_out_stem(), weights.backend
+    if backend == AUTO:
+        small = x.is_cuda and len(x) <= choice.MOST_IMAGES
+        backend = "native" if small and not stem_reasons(x.device, x.dtype) else LIBRARY
+    if laid_out is not None and backend != LIBRARY:
+        return kernels.convolution_stem(x, laid_out, backend=backend)
     return F.max_pool2d(convolution(x, weights, relu=True), 3, stride=2, padding=1)
 
 

@@ -86,6 +86,33 @@ class ConvolutionWeights(nn.Module):
             self.float_bias.copy_(bias)
 
 
+class StemWeights(ConvolutionWeights):
+    """ResNet's first convolution; where it is 7 x 7 of 3 to 64 channels also as the kernel for the stem reads it.
+
+    Args: as of :class:`ConvolutionWeights`.
+    """
+
+    packed: Tensor | None
+
+    def __init__(self, convolution: nn.Conv2d, dtype: torch.dtype) -> None:
+        super().__init__(convolution, dtype)
+        given = (tuple(self.weight.shape), self.stride, self.padding)
+        fits = given == ((64, 3, 7, 7), (2, 2), (3, 3))
+        self.register_buffer("packed", kernels.pack_stem(self.weight) if fits else None)
+
+    def laid_out_stem(self) -> kernels.StemWeights | None:
+        """In the memory of the buffers; None where it is no such convolution."""
+        if self.packed is None:
+            return None
+        return kernels.StemWeights(self.weight, self.float_bias.float(), self.packed)
+
+    def load(self, weight: Tensor, bias: Tensor | None) -> None:
+        """See :class:`ConvolutionWeights`."""
+        super().load(weight, bias)
+        if self.packed is not None:
+            self.packed.copy_(kernels.pack_stem(self.weight))
+
+
 class BlockWeights(nn.Module):
     """A residual block: its 2 or 3 convolutions, and the 1 x 1 convolution of its downsample branch, which has no bias.
 
