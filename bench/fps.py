@@ -1,6 +1,7 @@
 """The inference engine against the published network and the strongest plain PyTorch: the cases that must be shown.
 
-    python -m bench fps [--device cuda] [--cases s-r50-1 l-h64-1] [--seconds 2] [--rounds 10] [--csv FILE]
+    python -m bench fps [--device cuda] [--cases s-r50-1 l-h64-1] [--seconds 2] [--rounds 10] [--library]
+                        [--csv FILE]
 
 `fastmetro bench fps` measures one network; this runs it on the networks and batch sizes of the targets, collects the
 rows in bench/results/fps_<device>.csv, and prints the targets with what was reached. Rows of cases that are not
@@ -22,7 +23,7 @@ from bench import common
 from fastmetro.profiling.fps import COLUMNS, NETWORK, all_right, run_fps
 from fastmetro.profiling.parts import WHOLE
 from fastmetro.profiling.record import Row, environment, read_rows, write_rows
-from fastmetro.profiling.settings import FpsSettings
+from fastmetro.profiling.settings import BaselineName, FpsSettings
 
 MODELS = {"s": "fastmetro-s", "l": "fastmetro-l"}
 BACKBONES = {"r50": "resnet50", "h64": "hrnet-w64"}
@@ -71,11 +72,12 @@ def settings_of(case: str, options: argparse.Namespace, image: Path | None) -> F
     """What to run for a case."""
     model, backbone, batch = case.split("-")
     cpu = torch.device(options.device).type == "cpu"
+    baseline: tuple[BaselineName, ...] = ("published", "tuned", "plain") if cpu else ("published", "tuned")
     return FpsSettings(
         model=MODELS[model],
         backbone=BACKBONES[backbone],
         batch=(int(batch),),
-        baseline=("published", "tuned", "plain") if cpu else ("published", "tuned"),
+        baseline=(*baseline, "library") if options.library else baseline,
         device=options.device,
         seconds=options.seconds,
         rounds=options.rounds,
@@ -152,6 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--cases", nargs="+", choices=list(_RATIOS), help="default: all; on a CPU s-r50-1")
     parser.add_argument("--seconds", type=float, default=2.0, help="of timed calls per contender and case")
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--library", action="store_true", help="also the engine with the library's convolutions alone")
     parser.add_argument("--csv", type=Path, help="default: bench/results/fps_<device>.csv")
     parser.add_argument("--report", type=Path, metavar="CSV", help="measure nothing, compare the rows of that file")
     options = parser.parse_args(arguments)

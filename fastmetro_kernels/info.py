@@ -13,6 +13,9 @@ import fastmetro_kernels
 from fastmetro_kernels import backends, tuning
 from fastmetro_kernels.attention import dispatch
 from fastmetro_kernels.attention.configs import PASSES
+from fastmetro_kernels.convolution import choice as convolution_choice
+from fastmetro_kernels.convolution import native as convolution_native
+from fastmetro_kernels.convolution.table import Family as ConvolutionFamily
 
 OPS = {
     "topology_attention": ("attention_forward_native", ("reference", "native", "triton")),
@@ -22,6 +25,7 @@ OPS = {
     "short_attention": ("", ("reference", "triton")),
     "normalize_rows": ("", ("reference", "triton")),
     "decoder_tail": ("", ("reference", "triton")),
+    "convolution": (convolution_native.OPERATOR, ("reference", "native")),
 }
 """The public ops: the operator whose presence tells of native kernels (if there are any), and the backends."""
 
@@ -46,6 +50,8 @@ def backend_reasons(op: str, backend: str, device: torch.device) -> list[str]:
     """
     if backend == "triton":
         return backends.triton_reasons(device)
+    if op == "convolution" and backend == "native":
+        return convolution_native.reasons(device)
     if backend == "native":
         return backends.native_reasons(OPS[op][0], device)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -95,9 +101,45 @@ def choices() -> list[str]:
         "  rasterize: native, then reference",
         "  fused_linear, short_attention, normalize_rows, decoder_tail (inference only): triton, then reference; by "
         "shape in fused/*/configs.py",
+        *convolution_choices(),
     ]
     if path := os.environ.get(tuning.ENVIRONMENT):
         lines.append(f"  {tuning.ENVIRONMENT}={path} takes the place of the shipped table for the families in it")
+    return lines
+
+
+def convolution_choices() -> list[str]:
+    """How `backend="auto"` chooses for convolutions: what was measured, and the rule where nothing was."""
+    rule = f"up to {convolution_choice.MOST_IMAGES} images and {convolution_choice.MOST_ROWS} output positions"
+    lines = [f"  convolution (inference only) without a measurement: native {rule}, else reference"]
+    try:
+        families = convolution_choice.families()
+    except tuning.TuningFileError as error:
+        return [*lines, f"  {error}"]
+    for name, family in sorted(families.items()):
+        record = family.record
+        lines += [
+            f"  convolution, compute capability {name}: measured on {record['device']}, torch {record['torch']}, "
+            f"{record['date']}, commit {record['commit']}",
+            *_measured_convolutions(family),
+        ]
+    if path := os.environ.get(convolution_choice.ENVIRONMENT):
+        name = convolution_choice.ENVIRONMENT
+        lines.append(f"  {name}={path} takes the place of the shipped table for the families in it")
+    return lines
+
+
+def _measured_convolutions(family: ConvolutionFamily) -> list[str]:
+    """One line per number of images, and one for each layer that the library takes."""
+    lines = []
+    for images in sorted({entry.layer.images for entry in family.entries}):
+        entries = [entry for entry in family.entries if entry.layer.images == images]
+        library = sorted((entry for entry in entries if entry.config is None), key=lambda entry: entry.layer)
+        taken = len(entries) - len(library)
+        lines.append(f"    {images} images: native for {taken} of {len(entries)} measured layers, else the library")
+        for entry in library:
+            times = f"{entry.library_us:.2f} microseconds, native {entry.native_us:.2f}"
+            lines.append(f"      library: {entry.layer}: {times}")
     return lines
 
 

@@ -36,7 +36,14 @@ TOOLS: dict[str, tuple[str, ...]] = {
     "racecheck": (),
     "initcheck": (),
 }
-GROUPS = ("attention-native", "attention-triton", "upsampling-native", "upsampling-triton", "rasterization-native")
+GROUPS = (
+    "attention-native",
+    "attention-triton",
+    "upsampling-native",
+    "upsampling-triton",
+    "rasterization-native",
+    "convolution-native",
+)
 _REDUCTIONS = "Triton's reductions write one word from several lanes, which is reported (triton issue 7264)"
 LEFT_OUT = {("racecheck", group): _REDUCTIONS for group in GROUPS if group.endswith("triton")}
 SECONDS = 300

@@ -34,6 +34,7 @@ from fastmetro_kernels import (  # noqa: E402
     topology_attention,
 )
 from fastmetro_kernels.attention import dispatch, native  # noqa: E402
+from fastmetro_kernels.convolution import ConvolutionConfig, configs, convolution, lay_out  # noqa: E402
 
 HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32
 TOLERANCE = {HALF: 1e-2, BFLOAT: 6e-2, FLOAT: 1e-4}
@@ -309,12 +310,57 @@ def rasterization_native() -> Iterator[Rasterization]:
     yield Rasterization(1, 1, 1, 1)
 
 
-GROUPS: dict[str, Callable[[], Iterator[Attention | Upsampling | Rasterization]]] = {
+@dataclass(frozen=True)
+class Convolution:
+    """One call of `convolution` with one tile; there is no kernel for CPUs, where the reference runs."""
+
+    size: tuple[int, int, int]  # images, height, width
+    channels: tuple[int, int]  # in and out
+    config: ConvolutionConfig
+    kernel: int = 3
+    stride: int = 1
+    dtype: torch.dtype = HALF
+    residual: bool = False
+    second: bool = False
+
+    def run(self, backend: str, device: str) -> None:
+        got = self._result(self.dtype, "reference" if device == "cpu" else backend, device)
+        compare("out", got, self._result(FLOAT, "reference", "cpu"), TOLERANCE[self.dtype])
+
+    def _result(self, dtype: torch.dtype, backend: str, device: str) -> Tensor:
+        generator = torch.Generator().manual_seed(self.kernel)
+
+        def normal(*size: int, scale: float = 1.0) -> Tensor:  # of the case's type, in whatever type it is computed
+            return (scale * torch.randn(size, generator=generator)).to(self.dtype).to(device, dtype)
+
+        (n, h, w), (c, k), taps = self.size, self.channels, self.kernel
+        p, q = (h - 1) // self.stride + 1, (w - 1) // self.stride + 1
+        more = (normal(k, 48, 1, 1, scale=48**-0.5), normal(k), 2) if self.second else None
+        weights = lay_out(normal(k, c, taps, taps, scale=(c * taps**2) ** -0.5), normal(k), self.stride, second=more)
+        images = [normal(n, *size) for size in ((h, w, c), (p, q, k), (2 * p, 2 * q - 1, 48))]
+        x, kept, branch = (one.permute(0, 3, 1, 2) for one in images)
+        added = {"residual": kept if self.residual else None, "second": branch if more else None}
+        return convolution(x, weights, config=self.config, backend=backend, **added).cpu()
+
+
+def convolution_native() -> Iterator[Convolution]:
+    """Every width of a tile and every split, with rings that wrap around, at sizes that fill no tile."""
+    for columns in configs.COLUMNS:
+        for split in configs.SPLITS:
+            yield Convolution((3, 7, 5), (80, 144), ConvolutionConfig(columns, split, 2), residual=True)
+    yield Convolution((2, 9, 9), (112, 48), ConvolutionConfig(64, 2, 4, early=False), stride=2, second=True)
+    yield Convolution((1, 1, 1), (16, 16), ConvolutionConfig(32, 1, 2), kernel=1)
+    yield Convolution((2, 8, 8), (64, 256), ConvolutionConfig(128, 1, 3, groups=2), residual=True, dtype=BFLOAT)
+    yield Convolution((1, 14, 14), (128, 64), ConvolutionConfig(64, 8, 4), kernel=5, second=True, stride=2)
+
+
+GROUPS: dict[str, Callable[[], Iterator[Attention | Upsampling | Rasterization | Convolution]]] = {
     "attention-native": attention_native,
     "attention-triton": attention_triton,
     "upsampling-native": upsampling_native,
     "upsampling-triton": upsampling_triton,
     "rasterization-native": rasterization_native,
+    "convolution-native": convolution_native,
 }
 
 

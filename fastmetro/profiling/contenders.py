@@ -110,7 +110,9 @@ def build_contender(name: str, model: FastMETRO, batch: int, dtype: torch.dtype,
     """
     precision = str(dtype).removeprefix("torch.")
     if name == ENGINE:
-        return _engine(model, batch, dtype, precision)
+        return _engine(name, precision, model, batch, dtype, "auto")
+    if name == "library":
+        return _engine(name, f"{precision}, the library's convolutions", model, batch, dtype, "library")
     if name == "published":
         published = published_network(model).requires_grad_(False)
         on_gpu = model.xyz_regressor.weight.is_cuda
@@ -121,9 +123,12 @@ def build_contender(name: str, model: FastMETRO, batch: int, dtype: torch.dtype,
     if name == "plain":
         plain = plain_model(model, dtype).requires_grad_(False)
         return Contender(name, f"eager, {precision}", lambda images: plain(images.to(dtype)), precision)
-    raise ValueError(f"contender must be 'engine', 'published', 'tuned' or 'plain', got {name!r}")
+    raise ValueError(f"contender must be 'engine', 'library', 'published', 'tuned' or 'plain', got {name!r}")
 
 
-def _engine(model: FastMETRO, batch: int, dtype: torch.dtype, precision: str) -> Contender:
-    engine = fastmetro.compile(model, batch_size=batch, dtype=dtype)
-    return Contender(ENGINE, precision, engine, precision, takes_pixels=True, parts=engine.parts)
+def _engine(
+    name: str, description: str, model: FastMETRO, batch: int, dtype: torch.dtype, convolutions: str
+) -> Contender:
+    engine = fastmetro.compile(model, batch_size=batch, dtype=dtype, convolutions=convolutions)
+    precision = str(dtype).removeprefix("torch.")
+    return Contender(name, description, engine, precision, takes_pixels=True, parts=engine.parts)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-BaselineName = Literal["published", "tuned", "plain"]
+BaselineName = Literal["published", "tuned", "plain", "library"]
 DtypeName = Literal["float16", "bfloat16", "float32"]
 
 
@@ -30,7 +30,8 @@ class FpsSettings:
     """Images per call; each is a case of its own."""
     baseline: tuple[BaselineName, ...] = ("published", "tuned")
     """published: the published code's operations, eager, float32 with TF32; tuned: the strongest plain PyTorch in the
-    engine's precision, compiled on a GPU; plain: this project's network, eager, on PyTorch operations alone."""
+    engine's precision, compiled on a GPU; plain: this project's network, eager, on PyTorch operations alone; library:
+    the engine without this project's kernel for convolutions."""
     dtype: DtypeName | None = None
     """Precision of the engine and of tuned and plain; default: float16 on a GPU, float32 on a CPU."""
     device: str | None = None

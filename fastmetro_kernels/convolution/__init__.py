@@ -1,6 +1,6 @@
 """Convolution + bias (+ residual) (+ ReLU) in one kernel, for inference at small batches; see :func:`convolution`."""
 
-from fastmetro_kernels.convolution.api import convolution
+from fastmetro_kernels.convolution.api import choose, convolution
 from fastmetro_kernels.convolution.configs import ConvolutionConfig
 from fastmetro_kernels.convolution.layout import ConvolutionWeights, lay_out
 from fastmetro_kernels.convolution.stem import StemWeights, convolution_stem, lay_out_stem, pack_stem
@@ -9,6 +9,7 @@ __all__ = [
     "ConvolutionConfig",
     "ConvolutionWeights",
     "StemWeights",
+    "choose",
     "convolution",
     "convolution_stem",
     "lay_out",

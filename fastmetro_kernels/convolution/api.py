@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from fastmetro_kernels import backends
-from fastmetro_kernels.convolution import native, ops, reference
-from fastmetro_kernels.convolution.configs import DEPTH, ConvolutionConfig, Shape, pinned, problem
-from fastmetro_kernels.convolution.layout import ConvolutionWeights, output_size
+from fastmetro_kernels.convolution import choice, native, ops, reference
+from fastmetro_kernels.convolution.configs import ConvolutionConfig, pinned, problem
+from fastmetro_kernels.convolution.layout import ConvolutionWeights
+from fastmetro_kernels.convolution.table import Layer
 from fastmetro_kernels.fused.inference import check_tensor, refuse_gradients
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -26,7 +27,8 @@ def convolution(
 ) -> Tensor:
     """``act(conv(x) + conv_1x1(second) + bias + residual)`` of channels_last images, for inference.
 
-    Sums are in float32 and rounded once. The order of additions is fixed: the same bits in every run.
+    Sums are in float32 and rounded once. The order of additions is fixed: the same bits in every run. The kernel reads
+    weights before the kernel in front of it has ended (see ``ConvolutionConfig.early``), which must not write them.
 
     Args:
         x: ``[N, C, H, W]`` float16 or bfloat16 (reference: any floating point type); other orders than channels_last
@@ -35,8 +37,8 @@ def convolution(
         residual: ``[N, O, P, Q]``, added in front of the ReLU.
         second: ``[N, C2, H2, W2]``, input of the second convolution, if the weights have one.
         relu: whether act is ReLU.
-        config: the tile instead of the pinned one, for measurements (native).
-        backend: ``"auto"``, ``"native"`` or ``"reference"``.
+        config: the tile instead of the chosen one, for measurements (native).
+        backend: ``"auto"`` (see :func:`choose`), ``"native"`` or ``"reference"``.
 
     Returns:
         ``[N, O, P, Q]`` in the dtype of x, channels_last.
@@ -47,14 +49,15 @@ def convolution(
         RuntimeError: x requires grad while gradients are enabled.
         BackendUnavailable: the named backend cannot take this input; the message lists the reasons.
     """
-    shape = _check(x, weights, residual, second)
+    layer = layer_of(x, weights, residual, second)
     refuse_gradients("convolution", {"x": x, "weight": weights.weight, "residual": residual, "second": second})
     choices = {"reference": [], "native": native.reasons(x.device, x.dtype)}
-    chosen = backends.select("convolution", backend, choices, ("native", "reference"))
-    if chosen == "reference":
+    measured = None if choices["native"] else choice.choose(x.device, layer)
+    order = ("native", "reference") if config or measured else ("reference",)
+    if backends.select("convolution", backend, choices, order) == "reference":
         return reference.convolution(x, weights, residual, second, relu)
-    config = config or pinned(shape)
-    if found := problem(config, shape.chunks):
+    config = config or measured or pinned(layer.shape)
+    if found := problem(config, layer.shape.chunks):
         raise ValueError(f"config: {found}")
     moved = [None if tensor is None else _rows(tensor) for tensor in (residual, second)]
     out = ops.convolution_native(
@@ -64,12 +67,26 @@ def convolution(
     return out.permute(0, 3, 1, 2)
 
 
+def choose(
+    x: Tensor, weights: ConvolutionWeights, residual: Tensor | None = None, second: Tensor | None = None
+) -> ConvolutionConfig | None:
+    """The tile with which :func:`convolution` runs the kernel by ``"auto"``, or None: it takes the library.
+
+    By the measured table of the device's family, else by a rule: see ``python -m fastmetro_kernels.info``.
+
+    Args, Raises: as of :func:`convolution`.
+    """
+    layer = layer_of(x, weights, residual, second)
+    return None if native.reasons(x.device, x.dtype) else choice.choose(x.device, layer)
+
+
 def _rows(images: Tensor) -> Tensor:
     """[N, C, H, W] -> [N, H, W, C], contiguous; a view where the images are channels_last."""
     return images.permute(0, 2, 3, 1).contiguous()
 
 
-def _check(x: Tensor, weights: ConvolutionWeights, residual: Tensor | None, second: Tensor | None) -> Shape:
+def layer_of(x: Tensor, weights: ConvolutionWeights, residual: Tensor | None, second: Tensor | None) -> Layer:
+    """What a call is, once its arguments are checked; see :func:`convolution`."""
     check_tensor("x", x, _DTYPES)
     if not isinstance(weights, ConvolutionWeights):
         raise TypeError(f"weights must come from lay_out, got {type(weights).__name__}")
@@ -77,23 +94,22 @@ def _check(x: Tensor, weights: ConvolutionWeights, residual: Tensor | None, seco
     outputs, down, across, channels = weights.weight.shape
     if x.dim() != 4 or x.shape[1] != channels:
         raise ValueError(f"x must be [N, {channels}, H, W], got {list(x.shape)}")
-    height, width = output_size(x.shape[2], x.shape[3], weights)
-    if height < 1 or width < 1:
+    images, _, height, width = x.shape
+    more = 0 if weights.second_weight is None else weights.second_weight.shape[3]
+    layer = Layer(images, height, width, channels, outputs, down, across, weights.stride, weights.padding, more)
+    if min(layer.output) < 1:
         raise ValueError(f"x must be at least as large as the kernel of {down} x {across}, got {list(x.shape)}")
-    expected = [x.shape[0], outputs, height, width]
+    expected = [images, outputs, *layer.output]
     if residual is not None:
         check_tensor("residual", residual, (x.dtype,), x.device)
         if list(residual.shape) != expected:
             raise ValueError(f"residual must be {expected}, got {list(residual.shape)}")
     if (second is None) != (weights.second_weight is None):
         raise ValueError("second must be given if, and only if, the weights have a second convolution")
-    chunks = down * across * -(-channels // DEPTH)
-    if second is not None and weights.second_weight is not None:
+    if second is not None:
         check_tensor("second", second, (x.dtype,), x.device)
-        more = weights.second_weight.shape[3]
         sizes = [(size - 1) // weights.second_stride + 1 for size in second.shape[2:]]
-        if second.dim() != 4 or second.shape[:2] != (x.shape[0], more) or sizes != expected[2:]:
-            wanted = f"[{x.shape[0]}, {more}, H2, W2] that gives {expected}"
+        if second.dim() != 4 or second.shape[:2] != (images, more) or sizes != expected[2:]:
+            wanted = f"[{images}, {more}, H2, W2] that gives {expected}"
             raise ValueError(f"second must be {wanted}, got {list(second.shape)}")
-        chunks += -(-more // DEPTH)
-    return Shape(x.shape[0] * height * width, outputs, chunks)
+    return layer

@@ -5,7 +5,8 @@
 """
 
 from fastmetro_kernels.tuning.choice import ENVIRONMENT, families, family_of, nearest, ranking, reset
-from fastmetro_kernels.tuning.table import Candidate, Family, Point, TuningFileError
+from fastmetro_kernels.tuning.reader import TuningFileError
+from fastmetro_kernels.tuning.table import Candidate, Family, Point
 
 __all__ = [
     "ENVIRONMENT",

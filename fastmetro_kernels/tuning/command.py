@@ -28,7 +28,8 @@ from fastmetro_kernels.tuning import compiling
 from fastmetro_kernels.tuning.cases import Case, Shape
 from fastmetro_kernels.tuning.choice import ENVIRONMENT, family_of
 from fastmetro_kernels.tuning.measure import measure
-from fastmetro_kernels.tuning.table import Family, Point, TuningFileError, merged, read_file, write_file
+from fastmetro_kernels.tuning.reader import TuningFileError
+from fastmetro_kernels.tuning.table import Family, Point, merged, read_file, write_file
 
 CASES = ("431x64x1", "431x64x32", "431x16x32", "1723x64x32", "6890x64x32", "6890x16x32")
 DTYPES = ("float16", "bfloat16", "float32")

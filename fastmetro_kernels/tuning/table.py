@@ -1,40 +1,33 @@
-"""The measured table as a JSON file: what it holds, how it is checked when read, and how it is written.
-
-A file may come from anybody: every value is checked for its type and range before it is used, and what does not fit
-is refused with the name of the file, the place in it, what was found and what is accepted.
-"""
+"""The measured table of attention as a JSON file: what it holds, how it is checked when read, how it is written."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fastmetro_kernels.attention.configs import PADDED_DIMS, PASSES, Config, TritonConfig, problem
+from fastmetro_kernels.tuning.reader import (
+    LARGEST_FILE,
+    Reader,
+    dump_families,
+    families_of,
+    read_text,
+    write_text,
+)
 
 FORMAT = 1
-LARGEST_FILE = 16 << 20  # bytes
-LARGEST_NUMBER = 2**31 - 1
 SELECTABLE = ("native", "triton")
 """Backends that `auto` takes by measurement. Their log-sum-exp and dropout agree, so each pass may have its own."""
 
 YARDSTICKS = ("sdpa", "reference")
 """Plain PyTorch, measured beside them for comparison: masked `scaled_dot_product_attention`, and `reference`."""
 
-RECORD = ("device", "torch", "triton", "cuda", "commit", "date", "command")
-"""What a family says about its measurement, all strings."""
-
 Configuration = TritonConfig | int | None
 """Of Triton, of the CUDA kernels (`steps_per_segment`), and of a yardstick."""
-
-
-class TuningFileError(ValueError):
-    """A tuning file is not as it should be; the message names the file, what was found and what is accepted."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +65,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Family:
-    """What was measured on devices of one compute capability: how (`RECORD`), and the points."""
+    """What was measured on devices of one compute capability: how (`reader.RECORD`), and the points."""
 
     record: Mapping[str, str] = field(default_factory=dict)
     points: tuple[Point, ...] = ()
@@ -89,46 +82,6 @@ def describe(configuration: Configuration) -> str:
     return tiles + share + (f", {configuration.precision}" if configuration.precision != "ieee" else "")
 
 
-class _Reader:
-    """Checks values of one file; `where` is the place in it."""
-
-    def __init__(self, source: str) -> None:
-        self.source = source
-
-    def fail(self, where: str, found: Any, accepted: str) -> TuningFileError:
-        shown = repr(found)
-        shown = shown if len(shown) <= 80 else shown[:77] + "..."
-        return TuningFileError(f"{self.source}: {where} is {shown}; accepted: {accepted}")
-
-    def table(self, where: str, value: Any, keys: tuple[str, ...] | None = None) -> dict[str, Any]:
-        """A JSON object, with exactly these keys if they are given."""
-        if not isinstance(value, dict):
-            raise self.fail(where, value, "an object")
-        if keys is not None and set(value) != set(keys):
-            raise self.fail(f"the set of keys of {where}", sorted(value), ", ".join(keys))
-        return value
-
-    def sequence(self, where: str, value: Any) -> list[Any]:
-        if not isinstance(value, list):
-            raise self.fail(where, value, "a list")
-        return value
-
-    def number(self, where: str, value: Any, low: int = 1) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= LARGEST_NUMBER:
-            raise self.fail(where, value, f"an integer from {low} to {LARGEST_NUMBER}")
-        return value
-
-    def one_of(self, where: str, value: Any, accepted: tuple[Any, ...]) -> Any:
-        if isinstance(value, bool) or value not in accepted:
-            raise self.fail(where, value, ", ".join(map(repr, accepted)))
-        return value
-
-    def text(self, where: str, value: Any) -> str:
-        if not isinstance(value, str) or len(value) > 1000 or not value.isprintable():
-            raise self.fail(where, value, "printable text of up to 1000 characters")
-        return value
-
-
 def parse(text: str, source: str) -> dict[str, Family]:
     """The families of a file by compute capability, as `"9.0"`.
 
@@ -139,34 +92,19 @@ def parse(text: str, source: str) -> dict[str, Family]:
     Raises:
         TuningFileError: anything that is not as `dump` writes it.
     """
-    read = _Reader(source)
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise TuningFileError(f"{source} is not JSON: {error}; accepted: what `tune` writes") from None
-    whole = read.table("the file", value, ("format", "op", "families"))
-    read.one_of("format", whole["format"], (FORMAT,))
-    read.one_of("op", whole["op"], ("attention",))
-    families = {}
-    for name, family in read.table("families", whole["families"]).items():
-        if not re.fullmatch(r"\d{1,3}\.\d{1,3}", name):
-            raise read.fail("a name of families", name, "a compute capability, as '9.0'")
-        families[name] = _family(read, f"families[{name!r}]", family)
-    return families
+    read, families = families_of(text, source, "attention", FORMAT)
+    return {name: _family(read, f"families[{name!r}]", family) for name, family in families.items()}
 
 
-def _family(read: _Reader, where: str, value: Any) -> Family:
-    family = read.table(where, value, ("record", "points"))
-    record = read.table(f"{where}.record", family["record"], RECORD)
-    texts = {key: read.text(f"{where}.record.{key}", record[key]) for key in RECORD}
-    listed = read.sequence(f"{where}.points", family["points"])
+def _family(read: Reader, where: str, value: Any) -> Family:
+    texts, listed = read.family(where, value, "points")
     points = tuple(_point(read, f"{where}.points[{index}]", one) for index, one in enumerate(listed))
     if len({point.key for point in points}) != len(points):
         raise read.fail(f"{where}.points", "a list that holds a case twice", "every case once")
     return Family(texts, points)
 
 
-def _point(read: _Reader, where: str, value: Any) -> Point:
+def _point(read: Reader, where: str, value: Any) -> Point:
     keys = ("pass", "bytes", "dim", "vertices", "batch_heads", "dtype", "candidates")
     point = read.table(where, value, keys)
     pass_name = read.one_of(f"{where}.pass", point["pass"], PASSES)
@@ -183,7 +121,7 @@ def _point(read: _Reader, where: str, value: Any) -> Point:
     )
 
 
-def _candidate(read: _Reader, where: str, value: Any, pass_name: str) -> Candidate:
+def _candidate(read: Reader, where: str, value: Any, pass_name: str) -> Candidate:
     candidate = read.table(where, value, ("backend", "configuration", "ms"))
     backend = read.one_of(f"{where}.backend", candidate["backend"], (*SELECTABLE, *YARDSTICKS))
     taken = candidate["ms"]
@@ -193,7 +131,7 @@ def _candidate(read: _Reader, where: str, value: Any, pass_name: str) -> Candida
     return Candidate(backend, configuration, float(taken))
 
 
-def _configuration(read: _Reader, where: str, value: Any, backend: str, pass_name: str) -> Configuration:
+def _configuration(read: Reader, where: str, value: Any, backend: str, pass_name: str) -> Configuration:
     if backend == "native":
         steps = read.table(where, value, ("steps_per_segment",))["steps_per_segment"]
         return read.number(f"{where}.steps_per_segment", steps, 0)
@@ -220,28 +158,16 @@ def read_file(path: Path) -> dict[str, Family]:
     Raises:
         TuningFileError: it cannot be read, is larger than 16 MiB, or is not as it should be.
     """
-    try:
-        with path.open("rb") as stream:
-            data = stream.read(LARGEST_FILE + 1)
-    except OSError as error:
-        raise TuningFileError(f"{path}: cannot be read: {error.strerror}") from None
-    if len(data) > LARGEST_FILE:
-        raise TuningFileError(f"{path} has more than {LARGEST_FILE} bytes; accepted: what `tune` writes")
-    try:
-        return parse(data.decode(), str(path))
-    except UnicodeDecodeError as error:
-        raise TuningFileError(f"{path} is not UTF-8: {error.reason}; accepted: what `tune` writes") from None
+    return parse(read_text(path, LARGEST_FILE), str(path))
 
 
 def dump(families: Mapping[str, Family]) -> str:
     """The text of a file, one line per candidate, that `parse` reads back."""
-    blocks = []
-    for name, family in sorted(families.items()):
-        points = ",\n".join(_dump_point(point) for point in sorted(family.points, key=lambda point: point.key))
-        points = f"[\n{points}\n]" if points else "[]"
-        blocks.append(f'{json.dumps(name)}: {{\n"record": {json.dumps(dict(family.record))},\n"points": {points}\n}}')
-    inner = ",\n".join(blocks)
-    return f'{{"format": {FORMAT}, "op": "attention", "families": {{\n{inner}\n}}}}\n'
+    blocks = {}
+    for name, family in families.items():
+        points = sorted(family.points, key=lambda point: point.key)
+        blocks[name] = dict(family.record), "points", [_dump_point(point) for point in points]
+    return dump_families("attention", FORMAT, blocks)
 
 
 def _dump_point(point: Point) -> str:
@@ -273,13 +199,7 @@ def _plain(configuration: Configuration) -> dict[str, Any]:
 
 def write_file(path: Path, families: Mapping[str, Family]) -> None:
     """Writes the file as a whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(dump(families))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(path, dump(families))
 
 
 def merged(

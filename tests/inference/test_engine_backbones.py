@@ -17,10 +17,11 @@ from fastmetro.inference.engine import onednn
 from fastmetro.inference.engine.backbones import FoldedBackbone, UnknownBackbone, fold_backbone
 from fastmetro.inference.engine.batch_norm import batch_norm_sizes, fold_batch_norm
 from fastmetro.inference.engine.convolution import basic_block, bottleneck, convolution, exchange_output, stem
-from fastmetro.inference.engine.weights import BlockWeights, ConvolutionWeights, ExchangeWeights
+from fastmetro.inference.engine.weights import BlockWeights, ConvolutionWeights, ExchangeWeights, StemWeights
 from fastmetro.models.backbones import CompactTrunk, HRNetW64, ResNet50, ResNet50Trunk
 from fastmetro.models.backbones.blocks import BasicBlock, Bottleneck
 from fastmetro.models.backbones.hrnet import ExchangeModule
+from fastmetro_kernels.convolution import pack_stem
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -135,15 +136,22 @@ def test_convolution(dtype: torch.dtype, relu: bool, added: bool) -> None:
         )
 
 
-def test_stem() -> None:
-    trunk = randomize(CompactTrunk())
-    weights = ConvolutionWeights(trunk.conv1, torch.float64)
-    weights.load(*fold_batch_norm(trunk.conv1, trunk.bn1))
-    x = torch.randn(2, 3, 33, 40, dtype=torch.float64)
+@pytest.mark.parametrize("kind", [CompactTrunk, ResNet50])
+@pytest.mark.parametrize("backend", ["library", "reference"])
+def test_stem(kind: type[CompactTrunk] | type[ResNet50], backend: str) -> None:
+    convolution, norm, relu, pool, *_ = randomize(kind()).children()
+    assert isinstance(convolution, nn.Conv2d)
+    dtype = torch.float64 if backend == "library" else torch.float32  # the kernel's bias is float32
+    weights = StemWeights(convolution, dtype)
+    weights.backend = backend
+    assert (weights.packed is not None) == (kind is ResNet50)
+    weights.load(*fold_batch_norm(convolution, norm))
+    x = torch.randn(2, 3, 33, 40, dtype=dtype)
     with torch.no_grad():
-        assert (
-            error(stem(x, weights), exact(nn.Sequential(trunk.conv1, trunk.bn1, nn.ReLU(), trunk.maxpool), x)) < 1e-12
-        )
+        expected = exact(nn.Sequential(convolution, norm, relu, pool), x)
+        assert error(stem(x, weights), expected) < (1e-12 if backend == "library" else 1e-5)
+        if weights.packed is not None:
+            assert torch.equal(weights.packed, pack_stem(weights.weight))
 
 
 # Whole trunks

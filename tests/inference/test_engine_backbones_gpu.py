@@ -13,9 +13,13 @@ from torch import Tensor, nn
 from fastmetro.inference.engine.backbones import FoldedBackbone, fold_backbone
 from fastmetro.inference.engine.convolution import convolution
 from fastmetro.inference.engine.weights import ConvolutionWeights
-from fastmetro.models.backbones import HRNetW64, ResNet50
+from fastmetro.models.backbones import HRNetW64, ResNet50, create_backbone
+from fastmetro.profiling.contenders import settle_batch_norms
+from fastmetro.profiling.latency import tensor_float_32
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+with_kernel = pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -40,11 +44,13 @@ def test_float32(kind: type[nn.Module]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_convolutions_read_nothing_stale(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("backend", ["auto", "library"])
+def test_convolutions_read_nothing_stale(dtype: torch.dtype, backend: str) -> None:
     """cuDNN's fused operator gets the output's memory as a term with factor 0: NaN there must not matter."""
     layer = randomize(nn.Conv2d(64, 64, 3, padding=1)).cuda()
     weights = ConvolutionWeights(layer, dtype)
     weights.load(layer.weight.detach(), cast(Tensor, layer.bias).detach())
+    weights.backend = backend
     x = torch.randn(2, 64, 14, 14, device="cuda", dtype=dtype).to(memory_format=torch.channels_last)
     with torch.no_grad():
         clean = convolution(x, weights, relu=True)
@@ -94,3 +100,41 @@ def check_replays(
             result.fill_(float("nan"))
             graph.replay()
             assert torch.equal(result, first)
+
+
+@with_kernel
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("convolutions", ["auto", "native"])
+@pytest.mark.parametrize("name", ["resnet50", "hrnet-w64"])
+def test_whole_trunks_on_the_convolution_kernel(name: str, convolutions: str, batch: int) -> None:
+    """Within 1e-3 of the float32 trunk without TF32, in a graph as well as outside; the same bits in every replay."""
+    torch.manual_seed(0)
+    backbone = create_backbone(name).cuda().eval()
+    settle_batch_norms(backbone)
+    pixels = images(batch, 224).cuda()
+    with torch.no_grad(), tensor_float_32(False):
+        truth = backbone(pixels).double()
+    x = pixels.half().to(memory_format=torch.channels_last)
+    folded = fold_backbone(backbone, torch.float16, convolutions)
+    graph, result = captured(folded, x)
+    graph.replay()
+    first = result.clone()
+    for got in (folded(x), first):
+        assert float((got.double() - truth).norm() / truth.norm()) <= 1e-3
+    for _ in range(100):
+        result.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(result, first)
+
+
+@with_kernel
+def test_captured_kernels_see_new_weights() -> None:
+    folded = fold_backbone(copy.deepcopy(all_trunks()[ResNet50]).cuda(), torch.float16, "native")
+    x = images(1, 224).cuda().half().to(memory_format=torch.channels_last)
+    graph, result = captured(folded, x)
+    other = randomize(copy.deepcopy(all_trunks()[ResNet50]), seed=2).cuda()
+    folded.refresh(other)
+    graph.replay()
+    fresh = fold_backbone(other, torch.float16, "native")
+    assert torch.equal(result, fresh(x))
+    assert error(result, fold_backbone(other, torch.float16, "library")(x).cpu().double()) < 1e-2

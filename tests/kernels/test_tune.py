@@ -16,7 +16,18 @@ from attention_cases import RUNNERS
 from fastmetro_kernels import info, tuning
 from fastmetro_kernels.attention import dispatch
 from fastmetro_kernels.attention.configs import CONFIGS, KERNELS, PADDED_DIMS, PASSES, WHOLE, TritonConfig, problem
-from fastmetro_kernels.tuning import Candidate, Family, Point, candidates, cases, choice, command, measure, table
+from fastmetro_kernels.tuning import (
+    Candidate,
+    Family,
+    Point,
+    candidates,
+    cases,
+    choice,
+    command,
+    measure,
+    reader,
+    table,
+)
 
 CPU = torch.device("cpu")
 HERE = Path(__file__).resolve().parents[2]
@@ -73,9 +84,7 @@ def test_not_a_number_is_wrong() -> None:
     assert "off by nan" in str(case.problem((torch.full_like(case.sets[0][0], torch.nan),), case.exact[:1]))
 
 
-@pytest.mark.parametrize(
-    "text", ["431", "431x64", "431x4x1", "431x129x1", "0x64x1", "431x64x-1", "1x64x1x1", "axbxc"]
-)
+@pytest.mark.parametrize("text", ["431", "431x64", "431x4x1", "431x129x1", "0x64x1", "431x64x-1", "1x64x1x1", "axbxc"])
 def test_cases_that_are_none(text: str) -> None:
     with pytest.raises(ValueError, match="is no case; accepted: VERTICESxDIMxBATCH"):
         cases.Shape.parse(text)
@@ -85,7 +94,7 @@ def test_a_run_that_is_cut_off_keeps_what_it_has(tmp_path: Path, monkeypatch: py
     """The file is whole after every pass, and what it held of other cases stays."""
     out = tmp_path / "tuned.json"
     monkeypatch.setattr(command, "family_of", lambda device: "9.0")
-    monkeypatch.setattr(command, "record", lambda device: dict.fromkeys(table.RECORD, "y"))
+    monkeypatch.setattr(command, "record", lambda device: dict.fromkeys(reader.RECORD, "y"))
     monkeypatch.setattr(command.backends, "triton_reasons", lambda device: ["nothing to compile"])
     monkeypatch.setattr(command, "Case", lambda *arguments: arguments)
 
@@ -96,7 +105,7 @@ def test_a_run_that_is_cut_off_keeps_what_it_has(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(command, "measure", made_up)
     other = Point("forward", 2, 16, 99, 8, "float16", (Candidate("native", 1, 2.0),))
-    kept = {"9.0": Family(dict.fromkeys(table.RECORD, "x"), (other,))}
+    kept = {"9.0": Family(dict.fromkeys(reader.RECORD, "x"), (other,))}
     options = argparse.Namespace(dtype=["float16"], passes=list(PASSES), seconds=0, out=out)
     with pytest.raises(KeyboardInterrupt):
         command.run(options, [cases.Shape(431, 64, 1), cases.Shape(1723, 64, 1)], CPU, kept)
@@ -134,7 +143,7 @@ def test_info_tells_how_auto_chooses(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     measured = (Candidate("native", 2, 0.25), Candidate("native", 0, 0.3), Candidate("sdpa", None, 2.0))
     point = Point("backward", 2, 64, 431, 256, "float16", measured)
     monkeypatch.setattr(
-        tuning, "families", lambda: {"9.0": Family(dict.fromkeys(table.RECORD, "H-something"), (point,))}
+        tuning, "families", lambda: {"9.0": Family(dict.fromkeys(reader.RECORD, "H-something"), (point,))}
     )
     text = info.report()
     assert re.search(r"compute capability 9\.0(?: \(this device\))?: measured on H-something", text)

@@ -15,9 +15,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from fastmetro_kernels import topology_attention, tuning
 from fastmetro_kernels.attention import dispatch, explain
 from fastmetro_kernels.attention.configs import Config, TritonConfig
-from fastmetro_kernels.tuning import Candidate, Family, Point, TuningFileError, choice, table
+from fastmetro_kernels.tuning import Candidate, Family, Point, TuningFileError, choice, reader, table
 
-RECORD = dict.fromkeys(table.RECORD, "x")
+RECORD = dict.fromkeys(reader.RECORD, "x")
 WIDE = TritonConfig((Config(32, 32, 4, 1),))
 PAIR = TritonConfig((Config(16, 32, 4, 1), Config(32, 16, 4, 1)), share=64)
 

@@ -32,9 +32,11 @@ COMPACT = FpsSettings(model="fastmetro-compact", batch=(1,), device="cpu", secon
 class StandIn:
     """An engine that is the plain model; `shift` metres away from it, to be caught."""
 
-    def __init__(self, model: FastMETRO, batch_size: int, dtype: torch.dtype, shift: float = 0.0) -> None:
+    def __init__(
+        self, model: FastMETRO, batch_size: int, dtype: torch.dtype, convolutions: str = "auto", shift: float = 0.0
+    ) -> None:
         self.model, self.batch_size, self.shift = copy.deepcopy(model), batch_size, shift
-        assert dtype == torch.float32
+        assert dtype == torch.float32 and convolutions in ("auto", "library")
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         if images.dtype == torch.uint8:
@@ -98,6 +100,20 @@ def test_command_from_start_to_files(
     assert {f"{name}, batch 1" for name in names} <= {event.get("name") for event in events}
     printed = capsys.readouterr().out
     assert "published: eager, float32" in printed and "plain path, parts: backbone" in printed
+
+
+def test_the_engine_with_the_librarys_convolutions_is_a_contender(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def compile(*arguments: Any, **named: Any) -> Any:
+        asked.append(named["convolutions"])
+        return StandIn(*arguments, **named)
+
+    monkeypatch.setattr(fastmetro, "compile", compile, raising=False)
+    engine, library = fps.run_fps(FpsSettings(**vars(COMPACT) | {"baseline": ("library",)}), lambda text: None)
+    assert asked == ["auto", "library"] and engine["variant"] == "float32"
+    assert library["contender"] == "library" and library["variant"] == "float32, the library's convolutions"
+    assert library["status"] == "ok" and float(library["times_engine"]) > 0 and library["parts_ms"]
 
 
 def test_a_wrong_engine_is_not_timed_and_the_status_tells(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,7 +218,7 @@ def test_random_batch_norms_hide_nothing() -> None:
     [
         ({"batch": ()}, r"batch must be one or more positive numbers, got \(\)"),
         ({"batch": (1, 0)}, "batch must be one or more positive numbers"),
-        ({"baseline": ("fast",)}, "baseline must be of 'published', 'tuned', 'plain', got 'fast'"),
+        ({"baseline": ("fast",)}, "baseline must be of 'published', 'tuned', 'plain', 'library', got 'fast'"),
         ({"baseline": ("tuned", "tuned")}, "baseline must name each one once"),
         ({"dtype": "int8"}, "dtype must be one of 'float16', 'bfloat16', 'float32', got 'int8'"),
         ({"seconds": 0.0}, r"seconds must be positive, got 0\.0"),

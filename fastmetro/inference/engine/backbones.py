@@ -12,6 +12,7 @@ from fastmetro.inference.engine.folded_backbone import FoldedBackbone
 from fastmetro.inference.engine.folded_hrnet import FoldedHRNet
 from fastmetro.inference.engine.folded_resnet import FoldedResNet
 from fastmetro.inference.engine.report import Fold
+from fastmetro.inference.engine.weights import AUTO, CONVOLUTIONS, ConvolutionWeights
 from fastmetro.models.backbones import CompactTrunk, HRNetW64, ResNet50, ResNet50Trunk
 
 __all__ = ["FoldedBackbone", "UnknownBackbone", "fold_backbone"]
@@ -46,7 +47,7 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def fold_backbone(backbone: nn.Module, dtype: torch.dtype) -> FoldedBackbone:
+def fold_backbone(backbone: nn.Module, dtype: torch.dtype, convolutions: str = AUTO) -> FoldedBackbone:
     """Fold a trained backbone for inference: batch norms into convolutions, biases together.
 
     Folding is exact: computed in float64 from the weights as they are and rounded once to ``dtype``. Only the very
@@ -56,6 +57,7 @@ def fold_backbone(backbone: nn.Module, dtype: torch.dtype) -> FoldedBackbone:
         backbone: ResNet50, ResNet50Trunk, CompactTrunk, HRNetW64, or any other module, which is used as it is. It is
             not changed and need not be in evaluation mode.
         dtype: of weights and activations.
+        convolutions: who computes them, one of `CONVOLUTIONS` of ``weights.py``; an unknown backbone's are PyTorch's.
 
     Returns:
         A module with the same call on the same device; ``folds`` says what was folded, and ``refresh`` takes new
@@ -63,17 +65,28 @@ def fold_backbone(backbone: nn.Module, dtype: torch.dtype) -> FoldedBackbone:
 
     Raises:
         TypeError: ``backbone`` is not a module, or ``dtype`` not a floating point type.
-        ValueError: a batch norm keeps no running statistics, or a convolution is grouped, dilated or not padded with
-            zeros.
+        ValueError: a batch norm keeps no running statistics, a convolution is grouped, dilated or not padded with
+            zeros, or ``convolutions`` is unknown.
     """
     if not isinstance(backbone, nn.Module):
         raise TypeError(f"backbone must be an nn.Module, got {type(backbone).__name__}")
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype must be a floating point torch.dtype, got {dtype!r}")
+    if convolutions not in CONVOLUTIONS:
+        accepted = ", ".join(map(repr, CONVOLUTIONS))
+        raise ValueError(f"convolutions must be one of {accepted}, got {convolutions!r}")
     # Tensors made in inference mode could not be written to outside it later.
     with torch.inference_mode(False):
-        if type(backbone) is HRNetW64:
-            return FoldedHRNet(backbone, dtype)
-        if type(backbone) in (ResNet50, ResNet50Trunk, CompactTrunk):
-            return FoldedResNet(cast("ResNet50 | ResNet50Trunk | CompactTrunk", backbone), dtype)
-        return UnknownBackbone(backbone, dtype)
+        folded = _fold(backbone, dtype)
+    for module in folded.modules():
+        if isinstance(module, ConvolutionWeights):
+            module.backend = convolutions
+    return folded
+
+
+def _fold(backbone: nn.Module, dtype: torch.dtype) -> FoldedBackbone:
+    if type(backbone) is HRNetW64:
+        return FoldedHRNet(backbone, dtype)
+    if type(backbone) in (ResNet50, ResNet50Trunk, CompactTrunk):
+        return FoldedResNet(cast("ResNet50 | ResNet50Trunk | CompactTrunk", backbone), dtype)
+    return UnknownBackbone(backbone, dtype)

@@ -2,9 +2,11 @@
 
 The functions take activations [B, C, H, W] in channels_last and folded weights of the same floating point type, and
 never write to their inputs. They know nothing of gradients: call them under ``torch.no_grad`` or
-``torch.inference_mode``. Behind them are, today, the library calls that are fastest:
+``torch.inference_mode``. Behind them is what was measured to be fastest:
 
-- CUDA, float16 and bfloat16: cuDNN's fused convolution + bias (+ residual) + ReLU;
+- CUDA, float16 and bfloat16, small batches: the convolution kernel of `fastmetro_kernels`, which also takes a block's
+  downsample branch as part of the block's last convolution; its table says where (`ConvolutionWeights.backend`);
+- CUDA, float16 and bfloat16, else: cuDNN's fused convolution + bias (+ residual) + ReLU;
 - CPU: oneDNN's, see ``onednn.py``;
 - else, float32 on CUDA among it, whose TF32 setting is thereby the plain network's: `F.conv2d`, then in place.
 """
@@ -19,13 +21,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmetro.inference.engine import onednn
-from fastmetro.inference.engine.weights import BlockWeights, ConvolutionWeights, ExchangeWeights
+from fastmetro.inference.engine.weights import (
+    AUTO,
+    LIBRARY,
+    BlockWeights,
+    ConvolutionWeights,
+    ExchangeWeights,
+    StemWeights,
+)
+from fastmetro_kernels import convolution as kernels
+from fastmetro_kernels.convolution import choice
+from fastmetro_kernels.convolution.stem import stem_reasons
 
 _NO_DILATION = (1, 1)
 
 
 def convolution(x: Tensor, weights: ConvolutionWeights, relu: bool = False, residual: Tensor | None = None) -> Tensor:
     """Convolution + bias, + ``residual`` [B, O, h, w] if given, then ReLU if asked: [B, I, H, W] -> [B, O, h, w]."""
+    if (y := _by_kernel(x, weights, relu, residual)) is not None:
+        return y
     weight, bias, stride, padding = weights.weight, weights.bias, weights.stride, weights.padding
     if relu and _cudnn_fuses(x):
         if residual is None:
@@ -42,6 +56,25 @@ def convolution(x: Tensor, weights: ConvolutionWeights, relu: bool = False, resi
     return y.relu_() if relu else y
 
 
+def _by_kernel(
+    x: Tensor,
+    weights: ConvolutionWeights,
+    relu: bool,
+    residual: Tensor | None = None,
+    second: Tensor | None = None,
+    second_weights: ConvolutionWeights | None = None,
+) -> Tensor | None:
+    """As `convolution`, + the 1 x 1 convolution of a second input; None where this is not for the kernel's op."""
+    if weights.backend == LIBRARY or (weights.backend == AUTO and not x.is_cuda):
+        return None
+    laid_out = weights.laid_out(second_weights)
+    if laid_out is None:
+        return None
+    if weights.backend == AUTO and kernels.choose(x, laid_out, residual, second) is None:
+        return None
+    return kernels.convolution(x, laid_out, residual=residual, second=second, relu=relu, backend=weights.backend)
+
+
 def _cudnn_fuses(x: Tensor) -> bool:
     # ROCm answers to "cuda" too, without these operators.
     if not x.is_cuda or torch.version.hip is not None or not torch.backends.cudnn.enabled:
@@ -49,8 +82,17 @@ def _cudnn_fuses(x: Tensor) -> bool:
     return x.dtype in (torch.float16, torch.bfloat16) and torch.backends.cudnn.is_available()
 
 
-def stem(x: Tensor, weights: ConvolutionWeights) -> Tensor:
-    """ResNet's beginning: 7 x 7 convolution of stride 2, ReLU, 3 x 3 max pooling of stride 2."""
+def stem(x: Tensor, weights: StemWeights) -> Tensor:
+    """ResNet's beginning: 7 x 7 convolution of stride 2, ReLU, 3 x 3 max pooling of stride 2.
+
+    Like any layer that was not measured it is one kernel for small batches, up to the images of `choice.py`.
+    """
+    laid_out, backend = weights.laid_out_stem(), weights.backend
+    if backend == AUTO:
+        small = x.is_cuda and len(x) <= choice.MOST_IMAGES
+        backend = "native" if small and not stem_reasons(x.device, x.dtype) else LIBRARY
+    if laid_out is not None and backend != LIBRARY:
+        return kernels.convolution_stem(x, laid_out, backend=backend)
     return F.max_pool2d(convolution(x, weights, relu=True), 3, stride=2, padding=1)
 
 
@@ -73,10 +115,14 @@ def _residual(x: Tensor, weights: BlockWeights, count: int) -> Tensor:
     layers = [cast(ConvolutionWeights, layer) for layer in weights.convolutions]
     if len(layers) != count:
         raise ValueError(f"weights must be those of a block of {count} convolutions, got {len(layers)}")
-    shortcut = x if weights.downsample is None else convolution(x, weights.downsample)
+    inner, last = x, layers[-1]
     for layer in layers[:-1]:
-        x = convolution(x, layer, relu=True)
-    return convolution(x, layers[-1], relu=True, residual=shortcut)
+        inner = convolution(inner, layer, relu=True)
+    if weights.downsample is None:
+        return convolution(inner, last, relu=True, residual=x)
+    if (y := _by_kernel(inner, last, relu=True, second=x, second_weights=weights.downsample)) is not None:
+        return y
+    return convolution(inner, last, relu=True, residual=convolution(x, weights.downsample))
 
 
 def exchange_output(features: Sequence[Tensor], weights: ExchangeWeights) -> Tensor:

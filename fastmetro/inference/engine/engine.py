@@ -16,6 +16,7 @@ from fastmetro.inference.engine.preprocessing import check_images, normalize_pix
 from fastmetro.inference.engine.report import EngineReport
 from fastmetro.inference.engine.savings import transformer_folds
 from fastmetro.inference.engine.transformers import FoldedTransformers
+from fastmetro.inference.engine.weights import AUTO
 from fastmetro.inference.images import CROP_SIZE
 from fastmetro.models.network import FastMETRO
 
@@ -24,7 +25,11 @@ MOST_GRAPHS = 8
 
 
 def compile(  # its name in the package is fastmetro.compile
-    model: FastMETRO, batch_size: int = 1, dtype: torch.dtype | None = None, max_graphs: int = MOST_GRAPHS
+    model: FastMETRO,
+    batch_size: int = 1,
+    dtype: torch.dtype | None = None,
+    max_graphs: int = MOST_GRAPHS,
+    convolutions: str = AUTO,
 ) -> Engine:
     """Turn a trained network into an engine for inference on the network's device.
 
@@ -37,10 +42,13 @@ def compile(  # its name in the package is fastmetro.compile
         dtype: of weights and activations; by default float16 on a GPU and float32 on a CPU. Heads and upsampling are
             always float32 (or float64).
         max_graphs: CUDA graphs that are kept; beyond, the least recently used is given up.
+        convolutions: who computes the backbone's: by default what was measured to be fastest for each layer and number
+            of images; ``"library"`` leaves this project's kernel out.
 
     Raises:
         TypeError: ``model`` is not a FastMETRO.
-        ValueError: ``batch_size`` or ``max_graphs`` is not positive, or ``dtype`` is not one of ``DTYPES``.
+        ValueError: ``batch_size`` or ``max_graphs`` is not positive, ``dtype`` is not one of ``DTYPES``, or
+            ``convolutions`` is unknown.
     """
     if not isinstance(model, FastMETRO):
         raise TypeError(f"model must be a FastMETRO, got {type(model).__name__}")
@@ -55,7 +63,7 @@ def compile(  # its name in the package is fastmetro.compile
     training = model.training
     model.eval()
     try:
-        return Engine(model, batch_size, dtype, device, max_graphs)
+        return Engine(model, batch_size, dtype, device, max_graphs, convolutions)
     finally:
         model.train(training)
 
@@ -69,10 +77,16 @@ class Engine:
     """
 
     def __init__(
-        self, model: FastMETRO, batch_size: int, dtype: torch.dtype, device: torch.device, max_graphs: int
+        self,
+        model: FastMETRO,
+        batch_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_graphs: int,
+        convolutions: str,
     ) -> None:
         self.batch_size, self.dtype, self.device = batch_size, dtype, device
-        self._backbone = fold_backbone(model.backbone, dtype)
+        self._backbone = fold_backbone(model.backbone, dtype, convolutions)
         self._transformers = FoldedTransformers(model, dtype, device)
         self._mean, self._scale = pixel_constants(device)
         # A singular value decomposition cannot be part of a CUDA graph, so this head runs behind it.

@@ -15,7 +15,7 @@ from fastmetro.inference.engine.batch_norm import (
 )
 from fastmetro.inference.engine.convolution import residual_block, stem
 from fastmetro.inference.engine.folded_backbone import FoldedBackbone
-from fastmetro.inference.engine.weights import BlockWeights, ConvolutionWeights
+from fastmetro.inference.engine.weights import BlockWeights, StemWeights
 from fastmetro.models.backbones import CompactTrunk, ResNet50, ResNet50Trunk
 from fastmetro.models.backbones.blocks import BasicBlock, Bottleneck
 
@@ -27,7 +27,7 @@ class FoldedResNet(FoldedBackbone):
         sizes = batch_norm_sizes(backbone)
         super().__init__(backbone, dtype, [batch_norm_fold(sizes), downsample_bias_fold(sizes)])
         convolution, _, blocks = _parts(backbone)
-        self.stem = ConvolutionWeights(convolution, dtype)
+        self.stem = StemWeights(convolution, dtype)
         self.blocks = nn.ModuleList(BlockWeights(block, dtype) for block in blocks)
         self._load(backbone)
 

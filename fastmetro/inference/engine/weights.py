@@ -15,10 +15,19 @@ from torch import Tensor, nn
 from fastmetro.inference.engine.batch_norm import fold_batch_norm
 from fastmetro.inference.engine.onednn import WeightPacks
 from fastmetro.models.backbones.blocks import BasicBlock, Bottleneck
+from fastmetro_kernels import convolution as kernels
+from fastmetro_kernels.convolution import layout
+
+AUTO, LIBRARY = "auto", "library"
+CONVOLUTIONS = (AUTO, LIBRARY, "native", "reference")
+"""Who computes the convolutions: by measurement this project's kernel or the library; the library alone; or, wherever
+the kernel's weights can be laid out, a backend of the kernel's op by name."""
 
 
 class ConvolutionWeights(nn.Module):
     """One convolution: weight [O, I, h, w] in channels_last, bias [O] or None, stride and padding.
+
+    The kernel takes its bias in float32, so it is kept in that type, too: `float_bias` [O], zeros where there is none.
 
     Args:
         convolution: the convolution whose shape and device this one has.
@@ -31,6 +40,7 @@ class ConvolutionWeights(nn.Module):
 
     weight: Tensor
     bias: Tensor | None
+    float_bias: Tensor
 
     def __init__(self, convolution: nn.Conv2d, dtype: torch.dtype, bias: bool = True) -> None:
         super().__init__()
@@ -46,7 +56,26 @@ class ConvolutionWeights(nn.Module):
         weight = torch.zeros(like.shape, dtype=dtype, device=like.device).to(memory_format=torch.channels_last)
         self.register_buffer("weight", weight)
         self.register_buffer("bias", torch.zeros(like.shape[0], dtype=dtype, device=like.device) if bias else None)
+        self.register_buffer("float_bias", torch.zeros(like.shape[0], device=like.device))
         self.packs = WeightPacks()
+        self.backend = AUTO
+
+    def laid_out(self, second: ConvolutionWeights | None = None) -> kernels.ConvolutionWeights | None:
+        """As the kernel reads them, in the memory of the buffers; None where it cannot take such a convolution.
+
+        Made at every call, because buffers may be moved or copied; it costs views, and only while a graph is captured.
+
+        Args:
+            second: a 1 x 1 convolution of another input to the same channels, whose result is added and which has no
+                bias of its own.
+        """
+        for one in (self,) if second is None else (self, second):
+            if one.stride[0] != one.stride[1] or one.padding[0] != one.padding[1]:
+                return None
+            if layout.problem(one.weight, one.stride[0], one.padding[0]) is not None:
+                return None
+        more = None if second is None else (second.weight, None, second.stride[0])
+        return kernels.lay_out(self.weight, self.float_bias, self.stride[0], self.padding[0], more)
 
     def load(self, weight: Tensor, bias: Tensor | None) -> None:
         """Copy weight [O, I, h, w] and bias [O], rounding them to the buffers' type."""
@@ -54,6 +83,34 @@ class ConvolutionWeights(nn.Module):
         self.weight.copy_(weight)
         if self.bias is not None and bias is not None:
             self.bias.copy_(bias)
+            self.float_bias.copy_(bias)
+
+
+class StemWeights(ConvolutionWeights):
+    """ResNet's first convolution; where it is 7 x 7 of 3 to 64 channels also as the kernel for the stem reads it.
+
+    Args: as of :class:`ConvolutionWeights`.
+    """
+
+    packed: Tensor | None
+
+    def __init__(self, convolution: nn.Conv2d, dtype: torch.dtype) -> None:
+        super().__init__(convolution, dtype)
+        given = (tuple(self.weight.shape), self.stride, self.padding)
+        fits = given == ((64, 3, 7, 7), (2, 2), (3, 3))
+        self.register_buffer("packed", kernels.pack_stem(self.weight) if fits else None)
+
+    def laid_out_stem(self) -> kernels.StemWeights | None:
+        """In the memory of the buffers; None where it is no such convolution."""
+        if self.packed is None:
+            return None
+        return kernels.StemWeights(self.weight, self.float_bias.float(), self.packed)
+
+    def load(self, weight: Tensor, bias: Tensor | None) -> None:
+        """See :class:`ConvolutionWeights`."""
+        super().load(weight, bias)
+        if self.packed is not None:
+            self.packed.copy_(kernels.pack_stem(self.weight))
 
 
 class BlockWeights(nn.Module):

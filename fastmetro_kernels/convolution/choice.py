@@ -1,0 +1,63 @@
+"""What `auto` takes for a convolution: by the measured table, else by a rule. Nothing is ever measured in a call."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from fastmetro_kernels.convolution.configs import ConvolutionConfig, pinned
+from fastmetro_kernels.convolution.table import Family, Layer, read_file
+from fastmetro_kernels.tuning.choice import family_of
+
+ENVIRONMENT = "FASTMETRO_KERNELS_CONVOLUTIONS"
+"""Names a file whose families take the place of those that are shipped. Read when a call first needs it."""
+
+SHIPPED = Path(__file__).with_name("measured.json")
+
+MOST_IMAGES = 8
+MOST_ROWS = MOST_IMAGES * 56 * 56
+"""Layers that are not in the table get the kernel up to so many images and output positions of all images: those of
+ResNet-50's first stage at batch 8. Beyond them the library's larger tiles fill the device."""
+
+
+@functools.cache
+def families() -> Mapping[str, Family]:
+    """The measured families by compute capability: those of the user's file, else the shipped ones.
+
+    Raises:
+        TuningFileError: the file is malformed or cannot be read.
+    """
+    found = read_file(SHIPPED)
+    if path := os.environ.get(ENVIRONMENT):
+        found |= read_file(Path(path))
+    return found
+
+
+def reset() -> None:
+    """Forgets what was read, so that the next call reads the files again."""
+    families.cache_clear()
+    _entries.cache_clear()
+
+
+@functools.cache
+def _entries(family: str | None) -> Mapping[Layer, ConvolutionConfig | None]:
+    if family is None:
+        return {}
+    return {entry.layer: entry.config for entry in families().get(family, Family()).entries}
+
+
+def by_rule(layer: Layer) -> ConvolutionConfig | None:
+    """The kernel's tile for a layer that was not measured, or None: the library is to take it."""
+    if not 1 <= layer.images <= MOST_IMAGES or layer.shape.rows > MOST_ROWS:
+        return None
+    return pinned(layer.shape)
+
+
+def choose(device: torch.device, layer: Layer) -> ConvolutionConfig | None:
+    """The tile with which `auto` runs the kernel for a layer on a device that can, or None: the library."""
+    entries = _entries(family_of(device))
+    return entries[layer] if layer in entries else by_rule(layer)

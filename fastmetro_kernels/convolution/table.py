@@ -1,0 +1,174 @@
+"""The measured table of convolutions as a JSON file: what it holds, how it is checked when read, how it is written."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fastmetro_kernels.convolution.configs import DEPTH, ConvolutionConfig, Shape, problem
+from fastmetro_kernels.tuning.reader import Reader, dump_families, families_of, read_text, write_text
+
+FORMAT = 1
+
+
+class Layer(NamedTuple):
+    """What a convolution is chosen by; both types of half precision and layers with and without a residual are alike.
+
+    Attributes:
+        images: N.
+        height, width: of the input.
+        channels, outputs: of the input and the output.
+        down, across: of the kernel.
+        stride, padding: in both directions.
+        second: channels of the second input, 0 without one.
+    """
+
+    images: int
+    height: int
+    width: int
+    channels: int
+    outputs: int
+    down: int
+    across: int
+    stride: int
+    padding: int
+    second: int = 0
+
+    @property
+    def output(self) -> tuple[int, int]:
+        """Height and width of the output."""
+        return (
+            (self.height + 2 * self.padding - self.down) // self.stride + 1,
+            (self.width + 2 * self.padding - self.across) // self.stride + 1,
+        )
+
+    @property
+    def shape(self) -> Shape:
+        """What a tile is chosen by."""
+        height, width = self.output
+        chunks = self.down * self.across * -(-self.channels // DEPTH) + -(-self.second // DEPTH)
+        return Shape(self.images * height * width, self.outputs, chunks)
+
+    def __str__(self) -> str:
+        second = f" and 1x1 of {self.second}" if self.second else ""
+        kernel = f"{self.down}x{self.across}/{self.stride}"
+        return f"{self.images} of {self.height}x{self.width}, {self.channels} -> {self.outputs}, {kernel}{second}"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One measured layer.
+
+    Attributes:
+        layer: which.
+        config: the kernel's fastest tile, or None where the library is faster.
+        native_us, library_us: microseconds of one call of the kernel with its fastest tile, and of the library.
+    """
+
+    layer: Layer
+    config: ConvolutionConfig | None
+    native_us: float
+    library_us: float
+
+
+@dataclass(frozen=True)
+class Family:
+    """What was measured on devices of one compute capability: how (`tuning.reader.RECORD`), and the layers."""
+
+    record: Mapping[str, str] = field(default_factory=dict)
+    entries: tuple[Entry, ...] = ()
+
+
+def parse(text: str, source: str) -> dict[str, Family]:
+    """The families of a file by compute capability, as `"9.0"`.
+
+    Args:
+        text: The contents of the file.
+        source: Its name, for the messages.
+
+    Raises:
+        TuningFileError: anything that is not as `dump` writes it.
+    """
+    read, families = families_of(text, source, "convolution", FORMAT)
+    return {name: _family(read, f"families[{name!r}]", family) for name, family in families.items()}
+
+
+def _family(read: Reader, where: str, value: Any) -> Family:
+    record, listed = read.family(where, value, "entries")
+    entries = tuple(_entry(read, f"{where}.entries[{index}]", one) for index, one in enumerate(listed))
+    if len({entry.layer for entry in entries}) != len(entries):
+        raise read.fail(f"{where}.entries", "a list that holds a layer twice", "every layer once")
+    return Family(record, entries)
+
+
+def _entry(read: Reader, where: str, value: Any) -> Entry:
+    entry = read.table(where, value, ("layer", "config", "native_us", "library_us"))
+    listed = read.table(f"{where}.layer", entry["layer"], Layer._fields)
+    low = {"padding": 0, "second": 0}
+    layer = Layer(**{name: read.number(f"{where}.layer.{name}", listed[name], low.get(name, 1)) for name in listed})
+    if min(layer.output) < 1:
+        raise read.fail(f"{where}.layer", listed, "an input at least as large as the kernel")
+    times = [_microseconds(read, f"{where}.{name}", entry[name]) for name in ("native_us", "library_us")]
+    return Entry(layer, _config(read, f"{where}.config", entry["config"], layer), *times)
+
+
+def _microseconds(read: Reader, where: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise read.fail(where, value, "microseconds, a finite number above 0")
+    return float(value)
+
+
+def _config(read: Reader, where: str, value: Any, layer: Layer) -> ConvolutionConfig | None:
+    if value == "library":
+        return None
+    listed = dict(read.table(where, value, ConvolutionConfig._fields))
+    early = listed.pop("early")
+    if not isinstance(early, bool):
+        raise read.fail(f"{where}.early", early, "true or false")
+    numbers = {name: read.number(f"{where}.{name}", number) for name, number in listed.items()}
+    config = ConvolutionConfig(**numbers, early=early)
+    if wrong := problem(config, layer.shape.chunks):
+        raise read.fail(where, value, f'"library" or a configuration of the kernel: {wrong}')
+    return config
+
+
+def read_file(path: Path) -> dict[str, Family]:
+    """The families of a file; see `parse`.
+
+    Raises:
+        TuningFileError: it cannot be read, or is not as it should be.
+    """
+    return parse(read_text(path), str(path))
+
+
+def dump(families: Mapping[str, Family]) -> str:
+    """The text of a file, one line per layer, that `parse` reads back."""
+    blocks = {}
+    for name, family in families.items():
+        entries = sorted(family.entries, key=lambda entry: entry.layer)
+        blocks[name] = dict(family.record), "entries", [_dump_entry(entry) for entry in entries]
+    return dump_families("convolution", FORMAT, blocks)
+
+
+def _dump_entry(entry: Entry) -> str:
+    config = "library" if entry.config is None else entry.config._asdict()
+    times = {"native_us": entry.native_us, "library_us": entry.library_us}
+    return json.dumps({"layer": entry.layer._asdict(), "config": config, **times})
+
+
+def write_file(path: Path, families: Mapping[str, Family]) -> None:
+    """Writes the file as a whole or not at all."""
+    write_text(path, dump(families))
+
+
+def merged(
+    families: Mapping[str, Family], name: str, record: Mapping[str, str], entries: Sequence[Entry]
+) -> dict[str, Family]:
+    """`families` with these entries in place of those of the same layers, and the record of the newest measurement."""
+    new = {entry.layer for entry in entries}
+    kept = [entry for entry in families.get(name, Family()).entries if entry.layer not in new]
+    return {**families, name: Family(dict(record), (*kept, *entries))}

@@ -1,0 +1,129 @@
+"""The benchmark of convolutions without a GPU: the layers that it finds, its checks, its tuning, and a tiny run."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.convolution import command, measure, report, trunks, tune
+from bench.convolution.layers import Used, used_layers
+from bench.convolution.measure import Case
+from fastmetro_kernels.convolution import ConvolutionConfig, choice, table
+from fastmetro_kernels.convolution.configs import problem, usable
+from fastmetro_kernels.convolution.table import Layer
+from fastmetro_kernels.tuning import reader
+
+CPU = torch.device("cpu")
+PLAIN = Used(Layer(2, 6, 5, 16, 32, 3, 3, 1, 1), False, True)
+MERGED = Used(Layer(2, 3, 3, 16, 32, 1, 1, 1, 0, 16), False, True, (6, 5, 2))
+PRODUCT = Used(Layer(1, 4, 4, 16, 32, 1, 1, 1, 0), True, True)
+
+
+def test_layers_are_those_of_the_folded_trunks() -> None:
+    """53 convolutions of ResNet-50, of which the stem is not for the kernel and 4 are parts of others."""
+    found = used_layers("resnet50", 2, 224)
+    assert sum(found.values()) == 53 - 1 - 4
+    merged = [used for used in found if used.layer.second]
+    assert len(merged) == 4 and all(found[used] == 1 and not used.residual for used in merged)
+    for used in merged:
+        branch, last = used.separate()
+        assert branch in found and last in found
+        assert branch.flop() + last.flop() == used.flop()
+        assert branch.layer.output == last.layer.output == used.layer.output
+    first = Used(Layer(2, 56, 56, 64, 64, 3, 3, 1, 1), False, True)
+    assert found[first] == 3
+    assert first.flop() == 2 * 2 * 56 * 56 * 64 * 64 * 9
+    assert first.elements() == 2 * 2 * 56 * 56 * 64 + 64 * 64 * 9
+    strided = Used(Layer(1, 56, 56, 256, 512, 1, 1, 2, 0), False, False)
+    assert strided.elements() == 28 * 28 * (256 + 512) + 256 * 512  # a quarter of the pixels
+    assert strided.floor(2, 1e12) == pytest.approx(2e-12 * strided.elements())
+
+
+@pytest.mark.parametrize("trunk", ["resnet50", "hrnet-w64"])
+def test_every_layer_has_a_tile_by_rule_and_others_to_try(trunk: str) -> None:
+    for images in (1, 8):
+        for used in used_layers(trunk, images, 224):
+            shape = used.layer.shape
+            tile = choice.by_rule(used.layer)
+            assert tile is not None and problem(tile, shape.chunks) is None and usable(shape)
+    assert all(choice.by_rule(used.layer) is None for used in used_layers(trunk, 32, 224))
+
+
+@pytest.mark.parametrize("used", [PLAIN, MERGED, PRODUCT], ids=str)
+def test_contenders_agree_and_a_wrong_one_gets_no_time(used: Used) -> None:
+    case = Case(used, torch.float32, CPU)
+    for run in (case.library, lambda inputs: case.ours(inputs, ConvolutionConfig(32, 1, 2))):
+        assert case.error(run(case.sets[0])) < 1e-6
+    if case.is_product:
+        assert case.error(case.product(case.sets[0])) < 1e-6
+    case.ours = lambda inputs, config: case.library(inputs) + 1e-3  # type: ignore[method-assign]
+    found = report.measure(case, 1, None)
+    assert "allowed" in found.note and report.OURS not in found.times and report.LIBRARY in found.times
+    assert "allowed" in report.line(found)
+    rows = report.layer_rows([found], {"resnet50": {used: 3}}, torch.float32)  # type: ignore[dict-item]
+    assert [row["contender"] for row in rows] == list(found.errors) and rows[-1]["us"] == ""
+
+
+def test_tuning_takes_the_best_tile_or_the_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    library = {"us": 1.97}  # less than the margin away
+
+    class Fake(measure.Timer):
+        """The time is what the call returns."""
+
+        def __init__(self, calls: list[measure.Call], device: torch.device) -> None:
+            self.value, self.samples = float(calls[0]()), []
+
+        def take(self) -> float:
+            self.samples.append(self.value)
+            return self.value
+
+    best = usable(PLAIN.layer.shape)[2]
+    monkeypatch.setattr(tune, "Timer", Fake)
+    monkeypatch.setattr(Case, "ours", lambda self, inputs, config: torch.tensor(2.0 if config == best else 4.0))
+    monkeypatch.setattr(Case, "library", lambda self, inputs: torch.tensor(library["us"]))
+    monkeypatch.setattr(Case, "error", lambda self, got: 0.0)
+    monkeypatch.setattr(tune, "family_of", lambda device: "9.0")
+    monkeypatch.setattr(tune.command, "record", lambda device: dict.fromkeys(reader.RECORD, "x"))
+    path = tmp_path / "table.json"
+    tune.tune([PLAIN, PLAIN._replace(residual=True)], torch.float32, CPU, path, lambda text: None)
+    library["us"] = 1.9
+    tune.tune([PRODUCT], torch.float32, CPU, path, lambda text: None)
+    first, second = sorted(table.read_file(path)["9.0"].entries, key=lambda entry: entry.layer.images, reverse=True)
+    assert first == table.Entry(PLAIN.layer, best, 2.0, 1.97)
+    assert second.layer == PRODUCT.layer and second.config is None and second.library_us == 1.9
+
+
+def test_targets() -> None:
+    outcomes = [
+        trunks.Outcome("resnet50", 1, 400.0, 150.0, 2.31, 5e-4, 4e-4),
+        trunks.Outcome("hrnet-w64", 1, 400.0, 300.0, 1.9, 5e-4, 4e-4),
+        trunks.Outcome("resnet50", 8, 400.0, 100.0, 4.0, 5e-4, 2e-3),
+    ]
+    lines = trunks.target_table(outcomes).splitlines()[1:]
+    assert len(lines) == len(trunks.TARGETS) == 9
+    assert lines[0].endswith("at most 0.16 ms  0.15, reached") and lines[1].endswith("2.31, reached")
+    assert lines[2].endswith("1.9, MISSED") and lines[3].endswith("MISSED: error 2.00e-03")
+    assert lines[-1].endswith("not measured")
+
+
+def test_a_tiny_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "rows.csv"
+    arguments = "--trunk resnet50 --batch 1 --side 32 --rounds 1 --device cpu --dtype float32 --csv"
+    command.main([*arguments.split(), str(path)])
+    with path.open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert {row["contender"] for row in rows} == {"library", "cublaslt", "ours"}
+    assert all(float(row["us"]) > 0 and float(row["error"]) < 1e-4 and row["commit"] for row in rows)
+    assert [row["what"] for row in rows[-2:]] == ["whole trunk"] * 2
+    printed = capsys.readouterr().out
+    assert "sums over the layers" in printed and "whole trunks" in printed
+
+
+@pytest.mark.parametrize(("arguments", "message"), [("--side 40", "multiple of 32"), ("--tune x", "on a GPU")])
+def test_bad_options_are_named(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.main([*arguments.split(), "--device", "cpu"])
+    assert message in capsys.readouterr().err

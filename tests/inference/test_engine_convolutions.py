@@ -1,0 +1,165 @@
+"""The engine's blocks and trunks on the convolution op, which runs on its reference here: layouts, merged branches."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import pytest
+import torch
+from backbone_cases import all_trunks, error, exact, images, randomize
+from torch import Tensor, nn
+
+import fastmetro
+from fastmetro.inference.engine import convolution as seam
+from fastmetro.inference.engine.backbones import fold_backbone
+from fastmetro.inference.engine.convolution import basic_block, bottleneck, convolution
+from fastmetro.inference.engine.weights import BlockWeights, ConvolutionWeights
+from fastmetro.models import create_model
+from fastmetro.models.backbones import CompactTrunk, HRNetW64, ResNet50
+from fastmetro.models.backbones.blocks import BasicBlock, Bottleneck
+from fastmetro_kernels import convolution as kernels
+from fastmetro_kernels.convolution import ConvolutionConfig
+
+Calls = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Many tiny convolutions wait for one another's threads where cores are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    """What the op was called with."""
+    seen: Calls = []
+    op = kernels.convolution
+
+    def watched(x: Tensor, weights: kernels.ConvolutionWeights, **options: Any) -> Tensor:
+        seen.append({"weights": weights, **options})
+        return op(x, weights, **options)
+
+    monkeypatch.setattr(seam.kernels, "convolution", watched)
+    return seen
+
+
+def use(module: nn.Module, backend: str) -> None:
+    for one in module.modules():
+        if isinstance(one, ConvolutionWeights):
+            one.backend = backend
+
+
+@pytest.mark.parametrize(("kind", "run"), [(BasicBlock, basic_block), (Bottleneck, bottleneck)])
+@pytest.mark.parametrize(("width", "stride"), [(64, 1), (64, 2), (None, 1)])
+def test_blocks_are_the_plain_ones(
+    kind: type[BasicBlock] | type[Bottleneck], run: Callable[..., Tensor], width: int | None, stride: int, calls: Calls
+) -> None:
+    channels = 64
+    width = width or channels // kind.expansion  # without it the shortcut is the input
+    block = randomize(kind(channels, width, stride))
+    weights = BlockWeights(block, torch.float32)
+    weights.load(block)
+    use(weights, "reference")
+    x = torch.randn(3, channels, 9, 7).to(memory_format=torch.channels_last)
+    before = x.clone()
+    with torch.no_grad():
+        result = run(x, weights)
+    assert error(result, exact(block, x)) < 1e-5
+    assert torch.equal(x, before), "the input was written to"
+    assert len(calls) == len(weights.convolutions)  # the downsample branch is not one of its own
+    assert all(call["residual"] is None and call["second"] is None and call["relu"] for call in calls[:-1])
+    merged = weights.downsample is not None
+    assert (calls[-1]["second"] is x, calls[-1]["residual"] is x) == (merged, not merged)
+
+
+def test_the_kernels_weights_are_the_engines_memory() -> None:
+    block = randomize(Bottleneck(64, 16, 2))
+    weights = BlockWeights(block, torch.float16)
+    last, branch = cast(ConvolutionWeights, weights.convolutions[-1]), weights.downsample
+    assert branch is not None
+    laid_out = last.laid_out(branch)
+    weights.load(block)  # after they were laid out
+    assert laid_out is not None and laid_out.second_weight is not None and last.bias is not None
+    assert (
+        laid_out.weight.data_ptr() == last.weight.data_ptr() and laid_out.bias.data_ptr() == last.float_bias.data_ptr()
+    )
+    assert laid_out.second_weight.data_ptr() == branch.weight.data_ptr() and laid_out.second_stride == 2
+    assert torch.equal(laid_out.weight.permute(0, 3, 1, 2), last.weight)
+    assert torch.equal(laid_out.bias.half(), last.bias) and not torch.equal(laid_out.bias, last.bias.float())
+
+
+def test_what_the_kernel_cannot_take_is_the_librarys(calls: Calls) -> None:
+    for layer in (
+        nn.Conv2d(3, 64, 7, stride=2, padding=3),
+        nn.Conv2d(16, 24, 3, padding=1),
+        nn.Conv2d(16, 16, 3, stride=(1, 2), padding=1),
+        nn.Conv2d(16, 16, 3, padding=3),
+    ):
+        weights = ConvolutionWeights(layer, torch.float32)
+        weights.load(layer.weight.detach(), cast(Tensor, layer.bias).detach())
+        assert weights.laid_out() is None
+        weights.backend = "reference"
+        x = torch.randn(1, layer.in_channels, 9, 9).to(memory_format=torch.channels_last)
+        with torch.no_grad():
+            torch.testing.assert_close(convolution(x, weights), layer(x))
+    assert not calls
+
+
+@pytest.mark.parametrize("kind", [ResNet50, CompactTrunk, HRNetW64])
+def test_trunks_are_the_plain_ones_also_after_a_refresh(kind: type[nn.Module], calls: Calls) -> None:
+    trunk = all_trunks()[kind]
+    folded, x = fold_backbone(trunk, torch.float32, "reference"), images(2, 64)
+    pointers = {name: tensor.data_ptr() for name, tensor in folded.state_dict().items()}
+    assert error(folded(x), exact(trunk, x)) < 1e-4 and calls
+    other = randomize(copy.deepcopy(trunk), seed=1)
+    folded.refresh(other)
+    assert {name: tensor.data_ptr() for name, tensor in folded.state_dict().items()} == pointers
+    assert error(folded(x), exact(other, x)) < 1e-4
+    assert torch.equal(folded(x), fold_backbone(other, torch.float32, "reference")(x))
+    if kind is ResNet50:
+        assert sum(call["second"] is not None for call in calls[:48]) == 4
+
+
+def test_auto_asks_the_choice_and_library_never(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On tensors that say they are on a GPU the op is asked, layer by layer, whether it is to run."""
+    asked: list[bool] = []
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True  # type: ignore[assignment]
+
+    def choose(x: Tensor, weights: object, residual: Tensor | None, second: Tensor | None) -> ConvolutionConfig | None:
+        asked.append(second is not None)
+        return ConvolutionConfig(64, 1, 2) if second is not None else None
+
+    def op(x: Tensor, weights: kernels.ConvolutionWeights, *, relu: bool, backend: str, **inputs: Tensor) -> Tensor:
+        assert relu and backend == "auto" and inputs["residual"] is None
+        return torch.zeros(())
+
+    monkeypatch.setattr(seam.kernels, "choose", choose)
+    monkeypatch.setattr(seam.kernels, "convolution", op)
+    monkeypatch.setattr(seam, "_cudnn_fuses", lambda x: False)
+    block = randomize(BasicBlock(16, 32, 2))
+    weights = BlockWeights(block, torch.float32)
+    x = torch.randn(1, 16, 8, 8).to(memory_format=torch.channels_last).as_subclass(OnGpu)
+    with torch.no_grad():
+        assert basic_block(x, weights).shape == ()
+        assert asked == [False, True]
+        use(weights, "library")
+        assert basic_block(x, weights).shape == (1, 32, 4, 4)
+        assert len(asked) == 2
+
+
+def test_the_engine_has_the_option(calls: Calls) -> None:
+    model = create_model("fastmetro-compact").eval()
+    for option in ("auto", "library"):
+        engine = fastmetro.compile(model, convolutions=option)
+        backends = {one.backend for one in engine._backbone.modules() if isinstance(one, ConvolutionWeights)}
+        assert backends == {option}
+    assert not calls
+    with pytest.raises(ValueError, match="convolutions must be one of 'auto', 'library', 'native', 'reference', got"):
+        fastmetro.compile(model, convolutions="cudnn")
