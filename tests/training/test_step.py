@@ -107,7 +107,8 @@ def test_a_captured_step_keeps_what_it_works_on() -> None:
     poison = [torch.full((size,), torch.nan, device="cuda") for size in (16, 48, 256, 1024, 4096) for _ in range(64)]
     eager = make("cuda", capturable=True)
     for number in range(3):
-        torch.testing.assert_close(captured(*batch(number, "cuda")), eager(*batch(number, "cuda")), rtol=1e-5, atol=1e-6)
+        expected = eager(*batch(number, "cuda"))
+        torch.testing.assert_close(captured(*batch(number, "cuda")), expected, rtol=1e-5, atol=1e-6)
     assert all(value.isnan().all() for value in poison)
 
 
