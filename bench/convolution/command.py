@@ -10,10 +10,10 @@ the bandwidth of a copy, or multiplying as the data sheet says, takes at least; 
 are relative L2 distances to float64; a result of ours that is off by more than twice the library's gets no time, and
 the command fails at its end. Then whole trunks, and the figures that must be shown.
 
-`--tune FILE` first times every usable tile of every layer and writes the table by which `auto` goes; the rest of the
-run uses it. To use it elsewhere, name it in FASTMETRO_KERNELS_CONVOLUTIONS, or put it in the place of
-fastmetro_kernels/convolution/measured.json. On a CPU the kernel's op runs on its reference, and nothing is written
-without `--csv`: a check of this command.
+`--tune FILE` first times every usable tile of every layer, then the best of them in whole trunks, and writes the table
+by which `auto` goes; the rest of the run uses it. To use it elsewhere, name it in FASTMETRO_KERNELS_CONVOLUTIONS, or put
+it in the place of fastmetro_kernels/convolution/measured.json. On a CPU the kernel's op runs on its reference, and
+nothing is written without `--csv`: a check of this command.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with torch.no_grad():
         if options.tune is not None:
             try:
-                _tune(options.tune, [used for counts in uses.values() for used in counts], dtype, device)
+                _tune(options.tune, uses, options.side, dtype, device)
             except TuningFileError as error:
                 made.error(str(error))
         found = _layers(uses, dtype, device, options.rounds) if options.only in (None, "layers") else []
@@ -96,10 +96,10 @@ def _write(path: Path | None, rows: list[report.Row], device: torch.device) -> N
         print(f"written to {target}")
 
 
-def _tune(path: Path, layers: list[Used], dtype: torch.dtype, device: torch.device) -> None:
+def _tune(path: Path, uses: Mapping[str, Counter[Used]], side: int, dtype: torch.dtype, device: torch.device) -> None:
     """Write the table, and let the rest of this run go by it."""
     start = time.monotonic()
-    tune(layers, dtype, device, path, lambda text: print(text, flush=True))
+    tune(uses, side, dtype, device, path, lambda text: print(text, flush=True))
     os.environ[choice.ENVIRONMENT] = str(path)
     choice.reset()
     print(f"{path} written after {time.monotonic() - start:.0f} s; to use it: {choice.ENVIRONMENT}={path}")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench.convolution import command, measure, report, trunks, tune
+from bench.convolution import command, measure, place, report, trunks, tune
 from bench.convolution.layers import Used, used_layers
 from bench.convolution.measure import Case
 from fastmetro_kernels.convolution import ConvolutionConfig, choice, table
@@ -88,12 +89,37 @@ def test_tuning_takes_the_best_tile_or_the_library(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(tune, "family_of", lambda device: "9.0")
     monkeypatch.setattr(tune.command, "record", lambda device: dict.fromkeys(reader.RECORD, "x"))
     path = tmp_path / "table.json"
-    tune.tune([PLAIN, PLAIN._replace(residual=True)], torch.float32, CPU, path, lambda text: None)
+    monkeypatch.setattr(tune.place, "settle", lambda *given: given[5])
+    tune.tune({"a": Counter((PLAIN, PLAIN._replace(residual=True)))}, 32, torch.float32, CPU, path, lambda text: None)
     library["us"] = 1.9
-    tune.tune([PRODUCT], torch.float32, CPU, path, lambda text: None)
+    tune.tune({"b": Counter((PRODUCT,))}, 32, torch.float32, CPU, path, lambda text: None)
     first, second = sorted(table.read_file(path)["9.0"].entries, key=lambda entry: entry.layer.images, reverse=True)
     assert first == table.Entry(PLAIN.layer, best, 2.0, 1.97)
     assert second.layer == PRODUCT.layer and second.config is None and second.library_us == 1.9
+
+
+def test_what_is_faster_in_the_trunk_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times are made up: the trunk is fastest with 4 stages of the first layer and the library for the second."""
+    a, b = PLAIN.layer, PRODUCT.layer
+    tiles = [ConvolutionConfig(32, 1, stages) for stages in (2, 3, 4)]
+    counts = Counter({PLAIN: 3, PRODUCT: 1, PLAIN._replace(layer=a._replace(images=9)): 5})
+    found = {a: (table.Entry(a, tiles[0], 2.0, 9.0), tuple(tiles)), b: (table.Entry(b, tiles[0], 2.0, 1.9), (None,))}
+
+    def taken(folded: object, x: object, chosen: place.Tiles) -> float:
+        return 100 - (chosen.get(a) or tiles[0]).stages + (chosen.get(b) is not None)
+
+    monkeypatch.setattr(place, "microseconds", taken)
+    said: list[str] = []
+    for used in counts:
+        found.setdefault(used.layer, (table.Entry(used.layer, tiles[0], 1.0, 1.0), ()))
+    entries = tune.settle_trunk("resnet50", 2, counts, 32, torch.float32, CPU, dict(found), said.append)
+    assert [(entry.layer, entry.config) for entry in entries] == [(a, tiles[2])]
+    entries = tune.settle_trunk("resnet50", 1, counts, 32, torch.float32, CPU, dict(found) | {a: found[a]}, said.append)
+    assert [(entry.layer, entry.config) for entry in entries] == [(b, None)]
+    with choice.trial({a: tiles[1], b: None}):
+        assert choice.choose(CPU, a) == tiles[1] and choice.choose(CPU, b) is None
+    assert choice.choose(CPU, b) is not None
+    assert "with 1 others" in said[0]
 
 
 def test_targets() -> None:
@@ -103,7 +129,7 @@ def test_targets() -> None:
         trunks.Outcome("resnet50", 8, 400.0, 100.0, 4.0, 5e-4, 2e-3),
     ]
     lines = trunks.target_table(outcomes).splitlines()[1:]
-    assert len(lines) == len(trunks.TARGETS) == 9
+    assert len(lines) == len(trunks.TARGETS) == 6
     assert lines[0].endswith("at most 0.16 ms  0.15, reached") and lines[1].endswith("2.31, reached")
     assert lines[2].endswith("1.9, MISSED") and lines[3].endswith("MISSED: error 2.00e-03")
     assert lines[-1].endswith("not measured")

@@ -1,0 +1,74 @@
+"""Tiles chosen again where they run: in whole trunks, where a kernel starts beside the one in front of it.
+
+A tile with a deep ring is fast by itself, but leaves no shared memory to the kernel that follows and would start early.
+So layer by layer the tiles that are nearly as fast take the place of the chosen one in the trunk's CUDA graph, and what
+makes the trunk faster stays.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from bench.convolution.measure import Timer
+from bench.convolution.trunks import make_trunk
+from fastmetro.inference.engine.backbones import fold_backbone
+from fastmetro.inference.engine.folded_backbone import FoldedBackbone
+from fastmetro_kernels.convolution import ConvolutionConfig, choice
+from fastmetro_kernels.convolution.table import Layer
+
+ROUNDS = 9
+GAIN = 1e-3
+"""A tile takes the place of another where the trunk's time is less by this part."""
+
+Tiles = dict[Layer, ConvolutionConfig | None]
+
+
+@torch.no_grad()
+def settle(
+    trunk: str,
+    images: int,
+    side: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    chosen: Tiles,
+    rivals: Mapping[Layer, Sequence[ConvolutionConfig | None]],
+    say: Callable[[str], None] = print,
+) -> Tiles:
+    """The tiles with which a trunk is fastest.
+
+    Args:
+        trunk, images, side, dtype, device: of the trunk and of the images [images, 3, side, side].
+        chosen: tiles of all its layers, None for the library.
+        rivals: what to try instead, for the layers in the order of the trial.
+        say: gets a line at the end.
+
+    Returns:
+        `chosen` with what has changed.
+    """
+    backbone, pixels = make_trunk(trunk, images, side, device)
+    folded, x = fold_backbone(backbone, dtype), pixels.to(dtype, memory_format=torch.channels_last)
+    tiles = dict(chosen)
+    first = best = microseconds(folded, x, tiles)
+    changed = 0
+    for layer, others in rivals.items():
+        before = tiles[layer]
+        for tile in others:
+            if tile == tiles[layer]:
+                continue
+            taken = microseconds(folded, x, {**tiles, layer: tile})
+            if taken < best * (1 - GAIN):
+                tiles[layer], best = tile, taken
+        changed += tiles[layer] != before
+    say(f"  {trunk}, {images} images: {first:.1f} us with the tiles of single layers, {best:.1f} with {changed} others")
+    return tiles
+
+
+def microseconds(folded: FoldedBackbone, x: Tensor, tiles: Tiles) -> float:
+    """The fastest of some replays of the trunk with these tiles."""
+    with choice.trial(tiles):
+        timer = Timer([functools.partial(folded, x)], x.device)
+    return min(timer.take() for _ in range(ROUNDS))
