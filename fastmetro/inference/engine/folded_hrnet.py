@@ -105,10 +105,8 @@ class FoldedHRNet(FoldedBackbone):
             ValueError: the height or width of the images is not a multiple of 32.
         """
         height, width = images.shape[-2:]
-        torch._check_value(
-            height % 32 == 0 and width % 32 == 0,
-            lambda: f"images must have a height and width that are multiples of 32, got {height} x {width}",
-        )
+        if height % 32 or width % 32:
+            raise ValueError(f"images must have a height and width that are multiples of 32, got {height} x {width}")
         x = self._relu_convolution(self._relu_convolution(self._prepare(images), "conv1"), "conv2")
         for block in self.layer1:
             x = bottleneck(x, cast(BlockWeights, block))
