@@ -130,8 +130,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = []
     for one in distances:
         print(
-            f"{one.contender:8} {one.dtype:8} mean {one.mean_mm:.4g} mm, largest {one.largest_mm:.4g} mm over fine vertices; "
-            f"largest difference of a coordinate {one.largest_coordinate:.3g} m: {'within' if one.within else 'BEYOND'} limits"
+            f"{one.contender:8} {one.dtype:8} mean {one.mean_mm:.4g} mm, largest {one.largest_mm:.4g} mm over fine "
+            f"vertices; largest difference of a coordinate {one.largest_coordinate:.3g} m: "
+            f"{'within' if one.within else 'BEYOND'} limits"
         )
         figures = {
             "mean_mm": f"{one.mean_mm:.4g}",

@@ -32,8 +32,8 @@ def compile(  # its name in the package is fastmetro.compile
     Everything that does not depend on the image is folded (``engine.report`` lists it), weights are cast once, and on a
     GPU each number of images is a CUDA graph. The network stays as it is and is not kept.
 
-    A float32 engine on a GPU takes PyTorch's TF32 settings of this moment and keeps them, also for numbers of images that
-    come later. PyTorch lets convolutions use TF32 unless ``torch.backends.cudnn.allow_tf32`` is set to False.
+    A float32 engine on a GPU takes PyTorch's TF32 settings of this moment and keeps them, also for numbers of images
+    that come later. PyTorch lets convolutions use TF32 unless ``torch.backends.cudnn.allow_tf32`` is set to False.
 
     Args:
         model: any FastMETRO, on the device that the engine shall use.
