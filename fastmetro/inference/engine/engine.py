@@ -79,6 +79,7 @@ class Engine:
         self._backbone = fold_backbone(model.backbone, dtype)
         self._transformers = FoldedTransformers(model, dtype, device)
         self._mean, self._scale = pixel_constants(device)
+        self._pixel_constants = self._backbone.pixel_constants(device)
         # A singular value decomposition cannot be part of a CUDA graph, so this head runs behind it.
         self._smpl_head: nn.Module | None = None
         if model.config.smpl_head:
@@ -196,7 +197,7 @@ class Engine:
     def _features(self, images: Tensor) -> Tensor:
         """The backbone's, of pixels of the right size, or of normalised images, on the device."""
         if images.dtype == torch.uint8:
-            images = normalize_pixels(images, self._mean, self._scale, self.dtype)
+            return self._backbone.of_pixels(normalize_pixels(images, *self._pixel_constants, self.dtype))
         return self._backbone(images.to(self.dtype))
 
 
