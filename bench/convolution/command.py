@@ -11,8 +11,8 @@ are relative L2 distances to float64; a result of ours that is off by more than 
 the command fails at its end. Then whole trunks, and the figures that must be shown.
 
 `--tune FILE` first times every usable tile of every layer, then the best of them in whole trunks, and writes the table
-by which `auto` goes; the rest of the run uses it. To use it elsewhere, name it in FASTMETRO_KERNELS_CONVOLUTIONS, or put
-it in the place of fastmetro_kernels/convolution/measured.json. On a CPU the kernel's op runs on its reference, and
+by which `auto` goes; the rest of the run uses it. To use it elsewhere, name it in FASTMETRO_KERNELS_CONVOLUTIONS, or
+put it in the place of fastmetro_kernels/convolution/measured.json. On a CPU the kernel's op runs on its reference, and
 nothing is written without `--csv`: a check of this command.
 """
 

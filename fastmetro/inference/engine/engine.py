@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastmetro.inference.engine.backbones import fold_backbone
 from fastmetro.inference.engine.graphs import Graphs, Outputs, run
 from fastmetro.inference.engine.pipeline import overlap
+from fastmetro.inference.engine.precision import TensorFloat32
 from fastmetro.inference.engine.preprocessing import check_images, normalize_pixels, pixel_constants, resize
 from fastmetro.inference.engine.report import EngineReport
 from fastmetro.inference.engine.savings import transformer_folds
@@ -35,6 +36,9 @@ def compile(  # its name in the package is fastmetro.compile
 
     Everything that does not depend on the image is folded (``engine.report`` lists it), weights are cast once, and on a
     GPU each number of images is a CUDA graph. The network stays as it is and is not kept.
+
+    A float32 engine on a GPU takes PyTorch's TF32 settings of this moment and keeps them, also for numbers of images
+    that come later. PyTorch lets convolutions use TF32 unless ``torch.backends.cudnn.allow_tf32`` is set to False.
 
     Args:
         model: any FastMETRO, on the device that the engine shall use.
@@ -89,12 +93,14 @@ class Engine:
         self._backbone = fold_backbone(model.backbone, dtype, convolutions)
         self._transformers = FoldedTransformers(model, dtype, device)
         self._mean, self._scale = pixel_constants(device)
+        self._pixel_constants = self._backbone.pixel_constants(device)
         # A singular value decomposition cannot be part of a CUDA graph, so this head runs behind it.
         self._smpl_head: nn.Module | None = None
         if model.config.smpl_head:
             self._smpl_head = copy.deepcopy(model.smpl_parameter_regressor).to(self._transformers.heads_dtype)
         self._steps = (self._features, self._transformers)
-        self._graphs = Graphs(self._steps, device, dtype, max_graphs) if device.type == "cuda" else None
+        self._tf32 = TensorFloat32.current()
+        self._graphs = Graphs(self._steps, device, dtype, max_graphs, self._tf32) if device.type == "cuda" else None
         noise = torch.randn(batch_size, 3, CROP_SIZE, CROP_SIZE, generator=torch.Generator().manual_seed(0))
         example = noise.to(device)
         difference = _largest_difference(self(example), _plain_outputs(model, example))
@@ -125,8 +131,11 @@ class Engine:
             return {name: value[:0] for name, value in one.items()}
         if images.dtype == torch.uint8 and images.shape[1] != CROP_SIZE:
             images = normalize_pixels(resize(images.to(self.device)), self._mean, self._scale, self.dtype)
-        if self._graphs is None or torch.cuda.is_current_stream_capturing():
+        if self._graphs is None:
             outputs = run(self._steps, images.to(self.device))
+        elif torch.cuda.is_current_stream_capturing():
+            with self._tf32.applied():
+                outputs = run(self._steps, images.to(self.device))
         else:
             outputs = self._graphs(images)
         if self._smpl_head is not None:
@@ -202,7 +211,7 @@ class Engine:
     def _features(self, images: Tensor) -> Tensor:
         """The backbone's, of pixels of the right size, or of normalised images, on the device."""
         if images.dtype == torch.uint8:
-            images = normalize_pixels(images, self._mean, self._scale, self.dtype)
+            return self._backbone.of_pixels(normalize_pixels(images, *self._pixel_constants, self.dtype))
         return self._backbone(images.to(self.dtype))
 
 

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
+from fastmetro.inference.engine.preprocessing import pixel_constants
 from fastmetro.inference.engine.report import Fold
 
 
@@ -43,6 +44,14 @@ class FoldedBackbone(nn.Module, ABC):
             raise TypeError(f"backbone must be a {self._source.__name__}, as was folded, got {type(backbone).__name__}")
         with torch.inference_mode(False):
             self._load(backbone)
+
+    def pixel_constants(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Mean and scale, float32 [3], of the pixels that :meth:`of_pixels` takes: (pixels - mean) * scale."""
+        return pixel_constants(device)
+
+    def of_pixels(self, images: Tensor) -> Tensor:
+        """Features, as of a call, of pixels [B, 3, H, W] under :meth:`pixel_constants`, in the folded type."""
+        return self(images)
 
     def _prepare(self, images: Tensor) -> Tensor:
         """Images in channels_last and of the folded type; themselves where they are."""

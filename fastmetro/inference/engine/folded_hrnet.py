@@ -17,6 +17,7 @@ from fastmetro.inference.engine.batch_norm import (
     fold_batch_norm,
 )
 from fastmetro.inference.engine.convolution import basic_block, bottleneck, convolution, exchange_output
+from fastmetro.inference.engine.exact_pixels import exact_pixel_constants, fold_pixels
 from fastmetro.inference.engine.folded_backbone import FoldedBackbone
 from fastmetro.inference.engine.report import Fold
 from fastmetro.inference.engine.streams import ParallelStreams
@@ -69,6 +70,7 @@ class FoldedHRNet(FoldedBackbone):
         super().__init__(backbone, dtype, folds)
         single = _single_convolutions(backbone)
         self.single = nn.ModuleDict({name: ConvolutionWeights(layer, dtype) for name, (layer, _) in single.items()})
+        self.pixel_conv1 = ConvolutionWeights(backbone.conv1, dtype)
         self.layer1 = nn.ModuleList(BlockWeights(cast(Bottleneck, block), dtype) for block in backbone.layer1)
         self.stages = nn.ModuleList(
             nn.ModuleList(_Exchange(cast(ExchangeModule, module), dtype) for module in stage)
@@ -82,6 +84,7 @@ class FoldedHRNet(FoldedBackbone):
         source = cast(HRNetW64, backbone)
         for name, (layer, norm) in _single_convolutions(source).items():
             self._single(name).load(*fold_batch_norm(layer, norm))
+        self.pixel_conv1.load(*fold_pixels(*fold_batch_norm(source.conv1, source.bn1), self.dtype))
         for mine, block in zip(self.layer1, source.layer1, strict=True):
             cast(BlockWeights, mine).load(cast(Bottleneck, block))
         stages = (source.stage2, source.stage3, source.stage4)
@@ -104,12 +107,22 @@ class FoldedHRNet(FoldedBackbone):
         Raises:
             ValueError: the height or width of the images is not a multiple of 32.
         """
+        return self._behind(self._prepare(images), self._single("conv1"))
+
+    def pixel_constants(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """So that pixels are exact."""
+        return exact_pixel_constants(self.dtype, device)
+
+    @torch.no_grad()
+    def of_pixels(self, images: Tensor) -> Tensor:
+        """Features of pixels; see :class:`FoldedBackbone`. Errors as of a call."""
+        return self._behind(images, self.pixel_conv1)
+
+    def _behind(self, images: Tensor, first: ConvolutionWeights) -> Tensor:
         height, width = images.shape[-2:]
-        torch._check_value(
-            height % 32 == 0 and width % 32 == 0,
-            lambda: f"images must have a height and width that are multiples of 32, got {height} x {width}",
-        )
-        x = self._relu_convolution(self._relu_convolution(self._prepare(images), "conv1"), "conv2")
+        if height % 32 or width % 32:
+            raise ValueError(f"images must have a height and width that are multiples of 32, got {height} x {width}")
+        x = self._relu_convolution(convolution(images, first, relu=True), "conv2")
         for block in self.layer1:
             x = bottleneck(x, cast(BlockWeights, block))
         features = [self._relu_convolution(x, name) for name in ("transition1_0", "transition1_1")]

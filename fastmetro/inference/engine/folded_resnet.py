@@ -14,6 +14,7 @@ from fastmetro.inference.engine.batch_norm import (
     fold_batch_norm,
 )
 from fastmetro.inference.engine.convolution import residual_block, stem
+from fastmetro.inference.engine.exact_pixels import exact_pixel_constants, fold_pixels
 from fastmetro.inference.engine.folded_backbone import FoldedBackbone
 from fastmetro.inference.engine.weights import BlockWeights, StemWeights
 from fastmetro.models.backbones import CompactTrunk, ResNet50, ResNet50Trunk
@@ -28,20 +29,35 @@ class FoldedResNet(FoldedBackbone):
         super().__init__(backbone, dtype, [batch_norm_fold(sizes), downsample_bias_fold(sizes)])
         convolution, _, blocks = _parts(backbone)
         self.stem = StemWeights(convolution, dtype)
+        self.pixel_stem = StemWeights(convolution, dtype)
         self.blocks = nn.ModuleList(BlockWeights(block, dtype) for block in blocks)
         self._load(backbone)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """Features, in channels_last and of the folded type, of images in any layout and floating point type."""
-        x = stem(self._prepare(images), self.stem)
+        return self._behind(self._prepare(images), self.stem)
+
+    def pixel_constants(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """So that pixels are exact."""
+        return exact_pixel_constants(self.dtype, device)
+
+    @torch.no_grad()
+    def of_pixels(self, images: Tensor) -> Tensor:
+        """Features of pixels; see :class:`FoldedBackbone`."""
+        return self._behind(images, self.pixel_stem)
+
+    def _behind(self, images: Tensor, weights: StemWeights) -> Tensor:
+        x = stem(images, weights)
         for block in self.blocks:
             x = residual_block(x, cast(BlockWeights, block))
         return x
 
     def _load(self, backbone: nn.Module) -> None:
         convolution, norm, blocks = _parts(backbone)
-        self.stem.load(*fold_batch_norm(convolution, norm))
+        weight, bias = fold_batch_norm(convolution, norm)
+        self.stem.load(weight, bias)
+        self.pixel_stem.load(*fold_pixels(weight, bias, self.dtype))
         for mine, block in zip(self.blocks, blocks, strict=True):
             cast(BlockWeights, mine).load(block)
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastmetro.inference.engine.precision import TensorFloat32
+
 Outputs = dict[str, Tensor]
 Steps = Sequence[Callable[[Any], Any]]
 
@@ -82,10 +84,11 @@ class Graphs:
         steps: see :class:`Captured`.
         dtype: of floating point images as they are captured.
         most: graphs that are kept.
+        tf32: in force at every capture, whatever the process is set to by then.
     """
 
-    def __init__(self, steps: Steps, device: torch.device, dtype: torch.dtype, most: int) -> None:
-        self.steps, self.dtype, self.most = steps, dtype, most
+    def __init__(self, steps: Steps, device: torch.device, dtype: torch.dtype, most: int, tf32: TensorFloat32) -> None:
+        self.steps, self.dtype, self.most, self.tf32 = steps, dtype, most, tf32
         self.pool = torch.cuda.graph_pool_handle()
         self.side = torch.cuda.Stream(device)
         self.kept: OrderedDict[Hashable, Captured] = OrderedDict()
@@ -133,6 +136,7 @@ class Graphs:
                 self.kept.popitem(last=False)
             order = torch.contiguous_format if dtype == torch.uint8 else torch.channels_last
             like = torch.empty(images.shape, dtype=dtype, device=self.device, memory_format=order)
-            found = self.kept[key] = Captured(self.steps, like, self.pool, self.side)
+            with self.tf32.applied():
+                found = self.kept[key] = Captured(self.steps, like, self.pool, self.side)
         self.kept.move_to_end(key)
         return found

@@ -53,7 +53,5 @@ class EngineReport:
             f"largest difference to the network in float32, on random images: {1e3 * self.largest_difference:.3g} mm",
             f"folded, with MFLOP saved per image ({self.flops_saved / 1e6:.1f} in all):",
         ]
-        lines += [
-            f"  {fold.name:{width}}  {fold.flops_saved / 1e6:8.2f}  {fold.description}" for fold in self.folds
-        ]
+        lines += [f"  {fold.name:{width}}  {fold.flops_saved / 1e6:8.2f}  {fold.description}" for fold in self.folds]
         return "\n".join(lines)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 from fastmetro.models.backbones.blocks import (
@@ -140,10 +139,8 @@ class HRNetW64(nn.Module):
             ValueError: the image height or width is not a multiple of 32.
         """
         height, width = images.shape[-2:]
-        torch._check_value(
-            height % 32 == 0 and width % 32 == 0,
-            lambda: f"images must have a height and width that are multiples of 32, got {height} x {width}",
-        )
+        if height % 32 or width % 32:
+            raise ValueError(f"images must have a height and width that are multiples of 32, got {height} x {width}")
         x = self.relu(self.bn1(self.conv1(images)))
         x = self.layer1(self.relu(self.bn2(self.conv2(x))))
         features = self.stage2([transition(x) for transition in self.transition1])

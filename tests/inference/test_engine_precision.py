@@ -1,0 +1,72 @@
+"""The TF32 setting of an engine is that of the moment in which it was compiled. The flags are the same on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from fastmetro.inference.engine import graphs
+from fastmetro.inference.engine.graphs import Graphs
+from fastmetro.inference.engine.precision import TensorFloat32
+
+ALL = [TensorFloat32(products, convolutions) for products in (False, True) for convolutions in (False, True)]
+
+
+def legacy() -> tuple[bool, bool]:
+    return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+
+@pytest.fixture(autouse=True)
+def restored() -> Iterator[None]:
+    """Other tests keep what conftest.py sets."""
+    before = legacy()
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.mark.parametrize("outside", ALL, ids=str)
+@pytest.mark.parametrize("inside", ALL, ids=str)
+def test_applied_and_restored(inside: TensorFloat32, outside: TensorFloat32) -> None:
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = outside.products, outside.convolutions
+    assert TensorFloat32.current() == outside
+    with pytest.raises(RuntimeError, match="inside"), inside.applied():
+        assert TensorFloat32.current() == inside and legacy() == (inside.products, inside.convolutions)
+        raise RuntimeError("inside")
+    assert TensorFloat32.current() == outside and legacy() == (outside.products, outside.convolutions)
+
+
+def test_settings_of_the_newer_interface_come_back() -> None:
+    """Products and convolutions, but not recurrent layers: the older interface cannot say that, nor read it."""
+    cuda: Any = torch.backends.cuda.matmul
+    cudnn: Any = torch.backends.cudnn
+    before = cuda.fp32_precision, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
+    try:
+        cuda.fp32_precision, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = "tf32", "tf32", "ieee"
+        assert TensorFloat32.current() == TensorFloat32(True, True)
+        with TensorFloat32(False, False).applied():
+            assert TensorFloat32.current() == TensorFloat32(False, False) and legacy() == (False, False)
+        assert (cuda.fp32_precision, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision) == ("tf32", "tf32", "ieee")
+    finally:
+        cuda.fp32_precision, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = before
+
+
+def test_later_captures_see_the_setting_of_compile_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def captured(steps: Sequence[Any], images: torch.Tensor, pool: object, side: object) -> object:
+        seen.append((len(images), TensorFloat32.current()))
+        return object()
+
+    monkeypatch.setattr(graphs, "Captured", captured)
+    for name in ("graph_pool_handle", "Stream", "Event"):  # what only a GPU has
+        monkeypatch.setattr(torch.cuda, name, lambda *_arguments: None)
+    at_compile_time = TensorFloat32(False, False)
+    made = Graphs((), torch.device("cpu"), torch.float32, 8, at_compile_time)
+    for count, later in ((1, at_compile_time), (2, TensorFloat32(True, True)), (3, TensorFloat32(False, True))):
+        with later.applied():
+            made._captured(torch.zeros(count, 3, 32, 32))
+            assert TensorFloat32.current() == later
+    assert seen == [(count, at_compile_time) for count in (1, 2, 3)]
