@@ -30,7 +30,6 @@ from fastmetro.inference.engine.weights import (
     StemWeights,
 )
 from fastmetro_kernels import convolution as kernels
-from fastmetro_kernels.convolution import choice
 from fastmetro_kernels.convolution.stem import stem_reasons
 
 _NO_DILATION = (1, 1)
@@ -85,12 +84,11 @@ def _cudnn_fuses(x: Tensor) -> bool:
 def stem(x: Tensor, weights: StemWeights) -> Tensor:
     """ResNet's beginning: 7 x 7 convolution of stride 2, ReLU, 3 x 3 max pooling of stride 2.
 
-    Like any layer that was not measured it is one kernel for small batches, up to the images of `choice.py`.
+    One kernel wherever it can run: 4.0 microseconds instead of 43 at batch 1, 888 instead of 2112 at 256, on an H200.
     """
     laid_out, backend = weights.laid_out_stem(), weights.backend
     if backend == AUTO:
-        small = x.is_cuda and len(x) <= choice.MOST_IMAGES
-        backend = "native" if small and not stem_reasons(x.device, x.dtype) else LIBRARY
+        backend = "native" if x.is_cuda and not stem_reasons(x.device, x.dtype) else LIBRARY
     if laid_out is not None and backend != LIBRARY:
         return kernels.convolution_stem(x, laid_out, backend=backend)
     return F.max_pool2d(convolution(x, weights, relu=True), 3, stride=2, padding=1)
