@@ -133,10 +133,14 @@ def _measured_convolutions(family: ConvolutionFamily) -> list[str]:
     """One line per number of images, and one for each layer that the library takes."""
     lines = []
     for images in sorted({entry.layer.images for entry in family.entries}):
-        entries = [entry for entry in family.entries if entry.layer.images == images]
+        entries = [entry for entry in family.entries if entry.layer.images == images and not entry.layer.following]
+        pairs = [entry for entry in family.entries if entry.layer.images == images and entry.layer.following]
         library = sorted((entry for entry in entries if entry.config is None), key=lambda entry: entry.layer)
         taken = len(entries) - len(library)
         lines.append(f"    {images} images: native for {taken} of {len(entries)} measured layers, else the library")
+        if pairs:
+            fused = sum(entry.config is not None for entry in pairs)
+            lines.append(f"      one kernel for {fused} of {len(pairs)} measured pairs of them")
         for entry in library:
             times = f"{entry.library_us:.2f} microseconds, native {entry.native_us:.2f}"
             lines.append(f"      library: {entry.layer}: {times}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -14,6 +14,7 @@ from fastmetro.models.backbones import create_backbone
 from fastmetro_kernels import convolution as kernels
 from fastmetro_kernels.convolution import ConvolutionWeights, reference
 from fastmetro_kernels.convolution.api import layer_of
+from fastmetro_kernels.convolution.pair import pair_layer
 from fastmetro_kernels.convolution.table import Layer
 
 TRUNKS = ("resnet50", "hrnet-w64")
@@ -63,6 +64,28 @@ class Used(NamedTuple):
         return max(self.elements() * element_size / bytes_per_second, self.flop() / FLOP_PER_SECOND)
 
 
+def _run_on_shapes(trunk: str, images: int, side: int, convolution: Any, pair: Any) -> None:
+    """The trunk, with these in the place of the kernel's ops."""
+    with torch.device("meta"):
+        backbone = create_backbone(trunk)
+    folded = fold_backbone(backbone, torch.float16, convolutions="reference")
+    with mock.patch.multiple(kernels, convolution=convolution, convolution_pair=pair):
+        folded(torch.empty(images, 3, side, side, dtype=torch.float16, device="meta"))
+
+
+def used_pairs(trunk: str, images: int, side: int) -> Counter[Layer]:
+    """How often a trunk runs each pair of layers that may be one kernel."""
+    found: Counter[Layer] = Counter()
+
+    def pair(x: Tensor, weights: ConvolutionWeights, following: ConvolutionWeights, **options: Any) -> Any:
+        found[pair_layer(x, weights, following, options["residual"], options["second"])] += 1
+        wide = reference.convolution(x, weights, options["residual"], options["second"], True)
+        return wide, reference.convolution(wide, following, None, None, True)
+
+    _run_on_shapes(trunk, images, side, kernels.convolution, pair)
+    return found
+
+
 def used_layers(trunk: str, images: int, side: int) -> Counter[Used]:
     """How often a trunk runs each of its layers that the kernel can take, for so many images of side x side pixels.
 
@@ -86,9 +109,9 @@ def used_layers(trunk: str, images: int, side: int) -> Counter[Used]:
             found[other] += 0
         return reference.convolution(x, weights, residual, second, relu)
 
-    with torch.device("meta"):
-        backbone = create_backbone(trunk)
-    folded = fold_backbone(backbone, torch.float16, convolutions="reference")
-    with mock.patch.object(kernels, "convolution", record):
-        folded(torch.empty(images, 3, side, side, dtype=torch.float16, device="meta"))
+    def pair(x: Tensor, weights: ConvolutionWeights, following: ConvolutionWeights, **options: Any) -> Any:
+        wide = record(x, weights, relu=True, **options)
+        return wide, record(wide, following, residual=None, second=None, relu=True, backend=options["backend"])
+
+    _run_on_shapes(trunk, images, side, record, pair)
     return found

@@ -1,14 +1,15 @@
 """Tiles chosen again where they run: in whole trunks, where a kernel starts beside the one in front of it.
 
 A tile with a deep ring is fast by itself, but leaves no shared memory to the kernel that follows and would start early.
-So layer by layer the tiles that are nearly as fast take the place of the chosen one in the trunk's CUDA graph, and what
-makes the trunk faster stays.
+So layer by layer the tiles that are nearly as fast take the place of the chosen one in the trunk's CUDA graph, pairs in
+one kernel that of two, and what makes the trunk faster stays.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,14 +18,22 @@ from bench.convolution.measure import Timer
 from bench.convolution.trunks import make_trunk
 from fastmetro.inference.engine.backbones import fold_backbone
 from fastmetro.inference.engine.folded_backbone import FoldedBackbone
-from fastmetro_kernels.convolution import ConvolutionConfig, choice
+from fastmetro_kernels.convolution import ConvolutionConfig, PairConfig, choice
 from fastmetro_kernels.convolution.table import Layer
 
 ROUNDS = 9
 GAIN = 1e-3
 """A tile takes the place of another where the trunk's time is less by this part."""
 
-Tiles = dict[Layer, ConvolutionConfig | None]
+Tile = ConvolutionConfig | PairConfig | None
+
+
+class Settled(NamedTuple):
+    """What takes a layer, and microseconds of the trunk: without a change of it, and with the best of its rivals."""
+
+    tile: Tile
+    before_us: float
+    best_us: float
 
 
 @torch.no_grad()
@@ -34,40 +43,41 @@ def settle(
     side: int,
     dtype: torch.dtype,
     device: torch.device,
-    chosen: Tiles,
-    rivals: Mapping[Layer, Sequence[ConvolutionConfig | None]],
+    chosen: Mapping[Layer, Tile],
+    rivals: Mapping[Layer, Sequence[Tile]],
     say: Callable[[str], None] = print,
-) -> Tiles:
+) -> dict[Layer, Settled]:
     """The tiles with which a trunk is fastest.
 
     Args:
         trunk, images, side, dtype, device: of the trunk and of the images [images, 3, side, side].
-        chosen: tiles of all its layers, None for the library.
+        chosen: tiles of all its layers, None for the library, and of pairs, None for two kernels.
         rivals: what to try instead, for the layers in the order of the trial.
         say: gets a line at the end.
 
     Returns:
-        `chosen` with what has changed.
+        What takes the layers with rivals.
     """
     backbone, pixels = make_trunk(trunk, images, side, device)
     folded, x = fold_backbone(backbone, dtype), pixels.to(dtype, memory_format=torch.channels_last)
     tiles = dict(chosen)
     first = best = microseconds(folded, x, tiles)
-    changed = 0
+    found: dict[Layer, Settled] = {}
     for layer, others in rivals.items():
-        before = tiles[layer]
+        before, times = best, [best]
         for tile in others:
             if tile == tiles[layer]:
                 continue
-            taken = microseconds(folded, x, {**tiles, layer: tile})
-            if taken < best * (1 - GAIN):
-                tiles[layer], best = tile, taken
-        changed += tiles[layer] != before
+            times.append(microseconds(folded, x, {**tiles, layer: tile}))
+            if times[-1] < best * (1 - GAIN):
+                tiles[layer], best = tile, times[-1]
+        found[layer] = Settled(tiles[layer], before, min(times[1:], default=before))
+    changed = sum(one.tile != chosen[layer] for layer, one in found.items())
     say(f"  {trunk}, {images} images: {first:.1f} us with the tiles of single layers, {best:.1f} with {changed} others")
-    return tiles
+    return found
 
 
-def microseconds(folded: FoldedBackbone, x: Tensor, tiles: Tiles) -> float:
+def microseconds(folded: FoldedBackbone, x: Tensor, tiles: choice.Tiles) -> float:
     """The fastest of some replays of the trunk with these tiles."""
     with choice.trial(tiles):
         timer = Timer([functools.partial(folded, x)], x.device)

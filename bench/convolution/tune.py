@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from bench.convolution import place
-from bench.convolution.layers import Used
+from bench.convolution.layers import Used, used_pairs
 from bench.convolution.measure import GRAPH_CALLS, Case, Timer, take_in_turn
-from fastmetro_kernels.convolution import ConvolutionConfig, table
+from fastmetro_kernels.convolution import ConvolutionConfig, pair_configs, table
 from fastmetro_kernels.convolution.configs import usable
 from fastmetro_kernels.convolution.table import Entry, Layer
 from fastmetro_kernels.tuning import command
@@ -31,7 +31,7 @@ ERROR_FACTOR = 2
 """Results of the kernel may be off by so many times what the library's are."""
 
 Say = Callable[[str], None]
-Rivals = tuple[ConvolutionConfig | None, ...]
+Rivals = tuple[place.Tile, ...]
 
 
 Uses = Mapping[str, Counter[Used]]
@@ -82,14 +82,19 @@ def settle_trunk(
         if used.layer.images == images:
             times[used.layer] += count * found[used.layer][0].native_us
     order = [layer for layer, _ in times.most_common()]
-    rivals = {layer: found[layer][1] for layer in order if found[layer][1]}
-    tiles = place.settle(
-        trunk, images, side, dtype, device, {layer: found[layer][0].config for layer in order}, rivals, say
-    )
+    pairs = [layer for layer in used_pairs(trunk, images, side) if layer not in found]
+    chosen = {layer: found[layer][0].config for layer in order} | dict.fromkeys(pairs)
+    rivals: dict[Layer, Rivals] = {one: tuple(pair_configs(one.shape.chunks, one.following)) for one in pairs}
+    rivals |= {layer: found[layer][1] for layer in order if found[layer][1]}
+    settled = place.settle(trunk, images, side, dtype, device, chosen, rivals, say)
     for layer in order:
         # What one trunk has settled stays for those that follow.
-        found[layer] = replace(found[layer][0], config=tiles[layer]), ()
-    return [found[layer][0] for layer in order]
+        tile = settled[layer].tile if layer in settled else found[layer][0].config
+        found[layer] = replace(found[layer][0], config=tile), ()
+    for layer in pairs:
+        one = settled[layer]
+        found[layer] = Entry(layer, one.tile, round(one.best_us, 3), round(one.before_us, 3)), ()
+    return [found[layer][0] for layer in (*order, *pairs)]
 
 
 def measure_layer(layer: Layer, cases: Sequence[Case]) -> tuple[Entry, Rivals]:
@@ -111,7 +116,7 @@ def measure_layer(layer: Layer, cases: Sequence[Case]) -> tuple[Entry, Rivals]:
     library_us = _mean(library)
     native_us, best = min((_mean(timers), config) for timers, config in zip(ours, finalists, strict=True))
     chosen = best if native_us <= MARGIN * library_us else None
-    rivals: list[ConvolutionConfig | None] = [config for taken, config in quick if taken <= NEAR * quick[0][0]]
+    rivals: list[place.Tile] = [config for taken, config in quick if taken <= NEAR * quick[0][0]]
     rivals = rivals[:MOST_RIVALS] if native_us <= NEAR * library_us else []
     if library_us <= NEAR * native_us:
         rivals.append(None)

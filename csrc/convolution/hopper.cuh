@@ -24,6 +24,9 @@ __device__ __forceinline__ void barriers_ready() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// Makes this thread's stores to shared memory visible to products and to the copy engine.
+__device__ __forceinline__ void shared_stores_ready() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 __device__ __forceinline__ void barrier_arrive(SharedAddress barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
@@ -130,12 +133,17 @@ __device__ __forceinline__ void keep(float (&sums)[N]) {
   FM_R32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58," \
          "%59,%60,%61,%62,%63"
 
+#define FM_R128                                                                                                       \
+  FM_R64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90," \
+         "%91,%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113," \
+         "%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
+
 // sums (+)= a b for a 64 x 16 and b 16 x N, by the four warps of a warpgroup; T = __half or __nv_bfloat16. `add` 0
 // overwrites the sums. Thread t holds of row 16 (t / 32) + t % 32 / 4 (+ 8) columns 8 j + 2 (t % 4) and the next, at
 // sums[4 j] (+ 2).
 template <typename T, int N>
 __device__ __forceinline__ void multiply(float (&sums)[N / 2], uint64_t a, uint64_t b, int add) {
-  static_assert(N == 32 || N == 64 || N == 128);
+  static_assert(N == 32 || N == 64 || N == 128 || N == 256);
   constexpr bool kHalf = std::is_same_v<T, __half>;
   if constexpr (N == 32) {
     if constexpr (kHalf) FM_PRODUCT("m64n32k16", "f16", FM_R16, 16, 17, 18, FM_8(sums, 0), FM_8(sums, 8));
@@ -144,13 +152,22 @@ __device__ __forceinline__ void multiply(float (&sums)[N / 2], uint64_t a, uint6
     if constexpr (kHalf)
       FM_PRODUCT("m64n64k16", "f16", FM_R32, 32, 33, 34, FM_8(sums, 0), FM_8(sums, 8), FM_8(sums, 16), FM_8(sums, 24));
     else FM_PRODUCT("m64n64k16", "bf16", FM_R32, 32, 33, 34, FM_8(sums, 0), FM_8(sums, 8), FM_8(sums, 16), FM_8(sums, 24));
-  } else {
+  } else if constexpr (N == 128) {
     if constexpr (kHalf)
       FM_PRODUCT("m64n128k16", "f16", FM_R64, 64, 65, 66, FM_8(sums, 0), FM_8(sums, 8), FM_8(sums, 16), FM_8(sums, 24),
                  FM_8(sums, 32), FM_8(sums, 40), FM_8(sums, 48), FM_8(sums, 56));
     else
       FM_PRODUCT("m64n128k16", "bf16", FM_R64, 64, 65, 66, FM_8(sums, 0), FM_8(sums, 8), FM_8(sums, 16), FM_8(sums, 24),
                  FM_8(sums, 32), FM_8(sums, 40), FM_8(sums, 48), FM_8(sums, 56));
+  } else {
+    if constexpr (kHalf)
+      FM_PRODUCT("m64n256k16", "f16", FM_R128, 128, 129, 130, FM_8(sums, 0), FM_8(sums, 8), FM_8(sums, 16), FM_8(sums, 24), FM_8(sums, 32), FM_8(sums, 40),
+                 FM_8(sums, 48), FM_8(sums, 56), FM_8(sums, 64), FM_8(sums, 72), FM_8(sums, 80), FM_8(sums, 88),
+                 FM_8(sums, 96), FM_8(sums, 104), FM_8(sums, 112), FM_8(sums, 120));
+    else
+      FM_PRODUCT("m64n256k16", "bf16", FM_R128, 128, 129, 130, FM_8(sums, 0), FM_8(sums, 8), FM_8(sums, 16), FM_8(sums, 24), FM_8(sums, 32), FM_8(sums, 40),
+                 FM_8(sums, 48), FM_8(sums, 56), FM_8(sums, 64), FM_8(sums, 72), FM_8(sums, 80), FM_8(sums, 88),
+                 FM_8(sums, 96), FM_8(sums, 104), FM_8(sums, 112), FM_8(sums, 120));
   }
 }
 
@@ -159,6 +176,7 @@ __device__ __forceinline__ void multiply(float (&sums)[N / 2], uint64_t a, uint6
 #undef FM_R16
 #undef FM_R32
 #undef FM_R64
+#undef FM_R128
 
 #endif
 

@@ -5,7 +5,7 @@
 #include <cuda.h>
 
 #include "common/cuda.h"
-#include "forward.cuh"
+#include "tile.cuh"
 
 namespace fm_convolution {
 

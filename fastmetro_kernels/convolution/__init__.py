@@ -1,18 +1,24 @@
 """Convolution + bias (+ residual) (+ ReLU) in one kernel, for inference at small batches; see :func:`convolution`."""
 
 from fastmetro_kernels.convolution.api import choose, convolution
-from fastmetro_kernels.convolution.configs import ConvolutionConfig
+from fastmetro_kernels.convolution.configs import ConvolutionConfig, PairConfig, pair_configs
 from fastmetro_kernels.convolution.layout import ConvolutionWeights, lay_out
+from fastmetro_kernels.convolution.pair import choose_pair, convolution_pair, pair_problem
 from fastmetro_kernels.convolution.stem import StemWeights, convolution_stem, lay_out_stem, pack_stem
 
 __all__ = [
     "ConvolutionConfig",
     "ConvolutionWeights",
+    "PairConfig",
     "StemWeights",
     "choose",
+    "choose_pair",
     "convolution",
+    "convolution_pair",
     "convolution_stem",
     "lay_out",
     "lay_out_stem",
     "pack_stem",
+    "pair_configs",
+    "pair_problem",
 ]

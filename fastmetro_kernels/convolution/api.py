@@ -59,10 +59,10 @@ def convolution(
     config = config or measured or pinned(layer.shape)
     if found := problem(config, layer.shape.chunks):
         raise ValueError(f"config: {found}")
-    moved = [None if tensor is None else _rows(tensor) for tensor in (residual, second)]
+    moved = [None if tensor is None else channels_last_rows(tensor) for tensor in (residual, second)]
     out = ops.convolution_native(
-        _rows(x), weights.weight, weights.bias, *moved, weights.second_weight, weights.stride, weights.padding,
-        weights.second_stride, relu, list(map(int, config)),
+        channels_last_rows(x), weights.weight, weights.bias, *moved, weights.second_weight, weights.stride,
+        weights.padding, weights.second_stride, relu, list(map(int, config)),
     )  # fmt: skip
     return out.permute(0, 3, 1, 2)
 
@@ -80,7 +80,7 @@ def choose(
     return None if native.reasons(x.device, x.dtype) else choice.choose(x.device, layer)
 
 
-def _rows(images: Tensor) -> Tensor:
+def channels_last_rows(images: Tensor) -> Tensor:
     """[N, C, H, W] -> [N, H, W, C], contiguous; a view where the images are channels_last."""
     return images.permute(0, 2, 3, 1).contiguous()
 

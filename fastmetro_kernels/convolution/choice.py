@@ -10,12 +10,15 @@ from pathlib import Path
 
 import torch
 
-from fastmetro_kernels.convolution.configs import ConvolutionConfig, pinned
+from fastmetro_kernels.convolution.configs import ConvolutionConfig, PairConfig, pinned
 from fastmetro_kernels.convolution.table import Family, Layer, read_file
 from fastmetro_kernels.tuning.choice import family_of
 
 ENVIRONMENT = "FASTMETRO_KERNELS_CONVOLUTIONS"
 """Names a file whose families take the place of those that are shipped. Read when a call first needs it."""
+
+Tiles = Mapping[Layer, ConvolutionConfig | PairConfig | None]
+"""What takes a layer: the kernel with a tile, the kernel of a pair, or None: the library, or two convolutions."""
 
 SHIPPED = Path(__file__).with_name("measured.json")
 
@@ -45,7 +48,7 @@ def reset() -> None:
 
 
 @functools.cache
-def _entries(family: str | None) -> Mapping[Layer, ConvolutionConfig | None]:
+def _entries(family: str | None) -> Tiles:
     if family is None:
         return {}
     return {entry.layer: entry.config for entry in families().get(family, Family()).entries}
@@ -58,11 +61,11 @@ def by_rule(layer: Layer) -> ConvolutionConfig | None:
     return pinned(layer.shape)
 
 
-_trial: Mapping[Layer, ConvolutionConfig | None] = {}
+_trial: Tiles = {}
 
 
 @contextlib.contextmanager
-def trial(tiles: Mapping[Layer, ConvolutionConfig | None]) -> Iterator[None]:
+def trial(tiles: Tiles) -> Iterator[None]:
     """For measurements: within, these tiles go before those of the table. Not for several threads."""
     global _trial
     before, _trial = _trial, tiles
@@ -74,7 +77,13 @@ def trial(tiles: Mapping[Layer, ConvolutionConfig | None]) -> Iterator[None]:
 
 def choose(device: torch.device, layer: Layer) -> ConvolutionConfig | None:
     """The tile with which `auto` runs the kernel for a layer on a device that can, or None: the library."""
-    if layer in _trial:
-        return _trial[layer]
-    entries = _entries(family_of(device))
-    return entries[layer] if layer in entries else by_rule(layer)
+    measured = _trial if layer in _trial else _entries(family_of(device))
+    found = measured[layer] if layer in measured else by_rule(layer)
+    return found if isinstance(found, ConvolutionConfig) else None
+
+
+def choose_pair(device: torch.device, layer: Layer) -> PairConfig | None:
+    """The cut with which `auto` makes two convolutions in one kernel, or None: nothing unmeasured is."""
+    measured = _trial if layer in _trial else _entries(family_of(device))
+    found = measured.get(layer)
+    return found if isinstance(found, PairConfig) else None

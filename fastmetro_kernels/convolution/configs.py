@@ -100,3 +100,33 @@ def pinned(shape: Shape, multiprocessors: int = 132) -> ConvolutionConfig:
     columns, split = filled[0] if filled else most
     stages = min(max(-(-shape.chunks // split), 2), 8)
     return ConvolutionConfig(columns, split, stages)
+
+
+BLOCK = 128
+WIDE, NARROW = (256, 512, 1024), (64, 128, 256)
+"""Outputs of the first: 128 for each block of a cluster of 2, 4 or 8; and of the second."""
+
+
+class PairConfig(NamedTuple):
+    """How a pair is cut.
+
+    Attributes:
+        stages: chunks of 64 of the first depth under way at a time.
+        early: whether to start before the kernel in front has ended.
+    """
+
+    stages: int
+    early: bool = True
+
+
+def pair_bytes(narrow: int, stages: int) -> int:
+    """Shared memory of a block, as in ``csrc/convolution/pair.cuh``."""
+    ring = stages * (ROWS + BLOCK) * DEPTH * 2
+    return ring + ROWS * BLOCK * 2 + narrow * BLOCK * 2 + ROWS * (narrow + 8) * 4 + (2 * MAX_STAGES + 2) * 8 + 1024
+
+
+def pair_configs(chunks: int, narrow: int) -> list[PairConfig]:
+    """All that make sense for a depth of so many chunks."""
+    counts = sorted({2, 3, 4, 6, 8, max(2, min(chunks, MAX_STAGES))})
+    fitting = [count for count in counts if count <= max(chunks, 2) and pair_bytes(narrow, count) <= SHARED_BYTES]
+    return [PairConfig(count) for count in fitting]

@@ -9,7 +9,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastmetro_kernels.convolution.configs import DEPTH, ConvolutionConfig, Shape, problem
+from fastmetro_kernels.convolution.configs import (
+    DEPTH,
+    MAX_STAGES,
+    NARROW,
+    SHARED_BYTES,
+    WIDE,
+    ConvolutionConfig,
+    PairConfig,
+    Shape,
+    pair_bytes,
+    problem,
+)
 from fastmetro_kernels.tuning.reader import Reader, dump_families, families_of, read_text, write_text
 
 FORMAT = 1
@@ -25,6 +36,7 @@ class Layer(NamedTuple):
         down, across: of the kernel.
         stride, padding: in both directions.
         second: channels of the second input, 0 without one.
+        following: outputs of the 1 x 1 convolution that is part of the same kernel (a pair), 0 for one by itself.
     """
 
     images: int
@@ -37,6 +49,7 @@ class Layer(NamedTuple):
     stride: int
     padding: int
     second: int = 0
+    following: int = 0
 
     @property
     def output(self) -> tuple[int, int]:
@@ -56,7 +69,8 @@ class Layer(NamedTuple):
     def __str__(self) -> str:
         second = f" and 1x1 of {self.second}" if self.second else ""
         kernel = f"{self.down}x{self.across}/{self.stride}"
-        return f"{self.images} of {self.height}x{self.width}, {self.channels} -> {self.outputs}, {kernel}{second}"
+        more = f", then -> {self.following}" if self.following else ""
+        return f"{self.images} of {self.height}x{self.width}, {self.channels} -> {self.outputs}, {kernel}{second}{more}"
 
 
 @dataclass(frozen=True)
@@ -65,12 +79,14 @@ class Entry:
 
     Attributes:
         layer: which.
-        config: the kernel's fastest tile, or None where the library is faster.
-        native_us, library_us: microseconds of one call of the kernel with its fastest tile, and of the library.
+        config: the kernel's fastest tile, or None where the library is faster; of a pair its cut, or None where two
+            convolutions are faster.
+        native_us, library_us: microseconds of one call of the kernel with its fastest tile, and of the library; of a
+            pair those of the trunk with it and with two.
     """
 
     layer: Layer
-    config: ConvolutionConfig | None
+    config: ConvolutionConfig | PairConfig | None
     native_us: float
     library_us: float
 
@@ -108,7 +124,7 @@ def _family(read: Reader, where: str, value: Any) -> Family:
 def _entry(read: Reader, where: str, value: Any) -> Entry:
     entry = read.table(where, value, ("layer", "config", "native_us", "library_us"))
     listed = read.table(f"{where}.layer", entry["layer"], Layer._fields)
-    low = {"padding": 0, "second": 0}
+    low = {"padding": 0, "second": 0, "following": 0}
     layer = Layer(**{name: read.number(f"{where}.layer.{name}", listed[name], low.get(name, 1)) for name in listed})
     if min(layer.output) < 1:
         raise read.fail(f"{where}.layer", listed, "an input at least as large as the kernel")
@@ -122,17 +138,27 @@ def _microseconds(read: Reader, where: str, value: Any) -> float:
     return float(value)
 
 
-def _config(read: Reader, where: str, value: Any, layer: Layer) -> ConvolutionConfig | None:
+def _config(read: Reader, where: str, value: Any, layer: Layer) -> ConvolutionConfig | PairConfig | None:
     if value == "library":
         return None
-    listed = dict(read.table(where, value, ConvolutionConfig._fields))
+    kind = PairConfig if layer.following else ConvolutionConfig
+    listed = dict(read.table(where, value, kind._fields))
     early = listed.pop("early")
     if not isinstance(early, bool):
         raise read.fail(f"{where}.early", early, "true or false")
     numbers = {name: read.number(f"{where}.{name}", number) for name, number in listed.items()}
+    if layer.following:
+        return _pair(read, where, value, layer, PairConfig(numbers["stages"], early))
     config = ConvolutionConfig(**numbers, early=early)
     if wrong := problem(config, layer.shape.chunks):
         raise read.fail(where, value, f'"library" or a configuration of the kernel: {wrong}')
+    return config
+
+
+def _pair(read: Reader, where: str, value: Any, layer: Layer, config: PairConfig) -> PairConfig:
+    fits = layer.outputs in WIDE and layer.following in NARROW and (layer.down, layer.across, layer.stride) == (1, 1, 1)
+    if not fits or not 2 <= config.stages <= MAX_STAGES or pair_bytes(layer.following, config.stages) > SHARED_BYTES:
+        raise read.fail(where, value, '"library" or a pair of the kernel')
     return config
 
 

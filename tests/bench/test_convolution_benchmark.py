@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from bench.convolution import command, measure, place, report, trunks, tune
-from bench.convolution.layers import Used, used_layers
+from bench.convolution.layers import Used, used_layers, used_pairs
 from bench.convolution.measure import Case
-from fastmetro_kernels.convolution import ConvolutionConfig, choice, table
+from fastmetro_kernels.convolution import ConvolutionConfig, PairConfig, choice, table
 from fastmetro_kernels.convolution.configs import problem, usable
 from fastmetro_kernels.convolution.table import Layer
 from fastmetro_kernels.tuning import reader
@@ -41,6 +41,15 @@ def test_layers_are_those_of_the_folded_trunks() -> None:
     strided = Used(Layer(1, 56, 56, 256, 512, 1, 1, 2, 0), False, False)
     assert strided.elements() == 28 * 28 * (256 + 512) + 256 * 512  # a quarter of the pixels
     assert strided.floor(2, 1e12) == pytest.approx(2e-12 * strided.elements())
+
+
+def test_pairs_are_those_between_blocks() -> None:
+    """15 of ResNet-50, of which 3 are too wide; and of HRNet's first stage 3."""
+    assert sum(used_pairs("resnet50", 1, 224).values()) == 12
+    found = used_pairs("hrnet-w64", 1, 224)
+    assert sum(found.values()) == 3 and {layer.following for layer in found} == {64}
+    merged = [layer for layer in used_pairs("resnet50", 1, 224) if layer.second]
+    assert sorted(layer.second for layer in merged) == [64, 256, 512]
 
 
 @pytest.mark.parametrize("trunk", ["resnet50", "hrnet-w64"])
@@ -89,7 +98,8 @@ def test_tuning_takes_the_best_tile_or_the_library(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(tune, "family_of", lambda device: "9.0")
     monkeypatch.setattr(tune.command, "record", lambda device: dict.fromkeys(reader.RECORD, "x"))
     path = tmp_path / "table.json"
-    monkeypatch.setattr(tune.place, "settle", lambda *given: given[5])
+    monkeypatch.setattr(tune.place, "settle", lambda *given: {})
+    monkeypatch.setattr(tune, "used_pairs", lambda *given: ())
     tune.tune({"a": Counter((PLAIN, PLAIN._replace(residual=True)))}, 32, torch.float32, CPU, path, lambda text: None)
     library["us"] = 1.9
     tune.tune({"b": Counter((PRODUCT,))}, 32, torch.float32, CPU, path, lambda text: None)
@@ -99,27 +109,34 @@ def test_tuning_takes_the_best_tile_or_the_library(monkeypatch: pytest.MonkeyPat
 
 
 def test_what_is_faster_in_the_trunk_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Times are made up: the trunk is fastest with 4 stages of the first layer and the library for the second."""
+    """Times are made up: best are 4 stages for the first layer, the library for the second, one pair of 3 stages."""
     a, b = PLAIN.layer, PRODUCT.layer
     tiles = [ConvolutionConfig(32, 1, stages) for stages in (2, 3, 4)]
     counts = Counter({PLAIN: 3, PRODUCT: 1, PLAIN._replace(layer=a._replace(images=9)): 5})
     found = {a: (table.Entry(a, tiles[0], 2.0, 9.0), tuple(tiles)), b: (table.Entry(b, tiles[0], 2.0, 1.9), (None,))}
 
-    def taken(folded: object, x: object, chosen: place.Tiles) -> float:
-        return 100 - (chosen.get(a) or tiles[0]).stages + (chosen.get(b) is not None)
+    def taken(folded: object, x: object, chosen: choice.Tiles) -> float:
+        pairs = any(isinstance(tile, PairConfig) and tile.stages == 3 for tile in chosen.values())
+        return 100 - 5 * pairs - (chosen.get(a) or tiles[0]).stages + (chosen.get(b) is not None)
 
     monkeypatch.setattr(place, "microseconds", taken)
     said: list[str] = []
     for used in counts:
         found.setdefault(used.layer, (table.Entry(used.layer, tiles[0], 1.0, 1.0), ()))
     entries = tune.settle_trunk("resnet50", 2, counts, 32, torch.float32, CPU, dict(found), said.append)
-    assert [(entry.layer, entry.config) for entry in entries] == [(a, tiles[2])]
+    singles = [(entry.layer, entry.config) for entry in entries if not entry.layer.following]
+    pairs = [entry for entry in entries if entry.layer.following]
+    assert singles == [(a, tiles[2])] and {entry.layer for entry in pairs} == set(used_pairs("resnet50", 2, 32))
+    assert [entry.config for entry in pairs if entry.config] == [PairConfig(3)]
+    assert pairs[0].library_us == 98 and min(entry.native_us for entry in pairs) == 93
+    written = table.parse(table.dump({"9.0": table.Family(dict.fromkeys(reader.RECORD, "x"), tuple(entries))}), "x")
+    assert set(written["9.0"].entries) == set(entries)
     entries = tune.settle_trunk("resnet50", 1, counts, 32, torch.float32, CPU, dict(found) | {a: found[a]}, said.append)
-    assert [(entry.layer, entry.config) for entry in entries] == [(b, None)]
+    assert [(entry.layer, entry.config) for entry in entries if not entry.layer.following] == [(b, None)]
     with choice.trial({a: tiles[1], b: None}):
         assert choice.choose(CPU, a) == tiles[1] and choice.choose(CPU, b) is None
     assert choice.choose(CPU, b) is not None
-    assert "with 1 others" in said[0]
+    assert "with 2 others" in said[0]
 
 
 def test_targets() -> None:

@@ -36,15 +36,20 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
-    """What the op was called with."""
+    """What the ops were called with; pairs have their "following" weights."""
     seen: Calls = []
-    op = kernels.convolution
+    op, pair = kernels.convolution, kernels.convolution_pair
 
     def watched(x: Tensor, weights: kernels.ConvolutionWeights, **options: Any) -> Tensor:
         seen.append({"weights": weights, **options})
         return op(x, weights, **options)
 
+    def watched_pair(x: Tensor, weights: kernels.ConvolutionWeights, following: object, **options: Any) -> Any:
+        seen.append({"weights": weights, "following": following, **options})
+        return pair(x, weights, following, **options)
+
     monkeypatch.setattr(seam.kernels, "convolution", watched)
+    monkeypatch.setattr(seam.kernels, "convolution_pair", watched_pair)
     return seen
 
 
@@ -122,7 +127,9 @@ def test_trunks_are_the_plain_ones_also_after_a_refresh(kind: type[nn.Module], c
     assert error(folded(x), exact(other, x)) < 1e-4
     assert torch.equal(folded(x), fold_backbone(other, torch.float32, "reference")(x))
     if kind is ResNet50:
-        assert sum(call["second"] is not None for call in calls[:48]) == 4
+        first = calls[: 48 - 12]
+        assert sum("following" in call for call in first) == 12
+        assert sum(call["second"] is not None for call in first) == 4
 
 
 def test_auto_asks_the_choice_and_library_never(monkeypatch: pytest.MonkeyPatch) -> None:

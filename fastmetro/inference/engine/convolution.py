@@ -104,23 +104,59 @@ def basic_block(x: Tensor, weights: BlockWeights) -> Tensor:
     return _residual(x, weights, 2)
 
 
-def residual_block(x: Tensor, weights: BlockWeights) -> Tensor:
-    """Whichever of the two the weights are for."""
-    return bottleneck(x, weights) if len(weights.convolutions) == 3 else basic_block(x, weights)
+def residual_chain(x: Tensor, blocks: Sequence[BlockWeights]) -> Tensor:
+    """Residual blocks one behind the other; a block's last convolution and the next one's first may be one kernel."""
+    first: Tensor | None = None
+    for block, following in zip(blocks, [*blocks[1:], None], strict=True):
+        inner = _inner(x, block, first)
+        both = None if following is None else _pair(inner, x, block, _layers(following)[0])
+        x, first = both or (_last(inner, x, block), None)
+    return x
+
+
+def _layers(weights: BlockWeights) -> list[ConvolutionWeights]:
+    return [cast(ConvolutionWeights, layer) for layer in weights.convolutions]
 
 
 def _residual(x: Tensor, weights: BlockWeights, count: int) -> Tensor:
-    layers = [cast(ConvolutionWeights, layer) for layer in weights.convolutions]
-    if len(layers) != count:
-        raise ValueError(f"weights must be those of a block of {count} convolutions, got {len(layers)}")
-    inner, last = x, layers[-1]
-    for layer in layers[:-1]:
+    if len(weights.convolutions) != count:
+        raise ValueError(f"weights must be those of a block of {count} convolutions, got {len(weights.convolutions)}")
+    return _last(_inner(x, weights), x, weights)
+
+
+def _inner(x: Tensor, weights: BlockWeights, first: Tensor | None = None) -> Tensor:
+    """What a block's last convolution takes; `first` is what its first one gives, if that is there already."""
+    beginning, *others = _layers(weights)[:-1]
+    inner = convolution(x, beginning, relu=True) if first is None else first
+    for layer in others:
         inner = convolution(inner, layer, relu=True)
+    return inner
+
+
+def _last(inner: Tensor, x: Tensor, weights: BlockWeights) -> Tensor:
+    """A block's last convolution and its shortcut from the block's input."""
+    last = _layers(weights)[-1]
     if weights.downsample is None:
         return convolution(inner, last, relu=True, residual=x)
     if (y := _by_kernel(inner, last, relu=True, second=x, second_weights=weights.downsample)) is not None:
         return y
     return convolution(inner, last, relu=True, residual=convolution(x, weights.downsample))
+
+
+def _pair(
+    inner: Tensor, x: Tensor, weights: BlockWeights, following: ConvolutionWeights
+) -> tuple[Tensor, Tensor] | None:
+    """A block's end and the next block's first convolution in one kernel, or None: they are two."""
+    last, branch = _layers(weights)[-1], weights.downsample
+    if last.backend == LIBRARY or (last.backend == AUTO and not inner.is_cuda):
+        return None
+    laid_out, more = last.laid_out(branch), following.laid_out()
+    if laid_out is None or more is None or kernels.pair_problem(laid_out, more) is not None:
+        return None
+    residual, second = (x, None) if branch is None else (None, x)
+    if last.backend == AUTO and kernels.choose_pair(inner, laid_out, more, residual, second) is None:
+        return None
+    return kernels.convolution_pair(inner, laid_out, more, residual=residual, second=second, backend=last.backend)
 
 
 def exchange_output(features: Sequence[Tensor], weights: ExchangeWeights) -> Tensor:

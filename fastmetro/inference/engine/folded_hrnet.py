@@ -16,7 +16,7 @@ from fastmetro.inference.engine.batch_norm import (
     downsample_bias_fold,
     fold_batch_norm,
 )
-from fastmetro.inference.engine.convolution import basic_block, bottleneck, convolution, exchange_output
+from fastmetro.inference.engine.convolution import basic_block, bottleneck, convolution, exchange_output, residual_chain
 from fastmetro.inference.engine.exact_pixels import exact_pixel_constants, fold_pixels
 from fastmetro.inference.engine.folded_backbone import FoldedBackbone
 from fastmetro.inference.engine.report import Fold
@@ -123,8 +123,7 @@ class FoldedHRNet(FoldedBackbone):
         if height % 32 or width % 32:
             raise ValueError(f"images must have a height and width that are multiples of 32, got {height} x {width}")
         x = self._relu_convolution(convolution(images, first, relu=True), "conv2")
-        for block in self.layer1:
-            x = bottleneck(x, cast(BlockWeights, block))
+        x = residual_chain(x, cast("list[BlockWeights]", list(self.layer1)))
         features = [self._relu_convolution(x, name) for name in ("transition1_0", "transition1_1")]
         features = self._stage(0, features)
         features = self._stage(1, [*features, self._relu_convolution(features[-1], "transition2")])

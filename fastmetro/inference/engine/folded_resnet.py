@@ -13,7 +13,7 @@ from fastmetro.inference.engine.batch_norm import (
     downsample_bias_fold,
     fold_batch_norm,
 )
-from fastmetro.inference.engine.convolution import residual_block, stem
+from fastmetro.inference.engine.convolution import residual_chain, stem
 from fastmetro.inference.engine.exact_pixels import exact_pixel_constants, fold_pixels
 from fastmetro.inference.engine.folded_backbone import FoldedBackbone
 from fastmetro.inference.engine.weights import BlockWeights, StemWeights
@@ -48,10 +48,7 @@ class FoldedResNet(FoldedBackbone):
         return self._behind(images, self.pixel_stem)
 
     def _behind(self, images: Tensor, weights: StemWeights) -> Tensor:
-        x = stem(images, weights)
-        for block in self.blocks:
-            x = residual_block(x, cast(BlockWeights, block))
-        return x
+        return residual_chain(stem(images, weights), cast("list[BlockWeights]", list(self.blocks)))
 
     def _load(self, backbone: nn.Module) -> None:
         convolution, norm, blocks = _parts(backbone)
