@@ -14,11 +14,6 @@ struct Config {
   int groups;  // of 64 rows
 };
 
-#ifdef FM_TIMELINE
-long long* timeline = nullptr;
-int64_t timeline_numbers = 0;  // of a launch
-#endif
-
 void check_config(const Config& config) {
   STD_TORCH_CHECK(config.split == 1 || config.split == 2 || config.split == 4 || config.split == 8,
                   "convolution_native: split must be 1, 2, 4 or 8, got ", config.split);
@@ -31,27 +26,55 @@ void check_config(const Config& config) {
                   "convolution_native: two groups of 128 columns need 3 stages, got ", config.stages);
 }
 
-template <typename T, int COLUMNS>
+struct Grid {
+  dim3 blocks;
+  int threads, bytes;
+};
+
+template <typename T>
+Grid grid_of(const Problem<T>& problem, const Config& config) {
+  const unsigned rows = config.groups * kRows;
+  return {dim3(config.split, (problem.output.rows + rows - 1) / rows,
+               (problem.output.channels + config.columns - 1) / config.columns),
+          config.groups * kWarpgroup + 32, shared_bytes(config.columns, config.groups, config.split, config.stages)};
+}
+
+template <typename T, int COLUMNS, bool TIMED>
 void launch(const Problem<T>& problem, const Config& config, cudaStream_t stream) {
-  const int per_block = config.groups * kRows;
-  const unsigned rows = (problem.output.rows + per_block - 1) / per_block;
-  const unsigned columns = (problem.output.channels + COLUMNS - 1) / COLUMNS;
-  const auto kernel = config.groups == 2  ? convolution_kernel<T, COLUMNS, 2, false>
-                      : config.split == 1 ? convolution_kernel<T, COLUMNS, 1, false>
-                                          : convolution_kernel<T, COLUMNS, 1, true>;
-  const int bytes = shared_bytes(COLUMNS, config.groups, config.split, config.stages);
-  fm::launch_kernel(kernel, dim3(config.split, rows, columns), config.groups * kWarpgroup + 32, bytes,
-                    config.split, config.early, stream, problem);
+  const auto kernel = config.groups == 2  ? convolution_kernel<T, COLUMNS, 2, false, TIMED>
+                      : config.split == 1 ? convolution_kernel<T, COLUMNS, 1, false, TIMED>
+                                          : convolution_kernel<T, COLUMNS, 1, true, TIMED>;
+  const Grid grid = grid_of(problem, config);
+  fm::launch_kernel(kernel, grid.blocks, grid.threads, grid.bytes, config.split, config.early, stream, problem);
+}
+
+template <typename T, bool TIMED>
+void run(const Problem<T>& problem, const Config& config, cudaStream_t stream) {
+  switch (config.columns) {
+    case 32: return launch<T, 32, TIMED>(problem, config, stream);
+    case 64: return launch<T, 64, TIMED>(problem, config, stream);
+    case 128: return launch<T, 128, TIMED>(problem, config, stream);
+    default: STD_TORCH_CHECK(false, "convolution_native: columns must be 32, 64 or 128, got ", config.columns);
+  }
+}
+
+Config make_config(const std::vector<int64_t>& config) {
+  STD_TORCH_CHECK(config.size() == 5, "convolution_native: config must hold columns, split, stages, early, groups");
+  const Config chosen{int(config[0]), int(config[1]), int(config[2]), config[3] != 0, int(config[4])};
+  check_config(chosen);
+  return chosen;
 }
 
 template <typename T>
-void run(const Problem<T>& problem, const Config& config, cudaStream_t stream) {
-  switch (config.columns) {
-    case 32: return launch<T, 32>(problem, config, stream);
-    case 64: return launch<T, 64>(problem, config, stream);
-    case 128: return launch<T, 128>(problem, config, stream);
-    default: STD_TORCH_CHECK(false, "convolution_native: columns must be 32, 64 or 128, got ", config.columns);
-  }
+Problem<T> make_problem(const Arguments& arguments, Tensor& out, const Config& config) {
+  Problem<T> problem{};
+  problem.inputs = make_inputs(arguments, out, config.columns, config.stages);
+  problem.output = make_output<T>(arguments.bias, arguments.residual, out, arguments.relu);
+  problem.split = config.split;
+  const int depth = problem.inputs.first.depth + problem.inputs.second.depth;
+  STD_TORCH_CHECK(config.split <= depth, "convolution_native: split must be at most the ", depth,
+                  " chunks of the depth, got ", config.split);
+  return problem;
 }
 
 // `x` [N, H, W, C] and `weight` [K, R, S, C]; `bias` float32 [K]; `residual` as the output [N, P, Q, K]; `second`
@@ -61,39 +84,41 @@ Tensor convolution(Tensor x, Tensor weight, Tensor bias, std::optional<Tensor> r
                    std::optional<Tensor> second_weight, int64_t stride, int64_t padding, int64_t second_stride, bool relu,
                    std::vector<int64_t> config) {
   const Arguments arguments{x, weight, bias, residual, second, second_weight, stride, padding, second_stride, relu};
-  STD_TORCH_CHECK(config.size() == 5, "convolution_native: config must hold columns, split, stages, early, groups");
-  const Config chosen{int(config[0]), int(config[1]), int(config[2]), config[3] != 0, int(config[4])};
-  check_config(chosen);
+  const Config chosen = make_config(config);
   STD_TORCH_CHECK(x.is_cuda(), "convolution_native: x must be on a CUDA device");
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   Tensor out = make_out(arguments);
   if (out.numel() == 0) return out;
   const auto call = [&]<typename T>(T*) {
-    Problem<T> problem{};
-    problem.inputs = make_inputs(arguments, out, chosen.columns, chosen.stages);
-    problem.output = make_output<T>(bias, residual, out, relu);
-    problem.split = chosen.split;
-    const int depth = problem.inputs.first.depth + problem.inputs.second.depth;
-    STD_TORCH_CHECK(chosen.split <= depth, "convolution_native: split must be at most the ", depth,
-                    " chunks of the depth, got ", chosen.split);
-#ifdef FM_TIMELINE
-    problem.times = timeline;
-    if (timeline != nullptr) timeline += timeline_numbers;
-#endif
-    run(problem, chosen, fm::current_stream(x));
+    run<T, false>(make_problem<T>(arguments, out, chosen), chosen, fm::current_stream(x));
   };
   if (x.scalar_type() == ScalarType::Half) call(static_cast<__half*>(nullptr));
   else call(static_cast<__nv_bfloat16*>(nullptr));
   return out;
 }
 
+// The same in float16, and what its blocks note of themselves: int64 [blocks, kStamps], in clocks of the multiprocessor.
+std::tuple<Tensor, Tensor> timeline(Tensor x, Tensor weight, Tensor bias, std::optional<Tensor> residual,
+                                    std::optional<Tensor> second, std::optional<Tensor> second_weight, int64_t stride,
+                                    int64_t padding, int64_t second_stride, bool relu, std::vector<int64_t> config) {
+  const Arguments arguments{x, weight, bias, residual, second, second_weight, stride, padding, second_stride, relu};
+  const Config chosen = make_config(config);
+  STD_TORCH_CHECK(x.is_cuda() && x.scalar_type() == ScalarType::Half,
+                  "convolution_timeline_native: x must be float16 on a CUDA device");
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  Tensor out = make_out(arguments);
+  STD_TORCH_CHECK(out.numel() > 0, "convolution_timeline_native: x must not be empty");
+  Problem<__half> problem = make_problem<__half>(arguments, out, chosen);
+  const dim3 blocks = grid_of(problem, chosen).blocks;
+  Tensor times = torch::stable::new_empty(x, {int64_t(blocks.x) * blocks.y * blocks.z, kStamps}, ScalarType::Long);
+  problem.times = static_cast<long long*>(times.mutable_data_ptr());
+  run<__half, true>(problem, chosen, fm::current_stream(x));
+  return {out, times};
+}
+
 }  // namespace
 
-#ifdef FM_TIMELINE
-// From now on every launch stamps the next so many numbers of device memory; null ends it.
-extern "C" __attribute__((visibility("default"))) void fm_convolution_timeline(long long* memory, int64_t numbers) {
-  timeline = memory, timeline_numbers = numbers;
+STABLE_TORCH_LIBRARY_IMPL(fastmetro_kernels, CUDA, m) {
+  m.impl("convolution_native", TORCH_BOX(&convolution));
+  m.impl("convolution_timeline_native", TORCH_BOX(&timeline));
 }
-#endif
-
-STABLE_TORCH_LIBRARY_IMPL(fastmetro_kernels, CUDA, m) { m.impl("convolution_native", TORCH_BOX(&convolution)); }

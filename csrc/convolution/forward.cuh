@@ -19,9 +19,7 @@ struct Problem {
   Inputs inputs;
   Output<T> output;
   int split;  // blocks of a cluster
-#ifdef FM_TIMELINE
-  long long* times;  // [blocks, kStamps] of clock64, the last one the multiprocessor
-#endif
+  long long* times;  // [blocks, kStamps] where the kernel is TIMED
 };
 
 // Bytes of shared memory, in front of which up to 1023 are lost to alignment.
@@ -31,8 +29,22 @@ constexpr int shared_bytes(int columns, int groups, int split, int stages) {
   return ring + sums + (2 * kMaxStages + 1) * 8 + 1024;
 }
 
-// SHARED: the blocks of a cluster, of one group each, share the depth; else a block is alone.
-template <typename T, int COLUMNS, int GROUPS, bool SHARED>
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+// Notes the time if the kernel is a TIMED one.
+template <bool TIMED, typename T>
+__device__ __forceinline__ void stamp(const Problem<T>& p, Stamp stamp) {
+  if constexpr (TIMED) {
+    if (threadIdx.x > 0) return;
+    const int block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+    p.times[block * kStamps + stamp] = stamp == kMultiprocessor ? fm::multiprocessor() : clock64();
+  }
+}
+
+#endif
+
+// SHARED: the blocks of a cluster, of one group each, share the depth; else a block is alone. TIMED: for a timeline.
+template <typename T, int COLUMNS, int GROUPS, bool SHARED, bool TIMED>
 __global__ void __launch_bounds__(GROUPS* kWarpgroup + 32) convolution_kernel(const __grid_constant__ Problem<T> p) {
   static_assert(GROUPS == 1 || !SHARED);
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -49,12 +61,12 @@ __global__ void __launch_bounds__(GROUPS* kWarpgroup + 32) convolution_kernel(co
   const MyTile tile{p.inputs, ring, static_cast<int>(blockIdx.y) * GROUPS * kRows, static_cast<int>(blockIdx.z) * COLUMNS, from,
                     to - from};
 
-  if (threadIdx.x == 0) { FM_STAMP(0, clock64()); }
+  stamp<TIMED>(p, kStarted);
   fm::launch_dependents();
   if (threadIdx.x == GROUPS * kWarpgroup) prepare(p.inputs, ring, GROUPS, arrived, SHARED ? kRows * COLUMNS * 4 : 0);
   __syncthreads();
   if constexpr (SHARED) fm::cluster_arrive<false>();
-  if (threadIdx.x == 0) { FM_STAMP(1, clock64()); }
+  stamp<TIMED>(p, kPrepared);
 
   if (threadIdx.x >= GROUPS * kWarpgroup) {
     ask(tile);
@@ -68,13 +80,13 @@ __global__ void __launch_bounds__(GROUPS* kWarpgroup + 32) convolution_kernel(co
     const int3 position = tile.position(group);
     if constexpr (SHARED) fm::cluster_wait();  // all barriers of the cluster are there
     fm::wait_for_previous_grid();
-    if (threadIdx.x == 0) { FM_STAMP(2, clock64()); }
+    stamp<TIMED>(p, kWaited);
     ask_for_first_pixels(tile, group, position);
     mine.load_residual(p.output);
-    if (threadIdx.x == 0) { FM_STAMP(3, clock64()); }
+    stamp<TIMED>(p, kAsked);
     float sums[COLUMNS / 2];
     multiply_chunks<T>(tile, group, sums);
-    if (threadIdx.x == 0) { FM_STAMP(5, clock64()); }
+    stamp<TIMED>(p, kMultiplied);
     fm::SharedAddress rows = parts;
     if constexpr (SHARED) {
       exchange<COLUMNS>(sums, parts, arrived, own);
@@ -85,14 +97,11 @@ __global__ void __launch_bounds__(GROUPS* kWarpgroup + 32) convolution_kernel(co
       lay_out_rows<COLUMNS>(sums, rows);
       asm volatile("bar.sync %0, 128;" ::"r"(2 + group) : "memory");
     }
-    if (threadIdx.x == 0) { FM_STAMP(6, clock64()); }
+    stamp<TIMED>(p, kExchanged);
     mine.finish(p.output, rows, own, split);
-    if (threadIdx.x == 0) { FM_STAMP(7, clock64()); }
+    stamp<TIMED>(p, kStored);
   }
-  if (threadIdx.x == 0) {
-    FM_STAMP(8, clock64());
-    FM_STAMP(9, fm::multiprocessor());
-  }
+  stamp<TIMED>(p, kMultiprocessor);
 #endif  // No block leaves before all that is sent to it has come, and what it sends itself needs it no more.
 }
 

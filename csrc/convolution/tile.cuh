@@ -46,15 +46,8 @@ struct Output {
   bool relu;
 };
 
-// Stamps for the timeline of a layer (bench/convolution); in the built library they are nothing.
-#ifdef FM_TIMELINE
-constexpr int kStamps = 10;
-#define FM_STAMP(place, value)                                                                                       \
-  if (p.times != nullptr)                                                                                            \
-  p.times[((blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x) * fm_convolution::kStamps + (place)] = value
-#else
-#define FM_STAMP(place, value)
-#endif
+// What a block notes of itself, in clocks of its multiprocessor; the last is which one that is.
+enum Stamp { kStarted, kPrepared, kWaited, kAsked, kMultiplied, kExchanged, kStored, kMultiprocessor, kStamps };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL  // what follows exists on 9.0 only, not on chips after it
 

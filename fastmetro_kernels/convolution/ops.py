@@ -9,11 +9,15 @@ from torch import Tensor
 
 NAMESPACE = "fastmetro_kernels"
 
-torch.library.define(
-    f"{NAMESPACE}::convolution_native",
+_ARGUMENTS = (
     "(Tensor x, Tensor weight, Tensor bias, Tensor? residual, Tensor? second, Tensor? second_weight, int stride, "
-    "int padding, int second_stride, bool relu, int[] config) -> Tensor",
+    "int padding, int second_stride, bool relu, int[] config)"
 )
+torch.library.define(f"{NAMESPACE}::convolution_native", f"{_ARGUMENTS} -> Tensor")
+torch.library.define(f"{NAMESPACE}::convolution_timeline_native", f"{_ARGUMENTS} -> (Tensor, Tensor)")
+
+STAMPS = ("started", "prepared", "waited", "asked", "multiplied", "exchanged", "stored", "multiprocessor")
+"""What a block of `convolution_timeline_native` notes, as in ``csrc/convolution/tile.cuh``."""
 
 
 @torch.library.register_fake(f"{NAMESPACE}::convolution_native")
@@ -40,3 +44,9 @@ def _fake(
 def convolution_native(*arguments: object) -> Tensor:
     """See ``csrc/convolution/convolution.cu``: x [N, H, W, C] -> [N, P, Q, O], contiguous."""
     return torch.ops.fastmetro_kernels.convolution_native(*arguments)
+
+
+def convolution_timeline_native(*arguments: object) -> tuple[Tensor, Tensor]:
+    """The same of float16 images, and int64 [blocks, `STAMPS`]: when each block did what, in clocks; the last which
+    multiprocessor it ran on."""
+    return torch.ops.fastmetro_kernels.convolution_timeline_native(*arguments)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fastmetro_kernels.backends import BackendUnavailable
-from fastmetro_kernels.convolution import ConvolutionConfig, ConvolutionWeights, convolution, lay_out
+from fastmetro_kernels.convolution import ConvolutionConfig, ConvolutionWeights, convolution, lay_out, ops
 from fastmetro_kernels.convolution.configs import Shape, pinned, problem, usable
 from fastmetro_kernels.convolution.layout import as_conv2d
 
@@ -132,6 +132,21 @@ def test_a_thousand_replays_on_two_streams_at_once() -> None:
                 differing += torch.stack([(y != first).sum() for y in outputs]).sum()
     torch.cuda.synchronize()
     assert [int(differing) for *_, differing in replays] == [0, 0]
+
+
+@GPU
+@pytest.mark.parametrize("config", [ConvolutionConfig(64, 4, 4), ConvolutionConfig(128, 1, 4, groups=2)], ids=str)
+def test_blocks_note_their_times(config: ConvolutionConfig) -> None:
+    x, weights, _, _, _ = make((1, 28, 28, 64, 128, 3, 1), "cuda", torch.float16)
+    rows = x.permute(0, 2, 3, 1).contiguous()
+    arguments = (rows, weights.weight, weights.bias, None, None, None, 1, 1, 1, True, list(map(int, config)))
+    out, times = ops.convolution_timeline_native(*arguments)
+    assert torch.equal(out, ops.convolution_native(*arguments))
+    blocks = config.split * -(-784 // (64 * config.groups)) * -(-128 // config.columns)
+    assert times.shape == (blocks, len(ops.STAMPS))
+    spans = times[:, :-1].diff(dim=1)
+    assert bool((spans >= 0).all()) and bool((spans.sum(1) < 1e8).all())
+    assert bool((times[:, -1] >= 0).all()) and int(times[:, -1].max()) < 1000
 
 
 def test_configurations() -> None:
