@@ -5,4 +5,4 @@ from __future__ import annotations
 from typing import Literal
 
 Compat = Literal["published"]
-"""Do as the released code does, also where that is not right; docs/train.md has the list."""
+"""Do as the released code does, also where that is not right; docs/training.md has the list."""

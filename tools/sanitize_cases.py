@@ -34,11 +34,9 @@ from fastmetro_kernels import (  # noqa: E402
     topology_attention,
 )
 from fastmetro_kernels.attention import dispatch, native  # noqa: E402
-from fastmetro_kernels.convolution import ConvolutionConfig, configs, convolution, lay_out  # noqa: E402
+from tools.sanitize_common import BFLOAT, FLOAT, HALF, TOLERANCE, compare  # noqa: E402
+from tools.sanitize_convolutions import Convolution, Pair, Stem, convolution_native  # noqa: E402
 
-HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32
-TOLERANCE = {HALF: 1e-2, BFLOAT: 6e-2, FLOAT: 1e-4}
-"""Largest difference to float32 on the CPU, relative to the largest number."""
 MULTIPROCESSORS = torch.cuda.get_device_properties(0).multi_processor_count if torch.cuda.is_available() else 132
 """Of an H200 where there is no GPU. Which kernel takes a case depends on it."""
 
@@ -116,18 +114,6 @@ def laid_out(x: Tensor, layout: str, device: str) -> Tensor:
     if layout == "shared":
         return x[:1].to(device).expand_as(x)
     return x.transpose(1, 2).contiguous().to(device).transpose(1, 2) if layout == "strided" else x.to(device)
-
-
-def compare(name: str, got: Tensor, want: Tensor, tolerance: float) -> None:
-    """Raise unless both are equal up to the tolerance and infinite in the same places."""
-    got, want = got.double(), want.double()
-    finite = torch.isfinite(want)
-    if not torch.equal(got[~finite], want[~finite]):
-        raise AssertionError(f"{name}: infinite numbers differ")
-    error = (got[finite] - want[finite]).abs().amax().item() if finite.any() else 0.0
-    allowed = tolerance * max(want[finite].abs().amax().item(), 1.0) if finite.any() else 0.0
-    if not error <= allowed:
-        raise AssertionError(f"{name}: differs by {error:.3g} from plain PyTorch, allowed are {allowed:.3g}")
 
 
 def mesh(rows: int, columns: int, hubs: int, order: str = "locality") -> TokenTopology:
@@ -310,51 +296,8 @@ def rasterization_native() -> Iterator[Rasterization]:
     yield Rasterization(1, 1, 1, 1)
 
 
-@dataclass(frozen=True)
-class Convolution:
-    """One call of `convolution` with one tile; there is no kernel for CPUs, where the reference runs."""
-
-    size: tuple[int, int, int]  # images, height, width
-    channels: tuple[int, int]  # in and out
-    config: ConvolutionConfig
-    kernel: int = 3
-    stride: int = 1
-    dtype: torch.dtype = HALF
-    residual: bool = False
-    second: bool = False
-
-    def run(self, backend: str, device: str) -> None:
-        got = self._result(self.dtype, "reference" if device == "cpu" else backend, device)
-        compare("out", got, self._result(FLOAT, "reference", "cpu"), TOLERANCE[self.dtype])
-
-    def _result(self, dtype: torch.dtype, backend: str, device: str) -> Tensor:
-        generator = torch.Generator().manual_seed(self.kernel)
-
-        def normal(*size: int, scale: float = 1.0) -> Tensor:  # of the case's type, in whatever type it is computed
-            return (scale * torch.randn(size, generator=generator)).to(self.dtype).to(device, dtype)
-
-        (n, h, w), (c, k), taps = self.size, self.channels, self.kernel
-        p, q = (h - 1) // self.stride + 1, (w - 1) // self.stride + 1
-        more = (normal(k, 48, 1, 1, scale=48**-0.5), normal(k), 2) if self.second else None
-        weights = lay_out(normal(k, c, taps, taps, scale=(c * taps**2) ** -0.5), normal(k), self.stride, second=more)
-        images = [normal(n, *size) for size in ((h, w, c), (p, q, k), (2 * p, 2 * q - 1, 48))]
-        x, kept, branch = (one.permute(0, 3, 1, 2) for one in images)
-        added = {"residual": kept if self.residual else None, "second": branch if more else None}
-        return convolution(x, weights, config=self.config, backend=backend, **added).cpu()
-
-
-def convolution_native() -> Iterator[Convolution]:
-    """Every width of a tile and every split, with rings that wrap around, at sizes that fill no tile."""
-    for columns in configs.COLUMNS:
-        for split in configs.SPLITS:
-            yield Convolution((3, 7, 5), (80, 144), ConvolutionConfig(columns, split, 2), residual=True)
-    yield Convolution((2, 9, 9), (112, 48), ConvolutionConfig(64, 2, 4, early=False), stride=2, second=True)
-    yield Convolution((1, 1, 1), (16, 16), ConvolutionConfig(32, 1, 2), kernel=1)
-    yield Convolution((2, 8, 8), (64, 256), ConvolutionConfig(128, 1, 3, groups=2), residual=True, dtype=BFLOAT)
-    yield Convolution((1, 14, 14), (128, 64), ConvolutionConfig(64, 8, 4), kernel=5, second=True, stride=2)
-
-
-GROUPS: dict[str, Callable[[], Iterator[Attention | Upsampling | Rasterization | Convolution]]] = {
+Case = Attention | Upsampling | Rasterization | Convolution | Pair | Stem
+GROUPS: dict[str, Callable[[], Iterator[Case]]] = {
     "attention-native": attention_native,
     "attention-triton": attention_triton,
     "upsampling-native": upsampling_native,

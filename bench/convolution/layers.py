@@ -45,6 +45,12 @@ class Used(NamedTuple):
         branch = Layer(layer.images, height, width, layer.second, layer.outputs, 1, 1, stride, 0)
         return Used(branch, False, False), Used(layer._replace(second=0), True, self.relu)
 
+    @property
+    def out(self) -> tuple[int, int]:
+        """Height and width of the result."""
+        height, width = self.layer.output
+        return height * self.layer.scale, width * self.layer.scale
+
     def flop(self) -> int:
         """Two for each multiply-add."""
         layer = self.layer
@@ -57,7 +63,8 @@ class Used(NamedTuple):
         taps = layer.down * layer.across
         pixels = min(layer.images * layer.height * layer.width, rows * taps) * layer.channels
         weights = layer.outputs * (taps * layer.channels + layer.second)
-        return pixels + rows * layer.second + weights + rows * layer.outputs * (1 + self.residual)
+        results = rows * layer.scale**2 * layer.outputs
+        return pixels + rows * layer.second + weights + results * (1 + self.residual)
 
     def floor(self, element_size: int, bytes_per_second: float) -> float:
         """Seconds that moving the bytes or multiplying takes at least."""
@@ -101,13 +108,14 @@ def used_layers(trunk: str, images: int, side: int) -> Counter[Used]:
         second: Tensor | None,
         relu: bool,
         backend: str,
+        scale: int = 1,
     ) -> Tensor:
         place = (0, 0, 0) if second is None else (second.shape[2], second.shape[3], weights.second_stride)
-        one = Used(layer_of(x, weights, residual, second), residual is not None, relu, place)
+        one = Used(layer_of(x, weights, residual, second, scale), residual is not None, relu, place)
         found[one] += 1
         for other in one.separate() if second is not None else ():
             found[other] += 0
-        return reference.convolution(x, weights, residual, second, relu)
+        return reference.convolution(x, weights, residual, second, relu, scale)
 
     def pair(x: Tensor, weights: ConvolutionWeights, following: ConvolutionWeights, **options: Any) -> Any:
         wide = record(x, weights, relu=True, **options)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bench import common
 from bench.convolution.layers import Used
-from fastmetro.inference.engine.convolution import convolution
+from fastmetro.inference.engine.convolution import convolution, repeated_convolution
 from fastmetro.inference.engine.weights import LIBRARY, ConvolutionWeights
 from fastmetro_kernels import convolution as kernels
 from fastmetro_kernels.convolution import ConvolutionConfig
@@ -68,7 +68,7 @@ def make_inputs(used: Used, dtype: torch.dtype, device: torch.device, seed: int)
         second = images(layer.second, height, width)
         branch = nn.Conv2d(layer.second, layer.outputs, 1, stride=stride, bias=False, device=device)
         projection = _weights(branch, dtype, generator)
-    residual = images(layer.outputs, *layer.output) if used.residual else None
+    residual = images(layer.outputs, *used.out) if used.residual else None
     x = images(layer.channels, layer.height, layer.width)
     return Inputs(x, residual, second, _weights(first, dtype, generator), projection)
 
@@ -96,6 +96,8 @@ class Case:
     def library(self, inputs: Inputs) -> Tensor:
         """cuDNN's fused calls as the engine makes them (oneDNN's on a CPU)."""
         residual = inputs.residual
+        if self.used.layer.scale > 1 and residual is not None:
+            return repeated_convolution(inputs.x, inputs.weights, residual, self.used.relu)
         if inputs.second is not None and inputs.projection is not None:
             residual = convolution(inputs.second, inputs.projection)
         return convolution(inputs.x, inputs.weights, self.used.relu, residual)
@@ -121,14 +123,15 @@ class Case:
     def is_product(self) -> bool:
         """Whether `product` can compute it."""
         layer = self.used.layer
-        return (layer.down, layer.across, layer.stride, layer.second) == (1, 1, 1, 0)
+        return (layer.down, layer.across, layer.stride, layer.second, layer.scale) == (1, 1, 1, 0, 1)
 
     def ours(self, inputs: Inputs, config: ConvolutionConfig) -> Tensor:
         """The kernel with this tile; on a CPU the op's reference."""
         laid_out = inputs.weights.laid_out(inputs.projection)
         assert laid_out is not None  # only such layers are recorded
         return kernels.convolution(
-            inputs.x, laid_out, residual=inputs.residual, second=inputs.second, relu=self.used.relu, config=config,
+            inputs.x, laid_out, residual=inputs.residual, second=inputs.second, relu=self.used.relu,
+            scale=self.used.layer.scale, config=config,
             backend="native" if self.device.type == "cuda" else "reference",
         )  # fmt: skip
 
@@ -154,6 +157,8 @@ def _exact(used: Used, inputs: Inputs) -> Tensor:
         y = F.conv2d(_ends(inputs.x).double(), weights.weight.double(), bias, weights.stride, weights.padding)
         if inputs.second is not None and projection is not None:
             y += F.conv2d(_ends(inputs.second).double(), projection.weight.double(), None, projection.stride)
+    if (scale := used.layer.scale) > 1:
+        y = y.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     if inputs.residual is not None:
         y += _ends(inputs.residual).double()
     return y.relu() if used.relu else y

@@ -4,7 +4,8 @@
 
 The trunk runs as one CUDA graph with a variant of the kernel that notes the clock of its multiprocessor at every step.
 Clocks of different multiprocessors have nothing to do with one another, so spans are taken within a block, and the time
-from one kernel to the next on multiprocessors that ran both. Pairs run as two kernels here.
+from one kernel to the next on multiprocessors that ran both. Pairs run as two kernels here, and kernels that repeat
+their results note nothing.
 """
 
 from __future__ import annotations
@@ -65,9 +66,13 @@ def record(trunk: str, images: int, device: torch.device) -> tuple[list[str], li
     folded, x = fold_backbone(backbone, torch.float16), pixels.to(torch.float16, memory_format=torch.channels_last)
     names: list[str] = []
     stamps: list[Tensor] = []
+    convolution_native = ops.convolution_native
 
     def noted(*arguments: object) -> Tensor:
-        out, times = ops.convolution_timeline_native(*arguments)
+        *others, scale, config = arguments
+        if scale != 1:
+            return convolution_native(*arguments)
+        out, times = ops.convolution_timeline_native(*others, config)
         names.append(_name(*arguments))
         stamps.append(times)
         return out

@@ -101,7 +101,7 @@ def measure_layer(layer: Layer, cases: Sequence[Case]) -> tuple[Entry, Rivals]:
     """The best tile of a layer by the sum over the ways in which it is used, or the library; and what is near it."""
     limits = [ERROR_FACTOR * case.error(case.library(case.sets[0])) for case in cases]
     quick: list[tuple[float, ConvolutionConfig]] = []
-    for config in usable(layer.shape):
+    for config in usable(layer.shape, layer.scale):
         if all(_right(case, config, limit) for case, limit in zip(cases, limits, strict=True)):
             timers = [_ours(case, config, FEW_CALLS) for case in cases]
             take_in_turn(timers, FEW_ROUNDS)

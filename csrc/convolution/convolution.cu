@@ -39,22 +39,32 @@ Grid grid_of(const Problem<T>& problem, const Config& config) {
           config.groups * kWarpgroup + 32, shared_bytes(config.columns, config.groups, config.split, config.stages)};
 }
 
-template <typename T, int COLUMNS, bool TIMED>
+template <typename T, int COLUMNS, Kind KIND>
+auto kernel_of(const Config& config) {
+  if constexpr (KIND != kRepeats) {
+    if (config.groups == 2) return convolution_kernel<T, COLUMNS, 2, false, KIND>;
+  }
+  return config.split == 1 ? convolution_kernel<T, COLUMNS, 1, false, KIND>
+                           : convolution_kernel<T, COLUMNS, 1, true, KIND>;
+}
+
+template <typename T, int COLUMNS, Kind KIND>
 void launch(const Problem<T>& problem, const Config& config, cudaStream_t stream) {
-  const auto kernel = config.groups == 2  ? convolution_kernel<T, COLUMNS, 2, false, TIMED>
-                      : config.split == 1 ? convolution_kernel<T, COLUMNS, 1, false, TIMED>
-                                          : convolution_kernel<T, COLUMNS, 1, true, TIMED>;
+  const auto kernel = kernel_of<T, COLUMNS, KIND>(config);
   const Grid grid = grid_of(problem, config);
   fm::launch_kernel(kernel, grid.blocks, grid.threads, grid.bytes, config.split, config.early, stream, problem);
 }
 
-template <typename T, bool TIMED>
+template <typename T, Kind KIND>
 void run(const Problem<T>& problem, const Config& config, cudaStream_t stream) {
   switch (config.columns) {
-    case 32: return launch<T, 32, TIMED>(problem, config, stream);
-    case 64: return launch<T, 64, TIMED>(problem, config, stream);
-    case 128: return launch<T, 128, TIMED>(problem, config, stream);
-    default: STD_TORCH_CHECK(false, "convolution_native: columns must be 32, 64 or 128, got ", config.columns);
+    case 32: return launch<T, 32, KIND>(problem, config, stream);
+    case 64: return launch<T, 64, KIND>(problem, config, stream);
+    case 128:
+      if constexpr (KIND != kRepeats) return launch<T, 128, KIND>(problem, config, stream);
+      [[fallthrough]];
+    default: STD_TORCH_CHECK(false, "convolution_native: columns must be 32, 64 or, with scale 1, 128, got ",
+                             config.columns);
   }
 }
 
@@ -68,8 +78,8 @@ Config make_config(const std::vector<int64_t>& config) {
 template <typename T>
 Problem<T> make_problem(const Arguments& arguments, Tensor& out, const Config& config) {
   Problem<T> problem{};
-  problem.inputs = make_inputs(arguments, out, config.columns, config.stages);
-  problem.output = make_output<T>(arguments.bias, arguments.residual, out, arguments.relu);
+  problem.inputs = make_inputs(arguments, config.columns, config.stages);
+  problem.output = make_output<T>(arguments.bias, arguments.residual, out, arguments.relu, int(arguments.scale));
   problem.split = config.split;
   const int depth = problem.inputs.first.depth + problem.inputs.second.depth;
   STD_TORCH_CHECK(config.split <= depth, "convolution_native: split must be at most the ", depth,
@@ -78,19 +88,25 @@ Problem<T> make_problem(const Arguments& arguments, Tensor& out, const Config& c
 }
 
 // `x` [N, H, W, C] and `weight` [K, R, S, C]; `bias` float32 [K]; `residual` as the output [N, P, Q, K]; `second`
-// [N, H2, W2, C2] under `second_weight` [K, 1, 1, C2] with its own stride is added to the sums. `config`: columns and
+// [N, H2, W2, C2] under `second_weight` [K, 1, 1, C2] with its own stride is added to the sums. `scale`: results are
+// repeated so often down and across, [N, P scale, Q scale, K], before the residual is added. `config`: columns and
 // split of a tile, stages of the ring, whether to start before the kernel in front has ended, groups of 64 rows.
 Tensor convolution(Tensor x, Tensor weight, Tensor bias, std::optional<Tensor> residual, std::optional<Tensor> second,
                    std::optional<Tensor> second_weight, int64_t stride, int64_t padding, int64_t second_stride, bool relu,
-                   std::vector<int64_t> config) {
-  const Arguments arguments{x, weight, bias, residual, second, second_weight, stride, padding, second_stride, relu};
+                   int64_t scale, std::vector<int64_t> config) {
+  const Arguments arguments{x,      weight,  bias,          residual, second, second_weight,
+                            stride, padding, second_stride, relu,     scale};
   const Config chosen = make_config(config);
   STD_TORCH_CHECK(x.is_cuda(), "convolution_native: x must be on a CUDA device");
+  STD_TORCH_CHECK(scale >= 1 && scale <= 32 && (scale == 1 || chosen.groups == 1),
+                  "convolution_native: scale must be 1 to 32, and 1 with two groups, got ", scale);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   Tensor out = make_out(arguments);
   if (out.numel() == 0) return out;
   const auto call = [&]<typename T>(T*) {
-    run<T, false>(make_problem<T>(arguments, out, chosen), chosen, fm::current_stream(x));
+    const auto problem = make_problem<T>(arguments, out, chosen);
+    if (scale > 1) run<T, kRepeats>(problem, chosen, fm::current_stream(x));
+    else run<T, kOrdinary>(problem, chosen, fm::current_stream(x));
   };
   if (x.scalar_type() == ScalarType::Half) call(static_cast<__half*>(nullptr));
   else call(static_cast<__nv_bfloat16*>(nullptr));
@@ -101,7 +117,8 @@ Tensor convolution(Tensor x, Tensor weight, Tensor bias, std::optional<Tensor> r
 std::tuple<Tensor, Tensor> timeline(Tensor x, Tensor weight, Tensor bias, std::optional<Tensor> residual,
                                     std::optional<Tensor> second, std::optional<Tensor> second_weight, int64_t stride,
                                     int64_t padding, int64_t second_stride, bool relu, std::vector<int64_t> config) {
-  const Arguments arguments{x, weight, bias, residual, second, second_weight, stride, padding, second_stride, relu};
+  const Arguments arguments{x,      weight,  bias,          residual, second, second_weight,
+                            stride, padding, second_stride, relu,     1};
   const Config chosen = make_config(config);
   STD_TORCH_CHECK(x.is_cuda() && x.scalar_type() == ScalarType::Half,
                   "convolution_timeline_native: x must be float16 on a CUDA device");
@@ -112,7 +129,7 @@ std::tuple<Tensor, Tensor> timeline(Tensor x, Tensor weight, Tensor bias, std::o
   const dim3 blocks = grid_of(problem, chosen).blocks;
   Tensor times = torch::stable::new_empty(x, {int64_t(blocks.x) * blocks.y * blocks.z, kStamps}, ScalarType::Long);
   problem.times = static_cast<long long*>(times.mutable_data_ptr());
-  run<__half, true>(problem, chosen, fm::current_stream(x));
+  run<__half, kTimed>(problem, chosen, fm::current_stream(x));
   return {out, times};
 }
 

@@ -19,8 +19,11 @@ struct Problem {
   Inputs inputs;
   Output<T> output;
   int split;  // blocks of a cluster
-  long long* times;  // [blocks, kStamps] where the kernel is TIMED
+  long long* times;  // [blocks, kStamps] of a timed kernel
 };
+
+// Ordinary; for a timeline; with results that are repeated to a finer resolution.
+enum Kind { kOrdinary, kTimed, kRepeats };
 
 // Bytes of shared memory, in front of which up to 1023 are lost to alignment.
 constexpr int shared_bytes(int columns, int groups, int split, int stages) {
@@ -31,10 +34,10 @@ constexpr int shared_bytes(int columns, int groups, int split, int stages) {
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-// Notes the time if the kernel is a TIMED one.
-template <bool TIMED, typename T>
+// Notes the time if the kernel is a timed one.
+template <Kind KIND, typename T>
 __device__ __forceinline__ void stamp(const Problem<T>& p, Stamp stamp) {
-  if constexpr (TIMED) {
+  if constexpr (KIND == kTimed) {
     if (threadIdx.x > 0) return;
     const int block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
     p.times[block * kStamps + stamp] = stamp == kMultiprocessor ? fm::multiprocessor() : clock64();
@@ -43,10 +46,10 @@ __device__ __forceinline__ void stamp(const Problem<T>& p, Stamp stamp) {
 
 #endif
 
-// SHARED: the blocks of a cluster, of one group each, share the depth; else a block is alone. TIMED: for a timeline.
-template <typename T, int COLUMNS, int GROUPS, bool SHARED, bool TIMED>
+// SHARED: the blocks of a cluster, of one group each, share the depth; else a block is alone.
+template <typename T, int COLUMNS, int GROUPS, bool SHARED, Kind KIND>
 __global__ void __launch_bounds__(GROUPS* kWarpgroup + 32) convolution_kernel(const __grid_constant__ Problem<T> p) {
-  static_assert(GROUPS == 1 || !SHARED);
+  static_assert(GROUPS == 1 || (!SHARED && KIND != kRepeats));
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using MyTile = Tile<COLUMNS, GROUPS>;
   const fm::SharedAddress begin = (fm::shared_address(fm::dynamic_shared()) + 1023) & ~1023u;
@@ -61,12 +64,12 @@ __global__ void __launch_bounds__(GROUPS* kWarpgroup + 32) convolution_kernel(co
   const MyTile tile{p.inputs, ring, static_cast<int>(blockIdx.y) * GROUPS * kRows, static_cast<int>(blockIdx.z) * COLUMNS, from,
                     to - from};
 
-  stamp<TIMED>(p, kStarted);
+  stamp<KIND>(p, kStarted);
   fm::launch_dependents();
   if (threadIdx.x == GROUPS * kWarpgroup) prepare(p.inputs, ring, GROUPS, arrived, SHARED ? kRows * COLUMNS * 4 : 0);
   __syncthreads();
   if constexpr (SHARED) fm::cluster_arrive<false>();
-  stamp<TIMED>(p, kPrepared);
+  stamp<KIND>(p, kPrepared);
 
   if (threadIdx.x >= GROUPS * kWarpgroup) {
     ask(tile);
@@ -80,13 +83,13 @@ __global__ void __launch_bounds__(GROUPS* kWarpgroup + 32) convolution_kernel(co
     const int3 position = tile.position(group);
     if constexpr (SHARED) fm::cluster_wait();  // all barriers of the cluster are there
     fm::wait_for_previous_grid();
-    stamp<TIMED>(p, kWaited);
+    stamp<KIND>(p, kWaited);
     ask_for_first_pixels(tile, group, position);
-    mine.load_residual(p.output);
-    stamp<TIMED>(p, kAsked);
+    if constexpr (KIND != kRepeats) mine.load_residual(p.output);
+    stamp<KIND>(p, kAsked);
     float sums[COLUMNS / 2];
     multiply_chunks<T>(tile, group, sums);
-    stamp<TIMED>(p, kMultiplied);
+    stamp<KIND>(p, kMultiplied);
     fm::SharedAddress rows = parts;
     if constexpr (SHARED) {
       exchange<COLUMNS>(sums, parts, arrived, own);
@@ -97,11 +100,12 @@ __global__ void __launch_bounds__(GROUPS* kWarpgroup + 32) convolution_kernel(co
       lay_out_rows<COLUMNS>(sums, rows);
       asm volatile("bar.sync %0, 128;" ::"r"(2 + group) : "memory");
     }
-    stamp<TIMED>(p, kExchanged);
-    mine.finish(p.output, rows, own, split);
-    stamp<TIMED>(p, kStored);
+    stamp<KIND>(p, kExchanged);
+    if constexpr (KIND == kRepeats) mine.finish_repeated(p.output, p.inputs, rows, own, split, tile.row + rank * own);
+    else mine.finish(p.output, rows, own, split);
+    stamp<KIND>(p, kStored);
   }
-  stamp<TIMED>(p, kMultiprocessor);
+  stamp<KIND>(p, kMultiprocessor);
 #endif  // No block leaves before all that is sent to it has come, and what it sends itself needs it no more.
 }
 

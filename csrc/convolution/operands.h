@@ -56,6 +56,7 @@ struct Arguments {
   std::optional<Tensor> residual, second, second_weight;
   int64_t stride, padding, second_stride;
   bool relu;
+  int64_t scale;
 };
 
 inline CUtensorMapDataType map_type(const Tensor& x) {
@@ -72,13 +73,13 @@ inline Tensor make_out(const Arguments& a) {
   check(a.weight, "weight", 4, a.x, type);
   check(a.bias, "bias", 1, a.x, ScalarType::Float);
   const Geometry g = geometry(a.x, a.weight, a.stride, a.padding, "weight");
-  const int64_t outputs = a.weight.size(0), rows = g.images * g.out_height() * g.out_width();
+  const int64_t outputs = a.weight.size(0), rows = g.images * g.out_height() * g.out_width() * a.scale * a.scale;
   STD_TORCH_CHECK(a.bias.size(0) == outputs, "convolution_native: bias must be [", outputs, "], got [", a.bias.size(0),
                   "]");
   STD_TORCH_CHECK(rows <= INT32_MAX && g.height <= 32767 && g.width <= 32767, "convolution_native: too many positions");
   STD_TORCH_CHECK(a.second.has_value() == a.second_weight.has_value(),
                   "convolution_native: second and second_weight go together");
-  Tensor out = torch::stable::new_empty(a.x, {g.images, g.out_height(), g.out_width(), outputs});
+  Tensor out = torch::stable::new_empty(a.x, {g.images, g.out_height() * a.scale, g.out_width() * a.scale, outputs});
   if (a.residual.has_value()) {
     check(*a.residual, "residual", 4, a.x, type);
     for (int i = 0; i < 4; i++) {
@@ -89,7 +90,7 @@ inline Tensor make_out(const Arguments& a) {
   return out;
 }
 
-inline Inputs make_inputs(const Arguments& a, const Tensor& out, int columns, int stages) {
+inline Inputs make_inputs(const Arguments& a, int columns, int stages) {
   STD_TORCH_CHECK(stages >= 2 && stages <= kMaxStages, "convolution_native: stages must be 2 to ", kMaxStages, ", got ",
                   stages);
   Inputs inputs{};
@@ -101,7 +102,7 @@ inline Inputs make_inputs(const Arguments& a, const Tensor& out, int columns, in
     check(*a.second_weight, "second_weight", 4, a.x, a.x.scalar_type());
     const Geometry more = geometry(*a.second, *a.second_weight, a.second_stride, 0, "second_weight");
     STD_TORCH_CHECK(a.second_weight->size(0) == outputs && more.images == g.images &&
-                        more.out_height() == out.size(1) && more.out_width() == out.size(2),
+                        more.out_height() == g.out_height() && more.out_width() == g.out_width(),
                     "convolution_native: second must give the same output");
     inputs.second = make_input(map_type(a.x), a.second->const_data_ptr(), a.second_weight->const_data_ptr(), more, outputs,
                                columns);
@@ -109,18 +110,18 @@ inline Inputs make_inputs(const Arguments& a, const Tensor& out, int columns, in
   STD_TORCH_CHECK(inputs.first.depth + inputs.second.depth < 65536,
                   "convolution_native: more than 65535 chunks of 64 of the depth, ",
                   inputs.first.depth + inputs.second.depth);
-  inputs.height = int(out.size(1)), inputs.width = int(out.size(2)), inputs.stages = stages;
+  inputs.height = int(g.out_height()), inputs.width = int(g.out_width()), inputs.stages = stages;
   return inputs;
 }
 
 template <typename T>
-Output<T> make_output(const Tensor& bias, const std::optional<Tensor>& residual, Tensor& out, bool relu) {
+Output<T> make_output(const Tensor& bias, const std::optional<Tensor>& residual, Tensor& out, bool relu, int scale = 1) {
   Output<T> output{};
   output.bias = bias.const_data_ptr<float>();
   output.residual = residual.has_value() ? static_cast<const T*>(residual->const_data_ptr()) : nullptr;
   output.out = static_cast<T*>(out.mutable_data_ptr());
-  output.rows = int(out.size(0) * out.size(1) * out.size(2)), output.channels = int(out.size(3));
-  output.relu = relu;
+  output.rows = int(out.size(0) * out.size(1) * out.size(2) / (int64_t(scale) * scale));
+  output.channels = int(out.size(3)), output.relu = relu, output.scale = scale;
   return output;
 }
 

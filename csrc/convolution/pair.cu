@@ -27,7 +27,7 @@ std::tuple<Tensor, Tensor> pair(Tensor x, Tensor weight, Tensor bias, std::optio
   STD_TORCH_CHECK(x.is_cuda(), "convolution_pair_native: x must be on a CUDA device");
   STD_TORCH_CHECK(config.size() == 2, "convolution_pair_native: config must hold stages, early");
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  const Arguments arguments{x, weight, bias, residual, second, second_weight, 1, 0, second_stride, true};
+  const Arguments arguments{x, weight, bias, residual, second, second_weight, 1, 0, second_stride, true, 1};
   Tensor wide = make_out(arguments);
   const int64_t channels = wide.size(3);
   const int split = int(channels / kWide);
@@ -44,7 +44,7 @@ std::tuple<Tensor, Tensor> pair(Tensor x, Tensor weight, Tensor bias, std::optio
   if (wide.numel() == 0) return {wide, out};
   const auto call = [&]<typename T>(T*) {
     Pair<T> problem{};
-    problem.inputs = make_inputs(arguments, wide, kWide, int(config[0]));
+    problem.inputs = make_inputs(arguments, kWide, int(config[0]));
     problem.wide = make_output<T>(bias, residual, wide, true);
     problem.narrow = make_output<T>(next_bias, std::nullopt, out, true);
     encode_weights(problem.next, map_type(x), next_weight.const_data_ptr(), g, narrow, int(narrow));

@@ -44,6 +44,7 @@ struct Output {
   T* out;              // [rows, channels]
   int rows, channels;
   bool relu;
+  int scale;  // results are repeated so often down and across, in front of the residual; then it and out are larger
 };
 
 // What a block notes of itself, in clocks of its multiprocessor; the last is which one that is.
@@ -234,6 +235,55 @@ struct Share {
     }
   }
 
+  // Adds the parts of `split` blocks of a turn in their order.
+  __device__ __forceinline__ void add_parts(float (&total)[8], fm::SharedAddress parts, int own, int split,
+                                            int turn) const {
+#pragma unroll
+    for (int i = 0; i < 8; i++) total[i] = 0.f;
+#pragma unroll 2
+    for (int part = 0; part < (SHARED ? split : 1); part++) {
+      const fm::SharedAddress at = parts + (part * own + first + turn * kStep) * ((COLUMNS + 8) * 4) +
+                                   threadIdx.x % kEighths * 32;
+      const float4 low = fm::load_shared<float4>(at), high = fm::load_shared<float4>(at + 16);
+      total[0] += low.x, total[1] += low.y, total[2] += low.z, total[3] += low.w;
+      total[4] += high.x, total[5] += high.y, total[6] += high.z, total[7] += high.w;
+    }
+  }
+
+  // Eight results: sums, bias, residual, ReLU.
+  __device__ __forceinline__ uint4 result(const float (&total)[8], const uint4& residual, bool relu) const {
+    const uint32_t words[4] = {residual.x, residual.y, residual.z, residual.w};
+    uint32_t packed[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const float2 more = fm::unpack<T>(words[i]);
+      float x = total[2 * i] + bias[2 * i] + more.x, y = total[2 * i + 1] + bias[2 * i + 1] + more.y;
+      if (relu) x = fmaxf(x, 0.f), y = fmaxf(y, 0.f);
+      packed[i] = fm::pack<T>(x, y);
+    }
+    return {packed[0], packed[1], packed[2], packed[3]};
+  }
+
+  // Stores each result to the scale x scale positions that it is repeated to, with the residual of each added.
+  __device__ __forceinline__ void finish_repeated(const Output<T>& p, const Inputs& in, fm::SharedAddress parts, int own,
+                                                  int split, int row) const {
+    const int channel = static_cast<int>(offset % p.channels), scale = p.scale;
+    const int64_t across = static_cast<int64_t>(in.width) * scale;
+#pragma unroll 1
+    for (int turn = 0; turn < turns; turn++) {
+      float total[8];
+      add_parts(total, parts, own, split, turn);
+      const unsigned position = row + first + turn * kStep, down = position / in.width, x = position - down * in.width;
+      const int64_t corner = (down * scale * across + x * scale) * p.channels + channel;
+#pragma unroll 4
+      for (int i = 0; i < scale * scale; i++) {
+        const int64_t at = corner + (i / scale * across + i % scale) * p.channels;
+        const uint4 more = p.residual != nullptr ? fm::load_coherent(p.residual + at) : uint4{};
+        *reinterpret_cast<uint4*>(p.out + at) = result(total, more, p.relu);
+      }
+    }
+  }
+
   // Adds the parts of `split` blocks in their order, bias and residual, applies ReLU and stores. `also` gets the results of
   // all turns with their row among the block's own.
   template <typename Also>
@@ -261,18 +311,9 @@ struct Share {
     }
 #pragma unroll
     for (int turn = 0; turn < kTurns; turn++) {
-      const uint32_t words[4] = {kept[turn].x, kept[turn].y, kept[turn].z, kept[turn].w};
-      uint32_t packed[4];
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const float2 more = fm::unpack<T>(words[i]);
-        float x = total[turn][2 * i] + bias[2 * i] + more.x, y = total[turn][2 * i + 1] + bias[2 * i + 1] + more.y;
-        if (p.relu) x = fmaxf(x, 0.f), y = fmaxf(y, 0.f);
-        packed[i] = fm::pack<T>(x, y);
-      }
-      const uint4 result = {packed[0], packed[1], packed[2], packed[3]};
-      if (turn < turns) *reinterpret_cast<uint4*>(p.out + offset + turn * step) = result;
-      also(first + turn * kStep, result);
+      const uint4 packed = result(total[turn], kept[turn], p.relu);
+      if (turn < turns) *reinterpret_cast<uint4*>(p.out + offset + turn * step) = packed;
+      also(first + turn * kStep, packed);
     }
   }
 

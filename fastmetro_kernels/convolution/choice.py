@@ -56,7 +56,7 @@ def _entries(family: str | None) -> Tiles:
 
 def by_rule(layer: Layer) -> ConvolutionConfig | None:
     """The kernel's tile for a layer that was not measured, or None: the library is to take it."""
-    if not 1 <= layer.images <= MOST_IMAGES or layer.shape.rows > MOST_ROWS:
+    if not 1 <= layer.images <= MOST_IMAGES or layer.shape.rows > MOST_ROWS or layer.scale > 1:
         return None
     return pinned(layer.shape)
 

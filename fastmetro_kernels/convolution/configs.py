@@ -9,6 +9,7 @@ ROWS, DEPTH = 64, 64
 SHARED_BYTES = 227 * 1024
 MAX_STAGES = 16
 COLUMNS, SPLITS, GROUPS = (32, 64, 128), (1, 2, 4, 8), (1, 2)
+MOST_SCALE, REPEATED_COLUMNS = 32, 64
 STAGES = (2, 3, 4, 6, 8)
 """Tried besides as many as there are chunks."""
 MOST_TILES_TO_SPLIT, FEWEST_TILES_OF_TWO = 264, 24
@@ -56,10 +57,12 @@ def shared_bytes(config: ConvolutionConfig) -> int:
     return _ring_bytes(config) + sums + (2 * MAX_STAGES + 1) * 8 + 1024
 
 
-def problem(config: ConvolutionConfig, chunks: int) -> str | None:
-    """What makes a configuration impossible for a depth of so many chunks, or None."""
+def problem(config: ConvolutionConfig, chunks: int, scale: int = 1) -> str | None:
+    """What makes a configuration impossible for a depth of so many chunks and results that are repeated, or None."""
     if config.columns not in COLUMNS:
         return f"columns must be one of {COLUMNS}, got {config.columns}"
+    if scale > 1 and (config.columns > REPEATED_COLUMNS or config.groups > 1):
+        return f"columns must be at most {REPEATED_COLUMNS} and groups 1 with a scale, got {tuple(config)}"
     if config.split not in SPLITS:
         return f"split must be one of {SPLITS}, got {config.split}"
     if config.split > chunks:
@@ -73,8 +76,8 @@ def problem(config: ConvolutionConfig, chunks: int) -> str | None:
     return None
 
 
-def usable(shape: Shape) -> list[ConvolutionConfig]:
-    """All configurations that make sense for a shape."""
+def usable(shape: Shape, scale: int = 1) -> list[ConvolutionConfig]:
+    """All configurations that make sense for a shape with results that are repeated so often."""
     found = []
     for columns, split, groups in itertools.product(COLUMNS, SPLITS, GROUPS):
         tiles = -(-shape.rows // (groups * ROWS)) * -(-shape.outputs // columns)
@@ -85,7 +88,7 @@ def usable(shape: Shape) -> list[ConvolutionConfig]:
         share = max(-(-shape.chunks // split), 2)
         for stages in sorted({min(share, MAX_STAGES), *(count for count in STAGES if count <= share)}):
             config = ConvolutionConfig(columns, split, stages, groups=groups)
-            if problem(config, shape.chunks) is None:
+            if problem(config, shape.chunks, scale) is None:
                 found.append(config)
     return found
 

@@ -10,9 +10,18 @@ from fastmetro_kernels.convolution.layout import ConvolutionWeights, as_conv2d
 
 
 def convolution(
-    x: Tensor, weights: ConvolutionWeights, residual: Tensor | None, second: Tensor | None, relu: bool
+    x: Tensor,
+    weights: ConvolutionWeights,
+    residual: Tensor | None,
+    second: Tensor | None,
+    relu: bool,
+    scale: int = 1,
 ) -> Tensor:
     """Arguments as of :func:`fastmetro_kernels.convolution.convolution`."""
+    if scale > 1:
+        y = F.interpolate(convolution(x, weights, None, second, False), scale_factor=scale, mode="nearest")
+        y = y if residual is None else y.add_(residual)
+        return y.relu_() if relu else y
     if second is not None and weights.second_weight is not None:
         more = F.conv2d(second, as_conv2d(weights.second_weight), None, weights.second_stride)
         residual = more if residual is None else more + residual

@@ -37,6 +37,7 @@ class Layer(NamedTuple):
         stride, padding: in both directions.
         second: channels of the second input, 0 without one.
         following: outputs of the 1 x 1 convolution that is part of the same kernel (a pair), 0 for one by itself.
+        scale: how often results are repeated down and across.
     """
 
     images: int
@@ -50,10 +51,11 @@ class Layer(NamedTuple):
     padding: int
     second: int = 0
     following: int = 0
+    scale: int = 1
 
     @property
     def output(self) -> tuple[int, int]:
-        """Height and width of the output."""
+        """Height and width of the output before it is repeated."""
         return (
             (self.height + 2 * self.padding - self.down) // self.stride + 1,
             (self.width + 2 * self.padding - self.across) // self.stride + 1,
@@ -69,7 +71,7 @@ class Layer(NamedTuple):
     def __str__(self) -> str:
         second = f" and 1x1 of {self.second}" if self.second else ""
         kernel = f"{self.down}x{self.across}/{self.stride}"
-        more = f", then -> {self.following}" if self.following else ""
+        more = f", then -> {self.following}" if self.following else f", repeated x{self.scale}" * (self.scale > 1)
         return f"{self.images} of {self.height}x{self.width}, {self.channels} -> {self.outputs}, {kernel}{second}{more}"
 
 
@@ -150,7 +152,7 @@ def _config(read: Reader, where: str, value: Any, layer: Layer) -> ConvolutionCo
     if layer.following:
         return _pair(read, where, value, layer, PairConfig(numbers["stages"], early))
     config = ConvolutionConfig(**numbers, early=early)
-    if wrong := problem(config, layer.shape.chunks):
+    if wrong := problem(config, layer.shape.chunks, layer.scale):
         raise read.fail(where, value, f'"library" or a configuration of the kernel: {wrong}')
     return config
 

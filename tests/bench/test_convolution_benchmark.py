@@ -21,6 +21,7 @@ from fastmetro_kernels.tuning import reader
 CPU = torch.device("cpu")
 PLAIN = Used(Layer(2, 6, 5, 16, 32, 3, 3, 1, 1), False, True)
 MERGED = Used(Layer(2, 3, 3, 16, 32, 1, 1, 1, 0, 16), False, True, (6, 5, 2))
+REPEATED = Used(Layer(2, 3, 4, 16, 32, 1, 1, 1, 0, scale=4), True, True)
 PRODUCT = Used(Layer(1, 4, 4, 16, 32, 1, 1, 1, 0), True, True)
 
 
@@ -59,11 +60,12 @@ def test_every_layer_has_a_tile_by_rule_and_others_to_try(trunk: str) -> None:
         for used in used_layers(trunk, images, 224):
             shape = used.layer.shape
             tile = choice.by_rule(used.layer)
-            assert tile is not None and problem(tile, shape.chunks) is None and usable(shape)
+            assert usable(shape, used.layer.scale) and (tile is None) == (used.layer.scale > 1)
+            assert tile is None or problem(tile, shape.chunks) is None
     assert all(choice.by_rule(used.layer) is None for used in used_layers(trunk, 32, 224))
 
 
-@pytest.mark.parametrize("used", [PLAIN, MERGED, PRODUCT], ids=str)
+@pytest.mark.parametrize("used", [PLAIN, MERGED, PRODUCT, REPEATED], ids=str)
 def test_contenders_agree_and_a_wrong_one_gets_no_time(used: Used) -> None:
     case = Case(used, torch.float32, CPU)
     for run in (case.library, lambda inputs: case.ours(inputs, ConvolutionConfig(32, 1, 2))):

@@ -139,12 +139,16 @@ def test_auto_asks_the_choice_and_library_never(monkeypatch: pytest.MonkeyPatch)
     class OnGpu(torch.Tensor):
         is_cuda = True  # type: ignore[assignment]
 
-    def choose(x: Tensor, weights: object, residual: Tensor | None, second: Tensor | None) -> ConvolutionConfig | None:
+    def choose(
+        x: Tensor, weights: object, residual: Tensor | None, second: Tensor | None, scale: int
+    ) -> ConvolutionConfig | None:
         asked.append(second is not None)
         return ConvolutionConfig(64, 1, 2) if second is not None else None
 
-    def op(x: Tensor, weights: kernels.ConvolutionWeights, *, relu: bool, backend: str, **inputs: Tensor) -> Tensor:
-        assert relu and backend == "auto" and inputs["residual"] is None
+    def op(
+        x: Tensor, weights: kernels.ConvolutionWeights, *, relu: bool, backend: str, scale: int, **inputs: Tensor
+    ) -> Tensor:
+        assert relu and backend == "auto" and inputs["residual"] is None and scale == 1
         return torch.zeros(())
 
     monkeypatch.setattr(seam.kernels, "choose", choose)

@@ -77,6 +77,28 @@ def test_against_float64(shape, residual, second, relu, device, backend, dtype) 
     assert float((got.double() - want).norm()) <= slack * budget(x, weights, want)
 
 
+@pytest.mark.parametrize("shape", [(1, 7, 7, 128, 64, 1, 1), (3, 5, 4, 48, 80, 3, 1), (2, 9, 6, 16, 32, 1, 2)], ids=str)
+@pytest.mark.parametrize(("scale", "residual", "relu"), [(2, True, True), (3, False, True), (8, True, False)])
+@pytest.mark.parametrize(("device", "backend", "dtype"), RUNNERS, ids=str)
+def test_repeated_results(shape, scale: int, residual: bool, relu: bool, device, backend, dtype) -> None:
+    x, weights, _, branch, exact = make(shape, device, dtype, second=True)
+    exact = exact.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    kept = torch.randn(exact.shape, generator=torch.Generator().manual_seed(1)).to(device, dtype) if residual else None
+    want = exact if kept is None else exact + kept.double()
+    want = want.relu() if relu else want
+    configs = [None] if backend == "reference" else usable(Shape(x.shape[0] * 49, shape[4], 9), scale)[:12]
+    for config in configs:
+        if config is not None and config.split > 1 + shape[5] ** 2:
+            continue
+        torch.full(want.shape, torch.nan, dtype=dtype, device=device)
+        got = convolution(
+            x, weights, residual=kept, second=branch, relu=relu, scale=scale, config=config, backend=backend
+        )
+        assert got.shape == want.shape and got.is_contiguous(memory_format=torch.channels_last)
+        slack = 3 if backend == "reference" else 1
+        assert float((got.double() - want).norm()) <= slack * budget(x, weights, want), config
+
+
 @GPU
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_tile(shape) -> None:
@@ -139,9 +161,9 @@ def test_a_thousand_replays_on_two_streams_at_once() -> None:
 def test_blocks_note_their_times(config: ConvolutionConfig) -> None:
     x, weights, _, _, _ = make((1, 28, 28, 64, 128, 3, 1), "cuda", torch.float16)
     rows = x.permute(0, 2, 3, 1).contiguous()
-    arguments = (rows, weights.weight, weights.bias, None, None, None, 1, 1, 1, True, list(map(int, config)))
-    out, times = ops.convolution_timeline_native(*arguments)
-    assert torch.equal(out, ops.convolution_native(*arguments))
+    arguments = (rows, weights.weight, weights.bias, None, None, None, 1, 1, 1, True)
+    out, times = ops.convolution_timeline_native(*arguments, list(map(int, config)))
+    assert torch.equal(out, ops.convolution_native(*arguments, 1, list(map(int, config))))
     blocks = config.split * -(-784 // (64 * config.groups)) * -(-128 // config.columns)
     assert times.shape == (blocks, len(ops.STAMPS))
     spans = times[:, :-1].diff(dim=1)
@@ -185,6 +207,8 @@ def test_bad_input_is_named() -> None:
         convolution(x, weights, residual=kept[:, :16], second=branch)
     with pytest.raises(ValueError, match="second must be given if"):
         convolution(x, weights, residual=kept)
+    with pytest.raises(ValueError, match="scale must be a whole number of 1 to 32, got 0"):
+        convolution(x, weights, second=branch, scale=0)
     with pytest.raises(TypeError, match="must come from lay_out"):
         convolution(x, weights.weight)
     with pytest.raises(RuntimeError, match="has no gradients"):

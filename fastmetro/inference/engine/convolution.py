@@ -62,16 +62,22 @@ def _by_kernel(
     residual: Tensor | None = None,
     second: Tensor | None = None,
     second_weights: ConvolutionWeights | None = None,
+    scale: int = 1,
 ) -> Tensor | None:
-    """As `convolution`, + the 1 x 1 convolution of a second input; None where this is not for the kernel's op."""
+    """As `convolution`, + the 1 x 1 convolution of a second input, all repeated in front of the residual.
+
+    None where this is not for the kernel's op.
+    """
     if weights.backend == LIBRARY or (weights.backend == AUTO and not x.is_cuda):
         return None
     laid_out = weights.laid_out(second_weights)
     if laid_out is None:
         return None
-    if weights.backend == AUTO and kernels.choose(x, laid_out, residual, second) is None:
+    if weights.backend == AUTO and kernels.choose(x, laid_out, residual, second, scale) is None:
         return None
-    return kernels.convolution(x, laid_out, residual=residual, second=second, relu=relu, backend=weights.backend)
+    return kernels.convolution(
+        x, laid_out, residual=residual, second=second, relu=relu, scale=scale, backend=weights.backend
+    )
 
 
 def _cudnn_fuses(x: Tensor) -> bool:
@@ -175,23 +181,28 @@ def exchange_output(features: Sequence[Tensor], weights: ExchangeWeights) -> Ten
     paths = [[cast(ConvolutionWeights, layer) for layer in cast(Sequence, path)] for path in weights.paths]
     total = features[target]
     for source in range(target + 1, len(features)):
-        term = convolution(features[source], paths[source][0])
-        out = torch.empty_like(total) if total is features[target] else total
-        total = _add_upsampled(total, term, out)
+        finished = target == 0 and source == len(features) - 1
+        total = repeated_convolution(features[source], paths[source][0], total, relu=finished)
     for source in range(target):
         term = features[source]
         for layer in paths[source][:-1]:
             term = convolution(term, layer, relu=True)
-        if source == target - 1:
-            return convolution(term, paths[source][-1], relu=True, residual=total)
-        term = convolution(term, paths[source][-1])
-        total = term.add_(total)
-    return total.relu_()
+        total = convolution(term, paths[source][-1], relu=source == target - 1, residual=total)
+    return total
 
 
-def _add_upsampled(fine: Tensor, coarse: Tensor, out: Tensor) -> Tensor:
-    """``fine`` + ``coarse`` repeated to its size, written to ``out``, without the repeated map in memory."""
+def repeated_convolution(x: Tensor, weights: ConvolutionWeights, fine: Tensor, relu: bool) -> Tensor:
+    """``fine`` [B, O, h s, w s] + convolution + bias [B, O, h, w], repeated to its size, then ReLU if asked."""
+    if (y := _by_kernel(x, weights, relu, fine, scale=fine.shape[2] // x.shape[2])) is not None:
+        return y
+    y = _add_upsampled(fine, convolution(x, weights))
+    return y.relu_() if relu else y
+
+
+def _add_upsampled(fine: Tensor, coarse: Tensor) -> Tensor:
+    """``fine`` + ``coarse`` repeated to its size, without the repeated map in memory."""
     height, width = coarse.shape[2:]
+    out = torch.empty_like(fine)
 
     def cells(x: Tensor) -> Tensor:  # [B, C, h, rows of a cell, w, columns of a cell], a view
         return x.unflatten(3, (width, -1)).unflatten(2, (height, -1))

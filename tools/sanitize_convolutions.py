@@ -1,0 +1,117 @@
+"""The convolutions' cases of `sanitize_cases.py`. There is no kernel for CPUs, where the reference runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastmetro_kernels.convolution import (
+    ConvolutionConfig,
+    configs,
+    convolution,
+    convolution_pair,
+    convolution_stem,
+    lay_out,
+    lay_out_stem,
+)
+from tools.sanitize_common import BFLOAT, FLOAT, HALF, TOLERANCE, compare
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """One call of `convolution` with one tile; there is no kernel for CPUs, where the reference runs."""
+
+    size: tuple[int, int, int]  # images, height, width
+    channels: tuple[int, int]  # in and out
+    config: ConvolutionConfig
+    kernel: int = 3
+    stride: int = 1
+    dtype: torch.dtype = HALF
+    residual: bool = False
+    second: bool = False
+    scale: int = 1
+
+    def run(self, backend: str, device: str) -> None:
+        got = self._result(self.dtype, "reference" if device == "cpu" else backend, device)
+        compare("out", got, self._result(FLOAT, "reference", "cpu"), TOLERANCE[self.dtype])
+
+    def _result(self, dtype: torch.dtype, backend: str, device: str) -> Tensor:
+        generator = torch.Generator().manual_seed(self.kernel)
+
+        def normal(*size: int, scale: float = 1.0) -> Tensor:  # of the case's type, in whatever type it is computed
+            return (scale * torch.randn(size, generator=generator)).to(self.dtype).to(device, dtype)
+
+        (n, h, w), (c, k), taps = self.size, self.channels, self.kernel
+        p, q = (h - 1) // self.stride + 1, (w - 1) // self.stride + 1
+        more = (normal(k, 48, 1, 1, scale=48**-0.5), normal(k), 2) if self.second else None
+        weights = lay_out(normal(k, c, taps, taps, scale=(c * taps**2) ** -0.5), normal(k), self.stride, second=more)
+        out = (p * self.scale, q * self.scale, k)
+        images = [normal(n, *size) for size in ((h, w, c), out, (2 * p, 2 * q - 1, 48))]
+        x, kept, branch = (one.permute(0, 3, 1, 2) for one in images)
+        added = {"residual": kept if self.residual else None, "second": branch if more else None}
+        return convolution(x, weights, config=self.config, backend=backend, scale=self.scale, **added).cpu()
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One call of `convolution_pair`."""
+
+    size: tuple[int, int, int]  # images, height, width
+    channels: tuple[int, int, int]  # in, between, out
+    second: bool = False
+
+    def run(self, backend: str, device: str) -> None:
+        got = self._results(HALF, "reference" if device == "cpu" else backend, device)
+        for name, a, b in zip(("wide", "out"), got, self._results(FLOAT, "reference", "cpu"), strict=True):
+            compare(name, a, b, TOLERANCE[HALF])
+
+    def _results(self, dtype: torch.dtype, backend: str, device: str) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(1)
+
+        def normal(*size: int, scale: float = 1.0) -> Tensor:
+            return (scale * torch.randn(size, generator=generator)).half().to(device, dtype)
+
+        (n, h, w), (c, k, m) = self.size, self.channels
+        more = (normal(k, 48, 1, 1, scale=48**-0.5), normal(k), 2) if self.second else None
+        weights = lay_out(normal(k, c, 1, 1, scale=c**-0.5), normal(k), second=more)
+        following = lay_out(normal(m, k, 1, 1, scale=k**-0.5), normal(m))
+        images = [normal(n, *size).permute(0, 3, 1, 2) for size in ((h, w, c), (h, w, k), (2 * h, 2 * w, 48))]
+        added = {"second": images[2]} if self.second else {"residual": images[1]}
+        return [one.cpu() for one in convolution_pair(images[0], weights, following, backend=backend, **added)]
+
+
+@dataclass(frozen=True)
+class Stem:
+    """One call of `convolution_stem`."""
+
+    size: tuple[int, int, int]  # images, height, width
+
+    def run(self, backend: str, device: str) -> None:
+        got = self._result(HALF, "reference" if device == "cpu" else backend, device)
+        compare("out", got, self._result(FLOAT, "reference", "cpu"), TOLERANCE[HALF])
+
+    def _result(self, dtype: torch.dtype, backend: str, device: str) -> Tensor:
+        generator = torch.Generator().manual_seed(2)
+        (n, h, w), weight = self.size, torch.randn(64, 3, 7, 7, generator=generator) / 12
+        weights = lay_out_stem(weight.half().to(device, dtype), torch.randn(64, generator=generator).to(device))
+        x = torch.randn(n, h, w, 3, generator=generator).half().to(device, dtype).permute(0, 3, 1, 2)
+        return convolution_stem(x, weights, backend=backend).cpu()
+
+
+def convolution_native() -> Iterator[Convolution | Pair | Stem]:
+    """Every width of a tile and every split, with rings that wrap around, at sizes that fill no tile."""
+    for columns in configs.COLUMNS:
+        for split in configs.SPLITS:
+            yield Convolution((3, 7, 5), (80, 144), ConvolutionConfig(columns, split, 2), residual=True)
+    yield Convolution((2, 9, 9), (112, 48), ConvolutionConfig(64, 2, 4, early=False), stride=2, second=True)
+    yield Convolution((1, 1, 1), (16, 16), ConvolutionConfig(32, 1, 2), kernel=1)
+    yield Convolution((2, 8, 8), (64, 256), ConvolutionConfig(128, 1, 3, groups=2), residual=True, dtype=BFLOAT)
+    yield Convolution((1, 14, 14), (128, 64), ConvolutionConfig(64, 8, 4), kernel=5, second=True, stride=2)
+    for columns, split in ((32, 1), (32, 2), (64, 8)):
+        yield Convolution((2, 5, 3), (144, 80), ConvolutionConfig(columns, split, 2), scale=3, residual=True)
+    for wide, narrow in ((256, 64), (512, 128), (1024, 256)):
+        yield Pair((3, 5, 7), (112, wide, narrow), second=wide == 512)
+    yield Stem((2, 33, 47))
