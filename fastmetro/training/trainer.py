@@ -137,6 +137,11 @@ class Trainer:
                 self._loop(bar)
         except OSError as error:
             raise TrainingFailed(f"a file of the run could not be written: {error}; {self._last_good()}") from error
+        except RuntimeError as error:
+            # PyTorch's signal handler tells of a dead worker wherever the process is, which may be amid a step.
+            if isinstance(error, TrainingFailed) or "DataLoader worker" not in str(error):
+                raise
+            raise TrainingFailed(f"the data ended: {error}; {self._last_good()}") from error
         finally:
             if self.board is not None:
                 self.board.close()

@@ -109,6 +109,26 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path) -> None:
     assert trainer.state.step == 4 and trainer.run()
 
 
+def test_a_worker_that_dies_amid_a_step_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch) -> None:
+    """PyTorch's signal handler raises wherever the process is."""
+    trainer = small(tmp_path / "run")
+    step = trainer._train_on
+
+    def dying(batch: Batch) -> None:
+        if trainer.state.step == 6:
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+        step(batch)
+
+    monkeypatch.setattr(trainer, "_train_on", dying)
+    with pytest.raises(TrainingFailed, match=r"the data ended: DataLoader worker .*; the last good state is in"):
+        trainer.run()
+    monkeypatch.setattr(trainer, "_train_on", lambda batch: trainer.missing())
+    with pytest.raises(AttributeError, match="missing"):
+        trainer.run()
+    again = small(tmp_path / "run", resume=True)
+    assert again.state.step == 4 and again.run()
+
+
 def test_a_source_that_fails_keeps_every_step(tmp_path: Path) -> None:
     usual = small(tmp_path / "whole").source
 
