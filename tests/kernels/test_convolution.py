@@ -215,3 +215,24 @@ def test_bad_input_is_named() -> None:
         convolution(x.requires_grad_(), weights, residual=kept, second=branch)
     with pytest.raises(BackendUnavailable, match="runs on CUDA devices only"):
         convolution(x.detach(), weights, residual=kept, second=branch, backend="native")
+
+
+def test_compiles_as_one_graph() -> None:
+    x, weights, kept, branch, _ = make((2, 6, 6, 16, 32, 3, 1), "cpu", torch.float32, True, True)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return convolution(x, weights, residual=kept, second=branch) + 1
+
+    torch.testing.assert_close(torch.compile(run, backend="eager", fullgraph=True)(x), run(x))
+
+
+@GPU
+def test_ops_keep_their_schemas() -> None:
+    x, weights, kept, branch, _ = make((2, 6, 6, 16, 32, 3, 1), "cuda", torch.float16, True, True)
+    rows = [one.permute(0, 2, 3, 1).contiguous() for one in (x, kept, branch)]
+    arguments = (rows[0], weights.weight, weights.bias, rows[1], rows[2], weights.second_weight, 1, 1, 2, True)
+    config = [32, 2, 2, 1, 1]
+    torch.library.opcheck(torch.ops.fastmetro_kernels.convolution_native, (*arguments, 1, config))
+    compiled = torch.compile(lambda x: convolution(x, weights, residual=kept, second=branch, backend="native") + 1)
+    want = convolution(x, weights, residual=kept, second=branch, backend="native") + 1
+    torch.testing.assert_close(compiled(x), want)

@@ -109,3 +109,21 @@ def test_the_same_bits_in_a_graph() -> None:
             one.fill_(torch.nan)
         graph.replay()
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_compiles_as_one_graph() -> None:
+    x, weights, following, kept, _ = make((1, 4, 4, 16, 256, 64, 0, 1))
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        wide, narrow = convolution_pair(x, weights, following, residual=kept)
+        return wide.mean() + narrow
+
+    torch.testing.assert_close(torch.compile(run, backend="eager", fullgraph=True)(x), run(x))
+
+
+@GPU
+def test_the_op_keeps_its_schema() -> None:
+    x, weights, following, kept, _ = make((1, 4, 4, 16, 256, 64, 0, 1), "cuda", torch.float16)
+    rows = [one.permute(0, 2, 3, 1).contiguous() for one in (x, kept)]
+    first, then = (rows[0], weights.weight, weights.bias, rows[1], None, None, 1), (following.weight, following.bias)
+    torch.library.opcheck(torch.ops.fastmetro_kernels.convolution_pair_native, (*first, *then, [2, 1]))

@@ -115,3 +115,16 @@ def test_not_a_number_reaches_every_window_that_sees_it() -> None:
     x[0, 1, 20, 13] = torch.nan
     seen = exact(x, weights).isnan()
     assert bool(convolution_stem(x, weights, backend="native").isnan()[seen].all())
+
+
+def test_compiles_as_one_graph() -> None:
+    x, weights = make(1, 20, 24)
+    compiled = torch.compile(lambda x: convolution_stem(x, weights) + 1, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), convolution_stem(x, weights) + 1)
+
+
+@GPU
+def test_the_op_keeps_its_schema() -> None:
+    x, weights = make(2, 20, 24, "cuda", torch.float16)
+    rows = x.permute(0, 2, 3, 1).contiguous()
+    torch.library.opcheck(torch.ops.fastmetro_kernels.convolution_stem, (rows, weights.packed, weights.bias, True))

@@ -90,7 +90,7 @@ def _cudnn_fuses(x: Tensor) -> bool:
 def stem(x: Tensor, weights: StemWeights) -> Tensor:
     """ResNet's beginning: 7 x 7 convolution of stride 2, ReLU, 3 x 3 max pooling of stride 2.
 
-    One kernel wherever it can run: 4.0 microseconds instead of 43 at batch 1, 888 instead of 2112 at 256, on an H200.
+    One kernel wherever it can run, at every batch size.
     """
     laid_out, backend = weights.laid_out_stem(), weights.backend
     if backend == AUTO:
