@@ -69,7 +69,8 @@ void run(const Problem<T>& problem, const Config& config, cudaStream_t stream) {
 }
 
 Config make_config(const std::vector<int64_t>& config) {
-  STD_TORCH_CHECK(config.size() == 5, "convolution_native: config must hold columns, split, stages, early, groups");
+  STD_TORCH_CHECK(config.size() == 6 && config[5] == 0,
+                  "convolution_native: config must hold columns, split, stages, early, groups, once");
   const Config chosen{int(config[0]), int(config[1]), int(config[2]), config[3] != 0, int(config[4])};
   check_config(chosen);
   return chosen;
@@ -96,8 +97,14 @@ Tensor convolution(Tensor x, Tensor weight, Tensor bias, std::optional<Tensor> r
                    int64_t scale, std::vector<int64_t> config) {
   const Arguments arguments{x,      weight,  bias,          residual, second, second_weight,
                             stride, padding, second_stride, relu,     scale};
-  const Config chosen = make_config(config);
   STD_TORCH_CHECK(x.is_cuda(), "convolution_native: x must be on a CUDA device");
+  if (config.size() == 6 && config[5] != 0) {
+    const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+    Tensor out = make_out(arguments);
+    if (out.numel() > 0) run_near(arguments, out, config, fm::current_stream(x));
+    return out;
+  }
+  const Config chosen = make_config(config);
   STD_TORCH_CHECK(scale >= 1 && scale <= 32 && (scale == 1 || chosen.groups == 1),
                   "convolution_native: scale must be 1 to 32, and 1 with two groups, got ", scale);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());

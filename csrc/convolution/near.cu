@@ -1,5 +1,4 @@
-// convolution_near_native: 3 x 3 convolution of stride 1 + bias (+ residual) (+ ReLU) of channels_last images in half
-// precision, on compute capability 9.0. The kernel is in near.cuh.
+// 3 x 3 convolutions of convolution_native with one copy of the pixels for all taps. The kernel is in near.cuh.
 #include <algorithm>
 
 #include "near.cuh"
@@ -27,14 +26,14 @@ void encode_box(fm::TensorMap& map, CUtensorMapDataType type, const void* data, 
   const CUresult result = encode(&opaque(map), type, 4, const_cast<void*>(data), sizes, strides, box, steps,
                                  CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  STD_TORCH_CHECK(result == CUDA_SUCCESS, "convolution_near_native: x cannot be described to the copy engine, error ",
+  STD_TORCH_CHECK(result == CUDA_SUCCESS, "convolution_native: x cannot be described to the copy engine, error ",
                   result);
 }
 
 template <typename T, int COLUMNS>
 void launch(const Near<T>& near, int64_t images, bool early, cudaStream_t stream) {
   const int bytes = near_shared_bytes(COLUMNS, near.box_bytes, near.split, near.stages);
-  STD_TORCH_CHECK(bytes <= 227 * 1024, "convolution_near_native: ", near.stages, " stages take ", bytes,
+  STD_TORCH_CHECK(bytes <= 227 * 1024, "convolution_native: ", near.stages, " stages take ", bytes,
                   " bytes of shared memory");
   const auto kernel = near.split > 1 ? near_kernel<T, COLUMNS, true> : near_kernel<T, COLUMNS, false>;
   const unsigned columns = (near.output.channels + COLUMNS - 1) / COLUMNS;
@@ -42,19 +41,17 @@ void launch(const Near<T>& near, int64_t images, bool early, cudaStream_t stream
                     early, stream, near);
 }
 
-// `x` [N, H, W, C], `weight` [K, 3, 3, C], `bias` float32 [K], `residual` [N, H, W, K]. `config`: columns, split of the
-// chunks of channels, stages, whether to start before the kernel in front has ended.
-Tensor near(Tensor x, Tensor weight, Tensor bias, std::optional<Tensor> residual, bool relu, std::vector<int64_t> config) {
-  const Arguments arguments{x, weight, bias, residual, std::nullopt, std::nullopt, 1, 1, 1, relu, 1};
-  STD_TORCH_CHECK(x.is_cuda(), "convolution_near_native: x must be on a CUDA device");
-  STD_TORCH_CHECK(config.size() == 4, "convolution_near_native: config must hold columns, split, stages, early");
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  Tensor out = make_out(arguments);
-  const Geometry g = geometry(x, weight, 1, 1, "weight");
-  STD_TORCH_CHECK(g.taps_down == 3 && g.taps_across == 3, "convolution_near_native: weight must be [K, 3, 3, C]");
-  if (out.numel() == 0) return out;
+}  // namespace
+
+namespace fm_convolution {
+
+void run_near(const Arguments& arguments, Tensor& out, const std::vector<int64_t>& config, cudaStream_t stream) {
+  const auto& [x, weight, bias, residual, second, second_weight, stride, padding, second_stride, relu, scale] = arguments;
+  const Geometry g = geometry(x, weight, stride, padding, "weight");
+  STD_TORCH_CHECK(g.taps_down == 3 && g.taps_across == 3 && stride == 1 && padding == 1 && scale == 1 && !second.has_value(),
+                  "convolution_native: once needs a 3 x 3 convolution of stride 1 and padding 1 alone");
   const int pitch = int(g.width) + 1, rows = box_rows(int(g.height), pitch);
-  STD_TORCH_CHECK(pitch <= 256 && rows <= 256, "convolution_near_native: images of up to 255 columns");
+  STD_TORCH_CHECK(pitch <= 256 && rows <= 256, "convolution_native: images of up to 255 columns");
   const auto call = [&]<typename T>(T*) {
     Near<T> problem{};
     encode_box(problem.pixels, map_type(x), x.const_data_ptr(), g, rows);
@@ -67,20 +64,16 @@ Tensor near(Tensor x, Tensor weight, Tensor bias, std::optional<Tensor> residual
     problem.split = int(config[1]), problem.stages = int(config[2]);
     STD_TORCH_CHECK((problem.split == 1 || problem.split == 2 || problem.split == 4 || problem.split == 8) &&
                         problem.split <= problem.chunks && problem.stages >= 1 && problem.stages <= kMaxStages,
-                    "convolution_near_native: split must be 1, 2, 4 or 8 and at most the ", problem.chunks,
+                    "convolution_native: split must be 1, 2, 4 or 8 and at most the ", problem.chunks,
                     " chunks of channels, stages 1 to 16, got ", problem.split, " and ", problem.stages);
-    const auto stream = fm::current_stream(x);
     switch (config[0]) {
       case 32: return launch<T, 32>(problem, g.images, config[3] != 0, stream);
       case 64: return launch<T, 64>(problem, g.images, config[3] != 0, stream);
-      default: STD_TORCH_CHECK(false, "convolution_near_native: columns must be 32 or 64, got ", config[0]);
+      default: STD_TORCH_CHECK(false, "convolution_native: columns must be 32 or 64, got ", config[0]);
     }
   };
   if (x.scalar_type() == ScalarType::Half) call(static_cast<__half*>(nullptr));
   else call(static_cast<__nv_bfloat16*>(nullptr));
-  return out;
 }
 
-}  // namespace
-
-STABLE_TORCH_LIBRARY_IMPL(fastmetro_kernels, CUDA, m) { m.impl("convolution_near_native", TORCH_BOX(&near)); }
+}  // namespace fm_convolution

@@ -125,4 +125,7 @@ Output<T> make_output(const Tensor& bias, const std::optional<Tensor>& residual,
   return output;
 }
 
+// near.cu: the same where one copy of the pixels serves all taps of a 3 x 3 kernel.
+void run_near(const Arguments& arguments, Tensor& out, const std::vector<int64_t>& config, cudaStream_t stream);
+
 }  // namespace fm_convolution
