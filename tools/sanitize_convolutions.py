@@ -10,12 +10,14 @@ from torch import Tensor
 
 from fastmetro_kernels.convolution import (
     ConvolutionConfig,
+    StemConfig,
     configs,
     convolution,
     convolution_pair,
     convolution_stem,
     lay_out,
     lay_out_stem,
+    stem_configs,
 )
 from tools.sanitize_common import BFLOAT, FLOAT, HALF, TOLERANCE, compare
 
@@ -88,6 +90,7 @@ class Stem:
     """One call of `convolution_stem`."""
 
     size: tuple[int, int, int]  # images, height, width
+    config: StemConfig
 
     def run(self, backend: str, device: str) -> None:
         got = self._result(HALF, "reference" if device == "cpu" else backend, device)
@@ -98,7 +101,7 @@ class Stem:
         (n, h, w), weight = self.size, torch.randn(64, 3, 7, 7, generator=generator) / 12
         weights = lay_out_stem(weight.half().to(device, dtype), torch.randn(64, generator=generator).to(device))
         x = torch.randn(n, h, w, 3, generator=generator).half().to(device, dtype).permute(0, 3, 1, 2)
-        return convolution_stem(x, weights, backend=backend).cpu()
+        return convolution_stem(x, weights, config=self.config, backend=backend).cpu()
 
 
 def convolution_native() -> Iterator[Convolution | Pair | Stem]:
@@ -114,4 +117,6 @@ def convolution_native() -> Iterator[Convolution | Pair | Stem]:
         yield Convolution((2, 5, 3), (144, 80), ConvolutionConfig(columns, split, 2), scale=3, residual=True)
     for wide, narrow in ((256, 64), (512, 128), (1024, 256)):
         yield Pair((3, 5, 7), (112, wide, narrow), second=wide == 512)
-    yield Stem((2, 33, 47))
+    for tile in stem_configs():  # a width of 40 takes copies of 16 bytes, one of 47 single numbers
+        yield Stem((2, 33, 47 if tile.height == 4 else 40), tile)
+    yield Stem((17, 65, 64), StemConfig(4, 4))  # more tiles than blocks

@@ -51,7 +51,7 @@ def measure(case: Case, rounds: int, bandwidth: float | None) -> Measured:
     """Check the contenders, then time those that are right in turn."""
     layer = case.used.layer
     chosen = choice.choose(case.device, layer) if case.device.type == "cuda" else None
-    config = chosen or pinned(layer.shape)
+    config = chosen or pinned(layer.shape, layer.scale)
     runs = {LIBRARY: case.library}
     if case.is_product:
         runs[PRODUCT] = case.product

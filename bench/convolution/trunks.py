@@ -62,7 +62,7 @@ def make_trunk(trunk: str, images: int, side: int, device: torch.device) -> tupl
     as large.
     """
     torch.manual_seed(0)
-    backbone = create_backbone(trunk).to(device).eval()
+    backbone = create_backbone(trunk).to(device).eval().requires_grad_(False)
     for module in backbone.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.weight.masked_fill_(module.weight == 0, GAIN)

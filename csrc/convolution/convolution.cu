@@ -34,6 +34,7 @@ struct Grid {
 template <typename T>
 Grid grid_of(const Problem<T>& problem, const Config& config) {
   const unsigned rows = config.groups * kRows;
+  check_rows(problem.output.rows, rows);
   return {dim3(config.split, (problem.output.rows + rows - 1) / rows,
                (problem.output.channels + config.columns - 1) / config.columns),
           config.groups * kWarpgroup + 32, shared_bytes(config.columns, config.groups, config.split, config.stages)};

@@ -1,12 +1,13 @@
 // A convolution with bias, residual and ReLU as one implicit product, for compute capability 9.0.
 //
 // The output is a matrix: a row per position (image, row, column), a column per output channel. A block makes 64 rows
-// for each of its GROUPS of four warps and COLUMNS columns of it; its depth runs over taps and, within a tap, chunks of 64 input channels, and behind them
-// over the chunks of a second input under a 1 x 1 kernel of its own (a block's downsampling branch). For each chunk the
-// copy engine brings 64 positions' pixels under the tap, with zeros beyond the borders, and the weights; a ring of STAGES
-// chunks is under way. One warp asks for them, the groups multiply.
+// for each of its GROUPS of four warps and COLUMNS columns of it; its depth runs over taps and, within a tap, chunks of
+// 64 input channels, and behind them over the chunks of a second input under a 1 x 1 kernel of its own (a block's
+// downsampling branch). For each chunk the copy engine brings 64 positions' pixels under the tap, with zeros beyond the
+// borders, and the weights; a ring of chunks is under way. One warp asks for the weights, the groups for the first
+// pixels, and they multiply.
 //
-// SPLIT blocks of a cluster share the depth where there are few blocks: each multiplies its chunks and sends every
+// The blocks of a cluster share the depth where there are few of them: each multiplies its chunks and sends every
 // other block the rows that that one finishes, in a fixed order of addition.
 #pragma once
 
@@ -18,7 +19,7 @@ template <typename T>
 struct Problem {
   Inputs inputs;
   Output<T> output;
-  int split;  // blocks of a cluster
+  int split;         // blocks of a cluster
   long long* times;  // [blocks, kStamps] of a timed kernel
 };
 
@@ -61,8 +62,8 @@ __global__ void __launch_bounds__(GROUPS* kWarpgroup + 32) convolution_kernel(co
   const int split = SHARED ? p.split : 1, rank = SHARED ? blockIdx.x : 0, own = kRows / static_cast<unsigned>(split);
   const unsigned depth = p.inputs.first.depth + p.inputs.second.depth;
   const int from = depth * rank / split, to = depth * (rank + 1) / split;
-  const MyTile tile{p.inputs, ring, static_cast<int>(blockIdx.y) * GROUPS * kRows, static_cast<int>(blockIdx.z) * COLUMNS, from,
-                    to - from};
+  const int row = blockIdx.y * GROUPS * kRows, column = blockIdx.z * COLUMNS;
+  const MyTile tile{p.inputs, ring, row, column, from, to - from};
 
   stamp<KIND>(p, kStarted);
   fm::launch_dependents();

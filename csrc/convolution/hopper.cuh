@@ -172,11 +172,13 @@ __device__ __forceinline__ void multiply(float (&sums)[N / 2], uint64_t a, uint6
                  FM_8(sums, 32), FM_8(sums, 40), FM_8(sums, 48), FM_8(sums, 56));
   } else {
     if constexpr (kHalf)
-      FM_PRODUCT("m64n256k16", "f16", FM_R128, 128, 129, 130, FM_8(sums, 0), FM_8(sums, 8), FM_8(sums, 16), FM_8(sums, 24), FM_8(sums, 32), FM_8(sums, 40),
+      FM_PRODUCT("m64n256k16", "f16", FM_R128, 128, 129, 130, FM_8(sums, 0), FM_8(sums, 8), FM_8(sums, 16),
+                 FM_8(sums, 24), FM_8(sums, 32), FM_8(sums, 40),
                  FM_8(sums, 48), FM_8(sums, 56), FM_8(sums, 64), FM_8(sums, 72), FM_8(sums, 80), FM_8(sums, 88),
                  FM_8(sums, 96), FM_8(sums, 104), FM_8(sums, 112), FM_8(sums, 120));
     else
-      FM_PRODUCT("m64n256k16", "bf16", FM_R128, 128, 129, 130, FM_8(sums, 0), FM_8(sums, 8), FM_8(sums, 16), FM_8(sums, 24), FM_8(sums, 32), FM_8(sums, 40),
+      FM_PRODUCT("m64n256k16", "bf16", FM_R128, 128, 129, 130, FM_8(sums, 0), FM_8(sums, 8), FM_8(sums, 16),
+                 FM_8(sums, 24), FM_8(sums, 32), FM_8(sums, 40),
                  FM_8(sums, 48), FM_8(sums, 56), FM_8(sums, 64), FM_8(sums, 72), FM_8(sums, 80), FM_8(sums, 88),
                  FM_8(sums, 96), FM_8(sums, 104), FM_8(sums, 112), FM_8(sums, 120));
   }

@@ -50,6 +50,12 @@ inline Geometry geometry(const Tensor& x, const Tensor& weight, int64_t stride, 
   return g;
 }
 
+// A grid has at most 65535 blocks down.
+inline void check_rows(int rows, int per_block) {
+  STD_TORCH_CHECK(rows <= int64_t(65535) * per_block, "convolution_native: at most ", int64_t(65535) * per_block,
+                  " positions of all images, got ", rows);
+}
+
 // Arguments of a convolution; see convolution.cu.
 struct Arguments {
   Tensor x, weight, bias;

@@ -12,6 +12,7 @@ void launch(const Pair<T>& pair, bool early, cudaStream_t stream) {
   const int bytes = pair_shared_bytes(NARROW, pair.inputs.stages);
   STD_TORCH_CHECK(bytes <= 227 * 1024, "convolution_pair_native: ", pair.inputs.stages, " stages take ", bytes,
                   " bytes of shared memory");
+  check_rows(pair.wide.rows, kRows);
   const unsigned rows = (pair.wide.rows + kRows - 1) / kRows;
   fm::launch_kernel(pair_kernel<T, NARROW>, dim3(pair.split, rows), kWarpgroup + 32, bytes, pair.split, early, stream,
                     pair);

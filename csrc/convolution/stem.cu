@@ -1,9 +1,12 @@
-// convolution_stem: ResNet's 7 x 7 convolution of stride 2, bias, ReLU and max pooling of channels_last images in half
-// precision. The kernel is in stem.cuh.
+// convolution_stem: the stem of a ResNet (convolution, bias, ReLU, max pooling) of channels_last images in half
+// precision, on compute capability 8.0 and up. The kernel is in stem.cuh.
 #include "stem.cuh"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <vector>
 
 #include "common/cuda.h"
 
@@ -12,50 +15,74 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-void check(const Tensor& tensor, const char* name, const Tensor& x, ScalarType type, int64_t numbers) {
-  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == x.get_device_index(), "convolution_stem: ", name,
-                  " must be on the device of x");
+void check(const Tensor& tensor, const char* name, int64_t dimensions, const Tensor& x, ScalarType type) {
+  STD_TORCH_CHECK(tensor.dim() == dimensions, "convolution_stem: ", name, " must have ", dimensions,
+                  " dimensions, got ", tensor.dim());
+  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == x.get_device_index(), "convolution_stem: ",
+                  name, " must be on the device of x");
   STD_TORCH_CHECK(tensor.scalar_type() == type, "convolution_stem: ", name, " must be ",
                   torch::headeronly::toString(type), ", got ", torch::headeronly::toString(tensor.scalar_type()));
-  STD_TORCH_CHECK(tensor.is_contiguous() && reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0,
-                  "convolution_stem: ", name, " must be contiguous and aligned to 16 bytes");
-  STD_TORCH_CHECK(numbers < 0 || tensor.numel() == numbers, "convolution_stem: ", name, " must hold ", numbers,
-                  " numbers, got ", tensor.numel());
+  STD_TORCH_CHECK(tensor.is_contiguous(), "convolution_stem: ", name, " must be contiguous");
 }
 
-// `x` [N, H, W, 3]; `weight` as lay_out_stem packs it; `bias` float32 [64] -> [N, P, Q, 64].
-Tensor stem(Tensor x, Tensor weight, Tensor bias, bool early) {
+void check_weights(const Tensor& weight, const Tensor& bias, const Tensor& x) {
+  check(weight, "weight", 5, x, x.scalar_type());
+  check(bias, "bias", 1, x, ScalarType::Float);
+  STD_TORCH_CHECK(weight.size(0) == 2 && weight.size(1) == fm_stem::kSteps && weight.size(2) == 2 &&
+                      weight.size(3) == 32 && weight.size(4) == 8,
+                  "convolution_stem: weight must be [2, 10, 2, 32, 8], as lay_out_stem makes it");
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(weight.const_data_ptr()) % 16 == 0,
+                  "convolution_stem: weight must be aligned to 16 bytes");
+  STD_TORCH_CHECK(bias.size(0) == fm_stem::kChannels, "convolution_stem: bias must be [64], got [", bias.size(0),
+                  "]");
+}
+
+int multiprocessors(int device) {
+  int count = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
+}
+
+template <typename T>
+void run(const Tensor& x, const Tensor& weight, const Tensor& bias, Tensor& out, const std::vector<int64_t>& config) {
+  const int device = x.get_device_index();
+  const bool known = fm_stem::choose_tile(config[0], config[1], [&]<typename Cut>(Cut) {
+    const auto problem = fm_stem::make_problem<Cut>(
+        static_cast<const T*>(x.const_data_ptr()), static_cast<const T*>(weight.const_data_ptr()),
+        bias.const_data_ptr<float>(), static_cast<T*>(out.mutable_data_ptr()), static_cast<int>(x.size(0)),
+        static_cast<int>(x.size(1)), static_cast<int>(x.size(2)));
+    const int blocks = std::min(problem.tiles, multiprocessors(device) * Cut::kResident);
+    fm::launch_kernel(fm_stem::stem_kernel<T, Cut>, dim3(static_cast<unsigned>(blocks)), Cut::kThreads,
+                      Cut::kSharedBytes, 1, config[2] != 0 && fm::has_clusters(device), fm::current_stream(x), problem);
+  });
+  STD_TORCH_CHECK(known, "convolution_stem: there is no tile of ", config[0], " x ", config[1]);
+}
+
+// `x` [N, H, W, 3]; `weight` [2, 10, 2, 32, 8] and `bias` [64] as lay_out_stem makes them; `config`: height and width of
+// a tile, whether to start before the kernel in front has ended (where the device can). Returns [N, P, Q, 64].
+Tensor convolution_stem(Tensor x, Tensor weight, Tensor bias, std::vector<int64_t> config) {
   STD_TORCH_CHECK(x.is_cuda(), "convolution_stem: x must be on a CUDA device");
   const ScalarType type = x.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Half || type == ScalarType::BFloat16,
                   "convolution_stem: x must be float16 or bfloat16, got ", torch::headeronly::toString(type));
-  STD_TORCH_CHECK(x.dim() == 4 && x.size(3) == 3, "convolution_stem: x must be [N, H, W, 3]");
-  check(x, "x", x, type, -1);
-  check(weight, "weight", x, type, fm_convolution::kStemSteps * 16 * fm_convolution::kStemChannels);
-  check(bias, "bias", x, ScalarType::Float, fm_convolution::kStemChannels);
-  const int64_t images = x.size(0);
-  STD_TORCH_CHECK(x.size(1) > 0 && x.size(2) > 0 && x.size(1) <= 65536 && x.size(2) <= 65536 && images <= 65535,
-                  "convolution_stem: up to 65535 images of 1 to 65536 rows and columns");
-  fm_convolution::StemSize size{int(x.size(1)), int(x.size(2)), 0, 0, 0, 0};
-  size.rows = (size.height - 1) / 2 + 1, size.columns = (size.width - 1) / 2 + 1;
-  size.pooled_rows = (size.rows - 1) / 2 + 1, size.pooled_columns = (size.columns - 1) / 2 + 1;
+  check(x, "x", 4, x, type);
+  check_weights(weight, bias, x);
+  STD_TORCH_CHECK(config.size() == 3, "convolution_stem: config must hold height, width, early");
+  const int64_t images = x.size(0), height = x.size(1), width = x.size(2);
+  STD_TORCH_CHECK(x.size(3) == fm_stem::kInputs && height >= 1 && width >= 1,
+                  "convolution_stem: x must be [N, H, W, 3] with H and W at least 1, got [", images, ", ", height,
+                  ", ", width, ", ", x.size(3), "]");
+  const int64_t out_height = (height + 3) / 4, out_width = (width + 3) / 4;
+  STD_TORCH_CHECK(height <= 1 << 24 && width <= 1 << 24 && images * out_height * out_width <= INT32_MAX,
+                  "convolution_stem: too many positions");
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  Tensor out = torch::stable::new_empty(
-      x, {images, size.pooled_rows, size.pooled_columns, fm_convolution::kStemChannels});
+  Tensor out = torch::stable::new_empty(x, {images, out_height, out_width, fm_stem::kChannels});
   if (images == 0) return out;
-  const dim3 grid((size.pooled_columns + fm_convolution::kPooledColumns - 1) / fm_convolution::kPooledColumns,
-                  (size.pooled_rows + fm_convolution::kPooledRows - 1) / fm_convolution::kPooledRows, unsigned(images));
-  const auto run = [&]<typename T>(T*) {
-    fm::launch_kernel(fm_convolution::stem_kernel<T>, grid, fm_convolution::kStemThreads, fm_convolution::kStemBytes, 1,
-                      early && fm::has_clusters(x.get_device_index()), fm::current_stream(x),
-                      static_cast<const T*>(x.const_data_ptr()), static_cast<const uint4*>(weight.const_data_ptr()),
-                      bias.const_data_ptr<float>(), static_cast<T*>(out.mutable_data_ptr()), size);
-  };
-  if (type == ScalarType::Half) run(static_cast<__half*>(nullptr));
-  else run(static_cast<__nv_bfloat16*>(nullptr));
+  if (type == ScalarType::Half) run<__half>(x, weight, bias, out, config);
+  else run<__nv_bfloat16>(x, weight, bias, out, config);
   return out;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastmetro_kernels, CUDA, m) { m.impl("convolution_stem", TORCH_BOX(&stem)); }
+STABLE_TORCH_LIBRARY_IMPL(fastmetro_kernels, CUDA, m) { m.impl("convolution_stem", TORCH_BOX(&convolution_stem)); }

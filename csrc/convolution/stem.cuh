@@ -1,155 +1,271 @@
-// ResNet's beginning in one kernel: 7 x 7 convolution of stride 2 from 3 to 64 channels, bias, ReLU, and 3 x 3 max pooling
-// of stride 2. For compute capability 8.0 and up.
+// The stem of a ResNet in one kernel: 7 x 7 convolution of 3 channels with stride 2 and padding 3, bias, ReLU, and max
+// pooling of 3 x 3 with stride 2 and padding 1; 64 channels come out. Compute capability 8.0 and up.
 //
-// A block makes 4 x 7 pooled positions of all 64 channels, for which it needs 9 x 15 of the convolution and 23 x 35
-// pixels. Under one row of taps a position sees 7 pixels of 3 channels, 21 consecutive numbers, and these are the depth of
-// the product: 7 rows of 22, the last of them under a weight of zero, so that pairs of numbers are words. Rows of the
-// product are read from the pixels as they lie: positions are 3 words apart, so that the 8 positions and 4 pairs that a
-// warp reads at a time are 25 consecutive words, in as many banks. Weights stay in registers; eight warps share the product,
-// four along positions, two along channels.
+// A block makes tiles of HEIGHT x WIDTH pooled positions. The pixels under a tile come to shared memory, zeros beyond
+// the borders; tensor cores multiply; the convolution's results go to shared memory, rounded, and are pooled from there.
+// Rounding and the maximum commute, so the outputs are rounded once. Weights stay in registers: a warp makes 32 of the
+// channels, 16 positions at a time. Where there are more tiles than blocks, the pixels of a block's next tile are under
+// way while it pools.
+//
+// The depth. In memory [N, H, W, 3] the 7 taps of a kernel row are 21 numbers in a row, and they begin 6 numbers further
+// for the next position. Copies of 16 bytes put the first of them at an odd place, so a kernel row has 22 numbers here,
+// the first under a weight of 0: 11 pairs, each a word. Lane t of the four that share a position takes 20 pairs: t and
+// 4 + t of the 7 kernel rows (slots 0 to 13), and the last three of kernel rows t and 4 + t, the eighth of which has
+// weights of 0 (slots 14 to 19). So all addresses are one of two per position plus a constant. Pixels under weights of 0
+// must be finite, as all pixels are taken to be: one that is not also spoils outputs beside its windows.
 #pragma once
 
 #include "common/device.cuh"
 
-namespace fm_convolution {
+namespace fm_stem {
 
-struct StemSize {
-  int height, width;            // of the images
-  int rows, columns;            // of the convolution
-  int pooled_rows, pooled_columns;
+constexpr int kChannels = 64, kTaps = 7, kInputs = 3;
+constexpr int kSteps = 10;      // of 16 numbers of the depth
+constexpr int kShare = 32;      // channels of a warp
+constexpr int kNear = 14;       // slots 0 to 13: two pairs of each kernel row
+constexpr int kChunk = 8;       // numbers of 16 bytes
+constexpr int kPixelBytes = 2 * kInputs * 2;  // from one position of the convolution to the next
+static_assert(kTaps * 2 == kNear);
+
+// HEIGHT x WIDTH pooled positions; GROUPS warps share the positions, for each half of the channels; so many blocks
+// should fit a multiprocessor.
+template <int HEIGHT, int WIDTH, int GROUPS, int RESIDENT>
+struct Tile {
+  static_assert(WIDTH % 2 == 0, "the pixels of a tile must begin at a multiple of 16 bytes");
+  static constexpr int kHeight = HEIGHT, kWidth = WIDTH, kGroups = GROUPS, kResident = RESIDENT;
+  static constexpr int kThreads = GROUPS * 2 * 32;
+  static constexpr int kRows = 2 * HEIGHT + 1, kColumns = 2 * WIDTH + 1;  // of the convolution
+  static constexpr int kPositions = kRows * kColumns;
+  static constexpr int kProducts = (kPositions + 15) / 16;  // of 16 positions
+  static constexpr int kPixelRows = 2 * (kRows - 1) + kTaps + 1;
+  static constexpr int kChunks = (6 * (kColumns - 1) + 22 + kChunk - 1) / kChunk;  // of a row of pixels
+  // The least pitch of 8 or 24 banks more than a multiple of 32: see the loads in multiply.
+  static constexpr int kPitch = ((kChunks * 16 - 32 + 63) / 64 * 64) + 32;
+  static constexpr int kPixelBytes = kPixelRows * kPitch;
+  static constexpr int kSharedBytes = kPixelBytes + kProducts * 16 * kChannels * 2;
 };
 
-constexpr int kStemChannels = 64, kStemThreads = 256;
-constexpr int kPooledRows = 4, kPooledColumns = 7;  // of a block
-constexpr int kConvRows = 2 * kPooledRows + 1, kConvColumns = 2 * kPooledColumns + 1, kConv = kConvRows * kConvColumns;
-constexpr int kPixelRows = 2 * kConvRows + 5, kPixelColumns = 2 * kConvColumns + 5;
-constexpr int kPixelPitch = 3 * kPixelColumns + 1;         // numbers; one more is read, and an odd number of words
-constexpr int kStemPairs = 11, kStemSteps = 10;            // of a row of taps; of 16 of the depth, 7 x 22 and 6 zeros
-constexpr int kConvPitch = kStemChannels + 8;              // numbers: eight rows of four words are 32 banks
-constexpr int kConvTiles = (kConv + 15) / 16;
-static_assert(kPixelPitch % 4 == 2);
+template <typename T>
+struct Problem {
+  const T* x;         // [images, height, width, 3]
+  const T* weight;    // in the order of lay_out_stem
+  const float* bias;  // [64]
+  T* out;             // [images, out_height, out_width, 64]
+  int height, width;
+  int middle_height, middle_width;  // of the convolution
+  int out_height, out_width;
+  int tiles_down, tiles_across, tiles;
+  bool aligned;  // every eighth number of a row lies at a multiple of 16 bytes
+};
 
-// Bytes of shared memory: pixels, then the convolution's positions.
-constexpr int kStemPixelBytes = (kPixelRows * kPixelPitch * 2 + 15) / 16 * 16;
-constexpr int kStemBytes = kStemPixelBytes + kConvTiles * 16 * kConvPitch * 2;
+// The first pooled position of a tile.
+struct Place {
+  int image, row, column;
+};
 
-// Word of the pixels, from a position's first on, that lane column t reads for pairs 8 step + t (+ 4) of the depth.
-__device__ __forceinline__ int stem_word(int pair) {
-  return pair < 7 * kStemPairs ? pair / kStemPairs * (kPixelPitch / 2) + pair % kStemPairs : 0;
+template <typename Cut, typename T>
+__device__ __forceinline__ Place place_of(const Problem<T>& p, int tile) {
+  const int across = tile % p.tiles_across, rest = tile / p.tiles_across;
+  return {rest / p.tiles_down, rest % p.tiles_down * Cut::kHeight, across * Cut::kWidth};
 }
 
+// Eight numbers of a row of so many, from `at` on, zeros where the row has none.
 template <typename T>
-__device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b) {
-  using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
-  const Pair most = __hmax2_nan(*reinterpret_cast<const Pair*>(&a), *reinterpret_cast<const Pair*>(&b));
-  return *reinterpret_cast<const uint32_t*>(&most);
+__device__ uint4 gathered(const T* row, int at, int numbers) {
+  uint32_t words[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const int low = at + 2 * i, high = low + 1;
+    words[i] = fm::pack<T>(low >= 0 && low < numbers ? static_cast<float>(row[low]) : 0.f,
+                           high >= 0 && high < numbers ? static_cast<float>(row[high]) : 0.f);
+  }
+  return {words[0], words[1], words[2], words[3]};
 }
 
-// The block's pixels, zero outside the image; all are asked for before the first is waited for.
-template <typename T>
-__device__ __forceinline__ void load_stem_pixels(const T* image, const StemSize& size, T* pixels, int row, int column) {
-  constexpr int kTurns = (kPixelRows * kPixelPitch + kStemThreads - 1) / kStemThreads;
-  T loaded[kTurns];
-#pragma unroll
-  for (int turn = 0; turn < kTurns; turn++) {
-    const int i = threadIdx.x + turn * kStemThreads, place = i % kPixelPitch;
-    const int y = row + i / kPixelPitch, x = 3 * column + place;
-    const bool inside = place < 3 * kPixelColumns && y >= 0 && y < size.height && x >= 0 && x < 3 * size.width;
-    loaded[turn] = static_cast<T>(0.f);
-    if (inside) loaded[turn] = image[static_cast<int64_t>(y) * 3 * size.width + x];
+// Starts the copies of a tile's pixels. Its first row is 2 (2 row - 1) - 3 of the image; its first number is the third
+// before that row's pixel 2 (2 column - 1) - 3, hence a multiple of 8.
+template <typename Cut, typename T>
+__device__ __forceinline__ void load_pixels(const Problem<T>& p, fm::SharedAddress pixels, const Place& place) {
+  const int numbers = kInputs * p.width, first_row = 4 * place.row - 5, first = 12 * place.column - 16;
+  const T* const image = p.x + static_cast<int64_t>(place.image) * p.height * numbers;
+  for (int i = threadIdx.x; i < Cut::kPixelRows * Cut::kChunks; i += Cut::kThreads) {
+    const int row = i / Cut::kChunks, chunk = i % Cut::kChunks, y = first_row + row, at = first + chunk * kChunk;
+    const bool inside = y >= 0 && y < p.height;
+    const T* const from = image + static_cast<int64_t>(inside ? y : 0) * numbers;
+    const fm::SharedAddress to = pixels + row * Cut::kPitch + chunk * 16;
+    if (p.aligned) {
+      const bool valid = inside && at >= 0 && at < numbers;  // a chunk lies in the image or beside it, never across
+      fm::copy_async_16(to, valid ? from + at : p.x, valid);
+    } else {
+      fm::store_shared(to, inside ? gathered(from, at, numbers) : uint4{});
+    }
   }
-#pragma unroll
-  for (int turn = 0; turn < kTurns; turn++) {
-    const int i = threadIdx.x + turn * kStemThreads;
-    if (i < kPixelRows * kPixelPitch) pixels[i] = loaded[turn];
-  }
+  fm::copy_async_commit();
 }
 
-// A warp's 16 positions and 32 channels: sums of positions lane / 4 (+ 8), channels 8 n + 2 (lane % 4) and the next.
+// A lane's weights: of a step and two of its four tiles of 8 channels, 16 bytes.
+struct Weights {
+  uint4 words[kSteps][2];
+  float bias[8];
+};
+
 template <typename T>
-__device__ __forceinline__ void multiply_stem(const T* pixels, int tile, const uint4 (&weights)[kStemSteps][2],
-                                              float (&sums)[4][4]) {
-  const int lane = threadIdx.x % 32;
-  const uint32_t* first[2];
+__device__ __forceinline__ void load_weights(const Problem<T>& p, int half, int lane, Weights& weights) {
+  const uint4* const from = reinterpret_cast<const uint4*>(p.weight) + half * kSteps * 2 * 32 + lane;
 #pragma unroll
-  for (int half = 0; half < 2; half++) {
-    const int position = min(tile * 16 + lane / 4 + 8 * half, kConv - 1);
-    const int row = position / kConvColumns, column = position % kConvColumns;
-    first[half] = reinterpret_cast<const uint32_t*>(pixels) + row * kPixelPitch + column * 3;  // two rows, two pixels
+  for (int step = 0; step < kSteps; step++) {
+    weights.words[step][0] = from[step * 64];
+    weights.words[step][1] = from[step * 64 + 32];
   }
 #pragma unroll
-  for (int step = 0; step < kStemSteps; step++) {
-    const int low = stem_word(8 * step + lane % 4), high = stem_word(8 * step + lane % 4 + 4);
-    const uint32_t a[4] = {first[0][low], first[1][low], first[0][high], first[1][high]};
-    const uint4 &w0 = weights[step][0], &w1 = weights[step][1];
-    fm::multiply_add_16x8x16<T>(sums[0], a, w0.x, w0.y);
-    fm::multiply_add_16x8x16<T>(sums[1], a, w0.z, w0.w);
-    fm::multiply_add_16x8x16<T>(sums[2], a, w1.x, w1.y);
-    fm::multiply_add_16x8x16<T>(sums[3], a, w1.z, w1.w);
-  }
+  for (int i = 0; i < 8; i++) weights.bias[i] = p.bias[half * kShare + lane % 4 * 8 + i];
 }
 
-// `weights`: [2 halves of the channels, steps, lanes, 16 numbers], see lay_out_stem.
-template <typename T>
-__global__ void __launch_bounds__(kStemThreads)
-    stem_kernel(const T* __restrict__ images, const uint4* __restrict__ weights, const float* __restrict__ bias,
-                T* __restrict__ out, StemSize size) {
-  fm::launch_dependents();
-  T* const pixels = reinterpret_cast<T*>(fm::dynamic_shared());
-  T* const conv = reinterpret_cast<T*>(fm::dynamic_shared() + kStemPixelBytes);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, half = warp % 2;
-  const int pooled_row = blockIdx.y * kPooledRows, pooled_column = blockIdx.x * kPooledColumns;
-  const int conv_row = 2 * pooled_row - 1, conv_column = 2 * pooled_column - 1;
+// Where a lane finds a position's pairs: near those of slots 0 to 13, far the others.
+struct Pairs {
+  const unsigned char *near, *far;
 
-  uint4 mine[kStemSteps][2];
-#pragma unroll
-  for (int step = 0; step < kStemSteps; step++) {
-    const uint4* from = weights + ((half * kStemSteps + step) * 32 + lane) * 2;
-    mine[step][0] = from[0], mine[step][1] = from[1];
+  // Banks, for the eight positions q and four lanes t of one load: near 3 q + t, where the same bank means the same
+  // word; far 3 q + (8 or 24) t, all different. Only a step to the next row within the eight can collide.
+  template <int PITCH>
+  __device__ __forceinline__ uint32_t load(int slot) const {
+    const int late = slot - kNear;
+    const unsigned char* const from =
+        slot < kNear ? near + slot / 2 * PITCH + slot % 2 * 16 : far + late / 3 * 4 * PITCH + late % 3 * 4;
+    return *reinterpret_cast<const uint32_t*>(from);
   }
-  float2 add[4];
-#pragma unroll
-  for (int n = 0; n < 4; n++) add[n] = *reinterpret_cast<const float2*>(bias + half * 32 + n * 8 + lane % 4 * 2);
+};
 
-  fm::wait_for_previous_grid();
-  load_stem_pixels(images + static_cast<int64_t>(blockIdx.z) * size.height * size.width * 3, size, pixels,
-                   2 * conv_row - 3, 2 * conv_column - 3);
-  __syncthreads();
+template <typename Cut>
+__device__ __forceinline__ Pairs pairs_of(const unsigned char* pixels, int position, int lane) {
+  const int inside = min(position, Cut::kPositions - 1);
+  const unsigned char* const from =
+      pixels + inside / Cut::kColumns * 2 * Cut::kPitch + inside % Cut::kColumns * kPixelBytes;
+  return {from + lane % 4 * 4, from + lane % 4 * Cut::kPitch + 32};
+}
 
-  for (int tile = warp / 2; tile < kConvTiles; tile += kStemThreads / 64) {
-    float sums[4][4] = {};
-    multiply_stem(pixels, tile, mine, sums);
+// Byte of the eight channels `chunk` of a position among the results. The halves of odd positions are swapped: then the
+// two positions that eight lanes store lie in different banks; eight lanes that pool read all of one position.
+__device__ __forceinline__ int result_byte(int position, int chunk) {
+  return position * kChannels * 2 + (chunk ^ (position % 2 * 4)) * 16;
+}
+
+// Rounded sums of a lane: row 0 or 1 of its two, eight channels.
+template <typename T>
+__device__ __forceinline__ uint4 rounded(const float (&sums)[4][4], int row) {
+  return {fm::pack<T>(sums[0][2 * row], sums[0][2 * row + 1]), fm::pack<T>(sums[1][2 * row], sums[1][2 * row + 1]),
+          fm::pack<T>(sums[2][2 * row], sums[2][2 * row + 1]), fm::pack<T>(sums[3][2 * row], sums[3][2 * row + 1])};
+}
+
+// The convolution of a tile, without the ReLU; positions beyond the image get 0, which pooling behind a ReLU ignores.
+template <typename Cut, typename T>
+__device__ __forceinline__ void multiply(const Problem<T>& p, const unsigned char* pixels, fm::SharedAddress results,
+                                         const Weights& weights, const Place& place) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, half = warp / Cut::kGroups;
+  for (int product = warp % Cut::kGroups; product < Cut::kProducts; product += Cut::kGroups) {
+    const int first = product * 16 + lane / 4;
+    const Pairs low = pairs_of<Cut>(pixels, first, lane), high = pairs_of<Cut>(pixels, first + 8, lane);
+    float sums[4][4];
 #pragma unroll
-    for (int part = 0; part < 2; part++) {
-      const int position = tile * 16 + lane / 4 + 8 * part;
-      const int row = conv_row + position / kConvColumns, column = conv_column + position % kConvColumns;
-      // Positions outside count for no window: after the ReLU zero is as little as nothing.
-      const bool inside = row >= 0 && row < size.rows && column >= 0 && column < size.columns;
+    for (int j = 0; j < 4; j++) {
+      sums[j][0] = sums[j][2] = weights.bias[2 * j];
+      sums[j][1] = sums[j][3] = weights.bias[2 * j + 1];
+    }
 #pragma unroll
-      for (int n = 0; n < 4; n++) {
-        float x = sums[n][2 * part] + add[n].x, y = sums[n][2 * part + 1] + add[n].y;
-        x = x < 0.f || !inside ? 0.f : x, y = y < 0.f || !inside ? 0.f : y;  // keeps NaN
-        *reinterpret_cast<uint32_t*>(conv + position * kConvPitch + half * 32 + n * 8 + lane % 4 * 2) = fm::pack<T>(x, y);
+    for (int step = 0; step < kSteps; step++) {
+      const uint32_t a[4] = {low.load<Cut::kPitch>(2 * step), high.load<Cut::kPitch>(2 * step),
+                             low.load<Cut::kPitch>(2 * step + 1), high.load<Cut::kPitch>(2 * step + 1)};
+#pragma unroll
+      for (int two = 0; two < 2; two++) {
+        const uint4 b = weights.words[step][two];
+        fm::multiply_add_16x8x16<T>(sums[2 * two], a, b.x, b.y);
+        fm::multiply_add_16x8x16<T>(sums[2 * two + 1], a, b.z, b.w);
       }
     }
-  }
-  __syncthreads();
-
-  for (int i = threadIdx.x; i < kPooledRows * kPooledColumns * 8; i += kStemThreads) {
-    const int position = i / 8, channel = i % 8 * 8, y = position / kPooledColumns, x = position % kPooledColumns;
-    if (pooled_row + y >= size.pooled_rows || pooled_column + x >= size.pooled_columns) continue;
-    uint4 most = {};
 #pragma unroll
-    for (int tap = 0; tap < 9; tap++) {
-      const T* from = conv + ((2 * y + tap / 3) * kConvColumns + 2 * x + tap % 3) * kConvPitch + channel;
-      const uint4 v = *reinterpret_cast<const uint4*>(from);
-      most.x = larger<T>(most.x, v.x), most.y = larger<T>(most.y, v.y);
-      most.z = larger<T>(most.z, v.z), most.w = larger<T>(most.w, v.w);
+    for (int row = 0; row < 2; row++) {
+      const int position = first + 8 * row;
+      const int y = 2 * place.row - 1 + position / Cut::kColumns, x = 2 * place.column - 1 + position % Cut::kColumns;
+      const bool inside = y >= 0 && y < p.middle_height && x >= 0 && x < p.middle_width;
+      fm::store_shared(results + result_byte(position, half * 4 + lane % 4), inside ? rounded<T>(sums, row) : uint4{});
     }
-    const int64_t at = (static_cast<int64_t>(blockIdx.z) * size.pooled_rows + pooled_row + y) * size.pooled_columns +
-                       pooled_column + x;
-    *reinterpret_cast<uint4*>(out + at * kStemChannels + channel) = most;
   }
 }
 
-}  // namespace fm_convolution
+template <typename T>
+__device__ __forceinline__ void keep_larger(uint4& best, const uint4& other) {
+  using Two = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+  Two a[4], b[4];
+  memcpy(a, &best, 16), memcpy(b, &other, 16);
+#pragma unroll
+  for (int i = 0; i < 4; i++) a[i] = __hmax2_nan(a[i], b[i]);
+  memcpy(&best, a, 16);
+}
+
+// A maximum that begins at 0 is the ReLU as well; what is not a number stays so.
+template <typename Cut, typename T>
+__device__ __forceinline__ void pool(const Problem<T>& p, fm::SharedAddress results, const Place& place) {
+  constexpr int kEighths = kChannels / 8;
+  for (int i = threadIdx.x; i < Cut::kHeight * Cut::kWidth * kEighths; i += Cut::kThreads) {
+    const int chunk = i % kEighths, row = i / kEighths / Cut::kWidth, column = i / kEighths % Cut::kWidth;
+    const int y = place.row + row, x = place.column + column;
+    if (y >= p.out_height || x >= p.out_width) continue;
+    uint4 best{};
+#pragma unroll
+    for (int tap = 0; tap < 9; tap++) {
+      const int position = (2 * row + tap / 3) * Cut::kColumns + 2 * column + tap % 3;
+      keep_larger<T>(best, fm::load_shared<uint4>(results + result_byte(position, chunk)));
+    }
+    const int64_t at = (static_cast<int64_t>(place.image) * p.out_height + y) * p.out_width + x;
+    *reinterpret_cast<uint4*>(p.out + at * kChannels + chunk * 8) = best;
+  }
+}
+
+template <typename T, typename Cut>
+__global__ void __launch_bounds__(Cut::kThreads, Cut::kResident) stem_kernel(const __grid_constant__ Problem<T> p) {
+  unsigned char* const pixels = fm::dynamic_shared();
+  const fm::SharedAddress pixels_address = fm::shared_address(pixels);
+  const fm::SharedAddress results = pixels_address + Cut::kPixelBytes;
+  fm::launch_dependents();
+  Weights weights;  // are there before the kernel in front of this one has finished
+  load_weights(p, threadIdx.x / 32 / Cut::kGroups, threadIdx.x % 32, weights);
+  fm::wait_for_previous_grid();
+
+  load_pixels<Cut>(p, pixels_address, place_of<Cut>(p, blockIdx.x));
+  for (int tile = blockIdx.x; tile < p.tiles; tile += gridDim.x) {
+    const Place place = place_of<Cut>(p, tile);
+    fm::copy_async_wait<0>();
+    __syncthreads();  // the pixels are there, and the results of the tile before are pooled
+    multiply<Cut>(p, pixels, results, weights, place);
+    __syncthreads();
+    if (tile + gridDim.x < p.tiles) load_pixels<Cut>(p, pixels_address, place_of<Cut>(p, tile + gridDim.x));
+    pool<Cut>(p, results, place);
+  }
+}
+
+// Every tile that the op knows. A thread needs about 150 registers, so 384 threads of a multiprocessor have them without
+// spilling, and four groups of warps twice would not. Calls `with(Tile{})` for the one of this size, and says whether
+// there is one.
+template <typename With>
+bool choose_tile(int64_t height, int64_t width, const With& with) {
+  if (height == 4 && width == 4) return with(Tile<4, 4, 3, 2>{}), true;
+  if (height == 7 && width == 4) return with(Tile<7, 4, 5, 1>{}), true;
+  if (height == 4 && width == 8) return with(Tile<4, 8, 5, 1>{}), true;
+  if (height == 7 && width == 8) return with(Tile<7, 8, 3, 2>{}), true;
+  return false;
+}
+
+// Sizes that follow from those of the input.
+template <typename Cut, typename T>
+Problem<T> make_problem(const T* x, const T* weight, const float* bias, T* out, int images, int height, int width) {
+  Problem<T> p{x, weight, bias, out, height, width};
+  p.middle_height = (height - 1) / 2 + 1, p.middle_width = (width - 1) / 2 + 1;
+  p.out_height = (p.middle_height - 1) / 2 + 1, p.out_width = (p.middle_width - 1) / 2 + 1;
+  p.tiles_down = (p.out_height + Cut::kHeight - 1) / Cut::kHeight;
+  p.tiles_across = (p.out_width + Cut::kWidth - 1) / Cut::kWidth;
+  p.tiles = images * p.tiles_down * p.tiles_across;
+  p.aligned = width % 8 == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0;
+  return p;
+}
+
+}  // namespace fm_stem

@@ -70,7 +70,8 @@ __device__ __forceinline__ Chunk chunk_of(const Inputs& p, int number) {
   return {input, tap, (place - tap * static_cast<int>(input.chunks.number)) * kDepth};
 }
 
-// The part of the product that is this block's: rows and columns from `row` and `column` on, `count` chunks from `from` on.
+// The part of the product that is this block's: rows and columns from `row` and `column` on, `count` chunks from `from`
+// on.
 template <int COLUMNS, int GROUPS>
 struct Tile {
   static constexpr int kPixels = kRows * kDepth * 2, kWeights = COLUMNS * kDepth * 2;  // bytes of a copy
@@ -284,30 +285,16 @@ struct Share {
     }
   }
 
-  // Adds the parts of `split` blocks in their order, bias and residual, applies ReLU and stores. `also` gets the results of
-  // all turns with their row among the block's own.
+  // Adds the parts of `split` blocks in their order, bias and residual, applies ReLU and stores. `also` gets the results
+  // of all turns with their row among the block's own.
   template <typename Also>
   __device__ __forceinline__ void finish(const Output<T>& p, fm::SharedAddress parts, int own, int split,
                                          const Also& also) const {
-    constexpr int kPitch = (COLUMNS + 8) * 4;
-    const fm::SharedAddress begin = parts + first * kPitch + threadIdx.x % kEighths * 32;
-    float total[kTurns][8];
+    float total[kTurns][8] = {};
 #pragma unroll
     for (int turn = 0; turn < kTurns; turn++) {
-#pragma unroll
-      for (int i = 0; i < 8; i++) total[turn][i] = 0.f;
-    }
-#pragma unroll 2
-    for (int part = 0; part < (SHARED ? split : 1); part++) {
-#pragma unroll
-      for (int turn = 0; turn < kTurns; turn++) {
-        if (SHARED && turn >= turns) break;
-        const fm::SharedAddress at = begin + (part * own + turn * kStep) * kPitch;
-        const float4 low = fm::load_shared<float4>(at), high = fm::load_shared<float4>(at + 16);
-        float (&t)[8] = total[turn];
-        t[0] += low.x, t[1] += low.y, t[2] += low.z, t[3] += low.w;
-        t[4] += high.x, t[5] += high.y, t[6] += high.z, t[7] += high.w;
-      }
+      if (SHARED && turn >= turns) break;  // beyond the parts
+      add_parts(total[turn], parts, own, split, turn);
     }
 #pragma unroll
     for (int turn = 0; turn < kTurns; turn++) {

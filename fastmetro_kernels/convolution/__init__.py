@@ -4,15 +4,25 @@ from fastmetro_kernels.convolution.api import choose, convolution
 from fastmetro_kernels.convolution.configs import ConvolutionConfig, PairConfig, pair_configs
 from fastmetro_kernels.convolution.layout import ConvolutionWeights, lay_out
 from fastmetro_kernels.convolution.pair import choose_pair, convolution_pair, pair_problem
-from fastmetro_kernels.convolution.stem import StemWeights, convolution_stem, lay_out_stem, pack_stem
+from fastmetro_kernels.convolution.stem import (
+    StemConfig,
+    StemWeights,
+    choose_stem,
+    convolution_stem,
+    lay_out_stem,
+    pack_stem,
+    stem_configs,
+)
 
 __all__ = [
     "ConvolutionConfig",
     "ConvolutionWeights",
     "PairConfig",
+    "StemConfig",
     "StemWeights",
     "choose",
     "choose_pair",
+    "choose_stem",
     "convolution",
     "convolution_pair",
     "convolution_stem",
@@ -21,4 +31,5 @@ __all__ = [
     "pack_stem",
     "pair_configs",
     "pair_problem",
+    "stem_configs",
 ]

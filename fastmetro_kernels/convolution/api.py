@@ -58,7 +58,7 @@ def convolution(
     order = ("native", "reference") if config or measured else ("reference",)
     if backends.select("convolution", backend, choices, order) == "reference":
         return reference.convolution(x, weights, residual, second, relu, scale)
-    config = config or measured or pinned(layer.shape)
+    config = config or measured or pinned(layer.shape, layer.scale)
     if found := problem(config, layer.shape.chunks, scale, layer.shape.box):
         raise ValueError(f"config: {found}")
     moved = [None if tensor is None else channels_last_rows(tensor) for tensor in (residual, second)]

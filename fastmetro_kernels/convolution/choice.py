@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch
 from fastmetro_kernels.convolution.configs import ConvolutionConfig, PairConfig, pinned
 from fastmetro_kernels.convolution.table import Family, Layer, read_file
 from fastmetro_kernels.tuning.choice import family_of
+from fastmetro_kernels.tuning.reader import shipped_and_own
 
 ENVIRONMENT = "FASTMETRO_KERNELS_CONVOLUTIONS"
 """Names a file whose families take the place of those that are shipped. Read when a call first needs it."""
@@ -35,10 +35,7 @@ def families() -> Mapping[str, Family]:
     Raises:
         TuningFileError: the file is malformed or cannot be read.
     """
-    found = read_file(SHIPPED)
-    if path := os.environ.get(ENVIRONMENT):
-        found |= read_file(Path(path))
-    return found
+    return shipped_and_own(SHIPPED, ENVIRONMENT, read_file)
 
 
 def reset() -> None:

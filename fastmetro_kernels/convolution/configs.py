@@ -12,9 +12,10 @@ COLUMNS, SPLITS, GROUPS = (32, 64, 128), (1, 2, 4, 8), (1, 2)
 MOST_SCALE, REPEATED_COLUMNS, TAPS = 32, 64, 9
 STAGES = (2, 3, 4, 6, 8)
 """Tried besides as many as there are chunks."""
-MOST_TILES_TO_SPLIT, FEWEST_TILES_OF_TWO = 264, 24
-"""Twice the multiprocessors of an H200, with more tiles than which there is nothing to share; and so few tiles of two
-groups that most multiprocessors would stand still."""
+MULTIPROCESSORS = 132
+"""Of an H100 and an H200."""
+MOST_TILES_TO_SPLIT, FEWEST_TILES_OF_TWO = 2 * MULTIPROCESSORS, 24
+"""With more tiles there is nothing to share; with fewer of two groups most multiprocessors would stand still."""
 
 
 class ConvolutionConfig(NamedTuple):
@@ -140,12 +141,13 @@ def _usable_once(shape: Shape, scale: int) -> list[ConvolutionConfig]:
     return found
 
 
-def pinned(shape: Shape, multiprocessors: int = 132) -> ConvolutionConfig:
+def pinned(shape: Shape, scale: int = 1) -> ConvolutionConfig:
     """By rule, until measured tables are there: wide tiles while all multiprocessors have one, else a shared depth."""
     tiles = -(-shape.rows // ROWS)
     choices = [(columns, split) for split in SPLITS for columns in reversed(COLUMNS)]
     choices = [(c, s) for c, s in choices if s <= shape.chunks and (c <= shape.outputs or c == COLUMNS[0])]
-    filled = [(c, s) for c, s in choices if tiles * -(-shape.outputs // c) * s >= multiprocessors]
+    choices = [(c, s) for c, s in choices if scale == 1 or c <= REPEATED_COLUMNS]
+    filled = [(c, s) for c, s in choices if tiles * -(-shape.outputs // c) * s >= MULTIPROCESSORS]
     most = max(choices, key=lambda choice: tiles * -(-shape.outputs // choice[0]) * choice[1])
     columns, split = filled[0] if filled else most
     stages = min(max(-(-shape.chunks // split), 2), 8)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -12,11 +14,30 @@ from fastmetro_kernels import backends
 from fastmetro_kernels.convolution.ops import NAMESPACE
 from fastmetro_kernels.fused.inference import check_tensor, refuse_gradients
 
-CHANNELS, STEPS, PAIRS = 64, 10, 11
-"""Of the output; of 16 numbers of the depth; of numbers of a row of taps, the last with a weight of zero. As in
+CHANNELS, INPUTS, TAPS = 64, 3, 7
+PACKED = (2, 10, 2, 32, 8)
+"""Half of the channels, step of 16 numbers of the depth, two tiles of 8 channels, lane, what it loads at once. As in
 ``csrc/convolution/stem.cuh``."""
-_WEIGHT = (CHANNELS, 3, 7, 7)
+_NUMBERS = 22  # of a row of taps in the kernel: one under a weight of 0, then 7 pixels of 3 channels
+_NEAR = 14  # slots of a lane that hold pairs of all rows of taps; the others hold the last pairs of two rows
+_WEIGHT = (CHANNELS, INPUTS, TAPS, TAPS)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class StemConfig(NamedTuple):
+    """How the stem is cut.
+
+    Attributes:
+        height, width: pooled positions of a tile.
+        early: whether to start before the kernel in front has ended (compute capability 9.0).
+    """
+
+    height: int
+    width: int
+    early: bool = True
+
+
+_CONFIGS = tuple(StemConfig(height, width) for height, width in ((7, 8), (4, 8), (7, 4), (4, 4)))
 
 
 class StemWeights(NamedTuple):
@@ -25,12 +46,33 @@ class StemWeights(NamedTuple):
     Attributes:
         weight: [64, 3, 7, 7], as of ``nn.Conv2d``.
         bias: float32 [64].
-        packed: [2, 10, 32, 16] of the dtype of ``weight``, as the kernel's warps read it: :func:`pack_stem` of it.
+        packed: [2, 10, 2, 32, 8] of the dtype of ``weight``, as the kernel's lanes load it: :func:`pack_stem` of it.
     """
 
     weight: Tensor
     bias: Tensor
     packed: Tensor
+
+
+def stem_configs() -> tuple[StemConfig, ...]:
+    """All tiles there are, the largest first."""
+    return _CONFIGS
+
+
+def choose_stem(images: int, height: int, width: int, multiprocessors: int = 132) -> StemConfig:
+    """The largest tile of which there are enough for all multiprocessors, else the smallest.
+
+    On an H200 this is the fastest tile for 8, 32 and 256 images of 224 x 224, and within 6 % of it for one
+    (``bench/results/convolution_variants_h200.json``).
+
+    Args:
+        images, height, width: of the output.
+        multiprocessors: of the device.
+    """
+    for config in _CONFIGS:
+        if images * -(-height // config.height) * -(-width // config.width) >= multiprocessors:
+            return config
+    return _CONFIGS[-1]
 
 
 def pack_stem(weight: Tensor) -> Tensor:
@@ -40,21 +82,16 @@ def pack_stem(weight: Tensor) -> Tensor:
         weight: [64, 3, 7, 7].
 
     Returns:
-        [2 halves of the channels, 10 steps of the depth, 32 lanes, 16 numbers]. The depth is 7 rows of taps, each of 7
-        pixels x 3 channels and a zero, and 6 zeros. Of a step lane l has, for each of four times eight channels,
-        numbers 2 (l % 4), the next, and the two that come 8 later, of channel l / 4 (fragments of PTX's
-        ``mma.m16n8k16``).
+        [2, 10, 2, 32, 8], contiguous: half of the channels, step of the depth, two tiles of 8 channels, lane, number.
+        The depth is 8 rows of taps, the last of zeros, each of a zero and 7 pixels x 3 channels.
 
     Raises:
         ValueError: another shape.
     """
     if weight.shape != _WEIGHT:
         raise ValueError(f"weight must be {list(_WEIGHT)}, got {list(weight.shape)}")
-    rows = F.pad(weight.permute(0, 2, 3, 1).flatten(2), (0, 2 * PAIRS - 21))  # [64, 7, 22]
-    depth = F.pad(rows.flatten(1), (0, 16 * STEPS - 14 * PAIRS))  # [64, 160]
-    # [half, eight, channel, step, which 8, pair, number of the pair]
-    parts = depth.view(2, 4, 8, STEPS, 2, 4, 2)
-    return parts.permute(0, 3, 2, 5, 1, 4, 6).reshape(2, STEPS, 32, 16).contiguous()
+    rows = weight.permute(0, 2, 3, 1).reshape(CHANNELS, TAPS, TAPS * INPUTS)
+    return F.pad(rows, (1, 0, 0, 1)).flatten()[_order().to(weight.device)]
 
 
 def lay_out_stem(weight: Tensor, bias: Tensor) -> StemWeights:
@@ -72,39 +109,40 @@ def lay_out_stem(weight: Tensor, bias: Tensor) -> StemWeights:
     return StemWeights(weight, bias.float().contiguous(), pack_stem(weight))
 
 
-def convolution_stem(x: Tensor, weights: StemWeights, *, early: bool = True, backend: str = "auto") -> Tensor:
+def convolution_stem(
+    x: Tensor, weights: StemWeights, *, config: StemConfig | None = None, backend: str = "auto"
+) -> Tensor:
     """``max_pool(relu(conv(x) + bias))`` of channels_last images, for inference; pixels must be finite.
 
-    Sums are in float32 and rounded once. What is not finite also reaches the position to the left of those that see it.
+    Sums are in float32 and rounded once; equal calls give equal bits. A pixel that is not finite also reaches outputs
+    beside those whose windows hold it.
 
     Args:
         x: ``[N, 3, H, W]`` float16 or bfloat16 (reference: any floating point type); other orders than channels_last
             are copied.
         weights: of :func:`lay_out_stem`, of the dtype and device of x.
-        early: whether to start before the kernel in front has ended (native, compute capability 9.0).
+        config: one of :func:`stem_configs` (native), with or without ``early``; default: :func:`choose_stem`.
         backend: ``"auto"``, ``"native"`` or ``"reference"``.
 
     Returns:
-        ``[N, 64, P, Q]`` in the dtype of x, channels_last; P = ceil(ceil(H / 2) / 2), Q likewise.
+        ``[N, 64, P, Q]`` in the dtype of x, channels_last; P = ceil(H / 4), Q likewise.
 
     Raises:
         TypeError: an argument of another type or dtype.
-        ValueError: shapes that do not fit; an unknown backend.
+        ValueError: shapes that do not fit; a config that is none; an unknown backend.
         RuntimeError: x requires grad while gradients are enabled.
         BackendUnavailable: the named backend cannot take this input; the message lists the reasons.
     """
-    check_tensor("x", x, _DTYPES)
-    if not isinstance(weights, StemWeights):
-        raise TypeError(f"weights must come from lay_out_stem, got {type(weights).__name__}")
-    check_tensor("weights.weight", weights.weight, (x.dtype,), x.device)
-    if x.dim() != 4 or x.shape[1] != 3 or 0 in x.shape[2:]:
-        raise ValueError(f"x must be [N, 3, H, W], got {list(x.shape)}")
+    _check(x, weights, config)
     refuse_gradients("convolution_stem", {"x": x, "weight": weights.weight})
     choices = {"reference": [], "native": stem_reasons(x.device, x.dtype)}
     if backends.select("convolution_stem", backend, choices, ("native", "reference")) == "reference":
         return _reference(x, weights)
     rows = x.permute(0, 2, 3, 1).contiguous()
-    out = torch.ops.fastmetro_kernels.convolution_stem(rows, weights.packed, weights.bias, early)
+    if config is None:
+        config = choose_stem(x.shape[0], -(-x.shape[2] // 4), -(-x.shape[3] // 4))
+    numbers = [config.height, config.width, int(config.early)]
+    out = torch.ops.fastmetro_kernels.convolution_stem(rows, weights.packed, weights.bias, numbers)
     return out.permute(0, 3, 1, 2)
 
 
@@ -124,11 +162,40 @@ def _reference(x: Tensor, weights: StemWeights) -> Tensor:
     return F.max_pool2d(y, 3, 2, 1).to(memory_format=torch.channels_last)
 
 
-torch.library.define(f"{NAMESPACE}::convolution_stem", "(Tensor x, Tensor weight, Tensor bias, bool early) -> Tensor")
+def _check(x: Tensor, weights: StemWeights, config: StemConfig | None) -> None:
+    check_tensor("x", x, _DTYPES)
+    if not isinstance(weights, StemWeights):
+        raise TypeError(f"weights must come from lay_out_stem, got {type(weights).__name__}")
+    check_tensor("weights.weight", weights.weight, (x.dtype,), x.device)
+    if x.dim() != 4 or x.shape[1] != INPUTS or 0 in x.shape[2:]:
+        raise ValueError(f"x must be [N, 3, H, W], got {list(x.shape)}")
+    if config is not None and config._replace(early=True) not in _CONFIGS:
+        sizes = ", ".join(f"{one.height} x {one.width}" for one in _CONFIGS)
+        raise ValueError(f"config must be a tile of {sizes}, got {config.height} x {config.width}")
+
+
+@cache
+def _order() -> Tensor:
+    """Where each packed number comes from in [64, 8 rows of taps, 22 numbers], flat: int64 of shape ``PACKED``.
+
+    A lane of tensor cores has, of each of 20 slots (register b of step s is slot 2 s + b), two numbers that lie side by
+    side; t = lane % 4 tells which.
+    """
+    half, step, two, lane, number = torch.meshgrid(*(torch.arange(size) for size in PACKED), indexing="ij")
+    tile, register, element = 2 * two + number // 4, number // 2 % 2, number % 2
+    column, t = lane // 4, lane % 4
+    channel = 32 * half + 8 * (column // 2) + 2 * tile + column % 2
+    slot = 2 * step + register
+    late = (slot - _NEAR).clamp(min=0)
+    row = torch.where(slot < _NEAR, slot // 2, late // 3 * 4 + t)
+    pair = torch.where(slot < _NEAR, slot % 2 * 4 + t, 8 + late % 3)
+    return (channel * (TAPS + 1) + row) * _NUMBERS + 2 * pair + element
+
+
+torch.library.define(f"{NAMESPACE}::convolution_stem", "(Tensor x, Tensor weight, Tensor bias, int[] config) -> Tensor")
 
 
 @torch.library.register_fake(f"{NAMESPACE}::convolution_stem")
-def _fake(x: Tensor, weight: Tensor, bias: Tensor, early: bool) -> Tensor:
+def _fake(x: Tensor, weight: Tensor, bias: Tensor, config: Sequence[int]) -> Tensor:
     torch._check(x.dim() == 4 and x.size(3) == 3, lambda: "x must be [N, H, W, 3]")
-    height, width = (((size + 1) // 2 + 1) // 2 for size in x.shape[1:3])
-    return x.new_empty((x.size(0), height, width, CHANNELS))
+    return x.new_empty((x.size(0), (x.size(1) + 3) // 4, (x.size(2) + 3) // 4, CHANNELS))

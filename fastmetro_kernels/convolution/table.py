@@ -22,7 +22,7 @@ from fastmetro_kernels.convolution.configs import (
     pair_bytes,
     problem,
 )
-from fastmetro_kernels.tuning.reader import Reader, dump_families, families_of, read_text, write_text
+from fastmetro_kernels.tuning.reader import Reader, dump_families, parse_families, read_text, write_text
 
 FORMAT = 1
 
@@ -113,16 +113,8 @@ def parse(text: str, source: str) -> dict[str, Family]:
     Raises:
         TuningFileError: anything that is not as `dump` writes it.
     """
-    read, families = families_of(text, source, "convolution", FORMAT)
-    return {name: _family(read, f"families[{name!r}]", family) for name, family in families.items()}
-
-
-def _family(read: Reader, where: str, value: Any) -> Family:
-    record, listed = read.family(where, value, "entries")
-    entries = tuple(_entry(read, f"{where}.entries[{index}]", one) for index, one in enumerate(listed))
-    if len({entry.layer for entry in entries}) != len(entries):
-        raise read.fail(f"{where}.entries", "a list that holds a layer twice", "every layer once")
-    return Family(record, entries)
+    found = parse_families(text, source, "convolution", FORMAT, "entries", _entry, lambda entry: entry.layer)
+    return {name: Family(*parts) for name, parts in found.items()}
 
 
 def _entry(read: Reader, where: str, value: Any) -> Entry:

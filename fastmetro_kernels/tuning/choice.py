@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from fastmetro_kernels.attention.configs import PADDED_DIMS, Config, TritonConfig, padded_dim
+from fastmetro_kernels.tuning.reader import shipped_and_own
 from fastmetro_kernels.tuning.table import SELECTABLE, Configuration, Family, Point, read_file
 
 ENVIRONMENT = "FASTMETRO_KERNELS_TUNING"
@@ -34,10 +34,7 @@ def families() -> Mapping[str, Family]:
     Raises:
         TuningFileError: the file is malformed or cannot be read.
     """
-    found = read_file(SHIPPED)
-    if path := os.environ.get(ENVIRONMENT):
-        found |= read_file(Path(path))
-    return found
+    return shipped_and_own(SHIPPED, ENVIRONMENT, read_file)
 
 
 def reset() -> None:

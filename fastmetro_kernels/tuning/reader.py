@@ -9,8 +9,12 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Callable, Hashable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+Entry = TypeVar("Entry")
+Families = TypeVar("Families")
 
 LARGEST_FILE = 16 << 20  # bytes
 LARGEST_NUMBER = 2**31 - 1
@@ -94,6 +98,52 @@ def families_of(text: str, source: str, op: str, version: int) -> tuple[Reader, 
         if not re.fullmatch(r"\d{1,3}\.\d{1,3}", name):
             raise read.fail("a name of families", name, "a compute capability, as '9.0'")
     return read, families
+
+
+def parse_families(
+    text: str,
+    source: str,
+    op: str,
+    version: int,
+    entries: str,
+    read_entry: Callable[[Reader, str, Any], Entry],
+    key: Callable[[Entry], Hashable],
+) -> dict[str, tuple[dict[str, str], tuple[Entry, ...]]]:
+    """The record and the entries of every family of a file, by compute capability.
+
+    Args:
+        text, source, op, version: as of `families_of`.
+        entries: The name of a family's list.
+        read_entry: Reads one of it, given its place and its unread value.
+        key: What no two of a family have in common.
+
+    Raises:
+        TuningFileError: anything that is not as `dump_families` writes it.
+    """
+    read, families = families_of(text, source, op, version)
+    found = {}
+    for name, family in families.items():
+        where = f"families[{name!r}]"
+        record, listed = read.family(where, family, entries)
+        items = tuple(read_entry(read, f"{where}.{entries}[{index}]", one) for index, one in enumerate(listed))
+        if len({key(item) for item in items}) != len(items):
+            raise read.fail(f"{where}.{entries}", "a list that holds a case twice", "every case once")
+        found[name] = record, items
+    return found
+
+
+def shipped_and_own(
+    shipped: Path, environment: str, read_file: Callable[[Path], dict[str, Families]]
+) -> dict[str, Families]:
+    """The families that are shipped, and in their place those of the file that this environment variable names.
+
+    Raises:
+        TuningFileError: a file is malformed or cannot be read.
+    """
+    found = read_file(shipped)
+    if path := os.environ.get(environment):
+        found |= read_file(Path(path))
+    return found
 
 
 def read_text(path: Path, largest: int = LARGEST_FILE) -> str:

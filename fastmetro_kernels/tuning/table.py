@@ -14,7 +14,7 @@ from fastmetro_kernels.tuning.reader import (
     LARGEST_FILE,
     Reader,
     dump_families,
-    families_of,
+    parse_families,
     read_text,
     write_text,
 )
@@ -92,16 +92,8 @@ def parse(text: str, source: str) -> dict[str, Family]:
     Raises:
         TuningFileError: anything that is not as `dump` writes it.
     """
-    read, families = families_of(text, source, "attention", FORMAT)
-    return {name: _family(read, f"families[{name!r}]", family) for name, family in families.items()}
-
-
-def _family(read: Reader, where: str, value: Any) -> Family:
-    texts, listed = read.family(where, value, "points")
-    points = tuple(_point(read, f"{where}.points[{index}]", one) for index, one in enumerate(listed))
-    if len({point.key for point in points}) != len(points):
-        raise read.fail(f"{where}.points", "a list that holds a case twice", "every case once")
-    return Family(texts, points)
+    found = parse_families(text, source, "attention", FORMAT, "points", _point, lambda point: point.key)
+    return {name: Family(*parts) for name, parts in found.items()}
 
 
 def _point(read: Reader, where: str, value: Any) -> Point:

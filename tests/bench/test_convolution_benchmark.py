@@ -14,7 +14,7 @@ from bench.convolution import command, measure, place, report, timeline, trunks,
 from bench.convolution.layers import Used, used_layers, used_pairs
 from bench.convolution.measure import Case
 from fastmetro_kernels.convolution import ConvolutionConfig, PairConfig, choice, table
-from fastmetro_kernels.convolution.configs import problem, usable
+from fastmetro_kernels.convolution.configs import pinned, problem, usable
 from fastmetro_kernels.convolution.table import Layer
 from fastmetro_kernels.tuning import reader
 
@@ -61,7 +61,8 @@ def test_every_layer_has_a_tile_by_rule_and_others_to_try(trunk: str) -> None:
             shape = used.layer.shape
             tile = choice.by_rule(used.layer)
             assert usable(shape, used.layer.scale) and (tile is None) == (used.layer.scale > 1)
-            assert tile is None or problem(tile, shape.chunks) is None
+            tile = tile or pinned(shape, used.layer.scale)  # what the benchmark takes
+            assert problem(tile, shape.chunks, used.layer.scale) is None
     assert all(choice.by_rule(used.layer) is None for used in used_layers(trunk, 32, 224))
 
 

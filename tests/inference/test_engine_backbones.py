@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import cast
 
 import pytest
@@ -23,14 +23,7 @@ from fastmetro.models.backbones.blocks import BasicBlock, Bottleneck
 from fastmetro.models.backbones.hrnet import ExchangeModule
 from fastmetro_kernels.convolution import pack_stem
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Hundreds of tiny convolutions wait for one another's threads for minutes where cores are shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

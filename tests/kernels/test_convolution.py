@@ -196,6 +196,8 @@ def test_configurations() -> None:
     for config in usable(shape):
         assert problem(config, shape.chunks) is None
     assert pinned(shape).split == 8 and pinned(Shape(3136, 256, 1)).split == 1
+    wide = Shape(50000, 512, 4)
+    assert pinned(wide).columns == 128 and problem(pinned(wide), 4, 2) and problem(pinned(wide, 2), 4, 2) is None
     assert problem(ConvolutionConfig(48, 1, 2), 9) == "columns must be one of (32, 64, 128), got 48"
     assert "split must be at most the 3 chunks" in str(problem(ConvolutionConfig(32, 4, 2), 3))
     assert "stages must be 2 to 16" in str(problem(ConvolutionConfig(128, 1, 16), 99))

@@ -109,7 +109,7 @@ def test_malformed_files_are_refused(edit: Callable[[Any], None], message: str) 
 
 def test_a_layer_twice_is_refused() -> None:
     text = table.dump({"9.0": Family(RECORD, (entries()[0], entries()[0]))})
-    with pytest.raises(TuningFileError, match="accepted: every layer once"):
+    with pytest.raises(TuningFileError, match="accepted: every case once"):
         table.parse(text, "mine.json")
 
 

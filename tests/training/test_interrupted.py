@@ -122,8 +122,12 @@ def test_a_worker_that_dies_amid_a_step_keeps_the_last_checkpoint(tmp_path: Path
     monkeypatch.setattr(trainer, "_train_on", dying)
     with pytest.raises(TrainingFailed, match=r"the data ended: DataLoader worker .*; the last good state is in"):
         trainer.run()
-    monkeypatch.setattr(trainer, "_train_on", lambda batch: trainer.missing())
-    with pytest.raises(AttributeError, match="missing"):
+
+    def other(batch: Batch) -> None:
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(trainer, "_train_on", other)
+    with pytest.raises(RuntimeError, match=r"^something else$"):
         trainer.run()
     again = small(tmp_path / "run", resume=True)
     assert again.state.step == 4 and again.run()
