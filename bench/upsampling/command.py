@@ -60,7 +60,7 @@ def main() -> None:
     if options.fused:
         fused.main(options.data, options.dtype, options.batch, device)
         return
-    target = options.csv or common.RESULTS / f"upsampling_{'variants_' * options.variants}{device.type}.csv"
+    target = options.csv or common.results_csv("upsampling_variants" if options.variants else "upsampling", device)
     names = options.matrix or ([cases.STEPS[0], cases.STEPS[2]] if cuda else list(cases.STEPS))
     passes = options.passes or [cases.PASSES[0], cases.PASSES[2 if options.variants else 1]]
     rows: list[report.Row] = []
