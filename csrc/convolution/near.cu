@@ -66,6 +66,9 @@ void run_near(const Arguments& arguments, Tensor& out, const std::vector<int64_t
                         problem.split <= problem.chunks && problem.stages >= 1 && problem.stages <= kMaxStages,
                     "convolution_native: split must be 1, 2, 4 or 8 and at most the ", problem.chunks,
                     " chunks of channels, stages 1 to 16, got ", problem.split, " and ", problem.stages);
+    // The chunk behind it sets a stage free, so a block waits for ever that has one stage and several chunks.
+    STD_TORCH_CHECK(problem.stages > 1 || problem.chunks <= problem.split,
+                    "convolution_native: one stage needs a block for each of the ", problem.chunks, " chunks of channels");
     switch (config[0]) {
       case 32: return launch<T, 32>(problem, g.images, config[3] != 0, stream);
       case 64: return launch<T, 64>(problem, g.images, config[3] != 0, stream);

@@ -84,6 +84,8 @@ def _once_problem(config: ConvolutionConfig, chunks: int, scale: int, box: int) 
         return f"once takes {COLUMNS[:2]} columns, a split of {SPLITS} and one group, got {tuple(config)}"
     if config.split > chunks // TAPS:
         return f"split must be at most the {chunks // TAPS} chunks of channels, got {config.split}"
+    if config.stages < min(-(-chunks // TAPS // config.split), 2):  # a single one is given free by the chunk behind it
+        return "stages must be at least 2 where a block has several chunks of channels, got 1"
     if not 1 <= config.stages <= MAX_STAGES or once_bytes(config, box) > SHARED_BYTES:
         return f"stages must be 1 to {MAX_STAGES} and fit {SHARED_BYTES} bytes of shared memory, got {config.stages}"
     return None

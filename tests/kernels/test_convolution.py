@@ -203,6 +203,9 @@ def test_configurations() -> None:
     assert "stages must be 2 to 16" in str(problem(ConvolutionConfig(128, 1, 16), 99))
     once = [config for config in usable(Shape(196, 256, 36, box_bytes(14, 14))) if config.once]
     assert once and all(problem(config, 36, box=box_bytes(14, 14)) is None for config in once)
+    single = once[0]._replace(split=2, stages=1)
+    assert "stages must be at least 2" in str(problem(single, 36, box=box_bytes(14, 14)))
+    assert problem(single, 18, box=box_bytes(14, 14)) is None
     assert "once needs a 3 x 3" in str(problem(once[0], 36)) and "at most the 4 chunks" in str(
         problem(once[0]._replace(split=8), 36, box=box_bytes(14, 14))
     )
