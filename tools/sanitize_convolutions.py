@@ -35,6 +35,7 @@ class Convolution:
     residual: bool = False
     second: bool = False
     scale: int = 1
+    late: bool = False
 
     def run(self, backend: str, device: str) -> None:
         got = self._result(self.dtype, "reference" if device == "cpu" else backend, device)
@@ -54,7 +55,8 @@ class Convolution:
         images = [normal(n, *size) for size in ((h, w, c), out, (2 * p, 2 * q - 1, 48))]
         x, kept, branch = (one.permute(0, 3, 1, 2) for one in images)
         added = {"residual": kept if self.residual else None, "second": branch if more else None}
-        return convolution(x, weights, config=self.config, backend=backend, scale=self.scale, **added).cpu()
+        options = {"late": self.late, "scale": self.scale, "config": self.config, "backend": backend}
+        return convolution(x, weights, **options, **added).cpu()
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,9 @@ def convolution_native() -> Iterator[Convolution | Pair | Stem]:
     yield Convolution((1, 14, 14), (128, 64), ConvolutionConfig(64, 8, 4), kernel=5, second=True, stride=2)
     for columns, split in ((32, 1), (32, 2), (64, 8)):
         yield Convolution((2, 5, 3), (144, 80), ConvolutionConfig(columns, split, 2), scale=3, residual=True)
+    for late in (ConvolutionConfig(64, 1, 2), ConvolutionConfig(32, 4, 2), ConvolutionConfig(64, 2, 2, once=True)):
+        yield Convolution((3, 7, 5), (144, 80), late, residual=True, late=True)
+    yield Convolution((2, 5, 3), (144, 80), ConvolutionConfig(32, 2, 2), scale=3, residual=True, late=True)
     for wide, narrow in ((256, 64), (512, 128), (1024, 256)):
         yield Pair((3, 5, 7), (112, wide, narrow), second=wide == 512)
     for tile in stem_configs():  # a width of 40 takes copies of 16 bytes, one of 47 single numbers

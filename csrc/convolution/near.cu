@@ -46,7 +46,7 @@ void launch(const Near<T>& near, int64_t images, bool early, cudaStream_t stream
 namespace fm_convolution {
 
 void run_near(const Arguments& arguments, Tensor& out, const std::vector<int64_t>& config, cudaStream_t stream) {
-  const auto& [x, weight, bias, residual, second, second_weight, stride, padding, second_stride, relu, scale] = arguments;
+  const auto& [x, weight, bias, residual, second, second_weight, stride, padding, second_stride, relu, late, scale] = arguments;
   const Geometry g = geometry(x, weight, stride, padding, "weight");
   STD_TORCH_CHECK(g.taps_down == 3 && g.taps_across == 3 && stride == 1 && padding == 1 && scale == 1 && !second.has_value(),
                   "convolution_native: once needs a 3 x 3 convolution of stride 1 and padding 1 alone");
@@ -56,7 +56,7 @@ void run_near(const Arguments& arguments, Tensor& out, const std::vector<int64_t
     Near<T> problem{};
     encode_box(problem.pixels, map_type(x), x.const_data_ptr(), g, rows);
     encode_weights(problem.weights, map_type(x), weight.const_data_ptr(), g, weight.size(0), int(config[0]));
-    problem.output = make_output<T>(bias, residual, out, relu);
+    problem.output = make_output<T>(bias, residual, out, relu, late);
     problem.height = int(g.height), problem.width = int(g.width);
     problem.tiles = (problem.height * pitch + kRows - 1) / kRows;
     problem.box_bytes = rows * pitch * kDepth * 2;

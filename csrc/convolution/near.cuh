@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(kWarpgroup + 32) near_kernel(const __grid_cons
       if (at[turn] < 0) continue;
       float total[8];
       mine.add_parts(total, rows, own, split, turn);
-      *reinterpret_cast<uint4*>(p.output.out + at[turn]) = mine.result(total, mine.kept[turn], p.output.relu);
+      *reinterpret_cast<uint4*>(p.output.out + at[turn]) = mine.result(total, mine.kept[turn], p.output);
     }
   }
 #endif  // No block leaves before all that is sent to it has come, and what it sends itself needs it no more.

@@ -43,7 +43,7 @@ struct Output {
   const T* residual;   // [rows, channels] or null
   T* out;              // [rows, channels]
   int rows, channels;
-  bool relu;
+  bool relu, late;     // late: the residual is added behind the ReLU
   int scale;  // results are repeated so often down and across, in front of the residual; then it and out are larger
 };
 
@@ -251,15 +251,15 @@ struct Share {
     }
   }
 
-  // Eight results: sums, bias, residual, ReLU.
-  __device__ __forceinline__ uint4 result(const float (&total)[8], const uint4& residual, bool relu) const {
+  // Eight results: sums, bias, residual, ReLU; or the residual behind it: max(x, 0) + more is max(x + more, more).
+  __device__ __forceinline__ uint4 result(const float (&total)[8], const uint4& residual, const Output<T>& p) const {
     const uint32_t words[4] = {residual.x, residual.y, residual.z, residual.w};
     uint32_t packed[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const float2 more = fm::unpack<T>(words[i]);
       float x = total[2 * i] + bias[2 * i] + more.x, y = total[2 * i + 1] + bias[2 * i + 1] + more.y;
-      if (relu) x = fmaxf(x, 0.f), y = fmaxf(y, 0.f);
+      if (p.relu) x = fmaxf(x, p.late ? more.x : 0.f), y = fmaxf(y, p.late ? more.y : 0.f);
       packed[i] = fm::pack<T>(x, y);
     }
     return {packed[0], packed[1], packed[2], packed[3]};
@@ -280,7 +280,7 @@ struct Share {
       for (int i = 0; i < scale * scale; i++) {
         const int64_t at = corner + (i / scale * across + i % scale) * p.channels;
         const uint4 more = p.residual != nullptr ? fm::load_coherent(p.residual + at) : uint4{};
-        *reinterpret_cast<uint4*>(p.out + at) = result(total, more, p.relu);
+        *reinterpret_cast<uint4*>(p.out + at) = result(total, more, p);
       }
     }
   }
@@ -298,7 +298,7 @@ struct Share {
     }
 #pragma unroll
     for (int turn = 0; turn < kTurns; turn++) {
-      const uint4 packed = result(total[turn], kept[turn], p.relu);
+      const uint4 packed = result(total[turn], kept[turn], p);
       if (turn < turns) *reinterpret_cast<uint4*>(p.out + offset + turn * step) = packed;
       also(first + turn * kStep, packed);
     }

@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from fastmetro.inference.engine import onednn
 from fastmetro.inference.engine.backbones import FoldedBackbone, UnknownBackbone, fold_backbone
 from fastmetro.inference.engine.batch_norm import batch_norm_sizes, fold_batch_norm
-from fastmetro.inference.engine.convolution import basic_block, bottleneck, convolution, exchange_output, stem
+from fastmetro.inference.engine.convolution import (
+    basic_block,
+    bottleneck,
+    convolution,
+    convolution_relu_add,
+    exchange_output,
+    stem,
+)
 from fastmetro.inference.engine.weights import BlockWeights, ConvolutionWeights, ExchangeWeights, StemWeights
 from fastmetro.models.backbones import CompactTrunk, HRNetW64, ResNet50, ResNet50Trunk
 from fastmetro.models.backbones.blocks import BasicBlock, Bottleneck
@@ -127,6 +134,20 @@ def test_convolution(dtype: torch.dtype, relu: bool, added: bool) -> None:
             rtol=0,
             atol=1e-12 if dtype == torch.float64 else 1e-5,
         )
+
+
+@pytest.mark.parametrize("backend", ["auto", "library", "reference"])
+def test_a_sum_behind_the_relu(backend: str) -> None:
+    layer = randomize(nn.Conv2d(16, 32, 3, stride=2, padding=1))
+    weights = ConvolutionWeights(layer, torch.float64)
+    weights.load(layer.weight.detach(), cast(Tensor, layer.bias).detach())
+    weights.backend = backend
+    x, residual = torch.randn(2, 16, 9, 8, dtype=torch.float64), torch.randn(2, 32, 5, 4, dtype=torch.float64)
+    copies = x.clone(), residual.clone()
+    with torch.no_grad():
+        result = convolution_relu_add(x, weights, residual)
+        assert error(result, layer.double()(x).relu() + residual) < 1e-12
+    assert torch.equal(x, copies[0]) and torch.equal(residual, copies[1]), "an input was written to"
 
 
 @pytest.mark.parametrize("kind", [CompactTrunk, ResNet50])

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from fastmetro_kernels.backends import BackendUnavailable
 from fastmetro_kernels.convolution import ConvolutionConfig, ConvolutionWeights, convolution, lay_out, ops
+from fastmetro_kernels.convolution.api import layer_of
 from fastmetro_kernels.convolution.configs import Shape, box_bytes, pinned, problem, usable
 from fastmetro_kernels.convolution.layout import as_conv2d
 
@@ -99,6 +100,30 @@ def test_repeated_results(shape, scale: int, residual: bool, relu: bool, device,
         assert float((got.double() - want).norm()) <= slack * budget(x, weights, want), config
 
 
+@pytest.mark.parametrize(
+    "shape", [(1, 7, 7, 128, 64, 1, 1), (3, 13, 9, 144, 80, 3, 1), (2, 12, 8, 64, 128, 3, 2)], ids=str
+)
+@pytest.mark.parametrize("second", [False, True])
+@pytest.mark.parametrize("scale", [1, 3])
+@pytest.mark.parametrize(("device", "backend", "dtype"), RUNNERS, ids=str)
+def test_a_residual_behind_the_relu(shape, second: bool, scale: int, device, backend, dtype) -> None:
+    x, weights, _, branch, exact = make(shape, device, dtype, second=second)
+    want = exact.relu().repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    kept = torch.randn(want.shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    before = kept.clone()
+    want = want + kept.double()
+    size = layer_of(x, weights, kept, branch, scale).shape
+    for config in [None] if backend == "reference" else [None, *usable(size, scale)]:
+        torch.full(want.shape, torch.nan, dtype=dtype, device=device)
+        got = convolution(
+            x, weights, residual=kept, second=branch, late=True, scale=scale, config=config, backend=backend
+        )
+        assert got.shape == want.shape and got.is_contiguous(memory_format=torch.channels_last)
+        slack = 3 if backend == "reference" else 1
+        assert float((got.double() - want).norm()) <= slack * budget(x, weights, want), config
+    assert torch.equal(kept, before), "the residual was written to"
+
+
 @GPU
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("residual", [False, True])
@@ -181,7 +206,7 @@ def test_a_thousand_replays_on_two_streams_at_once() -> None:
 def test_blocks_note_their_times(config: ConvolutionConfig) -> None:
     x, weights, _, _, _ = make((1, 28, 28, 64, 128, 3, 1), "cuda", torch.float16)
     rows = x.permute(0, 2, 3, 1).contiguous()
-    arguments = (rows, weights.weight, weights.bias, None, None, None, 1, 1, 1, True)
+    arguments = (rows, weights.weight, weights.bias, None, None, None, 1, 1, 1, True, False)
     out, times = ops.convolution_timeline_native(*arguments, list(map(int, config)))
     assert torch.equal(out, ops.convolution_native(*arguments, 1, list(map(int, config))))
     blocks = config.split * -(-784 // (64 * config.groups)) * -(-128 // config.columns)
@@ -260,6 +285,10 @@ def test_bad_input_is_named() -> None:
         convolution(x, weights, residual=kept[:, :16], second=branch)
     with pytest.raises(ValueError, match="second must be given if"):
         convolution(x, weights, residual=kept)
+    with pytest.raises(ValueError, match="late needs a residual and relu=True, got no residual"):
+        convolution(x, weights, second=branch, late=True)
+    with pytest.raises(ValueError, match="late needs a residual and relu=True, got relu=False"):
+        convolution(x, weights, residual=kept, second=branch, relu=False, late=True)
     with pytest.raises(ValueError, match="scale must be a whole number of 1 to 32, got 0"):
         convolution(x, weights, second=branch, scale=0)
     with pytest.raises(TypeError, match="must come from lay_out"):
@@ -283,7 +312,7 @@ def test_compiles_as_one_graph() -> None:
 def test_ops_keep_their_schemas() -> None:
     x, weights, kept, branch, _ = make((2, 6, 6, 16, 32, 3, 1), "cuda", torch.float16, True, True)
     rows = [one.permute(0, 2, 3, 1).contiguous() for one in (x, kept, branch)]
-    arguments = (rows[0], weights.weight, weights.bias, rows[1], rows[2], weights.second_weight, 1, 1, 2, True)
+    arguments = (rows[0], weights.weight, weights.bias, rows[1], rows[2], weights.second_weight, 1, 1, 2, True, False)
     config = [32, 2, 2, 1, 1, 0]
     torch.library.opcheck(torch.ops.fastmetro_kernels.convolution_native, (*arguments, 1, config))
     compiled = torch.compile(lambda x: convolution(x, weights, residual=kept, second=branch, backend="native") + 1)

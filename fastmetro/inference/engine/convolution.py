@@ -55,6 +55,13 @@ def convolution(x: Tensor, weights: ConvolutionWeights, relu: bool = False, resi
     return y.relu_() if relu else y
 
 
+def convolution_relu_add(x: Tensor, weights: ConvolutionWeights, residual: Tensor) -> Tensor:
+    """ReLU of convolution + bias, and behind it + ``residual`` [B, O, h, w]: [B, I, H, W] -> [B, O, h, w]."""
+    if (y := _by_kernel(x, weights, True, residual, late=True)) is not None:
+        return y
+    return convolution(x, weights, relu=True).add_(residual)
+
+
 def _by_kernel(
     x: Tensor,
     weights: ConvolutionWeights,
@@ -63,8 +70,11 @@ def _by_kernel(
     second: Tensor | None = None,
     second_weights: ConvolutionWeights | None = None,
     scale: int = 1,
+    late: bool = False,
 ) -> Tensor | None:
     """As `convolution`, + the 1 x 1 convolution of a second input, all repeated in front of the residual.
+
+    `late`: the residual is added behind the ReLU.
 
     None where this is not for the kernel's op.
     """
@@ -76,7 +86,7 @@ def _by_kernel(
     if weights.backend == AUTO and kernels.choose(x, laid_out, residual, second, scale) is None:
         return None
     return kernels.convolution(
-        x, laid_out, residual=residual, second=second, relu=relu, scale=scale, backend=weights.backend
+        x, laid_out, residual=residual, second=second, relu=relu, late=late, scale=scale, backend=weights.backend
     )
 
 

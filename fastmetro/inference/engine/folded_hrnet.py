@@ -16,7 +16,14 @@ from fastmetro.inference.engine.batch_norm import (
     downsample_bias_fold,
     fold_batch_norm,
 )
-from fastmetro.inference.engine.convolution import basic_block, bottleneck, convolution, exchange_output, residual_chain
+from fastmetro.inference.engine.convolution import (
+    basic_block,
+    bottleneck,
+    convolution,
+    convolution_relu_add,
+    exchange_output,
+    residual_chain,
+)
 from fastmetro.inference.engine.exact_pixels import exact_pixel_constants, fold_pixels
 from fastmetro.inference.engine.folded_backbone import FoldedBackbone
 from fastmetro.inference.engine.report import Fold
@@ -135,8 +142,7 @@ class FoldedHRNet(FoldedBackbone):
         ]
         y, *coarser = self.streams.run(images.device, heads)
         for level, feature in enumerate(coarser):
-            # The convolution adds before its ReLU, this sum comes after.
-            y = self._relu_convolution(y, f"merge_{level}").add_(feature)
+            y = convolution_relu_add(y, self._single(f"merge_{level}"), feature)
         return self._relu_convolution(y, "final")
 
     def _stage(self, stage: int, inputs: list[Tensor]) -> list[Tensor]:
