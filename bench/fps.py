@@ -4,9 +4,12 @@
                         [--csv FILE]
 
 `fastmetro bench fps` measures one network; this runs it on the networks and batch sizes of the targets, collects the
-rows in bench/results/fps_<device>.csv, and prints the targets with what was reached. Rows of cases that are not
-measured again stay in the file, each with its commit and date. With `--report CSV` nothing is measured. The first run
-of a case compiles the tuned baseline, which takes minutes: name cases where time on a device is short.
+rows in bench/results/fps_<device>.csv after each case, and prints the targets with what was reached. Rows of cases that
+are not measured again stay in the file, each with its commit and date. With `--report CSV` nothing is measured.
+
+Where time on a device is short: name the cases, those of one network in one call, which builds it once. Most of what is
+left is compiling the tuned baseline and the engine's Triton kernels. The folders that the environment variables
+TORCHINDUCTOR_CACHE_DIR and TRITON_CACHE_DIR name keep what was compiled; keep them, one pair for each kind of device.
 """
 
 from __future__ import annotations
