@@ -34,8 +34,17 @@ def environment(device: torch.device) -> dict[str, str]:
         "threads": str(torch.get_num_threads()) if device.type == "cpu" else "",
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "command": " ".join(["python -m", *sys.argv]),
+        "command": command_line(),
     }
+
+
+def command_line() -> str:
+    """How this program was called, without the places of a machine: "python -m bench fps --cases s-r50-1"."""
+    program, *arguments = sys.argv
+    path = Path(program)
+    if path.is_relative_to(ROOT):  # of `python -m a.b`, which Python puts there as a file
+        program = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
+    return " ".join(["python -m", program, *arguments])
 
 
 def results_csv(name: str, device: torch.device) -> Path:

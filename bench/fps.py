@@ -4,15 +4,20 @@
                         [--csv FILE]
 
 `fastmetro bench fps` measures one network; this runs it on the networks and batch sizes of the targets, collects the
-rows in bench/results/fps_<device>.csv, and prints the targets with what was reached. Rows of cases that are not
-measured again stay in the file, each with its commit and date. With `--report CSV` nothing is measured. The first run
-of a case compiles the tuned baseline, which takes minutes: name cases where time on a device is short.
+rows in bench/results/fps_<device>.csv after each case, and prints the targets with what was reached. Rows of cases that
+are not measured again stay in the file, each with its commit and date. With `--report CSV` nothing is measured.
+
+Where time on a device is short: name the cases, those of one network in one call, which builds it once. Most of what is
+left is compiling the tuned baseline and the engine's Triton kernels. The folders that the environment variables
+TORCHINDUCTOR_CACHE_DIR and TRITON_CACHE_DIR name keep what was compiled; keep them, one pair for each kind of device.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +25,7 @@ from pathlib import Path
 import torch
 
 from bench import common
-from fastmetro.profiling.fps import COLUMNS, NETWORK, all_right, run_fps
+from fastmetro.profiling.fps import COLUMNS, NETWORK, Built, all_right, build_network, run_fps
 from fastmetro.profiling.parts import WHOLE
 from fastmetro.profiling.record import Row, environment, read_rows, write_rows
 from fastmetro.profiling.settings import BaselineName, FpsSettings
@@ -145,6 +150,28 @@ def photograph(folder: Path) -> Path | None:
     return path
 
 
+def measure(cases: Sequence[str], options: argparse.Namespace, path: Path) -> list[Row]:
+    """Rows of the cases, which are in the file after each case. Cases of one network share it."""
+    earlier = earlier_rows(path, torch.device(options.device))
+    say = functools.partial(print, flush=True)  # a call that is cut off has told what it did
+    networks: dict[str, Built] = {}
+    new: list[Row] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for case in cases:
+            image = photograph(Path(folder)) if case.endswith("-1") else None
+            settings = settings_of(case, options, image)
+            network, start = case.rpartition("-")[0], time.monotonic()
+            if network not in networks:
+                networks[network] = build_network(settings)
+                say(f"{network}: network made in {time.monotonic() - start:.1f} s")
+            command = f"python -m bench fps --cases {case}"
+            new += run_fps(settings, say, command, networks[network])
+            again = set(map(case_of, new))
+            write_rows(path, [row for row in earlier if case_of(row) not in again] + new)
+            say(f"{case}: {time.monotonic() - start:.1f} s in all")
+    return new
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure the cases and compare them with the targets."""
     parser = argparse.ArgumentParser(
@@ -165,14 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     path = options.csv or common.results_csv("fps", device)
     cases = list(dict.fromkeys(options.cases or [target.case for target in targets]))
-    earlier = earlier_rows(path, device)
-    new: list[Row] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for case in cases:
-            image = photograph(Path(folder)) if case.endswith("-1") else None
-            new += run_fps(settings_of(case, options, image), command=f"python -m bench fps --cases {case}")
-            again = set(map(case_of, new))
-            write_rows(path, [row for row in earlier if case_of(row) not in again] + new)
+    new = measure(cases, options, path)
     print(target_table(new, targets))
     if not all_right(new):
         raise SystemExit("a contender was wrong or failed: see its row")

@@ -202,12 +202,13 @@ def _deal(csr: sp.csr_array, patch: _Ints, warps: int, parts: int, threes: bool)
         block.used[warp] = _slots_of(longest, parts, split)
         own = order[start : start + rows // split]
         start += len(own)
-        for seat, row in enumerate(own):
-            step, part = np.divmod(np.arange(lengths[row]), parts)
-            at = (warp, step * (parts // split) + part // split, part % split * (rows // split) + seat)
-            entries = slice(csr.indptr[patch[row]], csr.indptr[patch[row] + 1])
-            block.columns[at], block.values[at] = csr.indices[entries], csr.data[entries]
-            block.rows[warp, seat] = patch[row]
+        seat = np.repeat(np.arange(len(own)), lengths[own])
+        entry = np.arange(len(seat)) - (np.cumsum(lengths[own]) - lengths[own])[seat]  # its number in its row
+        step, part = np.divmod(entry, parts)
+        at = (warp, step * (parts // split) + part // split, part % split * (rows // split) + seat)
+        source = csr.indptr[patch[own]][seat] + entry
+        block.columns[at], block.values[at] = csr.indices[source], csr.data[source]
+        block.rows[warp, : len(own)] = patch[own]
     return block if start == len(order) else None
 
 
@@ -251,6 +252,7 @@ def _places(token: _Ints, channel: _Ints, phase: _Ints, count: int) -> _Ints:
     taken = np.zeros((-(-count // CROWD), PHASE), np.int64)
     residue = np.full(count, -1)
     order = np.argsort(-np.diff(starts), kind="stable")
+    never = np.iinfo(np.int64).max
     for one in np.tile(order, SWEEPS):
         own, near = slice(starts[one], starts[one + 1]), taken[group[one]]
         at, banks = phase[own], bank[:, own]
@@ -258,7 +260,7 @@ def _places(token: _Ints, channel: _Ints, phase: _Ints, count: int) -> _Ints:
             load[at, banks[residue[one]]] -= 1
             near[residue[one]] -= 1
         met = load[at, banks]
-        cost = np.where(near < GROUP // PHASE, (met * met).sum(1), np.iinfo(np.int64).max)
+        cost = np.where(near < GROUP // PHASE, (met * met).sum(1), never)
         best = int(cost.argmin())
         residue[one] = best
         load[at, banks[best]] += 1
@@ -292,14 +294,13 @@ def _fill_with_zeros(word: _Ints, has: npt.NDArray[np.bool_], places: int) -> No
     """Slots without an entry read zeros, of the residue that meets the fewest others in its phases."""
     rows = word.shape[2]
     position = POINT * np.arange(rows)[:, None] + np.arange(POINT)  # [rows, channels]
-    load = np.zeros((*word.shape[:2], int(_phase(position).max()) + 1, PHASE), np.int64)
-    for row in range(rows):
-        for channel in range(POINT):
-            warp, slot = np.nonzero(has[:, :, row])
-            bank = (word[warp, slot, row] + channel) % PHASE
-            np.add.at(load, (warp, slot, _phase(position[row, channel]), bank), 1)
-    residue = POINT * np.arange(PHASE)[:, None] + np.arange(POINT)  # banks of [zeros, channels]
-    for warp, slot, row in zip(*np.nonzero(~has), strict=True):
-        met = load[warp, slot, _phase(position[row]), residue % PHASE]
-        best = int((met * met).sum(1).argmin())
-        word[warp, slot, row] = POINT * (places + best)
+    phase = _phase(position)
+    load = np.zeros((*word.shape[:2], int(phase.max()) + 1, PHASE), np.int64)
+    warp, slot, row = np.nonzero(has)
+    for channel in range(POINT):
+        bank = (word[warp, slot, row] + channel) % PHASE
+        np.add.at(load, (warp, slot, phase[row, channel], bank), 1)
+    banks = (POINT * np.arange(PHASE)[:, None] + np.arange(POINT)) % PHASE  # of [zeros, channels]
+    warp, slot, row = np.nonzero(~has)
+    met = load[warp[:, None, None], slot[:, None, None], phase[row][:, None], banks]
+    word[warp, slot, row] = POINT * (places + (met * met).sum(2).argmin(1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from fastmetro_kernels.points import build_points
 _INT32_MAX = 2**31 - 1
 _ELL_MAX_WIDTH = 8
 _ELL_MAX_PADDING = 1.25  # slots of the padded table per stored entry
+_REMEMBERED = 8  # matrices and transposes whose point tables are kept: a process has many networks of few meshes
 
 
 class SparseMatrix(nn.Module):
@@ -41,7 +43,8 @@ class SparseMatrix(nn.Module):
         ell_columns: int32 ``[M, W]`` with -1 in slots that hold no entry, or None where rows are long or uneven.
         ell_values: float32 ``[M, W]`` with 0 in slots that hold no entry, or None.
         point_tables: int32 words, tables of the CUDA kernel for large batches of points (``points.py``). Empty until
-            the matrix moves to a CUDA device, because they take seconds to make, and where the kernel cannot take it.
+            the matrix moves to a CUDA device, because they take up to a second to make, and where the kernel cannot
+            take it.
         point_cuts: Sizes of the cuts in ``point_tables``.
         t_row_offsets, t_columns, t_values, t_values64, t_ell_columns, t_ell_values, t_point_tables, t_point_cuts: the
             same of the transpose.
@@ -101,9 +104,10 @@ class SparseMatrix(nn.Module):
             return
         csr = self.to_scipy()
         for prefix, matrix in (("", csr), ("t_", _sorted_csr(csr.T))):
-            words, cuts = build_points(matrix)
-            setattr(self, prefix + "point_cuts", cuts)
-            self._buffers[prefix + "point_tables"] = torch.from_numpy(words).to(self.columns.device)
+            indices = (array.astype(np.int32).tobytes() for array in (matrix.indptr, matrix.indices))
+            words, cuts = _point_tables(matrix.shape, *indices, matrix.data.tobytes())
+            setattr(self, prefix + "point_cuts", list(cuts))
+            self._buffers[prefix + "point_tables"] = torch.from_numpy(words).to(self.columns.device, copy=True)
         self._has_point_tables = True
 
     @classmethod
@@ -235,6 +239,15 @@ def _sorted_csr(matrix: Any) -> sp.csr_array:
     csr.sum_duplicates()
     csr.sort_indices()
     return csr
+
+
+@functools.lru_cache(maxsize=_REMEMBERED)
+def _point_tables(
+    shape: tuple[int, int], offsets: bytes, columns: bytes, values: bytes
+) -> tuple[np.ndarray, list[int]]:
+    """`build_points` of a CSR matrix, whose arrays are int32, int32 and float64; shared, so only read the result."""
+    arrays = (np.frombuffer(values), np.frombuffer(columns, np.int32), np.frombuffer(offsets, np.int32))
+    return build_points(sp.csr_array(arrays, shape=shape))
 
 
 def _ell_layout(csr: sp.csr_array) -> tuple[Tensor | None, Tensor | None]:

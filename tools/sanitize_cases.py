@@ -315,6 +315,7 @@ def run_group(name: str, device: str) -> tuple[int, list[str]]:
     """
     count, left_out = 0, []
     for case in GROUPS[name]():
+        print(f"case: {case}", flush=True)  # where it waits for ever, this tells where
         try:
             case.run(name.rpartition("-")[2], device)
             if device == "cuda":

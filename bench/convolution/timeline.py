@@ -48,8 +48,8 @@ class Kernel:
         early: from its start to the end of its wait for the kernel in front, median of its blocks.
         steps: `STEPS`, medians of its blocks.
         longest: from the end of the wait to the last store, of the slowest block.
-        next: from a last store to the end of the next kernel's wait on the same multiprocessor, the shortest; NaN where
-            none ran both.
+        next: from a last store to the end of the next kernel's wait on the same multiprocessor, the shortest; None
+            where none ran both.
     """
 
     layer: str
@@ -57,7 +57,7 @@ class Kernel:
     early: float
     steps: dict[str, float]
     longest: float
-    next: float
+    next: float | None
 
 
 def record(trunk: str, images: int, device: torch.device) -> tuple[list[str], list[np.ndarray]]:
@@ -113,21 +113,25 @@ def summarize(names: Sequence[str], stamps: Sequence[np.ndarray], clocks_per_us:
     for number, (name, own) in enumerate(zip(names, stamps, strict=True)):
         at = {stamp: own[:, place] / clocks_per_us for place, stamp in enumerate(STAMPS)}
         steps = {step: float(np.median(at[end] - at[begin])) for step, (begin, end) in STEPS.items()}
-        following = _gap(own, stamps[number + 1]) / clocks_per_us if number + 1 < len(names) else float("nan")
+        gap = _gap(own, stamps[number + 1]) if number + 1 < len(names) else None
+        following = None if gap is None else gap / clocks_per_us
         early, longest = np.median(at["waited"] - at["started"]), np.max(at["stored"] - at["waited"])
         found.append(Kernel(name, len(own), float(early), steps, float(longest), following))
     return found
 
 
-def _gap(own: np.ndarray, following: np.ndarray) -> float:
-    """Shortest time, in clocks, from a kernel's last store on a multiprocessor to the end of the next one's wait."""
+def _gap(own: np.ndarray, following: np.ndarray) -> float | None:
+    """Shortest time, in clocks, from a kernel's last store on a multiprocessor to the end of the next one's wait.
+
+    None where no multiprocessor ran both.
+    """
     place = {name: index for index, name in enumerate(STAMPS)}
     last: dict[int, int] = {}
     for row in own:
         key = int(row[place["multiprocessor"]])
         last[key] = max(last.get(key, 0), int(row[place["stored"]]))
     gaps = [row[place["waited"]] - last[int(row[-1])] for row in following if int(row[-1]) in last]
-    return float(min(gaps)) if gaps else float("nan")
+    return float(min(gaps)) if gaps else None
 
 
 def draw(kernels: Sequence[Kernel], path: Path) -> None:
@@ -141,7 +145,7 @@ def draw(kernels: Sequence[Kernel], path: Path) -> None:
         widths = np.array([kernel.steps[step] for kernel in kernels])
         axes.barh(rows, widths, left=begin, color=color, label=step, height=0.75)
         begin += widths
-    gaps = np.nan_to_num([kernel.next for kernel in kernels])
+    gaps = np.array([kernel.next or 0.0 for kernel in kernels])
     axes.barh(rows, gaps, left=begin, color="#d8d8d8", label="until the next kernel's wait is over", height=0.75)
     axes.set_yticks(rows, [kernel.layer for kernel in kernels], fontsize=6.5)
     axes.invert_yaxis()
@@ -163,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--trunk", choices=TRUNKS, default="resnet50")
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="default: bench/results/convolution_timeline_cuda.json")
+    parser.add_argument("--json", type=Path, help="default: bench/results/convolution_timeline_<device>.json")
     parser.add_argument("--picture", type=Path, help="draws all kernels of the trunk")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
@@ -174,10 +178,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found = summarize(names, stamps, float(megahertz))
     for kernel in found:
         steps = "  ".join(f"{step} {value:.2f}" for step, value in kernel.steps.items())
-        rest = f"longest {kernel.longest:.2f}  next {kernel.next:.2f}"
+        rest = f"longest {kernel.longest:.2f}" + ("" if kernel.next is None else f"  next {kernel.next:.2f}")
         print(f"{kernel.layer:48} {kernel.blocks:4} blocks  {steps}  {rest}")
     print(f"sum of the longest {sum(kernel.longest for kernel in found):.1f} us")
-    target = options.json or common.RESULTS / "convolution_timeline_cuda.json"
+    target = options.json or common.results_csv("convolution_timeline", device).with_suffix(".json")
     rows = [asdict(kernel) for kernel in found]
     target.write_text(json.dumps(common.environment(device) | {"sm_mhz": megahertz, "kernels": rows}, indent=1) + "\n")
     if options.picture is not None:

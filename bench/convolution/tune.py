@@ -3,7 +3,6 @@ that are nearly as fast take turns in whole trunks (`place.py`)."""
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from bench import common
 from bench.convolution import place
 from bench.convolution.layers import Used, used_pairs
 from bench.convolution.measure import GRAPH_CALLS, Case, Timer, take_in_turn
@@ -51,7 +51,7 @@ def tune(uses: Uses, side: int, dtype: torch.dtype, device: torch.device, path: 
     groups: dict[Layer, list[Used]] = {}
     for used in dict.fromkeys(used for counts in uses.values() for used in counts):
         groups.setdefault(used.layer, []).append(used)
-    record = command.record(device) | {"command": " ".join(["python -m", *sys.argv])[:1000]}
+    record = command.record(device) | {"command": common.command_line()[:1000]}
     found: dict[Layer, tuple[Entry, Rivals]] = {}
     for layer, group in groups.items():
         found[layer] = measure_layer(layer, [Case(used, dtype, device) for used in group])

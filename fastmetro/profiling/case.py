@@ -14,7 +14,7 @@ from fastmetro.models import FastMETRO
 from fastmetro.profiling.checks import Truth, Verdict, WrongResult
 from fastmetro.profiling.contenders import Contender, build_contender, plain_model
 from fastmetro.profiling.end_to_end import Times, time_file_to_file
-from fastmetro.profiling.latency import alternate, tensor_float_32
+from fastmetro.profiling.latency import alternate, synchronize, tensor_float_32
 from fastmetro.profiling.parts import part_times, plain_parts
 from fastmetro.profiling.record import clocks
 from fastmetro.profiling.resources import MemoryMeter, joules_per_call
@@ -85,9 +85,11 @@ class Case:
     @torch.no_grad()
     def measure(self, names: Sequence[str]) -> list[Entry]:
         """Build, check and time the contenders; entries in the order of `names`."""
-        images = self.images()
+        images, start = self.images(), time.monotonic()
         truth = Truth(self.model, images)
+        self.say(f"  plain network: {time.monotonic() - start:.1f} s")
         self.entries = [self._prepare(name, truth, images) for name in names]
+        del truth  # its networks and outputs are of no use in what is timed
         right = [entry for entry in self.entries if entry.status == "ok"]
         before = clocks(self.device)
         self._time(right, images)
@@ -105,9 +107,13 @@ class Case:
 
     def _prepare(self, name: str, truth: Truth, images: Tensor) -> Entry:
         """Build and check one contender; whatever goes wrong there is told and does not stop the others."""
-        meter, start = MemoryMeter(self.device), time.monotonic()
+        meter, start, built = MemoryMeter(self.device), time.monotonic(), None
         try:
             contender = build_contender(name, self.model, self.batch, self.dtype, self.compile_tuned)
+            with tensor_float_32(contender.uses_tf32):
+                contender.run(images)  # what compiles does so now
+            synchronize(self.device)
+            built = time.monotonic()
             verdict = truth.check(contender)
             with tensor_float_32(contender.uses_tf32):
                 memory = meter.mebibytes(lambda: contender.run(images))
@@ -117,7 +123,13 @@ class Case:
             entry = Entry(name, "failed", _first_line(error))
         else:
             entry = Entry(name, contender=contender, verdict=verdict, memory_mib=memory)
-        self.say(f"  {name}: {entry.status} after {time.monotonic() - start:.1f} s {entry.reason}".rstrip())
+        end = time.monotonic()
+        took = (
+            f"after {end - start:.1f} s"
+            if built is None
+            else f"built in {built - start:.1f} s, checked in {end - built:.1f} s"
+        )
+        self.say(f"  {name}: {entry.status}, {took} {entry.reason}".rstrip())
         return entry
 
     def _time(self, entries: Sequence[Entry], images: Tensor) -> None:

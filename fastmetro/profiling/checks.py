@@ -46,7 +46,8 @@ class Truth:
     def __init__(self, model: FastMETRO, images: Tensor) -> None:
         self._model = model
         self._images = images
-        self.outputs = self._run(lambda: plain_model(model)(images), False)
+        self._plain = plain_model(model)
+        self.outputs = self._run(lambda: self._plain(images), False)
         self._errors: dict[str, dict[str, float]] = {"float32": dict.fromkeys(self.outputs, 0.0)}
 
     @staticmethod
@@ -60,12 +61,11 @@ class Truth:
         """Errors of the plain network by key in a precision."""
         if precision not in self._errors:
             tf32 = precision == "tf32"
-            dtype = torch.float32 if tf32 else getattr(torch, precision)
-            plain = plain_model(self._model, dtype)
+            plain = self._plain if tf32 else plain_model(self._model, getattr(torch, precision))
             errors = [self._plain_errors(plain, self._images, self.outputs, tf32)]
             if len(self._images) < DRAWS:
                 more = self._more_images()
-                exact = self._run(lambda: plain_model(self._model)(more), False)
+                exact = self._run(lambda: self._plain(more), False)
                 errors.append(self._plain_errors(plain, more, exact, tf32))
             self._errors[precision] = {key: max(one[key] for one in errors) for key in self.outputs}
         return self._errors[precision]

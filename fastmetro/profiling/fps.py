@@ -30,6 +30,8 @@ COLUMNS = (
 )  # fmt: skip
 """Beside those of :func:`fastmetro.profiling.record.environment`. `times_engine`: the row's time over the engine's."""
 NOT_TOLD = "not told"
+Built = tuple[FastMETRO, str]
+"""A network on its device, and where its weights come from."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +58,39 @@ def command_line() -> str:
     return " ".join(["fastmetro" if program in ("__main__.py", "fastmetro") else program, *sys.argv[1:]])
 
 
-def run_fps(settings: FpsSettings, say: Say = print, command: str | None = None) -> list[Row]:
+def device_of(settings: FpsSettings) -> torch.device:
+    """Where everything runs.
+
+    Raises:
+        ValueError: that is a GPU, and there is none.
+    """
+    device = torch.device(settings.device) if settings.device else default_device()
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device must be one that is there, got {settings.device!r} and PyTorch sees no GPU")
+    return device
+
+
+def build_network(settings: FpsSettings) -> Built:
+    """The network of the settings on its device, in float32 and evaluation mode, and where its weights come from.
+
+    Raises:
+        ValueError, FileNotFoundError: the device is not there, or see :func:`build_model`.
+    """
+    device = device_of(settings)
+    model, weights = build_model(settings)
+    return model.to(device).requires_grad_(False), weights
+
+
+def run_fps(
+    settings: FpsSettings, say: Say = print, command: str | None = None, built: Built | None = None
+) -> list[Row]:
     """Measure every batch size; print each table as it is done, and write the CSV file after each.
 
     Args:
         settings: what, against what, on what, for how long.
         say: told about progress and results.
         command: for the rows; what was typed by default.
+        built: what `build_network` made of settings with the same network and device, not to make it again.
 
     Returns:
         One row per contender, batch size and scope; "status" is "wrong" or "failed" where there is no time.
@@ -70,14 +98,10 @@ def run_fps(settings: FpsSettings, say: Say = print, command: str | None = None)
     Raises:
         ValueError: a name or value that is not accepted, or an image in a network without faces.
     """
-    device = torch.device(settings.device) if settings.device else default_device()
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device must be one that is there, got {settings.device!r} and PyTorch sees no GPU")
+    device = device_of(settings)
     dtype = getattr(torch, settings.dtype or ("float16" if device.type == "cuda" else "float32"))
     compile_tuned = settings.compile if settings.compile is not None else device.type == "cuda"
-    model, weights = build_model(settings)
-    model = model.to(device)
-    model.requires_grad_(False)
+    model, weights = built or build_network(settings)
     network = name_network(model, weights)
     record = environment(device, command or command_line())
     say(f"{network.model}, {network.backbone}, {network.mesh}, weights: {weights}; {record['device']}, "

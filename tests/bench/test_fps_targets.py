@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bench import fps
+from fastmetro.profiling.case import Say
 from fastmetro.profiling.record import Row, environment, write_rows
 
 
@@ -55,11 +56,12 @@ def test_cases_that_are_not_measured_again_stay(
     write_rows(path, [row("s-r50-32", times="7") | record, row("s-r50-1", times="8") | record])
     seen = []
 
-    def run_fps(settings: fps.FpsSettings, command: str) -> list[Row]:
+    def run_fps(settings: fps.FpsSettings, say: Say, command: str, built: object) -> list[Row]:
         seen.append((settings.model, settings.backbone, settings.batch, settings.image is not None, command))
         return [row("s-r50-1", times="9") | record]
 
     monkeypatch.setattr(fps, "run_fps", run_fps)
+    monkeypatch.setattr(fps, "build_network", lambda settings: settings.model)
     fps.main(["--device", "cpu", "--cases", "s-r50-1", "--csv", str(path)])
     assert seen == [("fastmetro-s", "resnet50", (1,), True, "python -m bench fps --cases s-r50-1")]
     assert [(fps.case_of(r), r["times_engine"]) for r in fps.read_rows(path, fps.COLUMNS)] == [
@@ -71,3 +73,29 @@ def test_cases_that_are_not_measured_again_stay(
     with pytest.raises(ValueError, match="lacks the columns"):  # before anything is measured
         fps.main(["--device", "cpu", "--csv", str(path)])
     assert len(seen) == 1
+
+
+def test_cases_of_one_network_share_it_and_each_leaves_its_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = environment(torch.device("cpu"), "")
+    path, made, given = tmp_path / "fps.csv", [], []
+
+    def build_network(settings: fps.FpsSettings) -> object:
+        made.append(f"{settings.model} {settings.backbone}")
+        return made[-1]
+
+    def run_fps(settings: fps.FpsSettings, say: Say, command: str, built: object) -> list[Row]:
+        given.append(built)
+        if settings.model == "fastmetro-l":
+            raise KeyboardInterrupt
+        return [row(f"s-r50-{settings.batch[0]}", times="9") | record]
+
+    monkeypatch.setattr(fps, "build_network", build_network)
+    monkeypatch.setattr(fps, "run_fps", run_fps)
+    with pytest.raises(KeyboardInterrupt):
+        fps.main(["--device", "cpu", "--cases", "s-r50-1", "s-r50-32", "l-r50-1", "--csv", str(path)])
+    assert made == ["fastmetro-s resnet50", "fastmetro-l resnet50"] and given == [made[0], made[0], made[1]]
+    assert [fps.case_of(r) for r in fps.read_rows(path, fps.COLUMNS)] == ["s-r50-1", "s-r50-32"]
+    printed = capsys.readouterr().out
+    assert "s-r50: network made in" in printed and "s-r50-32: " in printed and "s in all" in printed

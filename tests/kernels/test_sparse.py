@@ -151,6 +151,24 @@ def test_tables_of_the_points_kernel_are_made_on_demand() -> None:
     assert matrix.t_point_cuts and matrix.t_point_tables.dtype == torch.int32
 
 
+def test_point_tables_are_made_once_for_equal_matrices_and_not_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are the slowest part of a network on a GPU, and whoever compares networks has many with one mesh."""
+    step = sp.csr_array(np.eye(400)[np.arange(1300) % 400])
+    first = SparseMatrix.from_scipy(step)
+    first.make_point_tables()
+    kept = first.point_tables.clone()
+    first.point_tables.zero_()
+    first.point_cuts.clear()
+    monkeypatch.setattr("fastmetro_kernels.sparse.build_points", lambda csr: pytest.fail("made again"))
+    second = SparseMatrix.from_scipy(step)
+    second.make_point_tables()
+    assert torch.equal(second.point_tables, kept) and second.point_cuts
+    monkeypatch.setattr("fastmetro_kernels.sparse.build_points", lambda csr: (np.ones(1, np.int32), [7]))
+    other = SparseMatrix.from_scipy(2.0 * step)
+    other.make_point_tables()
+    assert other.point_cuts == [7], "other values are another matrix"
+
+
 def test_repr_names_shape_entries_and_layout() -> None:
     matrix = SparseMatrix.from_dense(np.ones((4, 3)))
     assert repr(matrix) == "SparseMatrix(4 x 3, 12 entries, ELL of width 3, cpu)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,19 @@ def test_the_engine_with_the_librarys_convolutions_is_a_contender(monkeypatch: p
     assert asked == ["auto", "library"] and engine["variant"] == "float32"
     assert library["contender"] == "library" and library["variant"] == "float32, the library's convolutions"
     assert library["status"] == "ok" and float(library["times_engine"]) > 0 and library["parts_ms"]
+
+
+def test_a_network_that_is_there_is_not_built_again_and_building_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch)
+    built = fps.build_network(COMPACT)
+    assert built[1] == "random" and not any(parameter.requires_grad for parameter in built[0].parameters())
+    monkeypatch.setattr(fps, "build_model", lambda settings: pytest.fail("built again"))
+    said: list[str] = []
+    rows = fps.run_fps(FpsSettings(**vars(COMPACT) | {"baseline": ("published",)}), said.append, built=built)
+    assert [row["status"] for row in rows] == ["ok", "ok"]
+    told = r"  (engine|published): ok, built in \d+\.\d s, checked in \d+\.\d s"
+    assert re.fullmatch(r"  plain network: \d+\.\d s", said[2])
+    assert [bool(re.fullmatch(told, text)) for text in said[3:5]] == [True, True]
 
 
 def test_a_wrong_engine_is_not_timed_and_the_status_tells(monkeypatch: pytest.MonkeyPatch) -> None:
