@@ -10,12 +10,15 @@ from torch import Tensor
 
 from fastmetro_kernels.convolution import (
     ConvolutionConfig,
+    DoubleStemConfig,
     StemConfig,
     configs,
     convolution,
+    convolution_double_stem,
     convolution_pair,
     convolution_stem,
     lay_out,
+    lay_out_double_stem,
     lay_out_stem,
     stem_configs,
 )
@@ -106,7 +109,28 @@ class Stem:
         return convolution_stem(x, weights, config=self.config, backend=backend).cpu()
 
 
-def convolution_native() -> Iterator[Convolution | Pair | Stem]:
+@dataclass(frozen=True)
+class DoubleStem:
+    """One call of `convolution_double_stem`."""
+
+    size: tuple[int, int, int]  # images, height, width
+    config: DoubleStemConfig
+
+    def run(self, backend: str, device: str) -> None:
+        got = self._result(HALF, "reference" if device == "cpu" else backend, device)
+        compare("out", got, self._result(FLOAT, "reference", "cpu"), TOLERANCE[HALF])
+
+    def _result(self, dtype: torch.dtype, backend: str, device: str) -> Tensor:
+        generator = torch.Generator().manual_seed(3)
+        weights = [torch.randn(64, depth, 3, 3, generator=generator) / (9 * depth) ** 0.5 for depth in (3, 64)]
+        first, second = (weight.half().to(device, dtype) for weight in weights)
+        biases = [torch.randn(64, generator=generator).to(device) for _ in range(2)]
+        x = torch.randn(*self.size, 3, generator=generator).half().to(device, dtype).permute(0, 3, 1, 2)
+        laid_out = lay_out_double_stem(first, biases[0], second, biases[1])
+        return convolution_double_stem(x, laid_out, config=self.config, backend=backend).cpu()
+
+
+def convolution_native() -> Iterator[Convolution | Pair | Stem | DoubleStem]:
     """Every width of a tile and every split, with rings that wrap around, at sizes that fill no tile."""
     for columns in configs.COLUMNS:
         for split in configs.SPLITS:
@@ -125,3 +149,5 @@ def convolution_native() -> Iterator[Convolution | Pair | Stem]:
     for tile in stem_configs():  # a width of 40 takes copies of 16 bytes, one of 47 single numbers
         yield Stem((2, 33, 47 if tile.height == 4 else 40), tile)
     yield Stem((17, 65, 64), StemConfig(4, 4))  # more tiles than blocks
+    yield DoubleStem((2, 33, 40), DoubleStemConfig(8))
+    yield DoubleStem((17, 65, 47), DoubleStemConfig(4))

@@ -26,6 +26,7 @@ from fastmetro.inference.engine.weights import (
     LIBRARY,
     BlockWeights,
     ConvolutionWeights,
+    DoubleStemWeights,
     ExchangeWeights,
     StemWeights,
 )
@@ -108,6 +109,19 @@ def stem(x: Tensor, weights: StemWeights) -> Tensor:
     if laid_out is not None and backend != LIBRARY:
         return kernels.convolution_stem(x, laid_out, backend=backend)
     return F.max_pool2d(convolution(x, weights, relu=True), 3, stride=2, padding=1)
+
+
+def double_stem(x: Tensor, weights: DoubleStemWeights) -> Tensor:
+    """HRNet's beginning: two 3 x 3 convolutions of stride 2, each with its ReLU.
+
+    One kernel wherever it can run, at every batch size.
+    """
+    laid_out, backend = weights.laid_out(), weights.backend
+    if backend == AUTO:
+        backend = "native" if x.is_cuda and not stem_reasons(x.device, x.dtype) else LIBRARY
+    if laid_out is not None and backend != LIBRARY:
+        return kernels.convolution_double_stem(x, laid_out, backend=backend)
+    return convolution(convolution(x, weights.first, relu=True), weights.second, relu=True)
 
 
 def bottleneck(x: Tensor, weights: BlockWeights) -> Tensor:
