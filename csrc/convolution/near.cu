@@ -46,7 +46,8 @@ void launch(const Near<T>& near, int64_t images, bool early, cudaStream_t stream
 namespace fm_convolution {
 
 void run_near(const Arguments& arguments, Tensor& out, const std::vector<int64_t>& config, cudaStream_t stream) {
-  const auto& [x, weight, bias, residual, second, second_weight, stride, padding, second_stride, relu, late, scale] = arguments;
+  const auto& [x, weight, bias, residual, second, second_weight, stride, padding, second_stride, relu, late, scale] =
+      arguments;
   const Geometry g = geometry(x, weight, stride, padding, "weight");
   STD_TORCH_CHECK(g.taps_down == 3 && g.taps_across == 3 && stride == 1 && padding == 1 && scale == 1 && !second.has_value(),
                   "convolution_native: once needs a 3 x 3 convolution of stride 1 and padding 1 alone");
