@@ -1,5 +1,6 @@
 """Fused blocks of transformers for inference: linear layers with all that surrounds them, attention over few keys."""
 
+from fastmetro_kernels.fused.channels_last import to_channels_last
 from fastmetro_kernels.fused.decoder_tail import TailConfig, TailWeights, decoder_tail
 from fastmetro_kernels.fused.linear import LinearConfig, fused_linear, fused_linear_moments
 from fastmetro_kernels.fused.normalize import NormalizeConfig, normalize_rows
@@ -16,4 +17,5 @@ __all__ = [
     "fused_linear_moments",
     "normalize_rows",
     "short_attention",
+    "to_channels_last",
 ]

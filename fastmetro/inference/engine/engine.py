@@ -212,7 +212,7 @@ class Engine:
         """The backbone's, of pixels of the right size, or of normalised images, on the device."""
         if images.dtype == torch.uint8:
             return self._backbone.of_pixels(normalize_pixels(images, *self._pixel_constants, self.dtype))
-        return self._backbone(images.to(self.dtype))
+        return self._backbone(images)
 
 
 def _quietly(work: Callable[[], object]) -> Callable[[], object]:
