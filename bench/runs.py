@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import socket
 import statistics
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+_ERROR = re.compile(r"(\[rank\d+\]: *)?(error|(?!.*ChildFailed)[\w.]*(Error|Exception|Diverged|Failed)):")
+"""How a line begins that says what went wrong: Python's, or the command line's."""
 _STOPPING = 45.0
 """Seconds that a run is given to stop by itself; torchrun gives its processes 30."""
 
@@ -78,9 +81,9 @@ def execute(run: Run, seconds: float | None = None) -> str:
 
 
 def _reason(text: str) -> str:
-    """The last line that names an error; torchrun writes a report of its own behind it."""
+    """The last line that names an error, before the report that torchrun writes; else the last line."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    errors = [line for line in lines if "rror" in line and "ChildFailedError" not in line]
+    errors = [line for line in lines if _ERROR.match(line)]
     return (errors or lines or ["nothing was printed"])[-1][:200]
 
 

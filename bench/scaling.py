@@ -1,8 +1,8 @@
 """Several GPUs of one host against one: the same curve, and how many times the images per second.
 
     python -m bench scaling [--processes 2] [--batch 64] [--steps 200] [--model fastmetro-s] [--backbone resnet50]
-                            [--parts curve speed] [--tolerance 0.02] [--seconds 150] [--device cuda] [--csv FILE]
-                            [--curves FILE] [--output out/scaling]
+                            [--parts curve speed] [--eager] [--tolerance 0.02] [--seconds 150] [--device cuda]
+                            [--csv FILE] [--curves FILE] [--output out/scaling]
 
 "curve": one process, the same again, and several under torchrun train with the same images, --batch of them in each
 step, in float32; on GPUs batch norms take the moments of the whole batch (on CPUs they cannot, and the curves differ).
@@ -43,7 +43,7 @@ class Case:
         batch: images per step, of all processes together.
         sync: batch norms over the whole batch.
         precision: for `fastmetro train`.
-        captured: images and steps are CUDA graphs.
+        captured: a step is one CUDA graph, collectives included.
     """
 
     part: str
@@ -58,17 +58,18 @@ class Case:
 def cases(options: argparse.Namespace) -> list[Case]:
     """The runs, the one that others are held against first in each part."""
     count, batch, gpu = options.processes, options.batch, options.device == "cuda"
+    graph = gpu and not options.eager
     found = [
         Case("curve", "one", 1, batch, False, "fp32", False),
         Case("curve", "one again", 1, batch, False, "fp32", False),
         Case("curve", f"{count} processes", count, batch, gpu, "fp32", False),
-        Case("speed", "one, alone", 1, batch, False, "bf16", gpu),
-        Case("speed", f"{count}, same batch each", count, batch * count, False, "bf16", gpu),
-        Case("speed", f"{count}, same batch in all", count, batch, False, "bf16", gpu),
+        Case("speed", "one, alone", 1, batch, False, "bf16", graph),
+        Case("speed", f"{count}, same batch each", count, batch * count, False, "bf16", graph),
+        Case("speed", f"{count}, same batch in all", count, batch, False, "bf16", graph),
     ]
     if gpu:  # nn.SyncBatchNorm is for GPUs
         found.append(
-            Case("speed", f"{count}, same batch each, batch norms of all", count, batch * count, True, "bf16", gpu)
+            Case("speed", f"{count}, same batch each, batch norms of all", count, batch * count, True, "bf16", graph)
         )
     return [case for case in found if case.part in options.parts]
 
@@ -84,8 +85,10 @@ def training(options: argparse.Namespace, case: Case) -> runs.Run:
     }  # fmt: skip
     if case.sync:
         settings["sync-batch-norm"] = True
+    if options.device == "cuda":
+        settings["capture-images"] = True
     if case.captured:
-        settings |= {"capture-images": True, "capture-step": True}
+        settings["capture-step"] = True
     folder = "".join(letter if letter.isalnum() else "-" for letter in f"{case.part} {case.name}")
     return runs.Run(options.output / folder, runs.arguments(settings), case.processes)
 
@@ -154,6 +157,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--eager", action="store_true", help="do not capture steps")
     parser.add_argument("--tolerance", type=float, default=0.02)
     parser.add_argument("--seconds", type=float, default=150.0)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
