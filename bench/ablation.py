@@ -1,8 +1,8 @@
 """Networks without one of their parts, trained on synthetic people for equally many steps (paper, Table 4).
 
     python -m bench ablation [--variants full no-mask learned-upsampling] [--seeds 0 1 2] [--steps 4000 | --seconds 500]
-                             [--batch 32] [--model fastmetro-s] [--backbone resnet50] [--jobs 1] [--eager] [--device cuda]
-                             [--csv FILE] [--curves FILE] [--output out/ablation]
+                             [--batch 32] [--model fastmetro-s] [--backbone resnet50] [--jobs 1] [--eager]
+                             [--device cuda] [--csv FILE] [--curves FILE] [--output out/ablation]
 
 Every variant is trained once per seed (of weights and images), and its averaged weights are measured on the same
 held-out images. With --seconds a short trial says how many steps fit. --jobs runs go on at once, over all GPUs that
