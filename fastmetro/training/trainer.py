@@ -143,6 +143,8 @@ class Trainer:
                 raise
             raise TrainingFailed(f"the data ended: {error}; {self._last_good()}") from error
         finally:
+            # A graph with collectives in it must go before the process group: NCCL waits for it forever.
+            self._run_step = self.step
             if self.board is not None:
                 self.board.close()
         return self.progress >= 1.0

@@ -30,5 +30,16 @@ def test_curves_are_drawn(tmp_path: Path) -> None:
     assert out.stat().st_size > 10_000
     with pytest.raises(SystemExit, match="no run has 'speed'"):
         curves.main([f"a={log}", "--values", "speed", "--out", str(out)])
-    with pytest.raises(SystemExit, match="expected NAME=FILE"):
+    with pytest.raises(SystemExit, match="is the log of one run: give it a name"):
         curves.main([str(log)])
+    with pytest.raises(SystemExit, match="expected NAME=FILE"):
+        curves.main([f"a={tmp_path / 'absent.csv'}"])
+
+
+def test_logs_of_several_runs_are_one_file(tmp_path: Path) -> None:
+    log, kept = tmp_path / "log.csv", tmp_path / "kept.csv"
+    log.write_text("step,samples,loss\n1,10,3.0\n2,20,2.0\n")
+    curves.main([f"a={log}", f"b={log}", f"a={log}", "--values", "loss", "--out", str(tmp_path / "a.png"),
+                 "--csv", str(kept)])  # fmt: skip
+    found = curves.read_curves(str(kept))
+    assert [(name, len(rows)) for name, rows in found] == [("a", 2), ("b", 2), ("a", 2)]

@@ -299,3 +299,13 @@ def test_export_rounds_matrices_only_and_records_its_making(tmp_path):
     with pytest.raises(ValueError, match=r"head\.bias"):
         export_weights(model, tmp_path / "nan.safetensors", {})
     assert [entry.name for entry in tmp_path.iterdir()] == ["w.safetensors"]
+
+
+def test_a_captured_step_is_let_go_at_the_end(tmp_path):
+    """NCCL waits for graphs with collectives in them before the process group may go."""
+    config = TrainConfig(output=tmp_path, batch_size=4, steps=2, precision="fp32")
+    indices = SyntheticBatches(None, 4, torch.device("cpu")).indices
+    objective = Objective(MeshRecoveryLoss(MESH))
+    trainer = Trainer(config, TinyNetwork(), objective, lambda step: Batch(*source(indices(step))))
+    trainer._run_step = lambda images, labels: trainer.step(images, labels)
+    assert trainer.run() and trainer._run_step is trainer.step
