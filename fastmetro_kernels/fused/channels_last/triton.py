@@ -16,7 +16,7 @@ from torch import Tensor
 from fastmetro_kernels.fused.channels_last import ops
 from fastmetro_kernels.fused.early_launch import await_earlier_kernels, launch_options, launches_early, on_device
 
-_BLOCKS = (2048, 1024, 512)
+BLOCKS = (2048, 1024, 512)
 """Numbers of a program; eight per lane of 8, 4 and 2 warps."""
 _FILLED = 264
 """Programs that keep a large GPU of about 130 multiprocessors busy: two each."""
@@ -41,7 +41,7 @@ def to_channels_last(x: Tensor, dtype: torch.dtype) -> Tensor:
     if out.numel() == 0:
         return out
     numbers = channels * height * width
-    block = next((one for one in _BLOCKS if triton.cdiv(numbers, one) * batch >= _FILLED), _BLOCKS[-1])
+    block = next((one for one in BLOCKS if triton.cdiv(numbers, one) * batch >= _FILLED), BLOCKS[-1])
     early = launches_early(x)
     with on_device(x):
         to_channels_last_kernel[(triton.cdiv(numbers, block), batch)](
