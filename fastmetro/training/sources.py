@@ -126,15 +126,24 @@ class TsvBatches:
         assert self._batches is not None
         try:
             return next(self._batches)
-        except (RuntimeError, OSError, UnusableData) as error:
+        except (RuntimeError, OSError, EOFError, UnusableData) as error:
+            why = f"{error}{_dead_workers(self._batches, str(error))}"
             self._batches = None
-            raise SourceFailed(f"the samples of step {step} could not be read: {error}") from error
+            raise SourceFailed(f"the samples of step {step} could not be read: {why}") from error
 
     def _read_from(self, step: int) -> Iterator[Any]:
         sets: list[TsvDataset | None] = [*self._sets, None] if self._people is not None else [*self._sets]
         steps = _Steps(self._sampler, step)
         pin = self._device.type == "cuda"
         return iter(make_loader(MixedDataset(sets), steps, workers=self._workers, pin_memory=pin))
+
+
+def _dead_workers(batches: Iterator[Any], said: str) -> str:
+    """What an error that only tells of a broken connection leaves out; empty where there is nothing to add."""
+    if "DataLoader worker" in said:
+        return ""
+    dead = [str(worker.pid) for worker in getattr(batches, "_workers", ()) if not worker.is_alive()]
+    return f"; DataLoader worker (pid {', '.join(dead)}) is dead" if dead else ""
 
 
 @dataclass(frozen=True)
