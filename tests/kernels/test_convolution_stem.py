@@ -11,16 +11,8 @@ from emulation import build
 from torch import Tensor
 
 from fastmetro_kernels.backends import BackendUnavailable
-from fastmetro_kernels.convolution import (
-    StemConfig,
-    StemWeights,
-    choose_stem,
-    convolution_stem,
-    lay_out_stem,
-    pack_stem,
-    stem_configs,
-)
-from fastmetro_kernels.convolution.stem import PACKED
+from fastmetro_kernels.convolution import StemConfig, StemWeights, convolution_stem, lay_out_stem
+from fastmetro_kernels.convolution.stem import PACKED, choose_stem, pack_stem, stem_configs
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 EMULATOR = pytest.mark.skipif(bool(build.reasons()), reason="; ".join(build.reasons()))

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from fastmetro.data.tsv.rows import encode_image
 from fastmetro.data.tsv.source import TsvSource
 from fastmetro.distributed import World
 from fastmetro.meshes.mesh import Mesh, load_mesh
-from fastmetro.training.sources import Batch, SourceFailed, TsvBatches, make_sampler
+from fastmetro.training.sources import Batch, SourceFailed, TsvBatches, _dead_workers, make_sampler
 
 SIZE = 32
 CPU = torch.device("cpu")
@@ -112,6 +113,14 @@ def test_a_dead_worker_fails(tmp_path: Path) -> None:
     process.start()
     process.join(120)
     assert process.exitcode == 0 and re.search(r"DataLoader worker \(pid.*\) ", said.read_text())
+
+
+def test_a_broken_connection_names_the_worker() -> None:
+    alive, dead = (SimpleNamespace(pid=pid, is_alive=lambda pid=pid: pid == 1) for pid in (1, 2))
+    batches = SimpleNamespace(_workers=[alive, dead])
+    assert _dead_workers(batches, "Connection reset by peer") == "; DataLoader worker (pid 2) is dead"
+    assert _dead_workers(batches, "DataLoader worker (pid 2) is killed") == ""
+    assert _dead_workers(SimpleNamespace(_workers=[alive]), "no such file") == _dead_workers(iter(()), "") == ""
 
 
 def test_shares_and_synthetic_images(tmp_path: Path, mesh: Mesh) -> None:
