@@ -25,6 +25,8 @@ OPS = {
     "short_attention": ("", ("reference", "triton")),
     "normalize_rows": ("", ("reference", "triton")),
     "decoder_tail": ("", ("reference", "triton")),
+    "normalize_pixels": ("", ("reference", "triton")),
+    "to_channels_last": ("", ("reference", "triton")),
     "convolution": (convolution_native.OPERATOR, ("reference", "native")),
 }
 """The public ops: the operator whose presence tells of native kernels (if there are any), and the backends."""

@@ -10,12 +10,15 @@ from torch import Tensor
 
 from fastmetro_kernels.convolution import (
     ConvolutionConfig,
+    DoubleStemConfig,
     StemConfig,
     configs,
     convolution,
+    convolution_double_stem,
     convolution_pair,
     convolution_stem,
     lay_out,
+    lay_out_double_stem,
     lay_out_stem,
     stem_configs,
 )
@@ -35,6 +38,7 @@ class Convolution:
     residual: bool = False
     second: bool = False
     scale: int = 1
+    late: bool = False
 
     def run(self, backend: str, device: str) -> None:
         got = self._result(self.dtype, "reference" if device == "cpu" else backend, device)
@@ -54,7 +58,8 @@ class Convolution:
         images = [normal(n, *size) for size in ((h, w, c), out, (2 * p, 2 * q - 1, 48))]
         x, kept, branch = (one.permute(0, 3, 1, 2) for one in images)
         added = {"residual": kept if self.residual else None, "second": branch if more else None}
-        return convolution(x, weights, config=self.config, backend=backend, scale=self.scale, **added).cpu()
+        options = {"late": self.late, "scale": self.scale, "config": self.config, "backend": backend}
+        return convolution(x, weights, **options, **added).cpu()
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,28 @@ class Stem:
         return convolution_stem(x, weights, config=self.config, backend=backend).cpu()
 
 
-def convolution_native() -> Iterator[Convolution | Pair | Stem]:
+@dataclass(frozen=True)
+class DoubleStem:
+    """One call of `convolution_double_stem`."""
+
+    size: tuple[int, int, int]  # images, height, width
+    config: DoubleStemConfig
+
+    def run(self, backend: str, device: str) -> None:
+        got = self._result(HALF, "reference" if device == "cpu" else backend, device)
+        compare("out", got, self._result(FLOAT, "reference", "cpu"), TOLERANCE[HALF])
+
+    def _result(self, dtype: torch.dtype, backend: str, device: str) -> Tensor:
+        generator = torch.Generator().manual_seed(3)
+        weights = [torch.randn(64, depth, 3, 3, generator=generator) / (9 * depth) ** 0.5 for depth in (3, 64)]
+        first, second = (weight.half().to(device, dtype) for weight in weights)
+        biases = [torch.randn(64, generator=generator).to(device) for _ in range(2)]
+        x = torch.randn(*self.size, 3, generator=generator).half().to(device, dtype).permute(0, 3, 1, 2)
+        laid_out = lay_out_double_stem(first, biases[0], second, biases[1])
+        return convolution_double_stem(x, laid_out, config=self.config, backend=backend).cpu()
+
+
+def convolution_native() -> Iterator[Convolution | Pair | Stem | DoubleStem]:
     """Every width of a tile and every split, with rings that wrap around, at sizes that fill no tile."""
     for columns in configs.COLUMNS:
         for split in configs.SPLITS:
@@ -115,8 +141,13 @@ def convolution_native() -> Iterator[Convolution | Pair | Stem]:
     yield Convolution((1, 14, 14), (128, 64), ConvolutionConfig(64, 8, 4), kernel=5, second=True, stride=2)
     for columns, split in ((32, 1), (32, 2), (64, 8)):
         yield Convolution((2, 5, 3), (144, 80), ConvolutionConfig(columns, split, 2), scale=3, residual=True)
+    for late in (ConvolutionConfig(64, 1, 2), ConvolutionConfig(32, 4, 2), ConvolutionConfig(64, 2, 2, once=True)):
+        yield Convolution((3, 7, 5), (144, 80), late, residual=True, late=True)
+    yield Convolution((2, 5, 3), (144, 80), ConvolutionConfig(32, 2, 2), scale=3, residual=True, late=True)
     for wide, narrow in ((256, 64), (512, 128), (1024, 256)):
         yield Pair((3, 5, 7), (112, wide, narrow), second=wide == 512)
     for tile in stem_configs():  # a width of 40 takes copies of 16 bytes, one of 47 single numbers
         yield Stem((2, 33, 47 if tile.height == 4 else 40), tile)
     yield Stem((17, 65, 64), StemConfig(4, 4))  # more tiles than blocks
+    yield DoubleStem((2, 33, 40), DoubleStemConfig(8))
+    yield DoubleStem((17, 65, 47), DoubleStemConfig(4))

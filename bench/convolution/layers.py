@@ -29,15 +29,18 @@ class Used(NamedTuple):
         layer: what the kernel is chosen by.
         residual, relu: what is behind the sums.
         place: height, width and stride of the second input, zeros without one.
+        late: whether the residual is behind the ReLU.
     """
 
     layer: Layer
     residual: bool
     relu: bool
     place: tuple[int, int, int] = (0, 0, 0)
+    late: bool = False
 
     def __str__(self) -> str:
-        return f"{self.layer}{', residual' if self.residual else ''}{'' if self.relu else ', no ReLU'}"
+        residual = ", residual behind" if self.late else ", residual" if self.residual else ""
+        return f"{self.layer}{residual}{'' if self.relu else ', no ReLU'}"
 
     def separate(self) -> tuple[Used, Used]:
         """The two layers that take the place of one with a second input."""
@@ -108,14 +111,15 @@ def used_layers(trunk: str, images: int, side: int) -> Counter[Used]:
         second: Tensor | None,
         relu: bool,
         backend: str,
+        late: bool = False,
         scale: int = 1,
     ) -> Tensor:
         place = (0, 0, 0) if second is None else (second.shape[2], second.shape[3], weights.second_stride)
-        one = Used(layer_of(x, weights, residual, second, scale), residual is not None, relu, place)
+        one = Used(layer_of(x, weights, residual, second, scale), residual is not None, relu, place, late)
         found[one] += 1
         for other in one.separate() if second is not None else ():
             found[other] += 0
-        return reference.convolution(x, weights, residual, second, relu, scale)
+        return reference.convolution(x, weights, residual, second, relu, scale, late)
 
     def pair(x: Tensor, weights: ConvolutionWeights, following: ConvolutionWeights, **options: Any) -> Any:
         wide = record(x, weights, relu=True, **options)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bench import common
 from bench.convolution.layers import Used
-from fastmetro.inference.engine.convolution import convolution, repeated_convolution
+from fastmetro.inference.engine.convolution import convolution, convolution_relu_add, repeated_convolution
 from fastmetro.inference.engine.weights import LIBRARY, ConvolutionWeights
 from fastmetro_kernels import convolution as kernels
 from fastmetro_kernels.convolution import ConvolutionConfig
@@ -100,6 +100,8 @@ class Case:
             return repeated_convolution(inputs.x, inputs.weights, residual, self.used.relu)
         if inputs.second is not None and inputs.projection is not None:
             residual = convolution(inputs.second, inputs.projection)
+        if self.used.late and residual is not None:
+            return convolution_relu_add(inputs.x, inputs.weights, residual)
         return convolution(inputs.x, inputs.weights, self.used.relu, residual)
 
     def product(self, inputs: Inputs) -> Tensor:
@@ -123,7 +125,8 @@ class Case:
     def is_product(self) -> bool:
         """Whether `product` can compute it."""
         layer = self.used.layer
-        return (layer.down, layer.across, layer.stride, layer.second, layer.scale) == (1, 1, 1, 0, 1)
+        plain = (layer.down, layer.across, layer.stride, layer.second, layer.scale) == (1, 1, 1, 0, 1)
+        return plain and not self.used.late
 
     def ours(self, inputs: Inputs, config: ConvolutionConfig) -> Tensor:
         """The kernel with this tile; on a CPU the op's reference."""
@@ -131,7 +134,7 @@ class Case:
         assert laid_out is not None  # only such layers are recorded
         return kernels.convolution(
             inputs.x, laid_out, residual=inputs.residual, second=inputs.second, relu=self.used.relu,
-            scale=self.used.layer.scale, config=config,
+            late=self.used.late, scale=self.used.layer.scale, config=config,
             backend="native" if self.device.type == "cuda" else "reference",
         )  # fmt: skip
 
@@ -159,9 +162,11 @@ def _exact(used: Used, inputs: Inputs) -> Tensor:
             y += F.conv2d(_ends(inputs.second).double(), projection.weight.double(), None, projection.stride)
     if (scale := used.layer.scale) > 1:
         y = y.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    if used.late:
+        y.relu_()
     if inputs.residual is not None:
         y += _ends(inputs.residual).double()
-    return y.relu() if used.relu else y
+    return y.relu() if used.relu and not used.late else y
 
 
 class Timer:

@@ -5,7 +5,7 @@
 The trunk runs as one CUDA graph with a variant of the kernel that notes the clock of its multiprocessor at every step.
 Clocks of different multiprocessors have nothing to do with one another, so spans are taken within a block, and the time
 from one kernel to the next on multiprocessors that ran both. Pairs run as two kernels here, and kernels that repeat
-their results note nothing.
+their results, or take one copy for all taps, note nothing.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def record(trunk: str, images: int, device: torch.device) -> tuple[list[str], li
 
     def noted(*arguments: object) -> Tensor:
         *others, scale, config = arguments
-        if scale != 1:
+        if scale != 1 or config[-1]:
             return convolution_native(*arguments)
         out, times = ops.convolution_timeline_native(*others, config)
         names.append(_name(*arguments))

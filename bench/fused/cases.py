@@ -6,7 +6,6 @@ Widths 512 and 128 (feed-forward 2048 and 512), 8 heads; 50 tokens in the encode
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bench.fused.basis import LATE, OURS, SEPARATE, Run, floor, randn, tile_name
+from bench.fused.pixels import Pixels
 from fastmetro_kernels.fused import (
     LinearConfig,
     NormalizeConfig,
@@ -36,21 +37,7 @@ FEW_ROWS = 512
 """Up to which the engine fuses wide layers, and hands on moments."""
 ENCODER, IMAGE, DECODER = 50, 49, 445
 EPSILON = 1e-5
-BYTES_PER_SECOND = 4.2e12
-FLOPS_PER_SECOND = {2: 790e12, 4: 67e12}
-"""What an H200 reaches, by bytes per element: tensor cores as measured, float32 as its data sheet says."""
-
-LIBRARY, COMPILED, OURS = "library", "compiled", "ours"
-LATE, SEPARATE = "ours, weights after the wait", "ours, separate launches"
-NAMED = (LIBRARY, COMPILED, OURS, LATE, SEPARATE)
-"""Contenders that are no tiles."""
-
 FLAGS = ("norm", "position", "relu", "residual")
-Run = Callable[..., Tensor]
-
-
-def _randn(generator: torch.Generator, dtype: torch.dtype, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=generator, device=generator.device).to(dtype)
 
 
 def _moments(x: Tensor, part: int = 32) -> Tensor:
@@ -59,10 +46,6 @@ def _moments(x: Tensor, part: int = 32) -> Tensor:
     mean = parts.mean(-1)
     squares = (parts - mean.unsqueeze(-1)).square().sum(-1)
     return torch.stack([torch.full_like(mean, part), mean, squares], -1)
-
-
-def _floor(elements: int, flops: int, dtype: torch.dtype) -> float:
-    return max(elements * dtype.itemsize / BYTES_PER_SECOND, flops / FLOPS_PER_SECOND[dtype.itemsize])
 
 
 @dataclass(frozen=True)
@@ -104,7 +87,7 @@ class Linear:
     def activations(self, generator: torch.Generator) -> tuple[Tensor, ...]:
         """x [B, M, K], the residual [B, M, N] if there is one, and the moments of x that ours gets if it gets any."""
         sizes = [self.width, self.features] if self.residual else [self.width]
-        found = [_randn(generator, self.dtype, self.batch, self.tokens, size) for size in sizes]
+        found = [randn(generator, self.dtype, self.batch, self.tokens, size) for size in sizes]
         if self._late:
             found.append(_moments(found[0]))
         return tuple(found)
@@ -112,14 +95,14 @@ class Linear:
     def constants(self, generator: torch.Generator) -> tuple[Tensor, ...]:
         """Weight [N, K], bias [N] or [M, N], and for ours the sums of the weight's rows."""
         bias = (self.tokens, self.features) if self.position else (self.features,)
-        weight = _randn(generator, self.dtype, self.features, self.width) * self.width**-0.5
-        return weight, _randn(generator, self.dtype, *bias), weight.float().sum(1)
+        weight = randn(generator, self.dtype, self.features, self.width) * self.width**-0.5
+        return weight, randn(generator, self.dtype, *bias), weight.float().sum(1)
 
     def floor(self) -> float:
         """Seconds that moving the bytes or multiplying takes at least, without anything else."""
         rows = self.batch * self.tokens
         elements = rows * (self.width + (1 + self.residual) * self.features) + self.features * self.width
-        return _floor(elements, 2 * rows * self.width * self.features, self.dtype)
+        return floor(elements, 2 * rows * self.width * self.features, self.dtype)
 
     def plain(self, *tensors: Tensor) -> Tensor:
         """Layer norm, cuBLAS with bias, activation, residual. cuBLASLt has an epilogue for bias with ReLU: it is used
@@ -193,8 +176,8 @@ class Attention:
 
     def activations(self, generator: torch.Generator) -> tuple[Tensor, ...]:
         """q [B, L, H, D], k and v [B, S, H, D]."""
-        k, v = _randn(generator, self.dtype, self.batch, self.keys, 2, HEADS, self.dim).unbind(2)
-        return _randn(generator, self.dtype, self.batch, self.queries, HEADS, self.dim), k, v
+        k, v = randn(generator, self.dtype, self.batch, self.keys, 2, HEADS, self.dim).unbind(2)
+        return randn(generator, self.dtype, self.batch, self.queries, HEADS, self.dim), k, v
 
     def constants(self, generator: torch.Generator) -> tuple[Tensor, ...]:
         """Attention has none."""
@@ -204,7 +187,7 @@ class Attention:
         """Seconds that moving the bytes or multiplying takes at least, without anything else."""
         width, pairs = HEADS * self.dim, self.queries * self.keys
         elements = self.batch * width * 2 * (self.queries + self.keys)
-        return _floor(elements, 4 * self.batch * pairs * width, self.dtype)
+        return floor(elements, 4 * self.batch * pairs * width, self.dtype)
 
     def plain(self, *tensors: Tensor) -> Tensor:
         """SDPA, which chooses its fastest kernel."""
@@ -243,23 +226,23 @@ class Tail:
 
     def activations(self, generator: torch.Generator) -> tuple[Tensor, ...]:
         """Tokens and the output of the self-attention [B, L, C], k and v [B, S, H, D]."""
-        k, v = _randn(generator, self.dtype, self.batch, self.keys, 2, HEADS, self.width // HEADS).unbind(2)
-        tokens, attended = (_randn(generator, self.dtype, self.batch, self.queries, self.width) for _ in range(2))
+        k, v = randn(generator, self.dtype, self.batch, self.keys, 2, HEADS, self.width // HEADS).unbind(2)
+        tokens, attended = (randn(generator, self.dtype, self.batch, self.queries, self.width) for _ in range(2))
         return tokens, attended, k, v
 
     def constants(self, generator: torch.Generator) -> tuple[Tensor, ...]:
         """Those of TailWeights."""
         found: list[Tensor] = []
         for features, inner in [(self.width, self.width)] * 3 + [(self.hidden, self.width), (self.width, self.hidden)]:
-            found.append(_randn(generator, self.dtype, features, inner) * inner**-0.5)
-            found.append(_randn(generator, self.dtype, features))
+            found.append(randn(generator, self.dtype, features, inner) * inner**-0.5)
+            found.append(randn(generator, self.dtype, features))
         return tuple(found)
 
     def floor(self) -> float:
         """Seconds that moving the bytes or multiplying takes at least, without anything else."""
         rows, weights = self.batch * self.queries, 3 * self.width**2 + 2 * self.width * self.hidden
         elements = rows * 3 * self.width + self.batch * self.keys * 2 * self.width + weights
-        return _floor(elements, 2 * rows * (weights + 2 * self.keys * self.width), self.dtype)
+        return floor(elements, 2 * rows * (weights + 2 * self.keys * self.width), self.dtype)
 
     def plain(self, *tensors: Tensor) -> Tensor:
         """The layers one after the other, as strong as those of `Linear` and `Attention`."""
@@ -318,7 +301,7 @@ class Norm:
 
     def activations(self, generator: torch.Generator) -> tuple[Tensor, ...]:
         """x [B, M, K]."""
-        return (_randn(generator, self.dtype, self.batch, self.tokens, self.width),)
+        return (randn(generator, self.dtype, self.batch, self.tokens, self.width),)
 
     def constants(self, generator: torch.Generator) -> tuple[Tensor, ...]:
         """There are none."""
@@ -326,7 +309,7 @@ class Norm:
 
     def floor(self) -> float:
         """Seconds that moving the bytes takes at least."""
-        return _floor(2 * self.batch * self.tokens * self.width, 0, self.dtype)
+        return floor(2 * self.batch * self.tokens * self.width, 0, self.dtype)
 
     def plain(self, x: Tensor) -> Tensor:
         """PyTorch's."""
@@ -345,17 +328,13 @@ class Norm:
         return {tile_name(tile): with_tile(tile) for tile in norm_tiles(self.width)}
 
 
-Case = Linear | Attention | Tail | Norm
+Case = Linear | Attention | Tail | Norm | Pixels
 """A layer at one batch size: its inputs come in two parts, which rotate over sets of their own."""
 
 
-def tile_name(tile: tuple[int, ...]) -> str:
-    """Its numbers with an x between them."""
-    return "x".join(map(str, tile))
-
-
 def all_cases(batch: int, dtype: torch.dtype) -> list[Case]:
-    """Every linear layer and dense attention of FastMETRO-S and -L at one batch size, as the engine folds them."""
+    """Every linear layer and dense attention of FastMETRO-S and -L at one batch size, as the engine folds them, and the
+    pixels in front of the backbone."""
     found: list[Case] = []
     for width, hidden in ((512, 2048), (128, 512)):
         first = width == 512
@@ -382,5 +361,4 @@ def all_cases(batch: int, dtype: torch.dtype) -> list[Case]:
         found.append(Attention("encoder attention", ENCODER, ENCODER, width // HEADS, batch, dtype))
         found.append(Attention("cross-attention", DECODER, IMAGE, width // HEADS, batch, dtype))
         found += [Norm(ENCODER, width, batch, dtype), Norm(DECODER, width, batch, dtype)]
-    found.append(Tail(batch, dtype))
-    return found
+    return [*found, Tail(batch, dtype), Pixels(batch, dtype)]

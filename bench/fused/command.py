@@ -2,11 +2,11 @@
 
     python -m bench fused [--batch 1 32 256] [--dtype float16] [--compile] [--all-configs] [--only TEXT]
 
-Contenders: the library (F.layer_norm, cuBLAS with its ReLU epilogue, SDPA, in eager mode), with `--compile` the same
-under torch.compile(mode="max-autotune-no-cudagraphs"), which takes minutes, and ours as the engine calls it. With
-`--all-configs` ours also with every tile of the tables; at the end stand the entries that the table of the linear layer
-should have. "floor" is the time that moving the bytes at 4.2 TB/s or multiplying at 790 TFLOP/s takes at least;
-"ratio" is the library's time over ours.
+Contenders: the library (F.layer_norm, cuBLAS with its ReLU epilogue, SDPA, four calls for pixels, in eager mode), with
+`--compile` the same under torch.compile(mode="max-autotune-no-cudagraphs"), which takes minutes, and ours as the engine
+calls it. With `--all-configs` ours also with every tile of the tables; at the end stand the entries that the table of
+the linear layer should have. "floor" is the time that moving the bytes at 4.2 TB/s or multiplying at 790 TFLOP/s takes
+at least; "ratio" is the library's time over ours.
 
 Times are of one call in CUDA graphs of many, weights from memory: see measure.py. Every result is held against float64
 before it is timed; if one of ours is wrong the command fails at its end and prints no time for it. The CSV is written
@@ -22,7 +22,8 @@ import torch
 
 from bench import common
 from bench.fused import report
-from bench.fused.cases import COMPILED, LIBRARY, all_cases
+from bench.fused.basis import COMPILED, LIBRARY
+from bench.fused.cases import all_cases
 from bench.fused.measure import contenders, measure, precompile
 
 

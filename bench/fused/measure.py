@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from bench import common
-from bench.fused.cases import COMPILED, LIBRARY, Case, Run
+from bench.fused.basis import COMPILED, LIBRARY, Run
+from bench.fused.cases import Case
 
 MAX_SETS, ACTIVATION_SETS = 64, 4
 GRAPH_SECONDS = 0.5e-3  # about so long a graph, so that its ends do not count

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
-from bench.fused.cases import COMPILED, LATE, LIBRARY, NAMED, OURS, SEPARATE, Case, Linear, tile_name
+from bench.fused.basis import COMPILED, LATE, LIBRARY, NAMED, OURS, SEPARATE, tile_name
+from bench.fused.cases import Case, Linear
 from bench.fused.measure import Entry
 from fastmetro_kernels.fused.linear.configs import TILES, LinearConfig, fitted
 

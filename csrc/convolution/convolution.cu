@@ -70,7 +70,8 @@ void run(const Problem<T>& problem, const Config& config, cudaStream_t stream) {
 }
 
 Config make_config(const std::vector<int64_t>& config) {
-  STD_TORCH_CHECK(config.size() == 5, "convolution_native: config must hold columns, split, stages, early, groups");
+  STD_TORCH_CHECK(config.size() == 6 && config[5] == 0,
+                  "convolution_native: config must hold columns, split, stages, early, groups, once");
   const Config chosen{int(config[0]), int(config[1]), int(config[2]), config[3] != 0, int(config[4])};
   check_config(chosen);
   return chosen;
@@ -80,7 +81,8 @@ template <typename T>
 Problem<T> make_problem(const Arguments& arguments, Tensor& out, const Config& config) {
   Problem<T> problem{};
   problem.inputs = make_inputs(arguments, config.columns, config.stages);
-  problem.output = make_output<T>(arguments.bias, arguments.residual, out, arguments.relu, int(arguments.scale));
+  problem.output = make_output<T>(arguments.bias, arguments.residual, out, arguments.relu, arguments.late,
+                                  int(arguments.scale));
   problem.split = config.split;
   const int depth = problem.inputs.first.depth + problem.inputs.second.depth;
   STD_TORCH_CHECK(config.split <= depth, "convolution_native: split must be at most the ", depth,
@@ -89,16 +91,23 @@ Problem<T> make_problem(const Arguments& arguments, Tensor& out, const Config& c
 }
 
 // `x` [N, H, W, C] and `weight` [K, R, S, C]; `bias` float32 [K]; `residual` as the output [N, P, Q, K]; `second`
-// [N, H2, W2, C2] under `second_weight` [K, 1, 1, C2] with its own stride is added to the sums. `scale`: results are
-// repeated so often down and across, [N, P scale, Q scale, K], before the residual is added. `config`: columns and
-// split of a tile, stages of the ring, whether to start before the kernel in front has ended, groups of 64 rows.
+// [N, H2, W2, C2] under `second_weight` [K, 1, 1, C2] with its own stride is added to the sums. `late`: the residual is
+// added behind the ReLU. `scale`: results are repeated so often down and across, [N, P scale, Q scale, K], before the
+// residual is added. `config`: columns and split of a tile, stages of the ring, whether to start before the kernel in
+// front has ended, groups of 64 rows, whether one copy of the pixels serves all taps.
 Tensor convolution(Tensor x, Tensor weight, Tensor bias, std::optional<Tensor> residual, std::optional<Tensor> second,
                    std::optional<Tensor> second_weight, int64_t stride, int64_t padding, int64_t second_stride, bool relu,
-                   int64_t scale, std::vector<int64_t> config) {
+                   bool late, int64_t scale, std::vector<int64_t> config) {
   const Arguments arguments{x,      weight,  bias,          residual, second, second_weight,
-                            stride, padding, second_stride, relu,     scale};
-  const Config chosen = make_config(config);
+                            stride, padding, second_stride, relu,     late,   scale};
   STD_TORCH_CHECK(x.is_cuda(), "convolution_native: x must be on a CUDA device");
+  if (config.size() == 6 && config[5] != 0) {
+    const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+    Tensor out = make_out(arguments);
+    if (out.numel() > 0) run_near(arguments, out, config, fm::current_stream(x));
+    return out;
+  }
+  const Config chosen = make_config(config);
   STD_TORCH_CHECK(scale >= 1 && scale <= 32 && (scale == 1 || chosen.groups == 1),
                   "convolution_native: scale must be 1 to 32, and 1 with two groups, got ", scale);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
@@ -117,9 +126,10 @@ Tensor convolution(Tensor x, Tensor weight, Tensor bias, std::optional<Tensor> r
 // The same in float16, and what its blocks note of themselves: int64 [blocks, kStamps], in clocks of the multiprocessor.
 std::tuple<Tensor, Tensor> timeline(Tensor x, Tensor weight, Tensor bias, std::optional<Tensor> residual,
                                     std::optional<Tensor> second, std::optional<Tensor> second_weight, int64_t stride,
-                                    int64_t padding, int64_t second_stride, bool relu, std::vector<int64_t> config) {
+                                    int64_t padding, int64_t second_stride, bool relu, bool late,
+                                    std::vector<int64_t> config) {
   const Arguments arguments{x,      weight,  bias,          residual, second, second_weight,
-                            stride, padding, second_stride, relu,     1};
+                            stride, padding, second_stride, relu,     late,   1};
   const Config chosen = make_config(config);
   STD_TORCH_CHECK(x.is_cuda() && x.scalar_type() == ScalarType::Half,
                   "convolution_timeline_native: x must be float16 on a CUDA device");

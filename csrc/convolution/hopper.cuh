@@ -61,6 +61,17 @@ __device__ __forceinline__ void copy_weights(SharedAddress to, const TensorMap& 
       : "memory");
 }
 
+// Starts the copy of a box of 64 channels, some columns and rows of image n from column x and row y on. What lies outside
+// is zero.
+__device__ __forceinline__ void copy_box(SharedAddress to, const TensorMap& map, SharedAddress barrier, int channel, int x,
+                                         int y, int n) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], "
+      "[%6];" ::"r"(to),
+      "l"(&map), "r"(channel), "r"(x), "r"(y), "r"(n), "r"(barrier)
+      : "memory");
+}
+
 // Starts the copy of 64 channels of consecutive output positions' pixels under one tap: the position's first pixel is at
 // column x and row y of image n, and the tap is so many columns and rows further. What lies outside is zero.
 __device__ __forceinline__ void copy_pixels(SharedAddress to, const TensorMap& map, SharedAddress barrier, int channel,

@@ -61,7 +61,7 @@ struct Arguments {
   Tensor x, weight, bias;
   std::optional<Tensor> residual, second, second_weight;
   int64_t stride, padding, second_stride;
-  bool relu;
+  bool relu, late;
   int64_t scale;
 };
 
@@ -85,6 +85,7 @@ inline Tensor make_out(const Arguments& a) {
   STD_TORCH_CHECK(rows <= INT32_MAX && g.height <= 32767 && g.width <= 32767, "convolution_native: too many positions");
   STD_TORCH_CHECK(a.second.has_value() == a.second_weight.has_value(),
                   "convolution_native: second and second_weight go together");
+  STD_TORCH_CHECK(!a.late || (a.relu && a.residual.has_value()), "convolution_native: late needs a residual and relu");
   Tensor out = torch::stable::new_empty(a.x, {g.images, g.out_height() * a.scale, g.out_width() * a.scale, outputs});
   if (a.residual.has_value()) {
     check(*a.residual, "residual", 4, a.x, type);
@@ -121,14 +122,18 @@ inline Inputs make_inputs(const Arguments& a, int columns, int stages) {
 }
 
 template <typename T>
-Output<T> make_output(const Tensor& bias, const std::optional<Tensor>& residual, Tensor& out, bool relu, int scale = 1) {
+Output<T> make_output(const Tensor& bias, const std::optional<Tensor>& residual, Tensor& out, bool relu, bool late = false,
+                      int scale = 1) {
   Output<T> output{};
   output.bias = bias.const_data_ptr<float>();
   output.residual = residual.has_value() ? static_cast<const T*>(residual->const_data_ptr()) : nullptr;
   output.out = static_cast<T*>(out.mutable_data_ptr());
   output.rows = int(out.size(0) * out.size(1) * out.size(2) / (int64_t(scale) * scale));
-  output.channels = int(out.size(3)), output.relu = relu, output.scale = scale;
+  output.channels = int(out.size(3)), output.relu = relu, output.late = late, output.scale = scale;
   return output;
 }
+
+// near.cu: the same where one copy of the pixels serves all taps of a 3 x 3 kernel.
+void run_near(const Arguments& arguments, Tensor& out, const std::vector<int64_t>& config, cudaStream_t stream);
 
 }  // namespace fm_convolution

@@ -28,7 +28,7 @@ std::tuple<Tensor, Tensor> pair(Tensor x, Tensor weight, Tensor bias, std::optio
   STD_TORCH_CHECK(x.is_cuda(), "convolution_pair_native: x must be on a CUDA device");
   STD_TORCH_CHECK(config.size() == 2, "convolution_pair_native: config must hold stages, early");
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  const Arguments arguments{x, weight, bias, residual, second, second_weight, 1, 0, second_stride, true, 1};
+  const Arguments arguments{x, weight, bias, residual, second, second_weight, 1, 0, second_stride, true, false, 1};
   Tensor wide = make_out(arguments);
   const int64_t channels = wide.size(3);
   const int split = int(channels / kWide);

@@ -16,14 +16,14 @@
 #pragma once
 
 #include "common/device.cuh"
+#include "pixels.cuh"
 
 namespace fm_stem {
 
-constexpr int kChannels = 64, kTaps = 7, kInputs = 3;
+constexpr int kChannels = 64, kTaps = 7;
 constexpr int kSteps = 10;      // of 16 numbers of the depth
 constexpr int kShare = 32;      // channels of a warp
 constexpr int kNear = 14;       // slots 0 to 13: two pairs of each kernel row
-constexpr int kChunk = 8;       // numbers of 16 bytes
 constexpr int kPixelBytes = 2 * kInputs * 2;  // from one position of the convolution to the next
 static_assert(kTaps * 2 == kNear);
 
@@ -47,15 +47,13 @@ struct Tile {
 
 template <typename T>
 struct Problem {
-  const T* x;         // [images, height, width, 3]
+  Images<T> images;   // [N, height, width, 3]
   const T* weight;    // in the order of lay_out_stem
   const float* bias;  // [64]
   T* out;             // [images, out_height, out_width, 64]
-  int height, width;
   int middle_height, middle_width;  // of the convolution
   int out_height, out_width;
   int tiles_down, tiles_across, tiles;
-  bool aligned;  // every eighth number of a row lies at a multiple of 16 bytes
 };
 
 // The first pooled position of a tile.
@@ -69,38 +67,11 @@ __device__ __forceinline__ Place place_of(const Problem<T>& p, int tile) {
   return {rest / p.tiles_down, rest % p.tiles_down * Cut::kHeight, across * Cut::kWidth};
 }
 
-// Eight numbers of a row of so many, from `at` on, zeros where the row has none.
-template <typename T>
-__device__ uint4 gathered(const T* row, int at, int numbers) {
-  uint32_t words[4];
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    const int low = at + 2 * i, high = low + 1;
-    words[i] = fm::pack<T>(low >= 0 && low < numbers ? static_cast<float>(row[low]) : 0.f,
-                           high >= 0 && high < numbers ? static_cast<float>(row[high]) : 0.f);
-  }
-  return {words[0], words[1], words[2], words[3]};
-}
-
 // Starts the copies of a tile's pixels. Its first row is 2 (2 row - 1) - 3 of the image; its first number is the third
 // before that row's pixel 2 (2 column - 1) - 3, hence a multiple of 8.
 template <typename Cut, typename T>
-__device__ __forceinline__ void load_pixels(const Problem<T>& p, fm::SharedAddress pixels, const Place& place) {
-  const int numbers = kInputs * p.width, first_row = 4 * place.row - 5, first = 12 * place.column - 16;
-  const T* const image = p.x + static_cast<int64_t>(place.image) * p.height * numbers;
-  for (int i = threadIdx.x; i < Cut::kPixelRows * Cut::kChunks; i += Cut::kThreads) {
-    const int row = i / Cut::kChunks, chunk = i % Cut::kChunks, y = first_row + row, at = first + chunk * kChunk;
-    const bool inside = y >= 0 && y < p.height;
-    const T* const from = image + static_cast<int64_t>(inside ? y : 0) * numbers;
-    const fm::SharedAddress to = pixels + row * Cut::kPitch + chunk * 16;
-    if (p.aligned) {
-      const bool valid = inside && at >= 0 && at < numbers;  // a chunk lies in the image or beside it, never across
-      fm::copy_async_16(to, valid ? from + at : p.x, valid);
-    } else {
-      fm::store_shared(to, inside ? gathered(from, at, numbers) : uint4{});
-    }
-  }
-  fm::copy_async_commit();
+__device__ __forceinline__ void load_tile(const Problem<T>& p, fm::SharedAddress pixels, const Place& place) {
+  load_pixels<Cut>(p.images, pixels, place.image, 4 * place.row - 5, 12 * place.column - 16);
 }
 
 // A lane's weights: of a step and two of its four tiles of 8 channels, 16 bytes.
@@ -231,14 +202,14 @@ __global__ void __launch_bounds__(Cut::kThreads, Cut::kResident) stem_kernel(con
   load_weights(p, threadIdx.x / 32 / Cut::kGroups, threadIdx.x % 32, weights);
   fm::wait_for_previous_grid();
 
-  load_pixels<Cut>(p, pixels_address, place_of<Cut>(p, blockIdx.x));
+  load_tile<Cut>(p, pixels_address, place_of<Cut>(p, blockIdx.x));
   for (int tile = blockIdx.x; tile < p.tiles; tile += gridDim.x) {
     const Place place = place_of<Cut>(p, tile);
     fm::copy_async_wait<0>();
     __syncthreads();  // the pixels are there, and the results of the tile before are pooled
     multiply<Cut>(p, pixels, results, weights, place);
     __syncthreads();
-    if (tile + gridDim.x < p.tiles) load_pixels<Cut>(p, pixels_address, place_of<Cut>(p, tile + gridDim.x));
+    if (tile + gridDim.x < p.tiles) load_tile<Cut>(p, pixels_address, place_of<Cut>(p, tile + gridDim.x));
     pool<Cut>(p, results, place);
   }
 }
@@ -258,13 +229,12 @@ bool choose_tile(int64_t height, int64_t width, const With& with) {
 // Sizes that follow from those of the input.
 template <typename Cut, typename T>
 Problem<T> make_problem(const T* x, const T* weight, const float* bias, T* out, int images, int height, int width) {
-  Problem<T> p{x, weight, bias, out, height, width};
+  Problem<T> p{make_images(x, height, width), weight, bias, out};
   p.middle_height = (height - 1) / 2 + 1, p.middle_width = (width - 1) / 2 + 1;
   p.out_height = (p.middle_height - 1) / 2 + 1, p.out_width = (p.middle_width - 1) / 2 + 1;
   p.tiles_down = (p.out_height + Cut::kHeight - 1) / Cut::kHeight;
   p.tiles_across = (p.out_width + Cut::kWidth - 1) / Cut::kWidth;
   p.tiles = images * p.tiles_down * p.tiles_across;
-  p.aligned = width % 8 == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0;
   return p;
 }
 

@@ -43,7 +43,7 @@ struct Output {
   const T* residual;   // [rows, channels] or null
   T* out;              // [rows, channels]
   int rows, channels;
-  bool relu;
+  bool relu, late;     // late: the residual is added behind the ReLU
   int scale;  // results are repeated so often down and across, in front of the residual; then it and out are larger
 };
 
@@ -202,6 +202,14 @@ __device__ __forceinline__ void lay_out_rows(const float (&sums)[COLUMNS / 2], f
   }
 }
 
+// The larger of each two 16-bit numbers; what is not a number loses.
+template <typename T>
+__device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b) {
+  using Two = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+  const Two found = __hmax2(*reinterpret_cast<const Two*>(&a), *reinterpret_cast<const Two*>(&b));
+  return *reinterpret_cast<const uint32_t*>(&found);
+}
+
 // What a thread of a group finishes: eight channels, the same in each of its rows, which are those of so many turns.
 template <typename T, int COLUMNS, bool SHARED>
 struct Share {
@@ -251,16 +259,17 @@ struct Share {
     }
   }
 
-  // Eight results: sums, bias, residual, ReLU.
-  __device__ __forceinline__ uint4 result(const float (&total)[8], const uint4& residual, bool relu) const {
+  // Eight results: sums, bias, residual, ReLU; or the residual behind it: max(x, 0) + more is max(x + more, more). The
+  // larger of rounded numbers is the larger one rounded, and words take fewer registers.
+  __device__ __forceinline__ uint4 result(const float (&total)[8], const uint4& residual, const Output<T>& p) const {
     const uint32_t words[4] = {residual.x, residual.y, residual.z, residual.w};
     uint32_t packed[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const float2 more = fm::unpack<T>(words[i]);
-      float x = total[2 * i] + bias[2 * i] + more.x, y = total[2 * i + 1] + bias[2 * i + 1] + more.y;
-      if (relu) x = fmaxf(x, 0.f), y = fmaxf(y, 0.f);
+      const float x = total[2 * i] + bias[2 * i] + more.x, y = total[2 * i + 1] + bias[2 * i + 1] + more.y;
       packed[i] = fm::pack<T>(x, y);
+      if (p.relu) packed[i] = larger<T>(packed[i], p.late ? words[i] : 0);
     }
     return {packed[0], packed[1], packed[2], packed[3]};
   }
@@ -280,7 +289,7 @@ struct Share {
       for (int i = 0; i < scale * scale; i++) {
         const int64_t at = corner + (i / scale * across + i % scale) * p.channels;
         const uint4 more = p.residual != nullptr ? fm::load_coherent(p.residual + at) : uint4{};
-        *reinterpret_cast<uint4*>(p.out + at) = result(total, more, p.relu);
+        *reinterpret_cast<uint4*>(p.out + at) = result(total, more, p);
       }
     }
   }
@@ -298,7 +307,7 @@ struct Share {
     }
 #pragma unroll
     for (int turn = 0; turn < kTurns; turn++) {
-      const uint4 packed = result(total[turn], kept[turn], p.relu);
+      const uint4 packed = result(total[turn], kept[turn], p);
       if (turn < turns) *reinterpret_cast<uint4*>(p.out + offset + turn * step) = packed;
       also(first + turn * kStep, packed);
     }

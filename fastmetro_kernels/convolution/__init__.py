@@ -2,6 +2,15 @@
 
 from fastmetro_kernels.convolution.api import choose, convolution
 from fastmetro_kernels.convolution.configs import ConvolutionConfig, PairConfig, pair_configs
+from fastmetro_kernels.convolution.double_stem import (
+    DoubleStemConfig,
+    DoubleStemWeights,
+    choose_double_stem,
+    convolution_double_stem,
+    double_stem_configs,
+    lay_out_double_stem,
+    pack_double_stem,
+)
 from fastmetro_kernels.convolution.layout import ConvolutionWeights, lay_out
 from fastmetro_kernels.convolution.pair import choose_pair, convolution_pair, pair_problem
 from fastmetro_kernels.convolution.stem import (
@@ -17,17 +26,24 @@ from fastmetro_kernels.convolution.stem import (
 __all__ = [
     "ConvolutionConfig",
     "ConvolutionWeights",
+    "DoubleStemConfig",
+    "DoubleStemWeights",
     "PairConfig",
     "StemConfig",
     "StemWeights",
     "choose",
+    "choose_double_stem",
     "choose_pair",
     "choose_stem",
     "convolution",
+    "convolution_double_stem",
     "convolution_pair",
     "convolution_stem",
+    "double_stem_configs",
     "lay_out",
+    "lay_out_double_stem",
     "lay_out_stem",
+    "pack_double_stem",
     "pack_stem",
     "pair_configs",
     "pair_problem",

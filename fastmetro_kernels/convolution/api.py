@@ -22,6 +22,7 @@ def convolution(
     residual: Tensor | None = None,
     second: Tensor | None = None,
     relu: bool = True,
+    late: bool = False,
     scale: int = 1,
     config: ConvolutionConfig | None = None,
     backend: str = "auto",
@@ -35,9 +36,10 @@ def convolution(
         x: ``[N, C, H, W]`` float16 or bfloat16 (reference: any floating point type); other orders than channels_last
             are copied.
         weights: of :func:`lay_out`, of the dtype and device of x.
-        residual: ``[N, O, P scale, Q scale]``, added in front of the ReLU.
+        residual: ``[N, O, P scale, Q scale]``, added in front of the ReLU, or behind it where ``late``.
         second: ``[N, C2, H2, W2]``, input of the second convolution, if the weights have one.
         relu: whether act is ReLU.
+        late: ``act(repeat(conv(x) + conv_1x1(second) + bias)) + residual`` instead: needs a residual and relu.
         scale: nearest upsampling of the sums: each is repeated so often down and across; 1 to 32.
         config: the tile instead of the chosen one, for measurements (native).
         backend: ``"auto"`` (see :func:`choose`), ``"native"`` or ``"reference"``.
@@ -52,19 +54,22 @@ def convolution(
         BackendUnavailable: the named backend cannot take this input; the message lists the reasons.
     """
     layer = layer_of(x, weights, residual, second, scale)
+    if late and (residual is None or not relu):
+        given = "no residual" if residual is None else f"relu={relu}"
+        raise ValueError(f"late needs a residual and relu=True, got {given}")
     refuse_gradients("convolution", {"x": x, "weight": weights.weight, "residual": residual, "second": second})
     choices = {"reference": [], "native": native.reasons(x.device, x.dtype)}
     measured = None if choices["native"] else choice.choose(x.device, layer)
     order = ("native", "reference") if config or measured else ("reference",)
     if backends.select("convolution", backend, choices, order) == "reference":
-        return reference.convolution(x, weights, residual, second, relu, scale)
+        return reference.convolution(x, weights, residual, second, relu, scale, late)
     config = config or measured or pinned(layer.shape, layer.scale)
-    if found := problem(config, layer.shape.chunks, scale):
+    if found := problem(config, layer.shape.chunks, scale, layer.shape.box):
         raise ValueError(f"config: {found}")
     moved = [None if tensor is None else channels_last_rows(tensor) for tensor in (residual, second)]
     out = ops.convolution_native(
         channels_last_rows(x), weights.weight, weights.bias, *moved, weights.second_weight, weights.stride,
-        weights.padding, weights.second_stride, relu, scale, list(map(int, config)),
+        weights.padding, weights.second_stride, relu, late, scale, list(map(int, config)),
     )  # fmt: skip
     return out.permute(0, 3, 1, 2)
 

@@ -11,7 +11,7 @@ NAMESPACE = "fastmetro_kernels"
 
 _ARGUMENTS = (
     "Tensor x, Tensor weight, Tensor bias, Tensor? residual, Tensor? second, Tensor? second_weight, int stride, "
-    "int padding, int second_stride, bool relu"
+    "int padding, int second_stride, bool relu, bool late"
 )
 torch.library.define(f"{NAMESPACE}::convolution_native", f"({_ARGUMENTS}, int scale, int[] config) -> Tensor")
 torch.library.define(f"{NAMESPACE}::convolution_timeline_native", f"({_ARGUMENTS}, int[] config) -> (Tensor, Tensor)")
@@ -32,6 +32,7 @@ def _fake(
     padding: int,
     second_stride: int,
     relu: bool,
+    late: bool,
     scale: int,
     config: Sequence[int],
 ) -> Tensor:

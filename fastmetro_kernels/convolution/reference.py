@@ -16,8 +16,11 @@ def convolution(
     second: Tensor | None,
     relu: bool,
     scale: int = 1,
+    late: bool = False,
 ) -> Tensor:
     """Arguments as of :func:`fastmetro_kernels.convolution.convolution`."""
+    if late and residual is not None:
+        return convolution(x, weights, None, second, relu, scale).add_(residual)
     if scale > 1:
         y = F.interpolate(convolution(x, weights, None, second, False), scale_factor=scale, mode="nearest")
         y = y if residual is None else y.add_(residual)

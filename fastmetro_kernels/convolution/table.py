@@ -18,6 +18,7 @@ from fastmetro_kernels.convolution.configs import (
     ConvolutionConfig,
     PairConfig,
     Shape,
+    box_bytes,
     pair_bytes,
     problem,
 )
@@ -66,7 +67,8 @@ class Layer(NamedTuple):
         """What a tile is chosen by."""
         height, width = self.output
         chunks = self.down * self.across * -(-self.channels // DEPTH) + -(-self.second // DEPTH)
-        return Shape(self.images * height * width, self.outputs, chunks)
+        near = (self.down, self.across, self.stride, self.padding, self.second) == (3, 3, 1, 1, 0) and width < 256
+        return Shape(self.images * height * width, self.outputs, chunks, box_bytes(height, width) if near else 0)
 
     def __str__(self) -> str:
         second = f" and 1x1 of {self.second}" if self.second else ""
@@ -137,14 +139,15 @@ def _config(read: Reader, where: str, value: Any, layer: Layer) -> ConvolutionCo
         return None
     kind = PairConfig if layer.following else ConvolutionConfig
     listed = dict(read.table(where, value, kind._fields))
-    early = listed.pop("early")
-    if not isinstance(early, bool):
-        raise read.fail(f"{where}.early", early, "true or false")
+    flags = {name: listed.pop(name) for name in ("early", "once") if name in listed}
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise read.fail(f"{where}.{name}", flag, "true or false")
     numbers = {name: read.number(f"{where}.{name}", number) for name, number in listed.items()}
     if layer.following:
-        return _pair(read, where, value, layer, PairConfig(numbers["stages"], early))
-    config = ConvolutionConfig(**numbers, early=early)
-    if wrong := problem(config, layer.shape.chunks, layer.scale):
+        return _pair(read, where, value, layer, PairConfig(numbers["stages"], flags["early"]))
+    config = ConvolutionConfig(**numbers, early=flags["early"], once=flags["once"])
+    if wrong := problem(config, layer.shape.chunks, layer.scale, layer.shape.box):
         raise read.fail(where, value, f'"library" or a configuration of the kernel: {wrong}')
     return config
 

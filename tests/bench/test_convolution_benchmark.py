@@ -22,6 +22,7 @@ CPU = torch.device("cpu")
 PLAIN = Used(Layer(2, 6, 5, 16, 32, 3, 3, 1, 1), False, True)
 MERGED = Used(Layer(2, 3, 3, 16, 32, 1, 1, 1, 0, 16), False, True, (6, 5, 2))
 REPEATED = Used(Layer(2, 3, 4, 16, 32, 1, 1, 1, 0, scale=4), True, True)
+LATE = Used(Layer(2, 6, 6, 16, 32, 3, 3, 2, 1), True, True, late=True)
 PRODUCT = Used(Layer(1, 4, 4, 16, 32, 1, 1, 1, 0), True, True)
 
 
@@ -45,6 +46,14 @@ def test_layers_are_those_of_the_folded_trunks() -> None:
     assert strided.floor(2, 1e12) == pytest.approx(2e-12 * strided.elements())
 
 
+def test_heads_of_hrnet_are_added_behind_the_relu() -> None:
+    found = [used for used in used_layers("hrnet-w64", 1, 224) if used.late]
+    assert [used.layer for used in found] == [
+        Layer(1, side, side, channels, 2 * channels, 3, 3, 2, 1) for side, channels in ((56, 128), (28, 256), (14, 512))
+    ]
+    assert all(used.residual and used.relu and "residual behind" in str(used) for used in found)
+
+
 def test_pairs_are_those_between_blocks() -> None:
     """15 of ResNet-50, of which 3 are too wide; and of HRNet's first stage 3."""
     assert sum(used_pairs("resnet50", 1, 224).values()) == 12
@@ -66,7 +75,7 @@ def test_every_layer_has_a_tile_by_rule_and_others_to_try(trunk: str) -> None:
     assert all(choice.by_rule(used.layer) is None for used in used_layers(trunk, 32, 224))
 
 
-@pytest.mark.parametrize("used", [PLAIN, MERGED, PRODUCT, REPEATED], ids=str)
+@pytest.mark.parametrize("used", [PLAIN, MERGED, PRODUCT, REPEATED, LATE], ids=str)
 def test_contenders_agree_and_a_wrong_one_gets_no_time(used: Used) -> None:
     case = Case(used, torch.float32, CPU)
     for run in (case.library, lambda inputs: case.ours(inputs, ConvolutionConfig(32, 1, 2))):

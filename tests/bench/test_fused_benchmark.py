@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from bench.fused import measure, report
-from bench.fused.cases import COMPILED, LIBRARY, OURS, Attention, Case, Linear, Norm, Tail, all_cases, tile_name
+from bench.fused.basis import COMPILED, LIBRARY, OURS, tile_name
+from bench.fused.cases import Attention, Case, Linear, Norm, Tail, all_cases
 from bench.fused.measure import Entry
+from bench.fused.pixels import Pixels
 from fastmetro_kernels.fused import LinearConfig
 from fastmetro_kernels.fused.linear.configs import TILES, problem
 
@@ -22,6 +24,7 @@ SMALL = [
     Attention("attention", 5, 7, 16, 2, torch.float32),
     Tail(2, torch.float32, 5, 7, width=32, hidden=24),
     Norm(5, 24, 2, torch.float32),
+    Pixels(2, torch.float32, 5),
 ]
 
 

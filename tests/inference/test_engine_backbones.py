@@ -16,12 +16,26 @@ from torch import Tensor, nn
 from fastmetro.inference.engine import onednn
 from fastmetro.inference.engine.backbones import FoldedBackbone, UnknownBackbone, fold_backbone
 from fastmetro.inference.engine.batch_norm import batch_norm_sizes, fold_batch_norm
-from fastmetro.inference.engine.convolution import basic_block, bottleneck, convolution, exchange_output, stem
-from fastmetro.inference.engine.weights import BlockWeights, ConvolutionWeights, ExchangeWeights, StemWeights
+from fastmetro.inference.engine.convolution import (
+    basic_block,
+    bottleneck,
+    convolution,
+    convolution_relu_add,
+    double_stem,
+    exchange_output,
+    stem,
+)
+from fastmetro.inference.engine.weights import (
+    BlockWeights,
+    ConvolutionWeights,
+    DoubleStemWeights,
+    ExchangeWeights,
+    StemWeights,
+)
 from fastmetro.models.backbones import CompactTrunk, HRNetW64, ResNet50, ResNet50Trunk
 from fastmetro.models.backbones.blocks import BasicBlock, Bottleneck
 from fastmetro.models.backbones.hrnet import ExchangeModule
-from fastmetro_kernels.convolution import pack_stem
+from fastmetro_kernels.convolution import pack_double_stem, pack_stem
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -129,6 +143,20 @@ def test_convolution(dtype: torch.dtype, relu: bool, added: bool) -> None:
         )
 
 
+@pytest.mark.parametrize("backend", ["auto", "library", "reference"])
+def test_a_sum_behind_the_relu(backend: str) -> None:
+    layer = randomize(nn.Conv2d(16, 32, 3, stride=2, padding=1))
+    weights = ConvolutionWeights(layer, torch.float64)
+    weights.load(layer.weight.detach(), cast(Tensor, layer.bias).detach())
+    weights.backend = backend
+    x, residual = torch.randn(2, 16, 9, 8, dtype=torch.float64), torch.randn(2, 32, 5, 4, dtype=torch.float64)
+    copies = x.clone(), residual.clone()
+    with torch.no_grad():
+        result = convolution_relu_add(x, weights, residual)
+        assert error(result, layer.double()(x).relu() + residual) < 1e-12
+    assert torch.equal(x, copies[0]) and torch.equal(residual, copies[1]), "an input was written to"
+
+
 @pytest.mark.parametrize("kind", [CompactTrunk, ResNet50])
 @pytest.mark.parametrize("backend", ["library", "reference"])
 def test_stem(kind: type[CompactTrunk] | type[ResNet50], backend: str) -> None:
@@ -145,6 +173,31 @@ def test_stem(kind: type[CompactTrunk] | type[ResNet50], backend: str) -> None:
         assert error(stem(x, weights), expected) < (1e-12 if backend == "library" else 1e-5)
         if weights.packed is not None:
             assert torch.equal(weights.packed, pack_stem(weights.weight))
+
+
+@pytest.mark.parametrize("width", [64, 32])
+@pytest.mark.parametrize("backend", ["library", "reference"])
+def test_double_stem(width: int, backend: str) -> None:
+    """Another width is no such stem, and is computed as two convolutions."""
+    layers = [
+        nn.Conv2d(3, width, 3, 2, 1),
+        nn.BatchNorm2d(width),
+        nn.Conv2d(width, width, 3, 2, 1),
+        nn.BatchNorm2d(width),
+    ]
+    first, norm, second, other = randomize(nn.Sequential(*layers)).children()
+    assert isinstance(first, nn.Conv2d) and isinstance(second, nn.Conv2d)
+    dtype = torch.float64 if backend == "library" else torch.float32
+    weights = DoubleStemWeights(first, second, dtype)
+    weights.first.backend = weights.second.backend = backend
+    assert (weights.laid_out() is not None) == (width == 64)
+    weights.load(fold_batch_norm(first, norm), fold_batch_norm(second, other))
+    x = torch.randn(2, 3, 33, 40, dtype=dtype)
+    with torch.no_grad():
+        expected = exact(nn.Sequential(first, norm, nn.ReLU(), second, other, nn.ReLU()), x)
+        assert error(double_stem(x, weights), expected) < (1e-12 if backend == "library" else 1e-5)
+        if weights.packed_second is not None:
+            assert torch.equal(weights.packed_second, pack_double_stem(weights.first.weight, weights.second.weight)[1])
 
 
 # Whole trunks

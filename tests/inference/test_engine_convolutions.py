@@ -123,6 +123,9 @@ def test_trunks_are_the_plain_ones_also_after_a_refresh(kind: type[nn.Module], c
         first = calls[: 48 - 12]
         assert sum("following" in call for call in first) == 12
         assert sum(call["second"] is not None for call in first) == 4
+    if kind is HRNetW64:
+        heads = [call for call in calls if call.get("late")]
+        assert len(heads) % 3 == 0 and heads and all(call["relu"] for call in heads)
 
 
 def test_auto_asks_the_choice_and_library_never(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,9 +142,16 @@ def test_auto_asks_the_choice_and_library_never(monkeypatch: pytest.MonkeyPatch)
         return ConvolutionConfig(64, 1, 2) if second is not None else None
 
     def op(
-        x: Tensor, weights: kernels.ConvolutionWeights, *, relu: bool, backend: str, scale: int, **inputs: Tensor
+        x: Tensor,
+        weights: kernels.ConvolutionWeights,
+        *,
+        relu: bool,
+        late: bool,
+        backend: str,
+        scale: int,
+        **inputs: Tensor,
     ) -> Tensor:
-        assert relu and backend == "auto" and inputs["residual"] is None and scale == 1
+        assert relu and not late and backend == "auto" and inputs["residual"] is None and scale == 1
         return torch.zeros(())
 
     monkeypatch.setattr(seam.kernels, "choose", choose)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmetro.inference.engine import folding
+from fastmetro.inference.engine import folding, products
 from fastmetro.inference.engine.layers import FoldedDecoderLayer, FoldedEncoderLayer
 from fastmetro.inference.engine.products import Tokens, decoder_tail
 from fastmetro.inference.engine.savings import transformer_folds
@@ -150,9 +150,12 @@ OPTIONS = [
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("mesh", ["anny-body", "anny-hand"])
+@pytest.mark.parametrize("in_place", [False, True])
 @torch.no_grad()
-def test_whole(mesh: str, options: dict[str, object]) -> None:
-    """All variants, meshes and upsamplings, from features to vertices."""
+def test_whole(mesh: str, options: dict[str, object], in_place: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All variants, meshes and upsamplings, from features to vertices; `in_place`: as a GPU takes many rows."""
+    if in_place:
+        monkeypatch.setattr(products, "_adds_in_place", lambda x, layer: len(layer.weight) > 16)
     config = replace(FastMETROConfig("small", 1, (32, 16), (48, 32), 2), **options)  # type: ignore[arg-type]
     from fastmetro.meshes.mesh import load_mesh
 

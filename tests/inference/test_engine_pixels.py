@@ -13,7 +13,8 @@ from torch import nn
 from fastmetro.data.synthetic.dataset import IMAGE_DEVIATION, IMAGE_MEAN
 from fastmetro.inference.engine.backbones import fold_backbone
 from fastmetro.inference.engine.exact_pixels import exact_pixel_constants, fold_pixels
-from fastmetro.inference.engine.preprocessing import normalize_pixels, pixel_constants
+from fastmetro.inference.engine.preprocessing import pixel_constants
+from fastmetro_kernels.fused import normalize_pixels
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

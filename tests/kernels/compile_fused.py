@@ -1,10 +1,10 @@
 """Compile the fused Triton kernels for an NVIDIA GPU, on any machine; run by `test_fused_compiles.py`.
 
 `python compile_fused.py CAPABILITY DTYPE WIDTH [all]` compiles the tiles that FastMETRO's layers of this width get (or
-all tiles) of the linear layer, of the attention over few keys, of the row norm and, at 128, of the decoder tail. It
-prints one JSON object: for each its registers, bytes of stack (spills), bytes of shared memory, whether it multiplies
-on tensor cores, whether it waits for earlier kernels, and whether it reads before it does. Needs TRITON_INTERPRET=0:
-with the interpreter chosen, kernels are plain Python.
+all tiles) of the linear layer, of the attention over few keys, of the row norm and, at 128, of the decoder tail and of
+what makes the network's input of images. It prints one JSON object: for each its registers, bytes of stack (spills),
+bytes of shared memory, whether it multiplies on tensor cores, whether it waits for earlier kernels, and whether it
+reads before it does. Needs TRITON_INTERPRET=0: with the interpreter chosen, kernels are plain Python.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from compile_attention import BYTES, resources
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fastmetro_kernels.fused.channels_last import triton as order
 from fastmetro_kernels.fused.decoder_tail import triton as tail
 from fastmetro_kernels.fused.decoder_tail.configs import TILES as TAIL_TILES
 from fastmetro_kernels.fused.decoder_tail.configs import TailConfig
@@ -29,13 +30,18 @@ from fastmetro_kernels.fused.normalize import triton as norm
 from fastmetro_kernels.fused.normalize.configs import NormalizeConfig
 from fastmetro_kernels.fused.normalize.configs import pinned as pinned_norm
 from fastmetro_kernels.fused.normalize.configs import tiles as all_norm_tiles
+from fastmetro_kernels.fused.pixels import triton as pixels
+from fastmetro_kernels.fused.pixels.configs import pinned as pinned_pixels
 from fastmetro_kernels.fused.short_attention import triton as attention
 from fastmetro_kernels.fused.short_attention.configs import TILES as ATTENTION_TILES
 from fastmetro_kernels.fused.short_attention.configs import ShortAttentionConfig
 from fastmetro_kernels.fused.short_attention.configs import pinned as pinned_attention
 
 TENSORS = {"x", "weight", "bias", "residual", "weight_sums", "moments", "out", "moments_out", "q", "k", "v"}
-TENSORS |= {"attended", *TailWeights._fields}
+TENSORS |= {"attended", "shift", "pixels", "mean", *TailWeights._fields}
+INPUTS = {"normalize_pixels_kernel": {"pixels": "*u8", "mean": "*fp32", "scale": "*fp32"}}
+INPUTS |= {"to_channels_last_kernel": {"x": "*fp32", "pixels": "i32"}}
+"""Types of arguments that are not as their names say elsewhere."""
 
 
 def source(kernel: Any, dtype: str, constants: dict[str, Any]) -> ASTSource:
@@ -49,10 +55,11 @@ def source(kernel: Any, dtype: str, constants: dict[str, Any]) -> ASTSource:
         if name in constants:
             signature[name] = "constexpr"
             continue
-        element = "fp32" if name in {"weight_sums", "moments", "moments_out"} else dtype
+        element = "fp32" if name in {"weight_sums", "moments", "moments_out", "shift"} else dtype
         scalar = "fp32" if name.endswith(("epsilon", "scale")) else "i32"
-        signature[name] = f"*{element}" if name in TENSORS else scalar
-        if name in TENSORS or name == "features" or name.startswith("stride_"):
+        usual = f"*{element}" if name in TENSORS else scalar
+        signature[name] = INPUTS.get(kernel.__name__, {}).get(name, usual)
+        if signature[name].startswith("*") or name == "features" or name.startswith("stride_"):
             attributes[(position,)] = [["tt.divisibility", 16]]
     indexed = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     return ASTSource(kernel, signature, constexprs=indexed, attrs=attributes)
@@ -102,9 +109,22 @@ def attention_tiles(element_size: int, every: bool) -> list[ShortAttentionConfig
     return list(dict.fromkeys(pinned_attention(8 * batch, 445, element_size) for batch in (1, 32)))
 
 
-def norm_constants(tile: NormalizeConfig, width: int, early: bool) -> dict[str, Any]:
-    """Of rows of this width, which is a power of two."""
-    return {"WIDTH": width, "ROWS": tile.rows, "BLOCK": width, "EARLY": early}
+def norm_constants(tile: NormalizeConfig, width: int, shifted: bool, early: bool) -> dict[str, Any]:
+    """Of rows of this width, which is a power of two, as they are or with something added to each."""
+    found = {"WIDTH": width, "ROWS": tile.rows, "BLOCK": width, "SHIFTED": shifted, "EARLY": early}
+    return found if shifted else found | {"shift": None}
+
+
+def image_jobs(early: bool) -> list[tuple[str, Any, dict[str, Any], int, int]]:
+    """What makes the network's input of uint8 pixels and of float32 images, for 1 and 256 of them."""
+    found: list[tuple[str, Any, dict[str, Any], int, int]] = []
+    for tile in dict.fromkeys(pinned_pixels(images * 224 * 224 * 3) for images in (1, 256)):
+        constants = {"BLOCK": tile.block, "EARLY": early}
+        found.append((f"pixels {tuple(tile)}", pixels.normalize_pixels_kernel, constants, tile.warps, 1))
+    for block in order.BLOCKS:
+        constants = {"CHANNELS": 3, "BLOCK": block, "EARLY": early}
+        found.append((f"order {block}", order.to_channels_last_kernel, constants, block // 256, 1))
+    return found
 
 
 def norm_tiles(width: int, every: bool) -> list[NormalizeConfig]:
@@ -143,8 +163,11 @@ def main() -> None:
         constants = attention_constants(ShortAttentionConfig(rows, warps), min(width, 512) // 8, early)
         jobs.append((f"attention {(rows, warps)}", attention.short_attention_kernel, constants, warps, 1))
     for norm_tile in norm_tiles(width, every):
-        constants = norm_constants(norm_tile, width, early)
-        jobs.append((f"norm {tuple(norm_tile)}", norm.normalize_rows_kernel, constants, norm_tile.warps, 1))
+        for shifted in (False, True):
+            constants = norm_constants(norm_tile, width, shifted, early)
+            name = f"norm {tuple(norm_tile)}{', shifted' * shifted}"
+            jobs.append((name, norm.normalize_rows_kernel, constants, norm_tile.warps, 1))
+    jobs += image_jobs(early) if width == 128 else []
     found = {}
     for name, kernel, constants, warps, stages in jobs:
         options = {"num_warps": warps, "num_stages": stages} | ({"launch_pdl": True} if early else {})

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from fastmetro_kernels.backends import BackendUnavailable
 from fastmetro_kernels.convolution import ConvolutionConfig, ConvolutionWeights, convolution, lay_out, ops
-from fastmetro_kernels.convolution.configs import Shape, pinned, problem, usable
+from fastmetro_kernels.convolution.api import layer_of
+from fastmetro_kernels.convolution.configs import Shape, box_bytes, pinned, problem, usable
 from fastmetro_kernels.convolution.layout import as_conv2d
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -99,6 +100,50 @@ def test_repeated_results(shape, scale: int, residual: bool, relu: bool, device,
         assert float((got.double() - want).norm()) <= slack * budget(x, weights, want), config
 
 
+@pytest.mark.parametrize(
+    "shape", [(1, 7, 7, 128, 64, 1, 1), (3, 13, 9, 144, 80, 3, 1), (2, 12, 8, 64, 128, 3, 2)], ids=str
+)
+@pytest.mark.parametrize("second", [False, True])
+@pytest.mark.parametrize("scale", [1, 3])
+@pytest.mark.parametrize(("device", "backend", "dtype"), RUNNERS, ids=str)
+def test_a_residual_behind_the_relu(shape, second: bool, scale: int, device, backend, dtype) -> None:
+    x, weights, _, branch, exact = make(shape, device, dtype, second=second)
+    want = exact.relu().repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    kept = torch.randn(want.shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    before = kept.clone()
+    want = want + kept.double()
+    size = layer_of(x, weights, kept, branch, scale).shape
+    for config in [None] if backend == "reference" else [None, *usable(size, scale)]:
+        torch.full(want.shape, torch.nan, dtype=dtype, device=device)
+        got = convolution(
+            x, weights, residual=kept, second=branch, late=True, scale=scale, config=config, backend=backend
+        )
+        assert got.shape == want.shape and got.is_contiguous(memory_format=torch.channels_last)
+        slack = 3 if backend == "reference" else 1
+        assert float((got.double() - want).norm()) <= slack * budget(x, weights, want), config
+    assert torch.equal(kept, before), "the residual was written to"
+
+
+@GPU
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize(
+    "size", [(1, 56, 56), (2, 28, 28), (1, 14, 14), (3, 7, 7), (2, 1, 1), (3, 2, 2), (1, 1, 30), (2, 9, 40)]
+)
+@pytest.mark.parametrize("channels", [(64, 64), (48, 80), (512, 32)])
+def test_one_copy_for_all_taps(size, channels, residual: bool, dtype) -> None:
+    x, weights, kept, _, exact = make((*size, *channels, 3, 1), "cuda", dtype, residual)
+    shape = Shape(exact[:, 0].numel(), channels[1], 9 * -(-channels[0] // 64), box_bytes(*size[1:]))
+    configs = [config for config in usable(shape) if config.once]
+    assert configs
+    for config in configs:
+        for early in (True, False):
+            chosen = config._replace(early=early)
+            torch.full(exact.shape, torch.nan, dtype=dtype, device="cuda")
+            got = convolution(x, weights, residual=kept, config=chosen, backend="native")
+            assert float((got.double() - exact.relu()).norm()) <= budget(x, weights, exact.relu()), chosen
+
+
 @GPU
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_tile(shape) -> None:
@@ -161,7 +206,7 @@ def test_a_thousand_replays_on_two_streams_at_once() -> None:
 def test_blocks_note_their_times(config: ConvolutionConfig) -> None:
     x, weights, _, _, _ = make((1, 28, 28, 64, 128, 3, 1), "cuda", torch.float16)
     rows = x.permute(0, 2, 3, 1).contiguous()
-    arguments = (rows, weights.weight, weights.bias, None, None, None, 1, 1, 1, True)
+    arguments = (rows, weights.weight, weights.bias, None, None, None, 1, 1, 1, True, False)
     out, times = ops.convolution_timeline_native(*arguments, list(map(int, config)))
     assert torch.equal(out, ops.convolution_native(*arguments, 1, list(map(int, config))))
     blocks = config.split * -(-784 // (64 * config.groups)) * -(-128 // config.columns)
@@ -181,6 +226,37 @@ def test_configurations() -> None:
     assert problem(ConvolutionConfig(48, 1, 2), 9) == "columns must be one of (32, 64, 128), got 48"
     assert "split must be at most the 3 chunks" in str(problem(ConvolutionConfig(32, 4, 2), 3))
     assert "stages must be 2 to 16" in str(problem(ConvolutionConfig(128, 1, 16), 99))
+    once = [config for config in usable(Shape(196, 256, 36, box_bytes(14, 14))) if config.once]
+    assert once and all(problem(config, 36, box=box_bytes(14, 14)) is None for config in once)
+    single = once[0]._replace(split=2, stages=1)
+    assert "stages must be at least 2" in str(problem(single, 36, box=box_bytes(14, 14)))
+    assert problem(single, 18, box=box_bytes(14, 14)) is None
+    assert "once needs a 3 x 3" in str(problem(once[0], 36)) and "at most the 4 chunks" in str(
+        problem(once[0]._replace(split=8), 36, box=box_bytes(14, 14))
+    )
+
+
+def test_boxes_hold_all_neighbours() -> None:
+    """The index arithmetic of near.cuh: rows of a box, where a tap's product begins, and which results are stored."""
+    for height, width in ((7, 7), (2, 2), (1, 1), (5, 13), (28, 28), (1, 30), (30, 1), (56, 56)):
+        x, weight = torch.randn(1, 2, height, width).double(), torch.randn(3, 2, 3, 3).double()
+        want, pitch = F.conv2d(x, weight, padding=1)[0], width + 1
+        rows = box_bytes(height, width) // (pitch * 128)
+        got = torch.full_like(want, torch.nan)
+        for position in range(0, height * pitch, 64):
+            first = (position - 1) // pitch - 1
+            box = F.pad(x[0], (0, 1, rows, rows))[:, rows + first : 2 * rows + first].flatten(1)
+            inside = position - first * pitch
+            sums = torch.zeros(3, 64).double()
+            for tap in range(9):
+                at = inside + (tap // 3 - 1) * pitch + tap % 3 - 1
+                assert at >= 0 and at + 64 <= box.shape[1]
+                sums += weight[:, :, tap // 3, tap % 3] @ box[:, at : at + 64]
+            for number in range(64):
+                y, column = divmod(position + number, pitch)
+                if y < height and column < width:
+                    got[:, y, column] = sums[:, number]
+        torch.testing.assert_close(got, want)
 
 
 def test_weights_are_laid_out_once() -> None:
@@ -209,6 +285,10 @@ def test_bad_input_is_named() -> None:
         convolution(x, weights, residual=kept[:, :16], second=branch)
     with pytest.raises(ValueError, match="second must be given if"):
         convolution(x, weights, residual=kept)
+    with pytest.raises(ValueError, match="late needs a residual and relu=True, got no residual"):
+        convolution(x, weights, second=branch, late=True)
+    with pytest.raises(ValueError, match="late needs a residual and relu=True, got relu=False"):
+        convolution(x, weights, residual=kept, second=branch, relu=False, late=True)
     with pytest.raises(ValueError, match="scale must be a whole number of 1 to 32, got 0"):
         convolution(x, weights, second=branch, scale=0)
     with pytest.raises(TypeError, match="must come from lay_out"):
@@ -232,8 +312,8 @@ def test_compiles_as_one_graph() -> None:
 def test_ops_keep_their_schemas() -> None:
     x, weights, kept, branch, _ = make((2, 6, 6, 16, 32, 3, 1), "cuda", torch.float16, True, True)
     rows = [one.permute(0, 2, 3, 1).contiguous() for one in (x, kept, branch)]
-    arguments = (rows[0], weights.weight, weights.bias, rows[1], rows[2], weights.second_weight, 1, 1, 2, True)
-    config = [32, 2, 2, 1, 1]
+    arguments = (rows[0], weights.weight, weights.bias, rows[1], rows[2], weights.second_weight, 1, 1, 2, True, False)
+    config = [32, 2, 2, 1, 1, 0]
     torch.library.opcheck(torch.ops.fastmetro_kernels.convolution_native, (*arguments, 1, config))
     compiled = torch.compile(lambda x: convolution(x, weights, residual=kept, second=branch, backend="native") + 1)
     want = convolution(x, weights, residual=kept, second=branch, backend="native") + 1

@@ -45,8 +45,8 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callab
 
 
 def test_layers_know_their_shape() -> None:
-    assert SMALL.output == (14, 14) and SMALL.shape == (196, 256, 36)
-    assert MERGED.shape == (784, 512, 2 + 4)
+    assert SMALL.output == (14, 14) and SMALL.shape == (196, 256, 36, 15 << 10)
+    assert MERGED.shape == (784, 512, 2 + 4, 0)
     assert Layer(2, 7, 9, 16, 32, 3, 3, 2, 1).output == (4, 5)
     assert str(MERGED) == "1 of 28x28, 128 -> 512, 1x1/1 and 1x1 of 256"
 

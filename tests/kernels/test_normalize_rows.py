@@ -31,19 +31,20 @@ from fastmetro_kernels.fused.normalize import ops
 from fastmetro_kernels.fused.normalize.configs import pinned, problem, tiles
 
 
-def check(runner: Runner, x: Tensor, epsilon: float = 1e-5, **options: Any) -> Tensor:
+def check(runner: Runner, x: Tensor, epsilon: float = 1e-5, shift: Tensor | None = None, **options: Any) -> Tensor:
     """The result, held against float64."""
     with poisoned_memory():
-        got = normalize_rows(x, epsilon, backend=runner.backend, **options)
+        got = normalize_rows(x, epsilon, shift=shift, backend=runner.backend, **options)
     assert got.dtype == x.dtype and got.shape == x.shape
     if got.numel() == 0:
         return got
-    wide = x.to(DOUBLE)
+    wide = x.to(DOUBLE) if shift is None else x.to(DOUBLE) + shift.to(DOUBLE)
     exact = F.layer_norm(wide, x.shape[-1:], eps=epsilon)
     single = torch.finfo(DOUBLE if x.dtype == DOUBLE else FLOAT).eps
     far = (wide.abs().amax(-1, keepdim=True) + 1) / (wide.var(-1, keepdim=True, correction=0) + epsilon).sqrt()
     rounding = torch.finfo(x.dtype).eps / 2 * exact.abs() + 4 * single * (1 + far)
-    assert_within_budget(got, exact, F.layer_norm(x, x.shape[-1:], eps=epsilon), rounding)
+    plain = F.layer_norm(wide.to(x.dtype), x.shape[-1:], eps=epsilon)
+    assert_within_budget(got, exact, plain, rounding)
     return got
 
 
@@ -78,6 +79,18 @@ def test_every_tile(runner: Runner, width: int) -> None:
     """More than one program, the last incomplete."""
     for tile in tiles(width):
         check(runner, randn(runner, 1, tile.rows + 1, width), config=tile)
+
+
+@pytest.mark.parametrize("sizes", [*SMALL, *LARGE], ids=lambda sizes: "x".join(map(str, sizes)))
+@everywhere
+def test_shifted_rows(runner: Runner, sizes: tuple[int, int, int]) -> None:
+    """Each feature's own number is added before the norm, not rounded to the dtype of x."""
+    if sizes in LARGE and runner.device == "cpu":
+        pytest.skip("sizes for a GPU")
+    x = randn(runner, *sizes)
+    shift = 3 * torch.randn(sizes[-1], dtype=DOUBLE if x.dtype == DOUBLE else FLOAT, device=x.device)
+    check(runner, x, shift=shift)
+    check(runner, x, shift=shift.repeat_interleave(2)[::2])
 
 
 @on_each_backend
@@ -116,15 +129,17 @@ def test_equal_calls_give_equal_bits(runner: Runner) -> None:
 @on_triton
 def test_opcheck(runner: Runner) -> None:
     x = randn(runner, 2, 5, 20)
-    torch.library.opcheck(ops.normalize_rows_triton, (x, 1e-5, ()))
-    torch.library.opcheck(ops.normalize_rows_triton, (x[:1].expand(3, -1, -1), 1e-5, (4, 2)))
-    for given_x, config, message in (
-        (x[0], (), "x must be"),
-        (x[..., :0], (), "1 to 16384 features"),
-        (x, (3, 4), "rows must be one of"),
+    torch.library.opcheck(ops.normalize_rows_triton, (x, None, 1e-5, ()))
+    torch.library.opcheck(ops.normalize_rows_triton, (x[:1].expand(3, -1, -1), None, 1e-5, (4, 2)))
+    torch.library.opcheck(ops.normalize_rows_triton, (x, torch.zeros(20, device=x.device), 1e-5, ()))
+    for given_x, shift, config, message in (
+        (x[0], None, (), "x must be"),
+        (x[..., :0], None, (), "1 to 16384 features"),
+        (x, torch.zeros(3, device=x.device), (), r"shift must be float32 \[20\]"),
+        (x, None, (3, 4), "rows must be one of"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            ops.normalize_rows_triton(given_x, 1e-5, config)
+            ops.normalize_rows_triton(given_x, shift, 1e-5, config)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -170,6 +185,8 @@ X = torch.zeros(2, 5, 20)
         ((X.numpy(),), {}, TypeError, "x must be a tensor, got ndarray"),
         ((X.int(),), {}, TypeError, "x must be one of float32.*got torch.int32"),
         ((X[0, 0],), {}, ValueError, r"x must be \[..., M, K\]"),
+        ((X,), {"shift": torch.zeros(5)}, ValueError, r"shift must be \[20\], got \[5\]"),
+        ((X,), {"shift": torch.zeros(20).half()}, TypeError, "shift must be one of float32, got torch.float16"),
         ((X[..., :0],), {}, ValueError, "K of at least 1"),
         ((X, True), {}, TypeError, "epsilon must be a number, got True"),
         ((X, -1.0), {}, ValueError, "epsilon must be finite and at least 0, got -1.0"),

@@ -28,8 +28,8 @@ class UnknownBackbone(FoldedBackbone):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """What the backbone returns for images of the given type, in the layout that they have."""
-        return self.backbone(images.to(self.dtype))
+        """What the backbone returns for images of the given type, on a CPU in the layout that they have."""
+        return self.backbone(self._prepare(images) if images.is_cuda else images.to(self.dtype))
 
     def _load(self, backbone: nn.Module) -> None:
         mine, theirs = (_tensors(module) for module in (self.backbone, backbone))

@@ -26,6 +26,7 @@ from fastmetro.inference.engine.weights import (
     LIBRARY,
     BlockWeights,
     ConvolutionWeights,
+    DoubleStemWeights,
     ExchangeWeights,
     StemWeights,
 )
@@ -55,6 +56,13 @@ def convolution(x: Tensor, weights: ConvolutionWeights, relu: bool = False, resi
     return y.relu_() if relu else y
 
 
+def convolution_relu_add(x: Tensor, weights: ConvolutionWeights, residual: Tensor) -> Tensor:
+    """ReLU of convolution + bias, and behind it + ``residual`` [B, O, h, w]: [B, I, H, W] -> [B, O, h, w]."""
+    if (y := _by_kernel(x, weights, True, residual, late=True)) is not None:
+        return y
+    return convolution(x, weights, relu=True).add_(residual)
+
+
 def _by_kernel(
     x: Tensor,
     weights: ConvolutionWeights,
@@ -63,8 +71,11 @@ def _by_kernel(
     second: Tensor | None = None,
     second_weights: ConvolutionWeights | None = None,
     scale: int = 1,
+    late: bool = False,
 ) -> Tensor | None:
     """As `convolution`, + the 1 x 1 convolution of a second input, all repeated in front of the residual.
+
+    `late`: the residual is added behind the ReLU.
 
     None where this is not for the kernel's op.
     """
@@ -76,7 +87,7 @@ def _by_kernel(
     if weights.backend == AUTO and kernels.choose(x, laid_out, residual, second, scale) is None:
         return None
     return kernels.convolution(
-        x, laid_out, residual=residual, second=second, relu=relu, scale=scale, backend=weights.backend
+        x, laid_out, residual=residual, second=second, relu=relu, late=late, scale=scale, backend=weights.backend
     )
 
 
@@ -98,6 +109,19 @@ def stem(x: Tensor, weights: StemWeights) -> Tensor:
     if laid_out is not None and backend != LIBRARY:
         return kernels.convolution_stem(x, laid_out, backend=backend)
     return F.max_pool2d(convolution(x, weights, relu=True), 3, stride=2, padding=1)
+
+
+def double_stem(x: Tensor, weights: DoubleStemWeights) -> Tensor:
+    """HRNet's beginning: two 3 x 3 convolutions of stride 2, each with its ReLU.
+
+    One kernel wherever it can run, at every batch size.
+    """
+    laid_out, backend = weights.laid_out(), weights.backend
+    if backend == AUTO:
+        backend = "native" if x.is_cuda and not stem_reasons(x.device, x.dtype) else LIBRARY
+    if laid_out is not None and backend != LIBRARY:
+        return kernels.convolution_double_stem(x, laid_out, backend=backend)
+    return convolution(convolution(x, weights.first, relu=True), weights.second, relu=True)
 
 
 def bottleneck(x: Tensor, weights: BlockWeights) -> Tensor:

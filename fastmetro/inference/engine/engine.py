@@ -13,13 +13,14 @@ from fastmetro.inference.engine.backbones import fold_backbone
 from fastmetro.inference.engine.graphs import Graphs, Outputs, run
 from fastmetro.inference.engine.pipeline import overlap
 from fastmetro.inference.engine.precision import TensorFloat32
-from fastmetro.inference.engine.preprocessing import check_images, normalize_pixels, pixel_constants, resize
+from fastmetro.inference.engine.preprocessing import check_images, pixel_constants, resize
 from fastmetro.inference.engine.report import EngineReport
 from fastmetro.inference.engine.savings import transformer_folds
 from fastmetro.inference.engine.transformers import FoldedTransformers
 from fastmetro.inference.engine.weights import AUTO
 from fastmetro.inference.images import CROP_SIZE
 from fastmetro.models.network import FastMETRO
+from fastmetro_kernels.fused import normalize_pixels
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MOST_GRAPHS = 8
@@ -212,7 +213,7 @@ class Engine:
         """The backbone's, of pixels of the right size, or of normalised images, on the device."""
         if images.dtype == torch.uint8:
             return self._backbone.of_pixels(normalize_pixels(images, *self._pixel_constants, self.dtype))
-        return self._backbone(images.to(self.dtype))
+        return self._backbone(images)
 
 
 def _quietly(work: Callable[[], object]) -> Callable[[], object]:

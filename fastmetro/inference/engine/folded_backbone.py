@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastmetro.inference.engine.preprocessing import pixel_constants
 from fastmetro.inference.engine.report import Fold
+from fastmetro_kernels import fused
 
 
 class FoldedBackbone(nn.Module, ABC):
@@ -55,6 +56,8 @@ class FoldedBackbone(nn.Module, ABC):
 
     def _prepare(self, images: Tensor) -> Tensor:
         """Images in channels_last and of the folded type; themselves where they are."""
+        if images.is_cuda and images.is_contiguous() and images.dtype != self.dtype:
+            return fused.to_channels_last(images, self.dtype)
         return images.to(self.dtype, memory_format=torch.channels_last)
 
     @abstractmethod

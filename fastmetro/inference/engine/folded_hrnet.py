@@ -16,7 +16,15 @@ from fastmetro.inference.engine.batch_norm import (
     downsample_bias_fold,
     fold_batch_norm,
 )
-from fastmetro.inference.engine.convolution import basic_block, bottleneck, convolution, exchange_output, residual_chain
+from fastmetro.inference.engine.convolution import (
+    basic_block,
+    bottleneck,
+    convolution,
+    convolution_relu_add,
+    double_stem,
+    exchange_output,
+    residual_chain,
+)
 from fastmetro.inference.engine.exact_pixels import exact_pixel_constants, fold_pixels
 from fastmetro.inference.engine.folded_backbone import FoldedBackbone
 from fastmetro.inference.engine.report import Fold
@@ -24,6 +32,7 @@ from fastmetro.inference.engine.streams import ParallelStreams
 from fastmetro.inference.engine.weights import (
     BlockWeights,
     ConvolutionWeights,
+    DoubleStemWeights,
     ExchangeWeights,
     convolution_layers,
 )
@@ -70,7 +79,8 @@ class FoldedHRNet(FoldedBackbone):
         super().__init__(backbone, dtype, folds)
         single = _single_convolutions(backbone)
         self.single = nn.ModuleDict({name: ConvolutionWeights(layer, dtype) for name, (layer, _) in single.items()})
-        self.pixel_conv1 = ConvolutionWeights(backbone.conv1, dtype)
+        self.stem = DoubleStemWeights(backbone.conv1, backbone.conv2, dtype)
+        self.pixel_stem = DoubleStemWeights(backbone.conv1, backbone.conv2, dtype)
         self.layer1 = nn.ModuleList(BlockWeights(cast(Bottleneck, block), dtype) for block in backbone.layer1)
         self.stages = nn.ModuleList(
             nn.ModuleList(_Exchange(cast(ExchangeModule, module), dtype) for module in stage)
@@ -84,7 +94,9 @@ class FoldedHRNet(FoldedBackbone):
         source = cast(HRNetW64, backbone)
         for name, (layer, norm) in _single_convolutions(source).items():
             self._single(name).load(*fold_batch_norm(layer, norm))
-        self.pixel_conv1.load(*fold_pixels(*fold_batch_norm(source.conv1, source.bn1), self.dtype))
+        first, second = fold_batch_norm(source.conv1, source.bn1), fold_batch_norm(source.conv2, source.bn2)
+        self.stem.load(first, second)
+        self.pixel_stem.load(fold_pixels(*first, self.dtype), second)
         for mine, block in zip(self.layer1, source.layer1, strict=True):
             cast(BlockWeights, mine).load(cast(Bottleneck, block))
         stages = (source.stage2, source.stage3, source.stage4)
@@ -107,7 +119,7 @@ class FoldedHRNet(FoldedBackbone):
         Raises:
             ValueError: the height or width of the images is not a multiple of 32.
         """
-        return self._behind(self._prepare(images), self._single("conv1"))
+        return self._behind(self._prepare(images), self.stem)
 
     def pixel_constants(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """So that pixels are exact."""
@@ -116,13 +128,13 @@ class FoldedHRNet(FoldedBackbone):
     @torch.no_grad()
     def of_pixels(self, images: Tensor) -> Tensor:
         """Features of pixels; see :class:`FoldedBackbone`. Errors as of a call."""
-        return self._behind(images, self.pixel_conv1)
+        return self._behind(images, self.pixel_stem)
 
-    def _behind(self, images: Tensor, first: ConvolutionWeights) -> Tensor:
+    def _behind(self, images: Tensor, weights: DoubleStemWeights) -> Tensor:
         height, width = images.shape[-2:]
         if height % 32 or width % 32:
             raise ValueError(f"images must have a height and width that are multiples of 32, got {height} x {width}")
-        x = self._relu_convolution(convolution(images, first, relu=True), "conv2")
+        x = double_stem(images, weights)
         x = residual_chain(x, cast("list[BlockWeights]", list(self.layer1)))
         features = [self._relu_convolution(x, name) for name in ("transition1_0", "transition1_1")]
         features = self._stage(0, features)
@@ -135,8 +147,7 @@ class FoldedHRNet(FoldedBackbone):
         ]
         y, *coarser = self.streams.run(images.device, heads)
         for level, feature in enumerate(coarser):
-            # The convolution adds before its ReLU, this sum comes after.
-            y = self._relu_convolution(y, f"merge_{level}").add_(feature)
+            y = convolution_relu_add(y, self._single(f"merge_{level}"), feature)
         return self._relu_convolution(y, "final")
 
     def _stage(self, stage: int, inputs: list[Tensor]) -> list[Tensor]:
@@ -158,7 +169,7 @@ def _heads(backbone: HRNetW64) -> list[Bottleneck]:
 
 
 def _single_convolutions(backbone: HRNetW64) -> dict[str, tuple[nn.Conv2d, nn.Module]]:
-    """The convolutions outside blocks and exchanges, all with a ReLU: each with its batch norm."""
+    """The convolutions outside the stem, blocks and exchanges, all with a ReLU: each with its batch norm."""
     paths: dict[str, nn.Module] = {
         "transition1_0": backbone.transition1[0],
         "transition1_1": backbone.transition1[1],
@@ -167,8 +178,7 @@ def _single_convolutions(backbone: HRNetW64) -> dict[str, tuple[nn.Conv2d, nn.Mo
         **{f"merge_{level}": path for level, path in enumerate(backbone.downsamp_modules)},
         "final": backbone.final_layer,
     }
-    single = {name: convolution_layers(path)[0] for name, path in paths.items()}
-    return {"conv1": (backbone.conv1, backbone.bn1), "conv2": (backbone.conv2, backbone.bn2), **single}
+    return {name: convolution_layers(path)[0] for name, path in paths.items()}
 
 
 def exchange_bias_fold(backbone: HRNetW64, sizes: dict[str, int]) -> Fold:

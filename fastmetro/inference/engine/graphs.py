@@ -68,7 +68,7 @@ class Captured:
             self.outputs: Outputs = value
 
     def replay(self, images: Tensor) -> Outputs:
-        """Copies the images in (casting them), runs, and copies the outputs out, all in the current stream."""
+        """Copies the images in, casting them where need be, runs, and copies the outputs out, in the current stream."""
         self.images.copy_(images, non_blocking=True)
         for graph in self.graphs:
             graph.replay()
@@ -127,14 +127,16 @@ class Graphs:
             self.done.record(torch.cuda.current_stream())
 
     def _captured(self, images: Tensor) -> Captured:
-        dtype = torch.uint8 if images.dtype == torch.uint8 else self.dtype
-        key = (dtype, *images.shape)
+        # Float32 images in the usual order are copied in as they are; any others in the order and dtype of the engine.
+        plain = images.dtype == torch.uint8 or (images.dtype == torch.float32 and images.is_contiguous())
+        dtype = images.dtype if plain else self.dtype
+        key = (dtype, plain, *images.shape)
         found = self.kept.get(key)
         if found is None:
             if len(self.kept) >= self.most:
                 self.done.synchronize()  # what is given up must not run any more
                 self.kept.popitem(last=False)
-            order = torch.contiguous_format if dtype == torch.uint8 else torch.channels_last
+            order = torch.contiguous_format if plain else torch.channels_last
             like = torch.empty(images.shape, dtype=dtype, device=self.device, memory_format=order)
             with self.tf32.applied():
                 found = self.kept[key] = Captured(self.steps, like, self.pool, self.side)

@@ -62,7 +62,7 @@ class _FoldedLayer(Folded):
 
     def feed_forward(self, tokens: Tokens) -> Tokens:
         hidden = read(tokens, self.affine("expand"), self.feed_forward_epsilon, relu=True)
-        return update(hidden, self.affine("contract"), tokens.values)
+        return update(hidden, self.affine("contract"), tokens)
 
 
 class FoldedEncoderLayer(_FoldedLayer):
@@ -83,7 +83,7 @@ class FoldedEncoderLayer(_FoldedLayer):
         """Update camera and image tokens [B, S, C]."""
         qkv = read(tokens, self.affine("qkv"), self.epsilon)
         q, k, v = (x.unflatten(-1, (self.heads, -1)) for x in qkv.chunk(3, -1))
-        return self.feed_forward(update(short_attention(q, k, v).flatten(-2), self.affine("out"), tokens.values))
+        return self.feed_forward(update(short_attention(q, k, v).flatten(-2), self.affine("out"), tokens))
 
 
 class FoldedDecoderLayer(_FoldedLayer):
@@ -114,8 +114,8 @@ class FoldedDecoderLayer(_FoldedLayer):
         attended = attend(q, k, v, 0.0)
         if fuses_tail(tokens.values):
             return decoder_tail(tokens, attended, memory, self.tail_weights(), self.tail_epsilons())
-        tokens = update(attended.flatten(-2), self.affine("out"), tokens.values)
-        return self.cross(tokens.values, read(tokens, self.affine("query"), self.cross_epsilon), memory)
+        tokens = update(attended.flatten(-2), self.affine("out"), tokens)
+        return self.cross(tokens, read(tokens, self.affine("query"), self.cross_epsilon), memory)
 
     def tail_weights(self) -> TailWeights:
         """All that stands behind the self-attention."""
@@ -126,9 +126,10 @@ class FoldedDecoderLayer(_FoldedLayer):
         """Of the norms in front of the cross-attention and of the feed-forward block."""
         return self.cross_epsilon, self.feed_forward_epsilon
 
-    def cross(self, tokens: Tensor, query: Tensor, memory: Tensor) -> Tokens:
+    def cross(self, tokens: Tokens, query: Tensor, memory: Tensor) -> Tokens:
         """Cross-attention and feed-forward block. `tokens` and `query` [B, L, C], or [1, L, C] where all share them."""
         q = query.unflatten(-1, (self.heads, -1)).expand(len(memory), -1, -1, -1)
         k, v = (x.unflatten(-1, (self.heads, -1)) for x in memory.chunk(2, -1))
         attended = short_attention(q, k, v).flatten(-2)
-        return self.feed_forward(update(attended, self.affine("cross_out"), tokens.expand(len(memory), -1, -1)))
+        shared = tokens._replace(values=tokens.values.expand(len(memory), -1, -1))
+        return self.feed_forward(update(attended, self.affine("cross_out"), shared))

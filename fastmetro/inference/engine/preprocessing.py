@@ -37,17 +37,8 @@ def resize(pixels: Tensor, size: int = CROP_SIZE) -> Tensor:
     return resized.permute(0, 2, 3, 1)
 
 
-def normalize_pixels(pixels: Tensor, mean: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """[B, H, W, 3] in 0..255 -> the network's input [B, 3, H, W] in channels_last order: (pixels - mean) * scale.
-
-    `mean` and `scale` float32 [3], from :func:`pixel_constants`; computed in float32 and rounded once.
-    """
-    # A [B, H, W, 3] tensor in order is a [B, 3, H, W] one in channels_last order: nothing moves.
-    return ((pixels.float() - mean) * scale).to(dtype).permute(0, 3, 1, 2)
-
-
 def pixel_constants(device: torch.device) -> tuple[Tensor, Tensor]:
-    """ImageNet's mean, and one over its deviation, of pixels in 0..255."""
+    """ImageNet's mean, and one over its deviation, of pixels in 0..255: float32 [3] each, for `normalize_pixels`."""
     mean = torch.tensor(IMAGE_MEAN, dtype=torch.float64) * 255
     scale = 1 / (torch.tensor(IMAGE_DEVIATION, dtype=torch.float64) * 255)
     return mean.float().to(device), scale.float().to(device)

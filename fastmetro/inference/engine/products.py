@@ -2,8 +2,10 @@
 
 On a GPU in half precision a product of few rows, or of a narrow layer, takes less time than what surrounds it: launches
 and trips through memory. There one fused kernel of ``fastmetro_kernels.fused`` does a layer norm, a product, bias, ReLU
-and residual. A wide product of many rows is the library's (``python -m bench fused``). A transformer layer is two kinds
-of products: those that read the normalised tokens (`read`), and those that add to them (`update`).
+and residual. A wide product of many rows is the library's (``python -m bench fused``), behind a norm of its own. Onto a
+residual it adds where the tokens lie, without its bias: tokens remember what they lack, and the next norm adds it. A
+transformer layer is two kinds of products: those that read the normalised tokens (`read`), and those that add to them
+(`update`).
 """
 
 from __future__ import annotations
@@ -24,6 +26,9 @@ NARROW = 128
 """Features (of the input or of the output) up to which a layer is fused whatever the number of rows."""
 RESIDUAL_WIDTH = 512
 """Features of the input up to which a layer with a residual is: the library would need a pass of its own for that."""
+MANY_ROWS = 8_000
+"""Rows from which the library also takes a layer with a residual, and one behind a norm from a narrow input to a wider
+output."""
 TAIL_ROWS = 14_000
 """Rows from which a narrow decoder layer is one kernel behind its self-attention: 43 microseconds as with separate ones
 at 14,240 rows, 289 instead of 331 at 113,920, but 30 instead of 11 at 445."""
@@ -52,27 +57,49 @@ class Tokens(NamedTuple):
         values: [B, S, C].
         moments: [B, S, parts, 3], what a layer norm needs, where the kernel that made the tokens left it; see
             ``fused_linear_moments``.
+        lacking: float32 [C] (float64 of such tokens), what still has to be added to each of them; None for nothing.
     """
 
     values: Tensor
     moments: Tensor | None = None
+    lacking: Tensor | None = None
 
     def part(self, place: slice) -> Tokens:
         """Some of the tokens of each image."""
-        return Tokens(self.values[:, place], None if self.moments is None else self.moments[:, place])
+        moments = None if self.moments is None else self.moments[:, place]
+        return self._replace(values=self.values[:, place], moments=moments)
 
 
 def _few(x: Tensor) -> bool:
     return x.shape[0] * x.shape[1] <= FEW_ROWS
 
 
-def _fuses(x: Tensor, layer: Layer, residual: bool) -> bool:
+def _many(x: Tensor) -> bool:
+    return x.shape[0] * x.shape[1] >= MANY_ROWS
+
+
+def _fuses(x: Tensor, layer: Layer) -> bool:
     features, width = layer.weight.shape
     if not x.is_cuda or x.dtype == torch.float64:
         return False
     if layer.weight.dtype.itemsize == 4:
         return features <= _FEW_FEATURES
-    return _few(x) or min(features, width) <= NARROW or (residual and width <= RESIDUAL_WIDTH)
+    return _few(x) or min(features, width) <= NARROW
+
+
+def _fuses_read(tokens: Tokens, layer: Layer) -> bool:
+    if tokens.lacking is not None or not _fuses(tokens.values, layer):
+        return False
+    shared_bias = layer.bias.dim() == 1  # for one per token the library takes another pass
+    return not (_many(tokens.values) and shared_bias and len(layer.weight) > NARROW)
+
+
+def _fuses_update(x: Tensor, layer: Layer, residual: bool) -> bool:
+    return _fuses(x, layer) or (residual and x.is_cuda and layer.weight.shape[1] <= RESIDUAL_WIDTH)
+
+
+def _adds_in_place(x: Tensor, layer: Layer) -> bool:
+    return x.is_cuda and x.dtype.itemsize == 2 and _many(x) and len(layer.weight) > NARROW
 
 
 def read(tokens: Tokens, layer: Layer, epsilon: float, relu: bool = False) -> Tensor:
@@ -81,43 +108,68 @@ def read(tokens: Tokens, layer: Layer, epsilon: float, relu: bool = False) -> Te
     Args:
         tokens: x [B, S, K].
         layer: the constants, with the sums of the weight.
-        epsilon: of the layer norm, which has neither gain nor shift.
+        epsilon: of the layer norm, which has neither gain nor bias.
         relu: whether act is ReLU.
     """
     x, (weight, bias, sums) = tokens.values, layer
-    if _fuses(x, layer, residual=False):
+    if _fuses_read(tokens, layer):
         late = tokens.moments is not None
         return fused.fused_linear(
             x, weight, bias, normalize=epsilon, moments=tokens.moments, weight_sums=sums if late else None, relu=relu,
             out_dtype=weight.dtype, constant_weights=True,
         )  # fmt: skip
-    return _library_product(_normalized(x.to(weight.dtype), epsilon), weight, bias, relu)
+    return _library_product(_normalized(x.to(weight.dtype), epsilon, tokens.lacking), weight, bias, relu)
 
 
-def update(x: Tensor, layer: Layer, residual: Tensor | None = None, leading: Tensor | None = None) -> Tokens:
+def update(x: Tensor, layer: Layer, residual: Tokens | None = None, leading: Tensor | None = None) -> Tokens:
     """The tokens x W^T + b + residual.
 
     Args:
         x: [B, S, K].
         layer: the constants.
-        residual: [B, S, N].
+        residual: [B, S, N]; is given up: the result may lie where it does.
         leading: [B, P, N] tokens that are put in front of the result's; not with a residual.
     """
     weight, bias, _ = layer
-    if _fuses(x, layer, residual is not None):
+    if residual is not None and _adds_in_place(x, layer):
+        return _add_in_place(x, layer, residual)
+    added = None if residual is None else residual.values
+    if _fuses_update(x, layer, residual is not None):
         if _few(x) and len(weight) > NARROW:
             return Tokens(
-                *fused.fused_linear_moments(x, weight, bias, residual=residual, leading=leading, constant_weights=True)
+                *fused.fused_linear_moments(x, weight, bias, residual=added, leading=leading, constant_weights=True)
             )
-        return Tokens(fused.fused_linear(x, weight, bias, residual=residual, leading=leading, constant_weights=True))
+        return Tokens(fused.fused_linear(x, weight, bias, residual=added, leading=leading, constant_weights=True))
     y = _library_product(x, weight, bias, relu=False)
-    if residual is not None:
-        y = y.add_(residual)
+    if added is not None:
+        y = y.add_(added)
     return Tokens(y if leading is None else torch.cat([leading, y], dim=1))
 
 
-def _normalized(x: Tensor, epsilon: float) -> Tensor:
-    return fused.normalize_rows(x, epsilon) if x.is_cuda else F.layer_norm(x, x.shape[-1:], eps=epsilon)
+def _add_in_place(x: Tensor, layer: Layer, residual: Tokens) -> Tokens:
+    """One product of the library, which reads and overwrites the residual; the bias stays to be added."""
+    weight, bias, _ = layer
+    values = residual.values
+    if values.stride(0) == 0 and len(values) > 1:  # shared by all images
+        values = _repeated(values[:1], len(values))
+    elif not values.is_contiguous():
+        values = values.contiguous()
+    values.view(-1, len(weight)).addmm_(x.reshape(-1, x.shape[-1]), weight.T)
+    wide = torch.promote_types(bias.dtype, torch.float32)
+    return Tokens(values, lacking=bias.to(wide) if residual.lacking is None else residual.lacking + bias)
+
+
+def _repeated(x: Tensor, times: int) -> Tensor:
+    """x [1, S, C] so many times, in words of eight bytes: PyTorch copies half precision as many numbers at a time."""
+    if x.shape[-1] % 4 == 0 and x.is_contiguous():
+        return x.view(torch.int64).repeat(times, 1, 1).view(x.dtype)
+    return x.repeat(times, 1, 1)
+
+
+def _normalized(x: Tensor, epsilon: float, lacking: Tensor | None) -> Tensor:
+    if x.is_cuda or lacking is not None:
+        return fused.normalize_rows(x, epsilon, shift=lacking)
+    return F.layer_norm(x, x.shape[-1:], eps=epsilon)
 
 
 def _library_product(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
@@ -127,7 +179,7 @@ def _library_product(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Ten
     if bias.dim() == 1:
         y = F.linear(x, weight, bias)
     else:
-        y = bias.repeat(len(x), 1, 1)  # a copy even of one image's: the sum goes where it lies
+        y = _repeated(bias[None], len(x))  # a copy even of one image's: the sum goes where it lies
         y.view(-1, len(weight)).addmm_(x.reshape(-1, x.shape[-1]), weight.T)
     return y.relu_() if relu else y
 

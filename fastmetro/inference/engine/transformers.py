@@ -159,8 +159,8 @@ class FoldedTransformers(Folded):
         stage = self.stage_1
         first = stage.decoder[0]
         assert isinstance(first, FoldedDecoderLayer)
-        constants = self.get_buffer("prefix_tokens"), self.get_buffer("prefix_query")
-        tokens = first.cross(*constants, stage.memory(memory, 0))
+        constant = Tokens(self.get_buffer("prefix_tokens"))
+        tokens = first.cross(constant, self.get_buffer("prefix_query"), stage.memory(memory, 0))
         for number, layer in enumerate(list(stage.decoder)[1:], start=1):
             tokens = layer(tokens, stage.memory(memory, number), self.attend)
         return Tokens(read(tokens, self.affine("reduce_mesh"), stage.decoder_epsilon))

@@ -113,6 +113,52 @@ class StemWeights(ConvolutionWeights):
             self.packed.copy_(kernels.pack_stem(self.weight))
 
 
+class DoubleStemWeights(nn.Module):
+    """HRNet's first two convolutions; where they are 3 x 3 of stride 2 to 64 channels also as the kernel reads them.
+
+    Args:
+        first, second: the convolutions whose shapes and device these have.
+        dtype: of the buffers.
+    """
+
+    packed_first: Tensor | None
+    packed_second: Tensor | None
+
+    def __init__(self, first: nn.Conv2d, second: nn.Conv2d, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.first, self.second = ConvolutionWeights(first, dtype), ConvolutionWeights(second, dtype)
+        both = (self.first, self.second)
+        shapes = [tuple(one.weight.shape) for one in both]
+        steps = {(one.stride, one.padding) for one in both}
+        fits = shapes == [(64, 3, 3, 3), (64, 64, 3, 3)] and steps == {((2, 2), (1, 1))}
+        packed = kernels.pack_double_stem(self.first.weight, self.second.weight) if fits else (None, None)
+        self.register_buffer("packed_first", packed[0])
+        self.register_buffer("packed_second", packed[1])
+
+    @property
+    def backend(self) -> str:
+        """Of both convolutions."""
+        return self.first.backend
+
+    def laid_out(self) -> kernels.DoubleStemWeights | None:
+        """In the memory of the buffers; None where they are no such convolutions."""
+        if self.packed_first is None or self.packed_second is None:
+            return None
+        biases = (self.first.float_bias.float(), self.second.float_bias.float())
+        return kernels.DoubleStemWeights(
+            self.first.weight, biases[0], self.second.weight, biases[1], self.packed_first, self.packed_second
+        )
+
+    def load(self, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> None:
+        """Copy weight and bias of each; see :class:`ConvolutionWeights`."""
+        self.first.load(*first)
+        self.second.load(*second)
+        if self.packed_first is not None and self.packed_second is not None:
+            packed = kernels.pack_double_stem(self.first.weight, self.second.weight)
+            self.packed_first.copy_(packed[0])
+            self.packed_second.copy_(packed[1])
+
+
 class BlockWeights(nn.Module):
     """A residual block: its 2 or 3 convolutions, and the 1 x 1 convolution of its downsample branch, which has no bias.
 

@@ -1,4 +1,4 @@
-"""Layer norm of rows without gain and shift."""
+"""Layer norm of rows without gain and bias."""
 
 from fastmetro_kernels.fused.normalize.api import normalize_rows
 from fastmetro_kernels.fused.normalize.configs import NormalizeConfig

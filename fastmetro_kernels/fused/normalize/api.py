@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from fastmetro_kernels.fused.inference import (
@@ -19,17 +20,24 @@ from fastmetro_kernels.fused.normalize.configs import NormalizeConfig, problem
 
 
 def normalize_rows(
-    x: Tensor, epsilon: float = 1e-5, *, config: NormalizeConfig | None = None, backend: str = "auto"
+    x: Tensor,
+    epsilon: float = 1e-5,
+    *,
+    shift: Tensor | None = None,
+    config: NormalizeConfig | None = None,
+    backend: str = "auto",
 ) -> Tensor:
-    """A layer norm without gain and shift (Ba et al. 2016): ``(x - mean) / sqrt(variance + epsilon)`` of each row.
+    """A layer norm without gain and bias (Ba et al. 2016): ``(x - mean) / sqrt(variance + epsilon)`` of each row.
 
-    For inference: it has no gradients. Gain and shift are folded into the layer that reads the rows. Moments are taken
+    For inference: it has no gradients. Gain and bias are folded into the layer that reads the rows. Moments are taken
     in float32 (float64 for float64 x), the result is rounded once. Autocast changes nothing.
 
     Args:
         x: ``[..., M, K]``, float32, float16, bfloat16 or (reference) float64; any strides, also a slice of the tokens
             or a batch stride of 0. Rows of more than 16,384 numbers run on the reference.
         epsilon: Finite, at least 0.
+        shift: float32 (float64 for float64 x) ``[K]``, added to each row first: for instance biases that the layers
+            that made the rows left out.
         config: The tile of the Triton kernel instead of the pinned one, for measurements.
         backend: ``"auto"`` (Triton where it can run on a GPU), ``"triton"`` or ``"reference"``.
 
@@ -47,7 +55,12 @@ def normalize_rows(
         raise ValueError(f"x must be [..., M, K] with K of at least 1, got {list(x.shape)}")
     check_epsilon("epsilon", epsilon)
     check_config(config, NormalizeConfig, problem)
-    refuse_gradients("normalize_rows", {"x": x})
+    if shift is not None:
+        check_tensor("shift", shift, (torch.promote_types(x.dtype, torch.float32),), x.device)
+        if shift.shape != x.shape[-1:]:
+            raise ValueError(f"shift must be [{x.shape[-1]}], got {list(shift.shape)}")
+        shift = shift.contiguous()
+    refuse_gradients("normalize_rows", {"x": x, "shift": shift})
     chosen = choose_backend("normalize_rows", backend, x.device, x.dtype)
     if x.shape[-1] > ops.MAX_WIDTH:
         if backend == "triton":
@@ -55,5 +68,5 @@ def normalize_rows(
         chosen = "reference"
     rows = x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
     if chosen == "reference":
-        return reference.normalize(rows, epsilon).view(x.shape)
-    return ops.normalize_rows_triton(rows, epsilon, config or ()).view(x.shape)
+        return reference.normalize(rows, shift, epsilon).view(x.shape)
+    return ops.normalize_rows_triton(rows, shift, epsilon, config or ()).view(x.shape)

@@ -16,31 +16,34 @@ MAX_WIDTH = 16384
 # `config` is a NormalizeConfig, or empty for the pinned one.
 torch.library.define(
     f"{NAMESPACE}::normalize_rows_triton",
-    "(Tensor x, float epsilon, int[] config) -> Tensor",
+    "(Tensor x, Tensor? shift, float epsilon, int[] config) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
-def check_arguments(x: Tensor, config: Sequence[int]) -> None:
+def check_arguments(x: Tensor, shift: Tensor | None, config: Sequence[int]) -> None:
     """Shape and dtype rules of the op, in a form that tracing understands."""
     torch._check(x.dim() == 3, lambda: f"x must be [B, M, K], got {tuple(x.shape)}")
     torch._check(x.dtype != torch.float64, lambda: "normalize_rows_triton does not take float64")
     torch._check(0 < x.size(2) <= MAX_WIDTH, lambda: f"x must have 1 to {MAX_WIDTH} features, got {x.size(2)}")
+    if shift is not None:
+        fits = shift.shape == x.shape[2:] and shift.dtype == torch.float32 and shift.is_contiguous()
+        torch._check(fits, lambda: f"shift must be float32 [{x.size(2)}], contiguous, got {tuple(shift.shape)}")
     if config:
         found = problem(NormalizeConfig(*config)) if len(config) == 2 else f"two numbers, got {list(config)}"
         torch._check(found is None, lambda: f"config: {found}")
 
 
 @torch.library.register_fake(f"{NAMESPACE}::normalize_rows_triton")
-def _fake(x: Tensor, epsilon: float, config: Sequence[int]) -> Tensor:
-    check_arguments(x, config)
+def _fake(x: Tensor, shift: Tensor | None, epsilon: float, config: Sequence[int]) -> Tensor:
+    check_arguments(x, shift, config)
     return x.new_empty(tuple(x.shape))
 
 
-def _normalize_rows_triton(x: Tensor, epsilon: float, config: Sequence[int]) -> Tensor:
+def _normalize_rows_triton(x: Tensor, shift: Tensor | None, epsilon: float, config: Sequence[int]) -> Tensor:
     from fastmetro_kernels.fused.normalize import triton
 
-    return triton.normalize(x, epsilon, config)
+    return triton.normalize(x, shift, epsilon, config)
 
 
 for _device in ("CPU", "CUDA"):

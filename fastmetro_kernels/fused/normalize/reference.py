@@ -7,7 +7,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def normalize(x: Tensor, epsilon: float) -> Tensor:
-    """``(x - mean) / sqrt(variance + epsilon)`` of the rows of x ``[B, M, K]``, in float32 (float64 for float64 x)."""
+def normalize(x: Tensor, shift: Tensor | None, epsilon: float) -> Tensor:
+    """The layer norm of the rows of x ``[B, M, K]`` plus shift ``[K]``, in float32 (float64 for float64 x)."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    if shift is not None:
+        wide = wide + shift
     return F.layer_norm(wide, wide.shape[-1:], eps=epsilon).to(x.dtype).contiguous()

@@ -21,10 +21,10 @@ from fastmetro_kernels.fused.normalize.configs import NormalizeConfig, pinned
 
 @triton.jit(do_not_specialize=["rows"])
 def normalize_rows_kernel(
-    x, out, rows, tokens, stride_batch, stride_token, stride_dim, epsilon,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    x, shift, out, rows, tokens, stride_batch, stride_token, stride_dim, epsilon,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SHIFTED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows of WIDTH numbers."""
+    """ROWS rows of WIDTH numbers, to each of which `shift` is added where SHIFTED."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     near = tl.minimum(row, rows - 1)
     batch, token = (near // tokens).to(tl.int64), (near % tokens).to(tl.int64)
@@ -33,6 +33,8 @@ def normalize_rows_kernel(
     base = x + batch * stride_batch + token * stride_token
     await_earlier_kernels(EARLY)
     tile = tl.load(base[:, None] + (k.to(tl.int64) * stride_dim)[None, :], mask=inside, other=0.0).to(tl.float32)
+    if SHIFTED:
+        tile += tl.load(shift + k, mask=k < WIDTH, other=0.0)[None, :]
     mean = tl.sum(tile, 1) / WIDTH
     centred = tl.where(inside, tile - mean[:, None], 0.0)
     inverse = tl.rsqrt(tl.sum(centred * centred, 1) / WIDTH + epsilon)
@@ -40,9 +42,9 @@ def normalize_rows_kernel(
     tl.store(target, (centred * inverse[:, None]).to(out.dtype.element_ty), mask=inside)
 
 
-def normalize(x: Tensor, epsilon: float, config: Sequence[int]) -> Tensor:
+def normalize(x: Tensor, shift: Tensor | None, epsilon: float, config: Sequence[int]) -> Tensor:
     """Run the kernel; arguments as in ``ops.py``."""
-    ops.check_arguments(x, config)
+    ops.check_arguments(x, shift, config)
     batch, tokens, width = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
@@ -52,8 +54,8 @@ def normalize(x: Tensor, epsilon: float, config: Sequence[int]) -> Tensor:
     early = launches_early(x)
     with on_device(x):
         normalize_rows_kernel[(triton.cdiv(rows, tile.rows),)](
-            x, out, rows, tokens, *x.stride(), epsilon,
-            WIDTH=width, ROWS=tile.rows, BLOCK=triton.next_power_of_2(width), EARLY=early,
+            x, shift, out, rows, tokens, *x.stride(), epsilon,
+            WIDTH=width, ROWS=tile.rows, BLOCK=triton.next_power_of_2(width), SHIFTED=shift is not None, EARLY=early,
             num_warps=tile.warps, **launch_options(early),
         )  # fmt: skip
     return out

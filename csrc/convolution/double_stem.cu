@@ -1,0 +1,81 @@
+// convolution_double_stem: HRNet's two 3 x 3 convolutions of stride 2, with bias and ReLU, of channels_last images in half
+// precision, on compute capability 8.0 and up. The kernel is in double_stem.cuh.
+#include "double_stem.cuh"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "common/cuda.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+void check(const Tensor& tensor, const char* name, const Tensor& x, ScalarType type, int64_t numbers) {
+  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == x.get_device_index(), "convolution_double_stem: ",
+                  name, " must be on the device of x");
+  STD_TORCH_CHECK(tensor.scalar_type() == type, "convolution_double_stem: ", name, " must be ",
+                  torch::headeronly::toString(type), ", got ", torch::headeronly::toString(tensor.scalar_type()));
+  STD_TORCH_CHECK(tensor.is_contiguous() && reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0,
+                  "convolution_double_stem: ", name, " must be contiguous and aligned to 16 bytes");
+  STD_TORCH_CHECK(tensor.numel() == numbers, "convolution_double_stem: ", name, " must hold ", numbers,
+                  " numbers, got ", tensor.numel());
+}
+
+int multiprocessors(int device) {
+  int count = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
+}
+
+// `x` [N, H, W, 3]; weights as lay_out_double_stem packs them, biases float32 [64]; `config`: height of a tile, whether to
+// start before the kernel in front has ended (where the device can). Returns [N, P, Q, 64].
+Tensor double_stem(Tensor x, Tensor first, Tensor first_bias, Tensor second, Tensor second_bias,
+                   std::vector<int64_t> config) {
+  using namespace fm_double_stem;
+  STD_TORCH_CHECK(x.is_cuda(), "convolution_double_stem: x must be on a CUDA device");
+  const ScalarType type = x.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Half || type == ScalarType::BFloat16,
+                  "convolution_double_stem: x must be float16 or bfloat16, got ", torch::headeronly::toString(type));
+  STD_TORCH_CHECK(x.dim() == 4 && x.size(3) == kInputs && x.size(1) >= 1 && x.size(2) >= 1 && x.is_contiguous(),
+                  "convolution_double_stem: x must be [N, H, W, 3], contiguous, with H and W at least 1");
+  check(first, "first", x, type, kChannels * kFirstSteps * 16);
+  check(first_bias, "first_bias", x, ScalarType::Float, kChannels);
+  check(second, "second", x, type, kChannels * kSecondSteps * 16);
+  check(second_bias, "second_bias", x, ScalarType::Float, kChannels);
+  STD_TORCH_CHECK(config.size() == 2, "convolution_double_stem: config must hold height, early");
+  const int64_t images = x.size(0), height = x.size(1), width = x.size(2);
+  const int64_t out_height = (height + 3) / 4, out_width = (width + 3) / 4;
+  STD_TORCH_CHECK(height <= 1 << 24 && width <= 1 << 24 && images * out_height * out_width <= INT32_MAX,
+                  "convolution_double_stem: too many positions");
+  const int device = x.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  Tensor out = torch::stable::new_empty(x, {images, out_height, out_width, kChannels});
+  if (images == 0) return out;
+  const auto run = [&]<typename T>(T*) {
+    Problem<T> problem{fm_stem::make_images(static_cast<const T*>(x.const_data_ptr()), int(height), int(width)),
+                       static_cast<const T*>(first.const_data_ptr()),
+                       static_cast<const T*>(second.const_data_ptr()),
+                       first_bias.const_data_ptr<float>(),
+                       second_bias.const_data_ptr<float>(),
+                       static_cast<T*>(out.mutable_data_ptr())};
+    const bool known = choose_tile(config[0], [&]<typename Cut>(Cut) {
+      measure<Cut>(problem, int(images));
+      const unsigned blocks = std::min(problem.tiles, multiprocessors(device));
+      fm::launch_kernel(double_stem_kernel<T, Cut>, dim3(blocks), Cut::kThreads, Cut::kSharedBytes, 1,
+                        config[1] != 0 && fm::has_clusters(device), fm::current_stream(x), problem);
+    });
+    STD_TORCH_CHECK(known, "convolution_double_stem: there is no tile of ", config[0], " rows");
+  };
+  if (type == ScalarType::Half) run(static_cast<__half*>(nullptr));
+  else run(static_cast<__nv_bfloat16*>(nullptr));
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastmetro_kernels, CUDA, m) { m.impl("convolution_double_stem", TORCH_BOX(&double_stem)); }
