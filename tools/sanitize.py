@@ -43,9 +43,14 @@ GROUPS = (
     "upsampling-triton",
     "rasterization-native",
     "convolution-native",
+    "convolution-cluster-native",
 )
 _REDUCTIONS = "Triton's reductions write one word from several lanes, which is reported (triton issue 7264)"
-LEFT_OUT = {("racecheck", group): _REDUCTIONS for group in GROUPS if group.endswith("triton")}
+_CLUSTERS = "under the tool the first of them does not end in 100 s: no barrier is told of another block's stores"
+LEFT_OUT = {
+    **{("racecheck", group): _REDUCTIONS for group in GROUPS if group.endswith("triton")},
+    ("racecheck", "convolution-cluster-native"): _CLUSTERS,
+}
 SECONDS = 300
 FOUND_STATUS = 66
 LOG = "sanitize.log"

@@ -35,7 +35,14 @@ from fastmetro_kernels import (  # noqa: E402
 )
 from fastmetro_kernels.attention import dispatch, native  # noqa: E402
 from tools.sanitize_common import BFLOAT, FLOAT, HALF, TOLERANCE, compare  # noqa: E402
-from tools.sanitize_convolutions import Convolution, Pair, Stem, convolution_native  # noqa: E402
+from tools.sanitize_convolutions import (  # noqa: E402
+    Convolution,
+    DoubleStem,
+    Pair,
+    Stem,
+    convolution_cluster_native,
+    convolution_native,
+)
 
 MULTIPROCESSORS = torch.cuda.get_device_properties(0).multi_processor_count if torch.cuda.is_available() else 132
 """Of an H200 where there is no GPU. Which kernel takes a case depends on it."""
@@ -296,7 +303,7 @@ def rasterization_native() -> Iterator[Rasterization]:
     yield Rasterization(1, 1, 1, 1)
 
 
-Case = Attention | Upsampling | Rasterization | Convolution | Pair | Stem
+Case = Attention | Upsampling | Rasterization | Convolution | Pair | Stem | DoubleStem
 GROUPS: dict[str, Callable[[], Iterator[Case]]] = {
     "attention-native": attention_native,
     "attention-triton": attention_triton,
@@ -304,6 +311,7 @@ GROUPS: dict[str, Callable[[], Iterator[Case]]] = {
     "upsampling-triton": upsampling_triton,
     "rasterization-native": rasterization_native,
     "convolution-native": convolution_native,
+    "convolution-cluster-native": convolution_cluster_native,
 }
 
 

@@ -130,7 +130,7 @@ class DoubleStem:
         return convolution_double_stem(x, laid_out, config=self.config, backend=backend).cpu()
 
 
-def convolution_native() -> Iterator[Convolution | Pair | Stem | DoubleStem]:
+def _cases() -> Iterator[Convolution | Pair | Stem | DoubleStem]:
     """Every width of a tile and every split, with rings that wrap around, at sizes that fill no tile."""
     for columns in configs.COLUMNS:
         for split in configs.SPLITS:
@@ -151,3 +151,17 @@ def convolution_native() -> Iterator[Convolution | Pair | Stem | DoubleStem]:
     yield Stem((17, 65, 64), StemConfig(4, 4))  # more tiles than blocks
     yield DoubleStem((2, 33, 40), DoubleStemConfig(8))
     yield DoubleStem((17, 65, 47), DoubleStemConfig(4))
+
+
+def convolution_native() -> Iterator[Convolution | Pair | Stem | DoubleStem]:
+    """The cases whose blocks keep to themselves."""
+    return (case for case in _cases() if not _shares(case))
+
+
+def convolution_cluster_native() -> Iterator[Convolution | Pair | Stem | DoubleStem]:
+    """The cases whose blocks send each other sums, by stores that a barrier of the receiver counts."""
+    return (case for case in _cases() if _shares(case))
+
+
+def _shares(case: Convolution | Pair | Stem | DoubleStem) -> bool:
+    return isinstance(case, Pair) or (isinstance(case, Convolution) and case.config.split > 1)

@@ -134,8 +134,10 @@ def test_gradients_are_refused() -> None:
         to_channels_last(X.clone().requires_grad_(), FLOAT)
 
 
-def test_backends_say_why_not() -> None:
+@on_triton
+def test_backends_say_why_not(runner: Runner) -> None:
+    x = X.to(runner.device)
     with pytest.raises(BackendUnavailable, match="float64 is not supported"):
-        to_channels_last(X.double(), FLOAT, backend="triton")
+        to_channels_last(x.double(), FLOAT, backend="triton")
     with pytest.raises(BackendUnavailable, match="float64 is not supported"):
-        to_channels_last(X, DOUBLE, backend="triton")
+        to_channels_last(x, DOUBLE, backend="triton")
