@@ -136,7 +136,7 @@ def norm_tiles(width: int, every: bool) -> list[NormalizeConfig]:
 
 def tail_constants(tile: TailConfig, early: bool) -> dict[str, Any]:
     """Of FastMETRO's second stage: 8 heads of 16, 128 features, 512 hidden ones."""
-    sizes = {"WIDTH": 128, "BLOCK": 128, "HEADS": 8, "DIM": 16, "BLOCK_DIM": 16, "FEED_FORWARD": 512, "KEYS": 64}
+    sizes = {"WIDTH": 128, "BLOCK": 128, "HEADS": 8, "DIM": 16, "FEED_FORWARD": 512, "KEYS": 64, "FULL": True}
     return sizes | {"HIDDEN": tile.hidden, "ROWS": tile.rows, "CONSTANT_WEIGHTS": True, "EARLY": early}
 
 
