@@ -180,3 +180,15 @@ def test_flops_of_the_prefix() -> None:
     assert products < saved["decoder-prefix"] < 1.01 * products
     assert saved["positions"] == 2 * 49 * (512 + 128)
     assert all(fold.description for fold in transformer_folds(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("width", "places"), [(16, slice(4, 12)), (16, slice(1, 9)), (15, slice(0, 6)), (12, slice(0, 12))]
+)
+def test_joined(dtype: torch.dtype, width: int, places: slice) -> None:
+    """Whether or not the parts can be copied in larger words."""
+    both = [random(2, tokens, width).to(dtype)[..., places] for tokens in (1, 5)]
+    both[0] = both[0][:1].expand(2, -1, -1)
+    got = products.joined(*both)
+    assert got.is_contiguous() and torch.equal(got, torch.cat(both, dim=1))

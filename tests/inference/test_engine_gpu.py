@@ -30,6 +30,17 @@ def test_graphs_are_bounded_and_the_oldest_goes(engine: Engine) -> None:
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
+def test_images_in_any_order_and_from_anywhere(engine: Engine) -> None:
+    """Also the second time, when they are not checked any more."""
+    images = normalized(pixels(2))
+    expected = engine(images)["pred_3d_vertices_fine"]
+    for _ in range(2):
+        for like in (images.cuda(), images.cuda().contiguous(memory_format=torch.channels_last), images.double()):
+            torch.testing.assert_close(engine(like)["pred_3d_vertices_fine"], expected, rtol=0, atol=2e-3)
+        with pytest.raises(ValueError, match="normalised images must be"):
+            engine(images.permute(0, 2, 3, 1))
+
+
 def test_memory_is_bounded(engine: Engine) -> None:
     """Sizes that come and go, captured again each time, take no more than they did in the first round."""
 

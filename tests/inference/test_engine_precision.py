@@ -70,3 +70,23 @@ def test_later_captures_see_the_setting_of_compile_time(monkeypatch: pytest.Monk
             made._captured(torch.zeros(count, 3, 32, 32))
             assert TensorFloat32.current() == later
     assert seen == [(count, at_compile_time) for count in (1, 2, 3)]
+
+
+def test_what_came_before_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By dtype, sizes and order, so that nothing goes unchecked that was not checked before."""
+    monkeypatch.setattr(graphs, "Captured", lambda *_arguments: object())
+    monkeypatch.setattr(graphs, "_MOST_SIGNATURES", 3)
+    for name in ("graph_pool_handle", "Stream", "Event"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_arguments: None)
+    made = Graphs((), torch.device("cpu"), torch.float16, 8, TensorFloat32.current())
+    images = torch.zeros(2, 3, 32, 32)
+    found = made._captured(images)
+    assert made.knows(images + 1) and made._captured(images + 1) is found
+    others = [images[:1], images.half(), images.transpose(2, 3)]
+    assert not any(map(made.knows, [*others, images.numpy(), images[0]]))
+    # Half precision is copied in as the engine orders it, whatever its strides.
+    assert made._captured(others[1]) is made._captured(others[2]) is not found
+    assert len(made.kept) == 2
+    for count in (3, 4, 5):
+        made._captured(torch.zeros(count, 3, 32, 32))
+        assert len(made.keys) <= 3 and made._captured(images) is found

@@ -125,13 +125,15 @@ class Engine:
         Raises:
             TypeError, ValueError: see :func:`~fastmetro.inference.engine.preprocessing.check_images`.
         """
-        images = torch.as_tensor(images)
-        check_images(images)
-        if len(images) == 0:
-            one = self(images.new_zeros(1, *images.shape[1:]))
-            return {name: value[:0] for name, value in one.items()}
-        if images.dtype == torch.uint8 and images.shape[1] != CROP_SIZE:
-            images = normalize_pixels(resize(images.to(self.device)), self._mean, self._scale, self.dtype)
+        if self._graphs is None or not self._graphs.knows(images):
+            images = torch.as_tensor(images)
+            check_images(images)
+            if len(images) == 0:
+                one = self(images.new_zeros(1, *images.shape[1:]))
+                return {name: value[:0] for name, value in one.items()}
+            if images.dtype == torch.uint8 and images.shape[1] != CROP_SIZE:
+                images = normalize_pixels(resize(images.to(self.device)), self._mean, self._scale, self.dtype)
+        assert isinstance(images, Tensor)
         if self._graphs is None:
             outputs = run(self._steps, images.to(self.device))
         elif torch.cuda.is_current_stream_capturing():

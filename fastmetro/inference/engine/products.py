@@ -143,7 +143,7 @@ def update(x: Tensor, layer: Layer, residual: Tokens | None = None, leading: Ten
     y = _library_product(x, weight, bias, relu=False)
     if added is not None:
         y = y.add_(added)
-    return Tokens(y if leading is None else torch.cat([leading, y], dim=1))
+    return Tokens(y if leading is None else joined(leading, y))
 
 
 def _add_in_place(x: Tensor, layer: Layer, residual: Tokens) -> Tokens:
@@ -159,11 +159,25 @@ def _add_in_place(x: Tensor, layer: Layer, residual: Tokens) -> Tokens:
     return Tokens(values, lacking=bias.to(wide) if residual.lacking is None else residual.lacking + bias)
 
 
+def joined(first: Tensor, second: Tensor) -> Tensor:
+    """Tokens [B, P, C] in front of tokens [B, S, C], contiguous."""
+    if _has_words(first) and _has_words(second):
+        return torch.cat([first.view(torch.int64), second.view(torch.int64)], dim=1).view(first.dtype)
+    return torch.cat([first, second], dim=1)
+
+
 def _repeated(x: Tensor, times: int) -> Tensor:
-    """x [1, S, C] so many times, in words of eight bytes: PyTorch copies half precision as many numbers at a time."""
-    if x.shape[-1] % 4 == 0 and x.is_contiguous():
+    """x [1, S, C] so many times."""
+    if _has_words(x):
         return x.view(torch.int64).repeat(times, 1, 1).view(x.dtype)
     return x.repeat(times, 1, 1)
+
+
+def _has_words(x: Tensor) -> bool:
+    """Whether x can be copied in words of eight bytes: PyTorch copies half precision as many numbers at a time."""
+    last, *others = reversed(x.stride())
+    whole = all(number % 4 == 0 for number in (x.shape[-1], x.storage_offset(), *others))
+    return x.dtype.itemsize == 2 and last == 1 and whole
 
 
 def _normalized(x: Tensor, epsilon: float, lacking: Tensor | None) -> Tensor:

@@ -18,7 +18,7 @@ from fastmetro.inference.engine.folding import (
     linear,
 )
 from fastmetro.inference.engine.layers import Folded, FoldedDecoderLayer, FoldedEncoderLayer
-from fastmetro.inference.engine.products import Tokens, read, update
+from fastmetro.inference.engine.products import Tokens, joined, read, update
 from fastmetro.inference.engine.streams import ParallelStreams
 from fastmetro.models.network import FastMETRO
 from fastmetro.models.transformer import DecoderLayer, EncoderLayer, Transformer
@@ -149,7 +149,7 @@ class FoldedTransformers(Folded):
     def encode_again(self, encoded: Tokens, first_read: Tensor) -> tuple[Tensor, Tensor]:
         """Camera parameters, and what reads the image tokens, of the second stage's encoder."""
         camera = read(encoded.part(slice(1)), self.affine("reduce_camera"), self.stage_1.encoder_epsilon)
-        tokens = Tokens(torch.cat([camera, first_read[..., -self.stage_2.width :]], dim=1))
+        tokens = Tokens(joined(camera, first_read[..., -self.stage_2.width :]))
         encoded = self.stage_2.encode(tokens)
         predicted = read(encoded.part(slice(1)), self.affine("camera"), self.stage_2.encoder_epsilon)
         return predicted[:, 0], self.stage_2.read(encoded)
