@@ -72,6 +72,21 @@ def test_later_captures_see_the_setting_of_compile_time(monkeypatch: pytest.Monk
     assert seen == [(count, at_compile_time) for count in (1, 2, 3)]
 
 
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_algorithms_are_searched_for_in_half_precision(
+    dtype: torch.dtype, before: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While something is captured; in float32 only where the process does so anyway."""
+    seen = []
+    monkeypatch.setattr(graphs, "Captured", lambda *_arguments: seen.append(torch.backends.cudnn.benchmark) or object())
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", before)
+    for name in ("graph_pool_handle", "Stream", "Event"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_arguments: None)
+    Graphs((), torch.device("cpu"), dtype, 8, TensorFloat32.current())._captured(torch.zeros(1, 3, 32, 32))
+    assert seen == [before or dtype.itemsize == 2] and torch.backends.cudnn.benchmark == before
+
+
 def test_what_came_before_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     """By dtype, sizes and order, so that nothing goes unchecked that was not checked before."""
     monkeypatch.setattr(graphs, "Captured", lambda *_arguments: object())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmetro.inference.engine.backbones import fold_backbone
-from fastmetro.inference.engine.graphs import Graphs, Outputs, run
+from fastmetro.inference.engine.graphs import Graphs, Outputs, run, searched
 from fastmetro.inference.engine.pipeline import overlap
 from fastmetro.inference.engine.precision import TensorFloat32
 from fastmetro.inference.engine.preprocessing import check_images, pixel_constants, resize
@@ -203,23 +203,30 @@ class Engine:
         def decode() -> object:
             return network.decode_second(network.decode_first(read), read_2)
 
-        return {
-            "backbone": _quietly(lambda: self._backbone(images)),
-            "encoder": _quietly(encode),
-            "decoder": _quietly(decode),
-            "upsampling": _quietly(lambda: network.place(last)),
-            "after the backbone": _quietly(lambda: network(features)),
+        work: dict[str, Callable[[], object]] = {
+            "backbone": lambda: self._backbone(images),
+            "encoder": encode,
+            "decoder": decode,
+            "upsampling": lambda: network.place(last),
+            "after the backbone": lambda: network(features),
         }
+        return {name: self._as_captured(part) for name, part in work.items()}
+
+    def _as_captured(self, work: Callable[[], object]) -> Callable[[], object]:
+        """With the settings under which graphs are captured."""
+
+        @torch.inference_mode()
+        def run_part() -> object:
+            with searched(self.dtype):
+                return work()
+
+        return run_part
 
     def _features(self, images: Tensor) -> Tensor:
         """The backbone's, of pixels of the right size, or of normalised images, on the device."""
         if images.dtype == torch.uint8:
             return self._backbone.of_pixels(normalize_pixels(images, *self._pixel_constants, self.dtype))
         return self._backbone(images)
-
-
-def _quietly(work: Callable[[], object]) -> Callable[[], object]:
-    return torch.inference_mode()(work)
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,22 @@ Steps = Sequence[Callable[[Any], Any]]
 _capturing = threading.Lock()  # one capture at a time in the whole process
 _MOST_SIGNATURES = 1000
 _WARM_UPS = 3  # libraries choose algorithms and allocate workspaces in their first calls
+
+
+@contextlib.contextmanager
+def searched(dtype: torch.dtype) -> Iterator[None]:
+    """Lets cuDNN time its algorithms for convolutions of half precision that it has not seen yet.
+
+    What it takes unasked costs twice the time in some layers of large batches. In float32 the fastest algorithms are
+    less exact, so there it is left alone. It holds for the whole process, all threads among it.
+    """
+    cudnn: Any = torch.backends.cudnn  # PyTorch's annotations lack parts of it
+    before = cudnn.benchmark
+    cudnn.benchmark = before or dtype.itemsize == 2
+    try:
+        yield
+    finally:
+        cudnn.benchmark = before
 
 
 def run(steps: Steps, images: Tensor) -> Outputs:
@@ -151,7 +167,7 @@ class Graphs:
                 self.kept.popitem(last=False)
             order = torch.contiguous_format if plain else torch.channels_last
             like = torch.empty(images.shape, dtype=dtype, device=self.device, memory_format=order)
-            with self.tf32.applied():
+            with self.tf32.applied(), searched(self.dtype):
                 found = self.kept[key] = Captured(self.steps, like, self.pool, self.side)
         self.kept.move_to_end(key)
         return found
