@@ -11,7 +11,7 @@ from fastmetro_kernels.convolution.double_stem import (
     lay_out_double_stem,
     pack_double_stem,
 )
-from fastmetro_kernels.convolution.join import choose_join, convolution_join
+from fastmetro_kernels.convolution.join import choose_join, convolution_join, join_problem
 from fastmetro_kernels.convolution.join_configs import JoinConfig
 from fastmetro_kernels.convolution.layout import ConvolutionWeights, lay_out
 from fastmetro_kernels.convolution.pair import choose_pair, convolution_pair, pair_problem
@@ -45,6 +45,7 @@ __all__ = [
     "convolution_pair",
     "convolution_stem",
     "double_stem_configs",
+    "join_problem",
     "lay_out",
     "lay_out_double_stem",
     "lay_out_stem",

@@ -48,8 +48,13 @@ TILES = (
     JoinConfig(128, 64, 64, 4, 4),
     JoinConfig(128, 256, 32, 8, 5),
     JoinConfig(128, 128, 32, 8, 5),
+    JoinConfig(128, 128, 64, 8, 2),
+    JoinConfig(128, 256, 64, 8, 2),
+    JoinConfig(64, 256, 64, 4, 2),
 )
 """What the benchmark times; the first is the kernel's where nothing was measured."""
+_FEW_STEPS = 4
+"""Up to so many, two stages can hide a tile's loads: what they leave of the shared memory is room for another tile."""
 
 MEASURED: dict[tuple[int, int, int, int, int], JoinConfig] = {}
 """(positions of all images, channels, channels of the second input, outputs, stride of the second convolution) -> the
@@ -57,10 +62,14 @@ fastest tile, where it is faster than what `convolution` takes: on an H200, in f
 
 
 def tiles(channels: int, second: int, outputs: int) -> tuple[JoinConfig, ...]:
-    """The tiles of `TILES` that are worth timing for so many channels: none as wide as twice the output, and no more
-    stages than there are steps to load and one."""
-    fitting = (tile for tile in TILES if tile.columns == 64 or tile.columns < 2 * outputs)
-    return tuple(dict.fromkeys(fitted(tile, channels, second) for tile in fitting))
+    """The tiles of `TILES` that are worth timing for so many channels: none as wide as twice the output, no more stages
+    than there are steps to load and one, and two of them only for few steps."""
+
+    def fits(tile: JoinConfig) -> bool:
+        many_steps = steps(channels, tile.depth) + steps(second, tile.depth) > _FEW_STEPS
+        return (tile.columns == 64 or tile.columns < 2 * outputs) and not (tile.stages == 2 and many_steps)
+
+    return tuple(dict.fromkeys(fitted(tile, channels, second) for tile in TILES if fits(tile)))
 
 
 def fitted(tile: JoinConfig, channels: int, second: int) -> JoinConfig:
