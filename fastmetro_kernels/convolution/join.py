@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -57,7 +58,7 @@ def convolution_join(
     chosen = choose_join(x, weights, second)
     if not isinstance(relu, bool):
         raise TypeError(f"relu must be True or False, got {relu!r}")
-    check_config(config, JoinConfig, problem)
+    check_config(config, JoinConfig, partial(problem, channels=x.shape[1], second=second.shape[1]))
     named = {"weight": weights.weight, "bias": weights.bias, "second_weight": weights.second_weight}
     refuse_gradients("convolution_join", {"x": x, "second": second} | named)
     choices = {"reference": [], "triton": join_reasons(x.device, x.dtype)}
@@ -107,7 +108,7 @@ def join_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
     return found
 
 
-# `config` is a JoinConfig, or empty for one that fits.
+# `config` is a JoinConfig, or empty for the plain one.
 torch.library.define(
     f"{NAMESPACE}::convolution_join_triton",
     "(Tensor x, Tensor weight, Tensor bias, Tensor second, Tensor second_weight, int second_stride, bool relu, "
@@ -152,7 +153,9 @@ def _check_arguments(
         same = name == "bias" or tensor.dtype == x.dtype
         torch._check(same, lambda name=name: f"{name} must be {x.dtype} like x")
     if config:
-        found = problem(JoinConfig(*config)) if len(config) == 5 else f"must be a JoinConfig, got {list(config)}"
+        whole = len(config) == len(JoinConfig._fields)
+        sizes = x.size(3), second.size(3)
+        found = problem(JoinConfig(*config), *sizes) if whole else f"must be a JoinConfig, got {list(config)}"
         torch._check(found is None, lambda: f"config: {found}")
 
 

@@ -17,29 +17,34 @@ from compile_attention import resources
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastmetro_kernels.convolution.join_configs import JoinConfig, tiles
-from fastmetro_kernels.convolution.join_triton import convolution_join_kernel
+from fastmetro_kernels.convolution.join_configs import JoinConfig, padded, tiles
+from fastmetro_kernels.convolution.join_triton import convolution_join_keeping_kernel, convolution_join_kernel
 
 TENSORS = {"x", "weight", "second", "second_weight", "out"}
 
 
-def source(dtype: str, constants: dict[str, Any]) -> ASTSource:
+def source(kernel: Any, dtype: str, constants: dict[str, Any]) -> ASTSource:
     """The kernel with the types and alignments that a launch gives it."""
-    names = convolution_join_kernel.arg_names
+    names = kernel.arg_names
     signature = {name: f"*{dtype}" if name in TENSORS else "i32" for name in names} | {"bias": "*fp32"}
     signature |= dict.fromkeys(constants, "constexpr")
     pointers = [names.index(name) for name, kind in signature.items() if kind.startswith("*")]
     indexed = {(names.index(name),): value for name, value in constants.items()}
     attributes = {(position,): [["tt.divisibility", 16]] for position in pointers}
-    return ASTSource(convolution_join_kernel, signature, constexprs=indexed, attrs=attributes)
+    return ASTSource(kernel, signature, constexprs=indexed, attrs=attributes)
 
 
 def compiled_tile(tile: JoinConfig, capability: int, dtype: str, sizes: dict[str, int]) -> Any:
     """The kernel with this tile."""
     early = capability >= 90
-    constants = sizes | {"RELU": True, "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth, "EARLY": early}
+    constants = sizes | {"RELU": True, "ROWS": tile.rows, "COLUMNS": tile.columns, "EARLY": early}
+    if tile.programs:
+        kernel = convolution_join_keeping_kernel
+        constants |= {"DEPTH": padded(sizes["CHANNELS"]), "SECOND_DEPTH": padded(sizes["SECOND"])}
+    else:
+        kernel, constants["DEPTH"] = convolution_join_kernel, tile.depth
     options = {"num_warps": tile.warps, "num_stages": tile.stages} | ({"launch_pdl": True} if early else {})
-    return triton.compile(source(dtype, constants), target=GPUTarget("cuda", capability, 32), options=options)
+    return triton.compile(source(kernel, dtype, constants), target=GPUTarget("cuda", capability, 32), options=options)
 
 
 def report(compiled: Any) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastmetro_kernels.backends import BackendUnavailable
 from fastmetro_kernels.convolution import ConvolutionWeights, JoinConfig, choose_join, convolution_join, join, lay_out
-from fastmetro_kernels.convolution.join_configs import MEASURED, TILES, fitted, problem, tiles
+from fastmetro_kernels.convolution.join_configs import DEEP, KEEPING, MEASURED, SHALLOW, TILES, problem, tiles
 from fastmetro_kernels.convolution.layout import as_conv2d
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -108,13 +108,26 @@ def test_against_float64(device: str, backend: str, dtype: torch.dtype, shape: S
 @pytest.mark.parametrize("tile", TILES, ids=str)
 @on_triton
 def test_every_tile(device: str, backend: str, dtype: torch.dtype, tile: JoinConfig) -> None:
-    x, weights, second = make(SMALL, device, dtype)
+    shape = SMALL._replace(channels=48, second=32) if tile.programs else SMALL  # whose weights can be kept
+    x, weights, second = make(shape, device, dtype)
     with poisoned_memory():
         got = convolution_join(x, weights, second, config=tile, backend=backend)
     check(got, x, weights, second)
     assert torch.equal(got, convolution_join(x, weights, second, config=tile, backend=backend))
     if device == "cuda":  # whether config or backend is named
         assert torch.equal(got, convolution_join(x, weights, second, config=tile))
+
+
+@pytest.mark.parametrize("shape", SHAPES[2:], ids=str)
+@on_triton
+def test_programs_that_keep_their_weights(device: str, backend: str, dtype: torch.dtype, shape: Shape) -> None:
+    """More programs than tiles, and several tiles of a program; channels that are no power of 2."""
+    for images in (shape.images, 40 * shape.images):
+        x, weights, second = make(shape._replace(images=images), device, dtype)
+        for tile in (JoinConfig(64, 64, 0, 4, 2, 1), JoinConfig(64, 64, 0, 4, 3, 2)):
+            with poisoned_memory():
+                got = convolution_join(x, weights, second, relu=False, config=tile, backend=backend)
+            check(got, x, weights, second, relu=False)
 
 
 @everywhere
@@ -155,7 +168,8 @@ def test_opcheck(device: str, backend: str, dtype: torch.dtype) -> None:
     rows = [one.permute(0, 2, 3, 1) for one in (x, second)]
     op = torch.ops.fastmetro_kernels.convolution_join_triton.default
     given: list[Any] = [rows[0], weights.weight, weights.bias, rows[1], weights.second_weight, 2, True, list(TILES[0])]
-    torch.library.opcheck(op, tuple(given))
+    for tile in (TILES[0], JoinConfig(64, 64, 0, 4, 2, 1)):
+        torch.library.opcheck(op, (*given[:-1], list(tile)))
     for place, wrong, message in (
         (0, x, "x must be contiguous|weight must be"),
         (0, rows[0].float(), "x must be float16 or bfloat16"),
@@ -164,7 +178,7 @@ def test_opcheck(device: str, backend: str, dtype: torch.dtype) -> None:
         (3, rows[1][:, :9].contiguous(), "second must give"),
         (4, weights.second_weight.float(), "second_weight must be"),  # type: ignore[union-attr]
         (7, [1, 2], "config: must be a JoinConfig"),
-        (7, [100, 64, 64, 4, 2], "config: rows must be one of 64, 128, 256, got 100"),
+        (7, [100, 64, 64, 4, 2, 0], "config: rows must be one of 64, 128, 256, got 100"),
     ):
         with pytest.raises(RuntimeError, match=message):
             op(*given[:place], wrong, *given[place + 1 :])
@@ -190,11 +204,15 @@ def test_what_is_timed_and_measured_is_possible() -> None:
         assert problem(tile) is None, tile
     for channels, second, outputs in ((64, 64, 256), (128, 256, 512), (512, 1024, 2048), (16, 16, 16)):
         found = tiles(channels, second, outputs)
-        assert len(set(found)) == len(found) <= 14 and not any(map(problem, found))
-    assert all(tile.columns == 64 for tile in tiles(16, 16, 16))
-    assert fitted(JoinConfig(128, 128, 32, 8, 5), 16, 16).stages == 3
+        assert len(set(found)) == len(found) <= 15 and not any(map(problem, found))
+    assert tiles(64, 64, 256) == (*SHALLOW, *KEEPING) and tiles(512, 1024, 2048) == DEEP
+    assert [tile.programs for tile in tiles(128, 256, 512) if tile.programs] == [1]  # more do not fit
+    assert tiles(16, 16, 16) == tiles(512, 16, 16) == (JoinConfig(128, 64, 64, 4, 3),)
+    assert problem(JoinConfig(64, 64, 64, 4, 2, 1)) == (
+        "depth must be 0 if, and only if, programs is not, got 64 and 1"
+    )
     assert problem(JoinConfig(256, 256, 64, 8, 5)) == (
-        "(256, 256, 64, 8, 5) needs 327680 bytes of shared memory, a multiprocessor has 232448"
+        "(256, 256, 64, 8, 5, 0) needs 327680 bytes of shared memory, a multiprocessor has 232448"
     )
 
 
@@ -238,6 +256,9 @@ def test_errors_name_the_argument() -> None:
         convolution_join(x, weights, second, config=(64, 64, 64, 4, 2))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="config: warps must be one of 4, 8, got 3"):
         convolution_join(x, weights, second, config=JoinConfig(64, 64, 64, 3, 2))
+    kept = JoinConfig(128, 256, 0, 8, 3, 1)
+    with pytest.raises(ValueError, match=r"config: \(128, 256, 0, 8, 3, 1\) needs 278528 bytes of shared memory"):
+        convolution_join(x, weights, second, config=kept)
     with pytest.raises(ValueError, match="backend='native' is not known"):
         convolution_join(x, weights, second, backend="native")
     with pytest.raises(BackendUnavailable, match=r"takes float16 and bfloat16, got torch\.float32"):
@@ -282,7 +303,8 @@ def test_tiles_compile_for_asynchronous_tensor_cores(layer: str) -> None:
 @on_cuda
 def test_every_tile_under_load(device: str, backend: str, dtype: torch.dtype, tile: JoinConfig) -> None:
     """Many programs at a time, call behind call: the same bits, and right."""
-    x, weights, second = make(Shape(32, 28, 28, 128, 256, 512, 2, 1), device, dtype)
+    channels = (64, 64) if tile.programs else (128, 256)
+    x, weights, second = make(Shape(32, 28, 28, *channels, 512, 2, 1), device, dtype)
     first = convolution_join(x, weights, second, config=tile, backend=backend)
     check(first, x, weights, second)
     for _ in range(50):
