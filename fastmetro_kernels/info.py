@@ -15,6 +15,8 @@ from fastmetro_kernels.attention import dispatch
 from fastmetro_kernels.attention.configs import PASSES
 from fastmetro_kernels.convolution import choice as convolution_choice
 from fastmetro_kernels.convolution import native as convolution_native
+from fastmetro_kernels.convolution.join import FAMILY as JOIN_FAMILY
+from fastmetro_kernels.convolution.join_configs import MEASURED as MEASURED_JOINS
 from fastmetro_kernels.convolution.table import Family as ConvolutionFamily
 
 OPS = {
@@ -28,6 +30,7 @@ OPS = {
     "normalize_pixels": ("", ("reference", "triton")),
     "to_channels_last": ("", ("reference", "triton")),
     "convolution": (convolution_native.OPERATOR, ("reference", "native")),
+    "convolution_join": ("", ("reference", "triton")),
 }
 """The public ops: the operator whose presence tells of native kernels (if there are any), and the backends."""
 
@@ -114,6 +117,10 @@ def convolution_choices() -> list[str]:
     """How `backend="auto"` chooses for convolutions: what was measured, and the rule where nothing was."""
     rule = f"up to {convolution_choice.MOST_IMAGES} images and {convolution_choice.MOST_ROWS} output positions"
     lines = [f"  convolution (inference only) without a measurement: native {rule}, else reference"]
+    lines.append(
+        f"  convolution_join (inference only): triton for {len(MEASURED_JOINS)} measured layers on compute capability "
+        f"{JOIN_FAMILY}, else reference; by shape in convolution/join_configs.py"
+    )
     try:
         families = convolution_choice.families()
     except tuning.TuningFileError as error:

@@ -2,6 +2,7 @@
 
     python -m bench convolution [--batch 1 8 32] [--trunk resnet50 hrnet-w64] [--dtype float16] [--tune FILE]
                                 [--only layers] [--csv FILE]
+    python -m bench convolution --batch 32 256 --only join
 
 Every distinct layer that the kernel can take, recorded from the folded trunks: cuDNN's fused calls with its benchmark
 search, cuBLASLt where the layer is a product of matrices, and ours with the tile that is chosen for it; "auto" says
@@ -12,8 +13,9 @@ the command fails at its end. Then whole trunks, and the figures that must be sh
 
 `--tune FILE` first times every usable tile of every layer, then the best of them in whole trunks, and writes the table
 by which `auto` goes; the rest of the run uses it. To use it elsewhere, name it in FASTMETRO_KERNELS_CONVOLUTIONS, or
-put it in the place of fastmetro_kernels/convolution/measured.json. On a CPU the kernel's op runs on its reference, and
-nothing is written without `--csv`: a check of this command.
+put it in the place of fastmetro_kernels/convolution/measured.json. `--only join` instead times the kernel with large
+tiles for the ends of stages' first blocks, and prints the entries of its table: see join.py. On a CPU the kernels' ops
+run on their references, and nothing is written without `--csv`: a check of this command.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from pathlib import Path
 import torch
 
 from bench import common
-from bench.convolution import report, trunks
+from bench.convolution import join, report, trunks
 from bench.convolution.layers import TRUNKS, Used, used_layers
 from bench.convolution.measure import Case
 from bench.convolution.tune import tune
@@ -50,8 +52,8 @@ def parser() -> argparse.ArgumentParser:
     add("--side", type=int, default=224, help="of the images, a multiple of 32")
     add("--rounds", type=int, default=20, help="samples of every time")
     add("--tune", type=Path, metavar="FILE", help="measure and write the table of tiles first")
-    add("--only", choices=["layers", "trunks", "tuning"], help="default: layers, then trunks")
-    add("--csv", type=Path, help="default: bench/results/convolution_<device>.csv, on a CPU none")
+    add("--only", choices=["layers", "trunks", "tuning", "join"], help="default: layers, then trunks")
+    add("--csv", type=Path, help="default: bench/results/convolution_<device>.csv (_join_<device>.csv), on a CPU none")
     return made
 
 
@@ -78,6 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 _tune(options.tune, uses, options.side, dtype, device)
             except TuningFileError as error:
                 made.error(str(error))
+        if options.only == "join":
+            return _join(options, uses, dtype, device, record)
         found = _layers(uses, dtype, device, options.rounds) if options.only in (None, "layers") else []
         rows = [row | record for row in report.layer_rows(found, uses, dtype)]
         _write(options.csv, rows, device)
@@ -88,9 +92,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(f"results of ours are wrong for {wrong} layers: see the notes")
 
 
-def _write(path: Path | None, rows: list[report.Row], device: torch.device) -> None:
+def _join(
+    options: argparse.Namespace,
+    uses: Mapping[str, Counter[Used]],
+    dtype: torch.dtype,
+    device: torch.device,
+    record: Mapping[str, str],
+) -> None:
+    """The kernel with large tiles; fails where a result of it was wrong."""
+    found, rows = join.run(uses, dtype, device, options.rounds)
+    _write(options.csv, [row | record for row in rows], device, "convolution_join")
+    if wrong := sum(map(join.is_wrong, found)):
+        raise SystemExit(f"results of ours are wrong for {wrong} layers: see the notes")
+
+
+def _write(path: Path | None, rows: list[report.Row], device: torch.device, name: str = "convolution") -> None:
     """What there is so far; on a CPU only where it was asked for."""
-    target = path or (common.results_csv("convolution", device) if device.type == "cuda" else None)
+    target = path or (common.results_csv(name, device) if device.type == "cuda" else None)
     if rows and target is not None:
         common.write_csv(target, rows)
         print(f"written to {target}")

@@ -11,6 +11,8 @@ from fastmetro_kernels.convolution.double_stem import (
     lay_out_double_stem,
     pack_double_stem,
 )
+from fastmetro_kernels.convolution.join import choose_join, convolution_join, join_problem
+from fastmetro_kernels.convolution.join_configs import JoinConfig
 from fastmetro_kernels.convolution.layout import ConvolutionWeights, lay_out
 from fastmetro_kernels.convolution.pair import choose_pair, convolution_pair, pair_problem
 from fastmetro_kernels.convolution.stem import (
@@ -28,18 +30,22 @@ __all__ = [
     "ConvolutionWeights",
     "DoubleStemConfig",
     "DoubleStemWeights",
+    "JoinConfig",
     "PairConfig",
     "StemConfig",
     "StemWeights",
     "choose",
     "choose_double_stem",
+    "choose_join",
     "choose_pair",
     "choose_stem",
     "convolution",
     "convolution_double_stem",
+    "convolution_join",
     "convolution_pair",
     "convolution_stem",
     "double_stem_configs",
+    "join_problem",
     "lay_out",
     "lay_out_double_stem",
     "lay_out_stem",

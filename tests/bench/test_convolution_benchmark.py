@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from bench.convolution import command, measure, place, report, timeline, trunks, tune
+from bench.convolution import command, join, measure, place, report, timeline, trunks, tune
 from bench.convolution.layers import Used, used_layers, used_pairs
 from bench.convolution.measure import Case
 from fastmetro_kernels.convolution import ConvolutionConfig, PairConfig, choice, table
@@ -195,3 +196,44 @@ def test_bad_options_are_named(arguments: str, message: str, capsys: pytest.Capt
     with pytest.raises(SystemExit):
         command.main([*arguments.split(), "--device", "cpu"])
     assert message in capsys.readouterr().err
+
+
+def test_ends_of_first_blocks_by_every_contender() -> None:
+    """A wrong tile gets no time, and only a tile that is faster than both others gets an entry in the table."""
+    uses = {trunk: used_layers(trunk, 2, 224) for trunk in ("resnet50", "hrnet-w64")}
+    layers = join.join_layers(uses)
+    assert [one.layer.outputs for one in layers] == [256, 512, 1024, 2048, 128, 256, 512, 1024]
+    found = join.measure(Case(MERGED, torch.float32, CPU), 1, None)
+    assert found.best is not None and not join.is_wrong(found) and set(found.times) == {"library", "native", found.best}
+    tile = found.best
+    times = {"library": 3.0, "native": 2.0, tile: 1.5}
+    assert join.table_entries([replace(found, times=times)]) == (
+        f"    (18, 16, 16, 32, 2): JoinConfig{tuple(tile)},  # 1.5 us, library 3.0, native 2.0"
+    )
+    assert join.table_entries([replace(found, times=times | {tile: 2.5})]).startswith("    # (18, 16, 16, 32, 2): 2.5")
+    assert "1.33" in join.line(replace(found, times=times))
+
+
+def test_a_wrong_or_impossible_tile_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(MERGED, torch.float32, CPU)
+    monkeypatch.setattr(join, "_join", lambda inputs, tile: case.library(inputs) + 1e-3)
+    found = join.measure(case, 1, None)
+    assert join.is_wrong(found) and found.best is None and "allowed" in join.line(found)
+    assert join.table_entries([found]).startswith("    # (18, 16, 16, 32, 2): - us")
+    assert [row["contender"] for row in join.rows([found], {"resnet50": Counter()}, torch.float32)][2:] == ["join"]
+
+    def impossible(inputs: measure.Inputs, tile: object) -> torch.Tensor:
+        raise RuntimeError("out of resource: shared memory")
+
+    monkeypatch.setattr(join, "_join", impossible)
+    found = join.measure(case, 1, None)
+    assert not join.is_wrong(found) and "shared memory" in join.line(found)
+
+
+def test_the_command_for_ends_of_first_blocks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "join.csv"
+    options = ["--device", "cpu", "--dtype", "float32", "--batch", "1", "--trunk", "resnet50", "--side", "32"]
+    command.main([*options, "--rounds", "1", "--only", "join", "--csv", str(target)])
+    rows = list(csv.DictReader(target.open()))
+    assert len(rows) == 4 * 3 and {row["contender"] for row in rows} == {"library", "native", "join"}
+    assert "fastest tile" in capsys.readouterr().out

@@ -20,7 +20,8 @@ from fastmetro.models import create_model
 from fastmetro.models.backbones import CompactTrunk, HRNetW64, ResNet50
 from fastmetro.models.backbones.blocks import BasicBlock, Bottleneck
 from fastmetro_kernels import convolution as kernels
-from fastmetro_kernels.convolution import ConvolutionConfig
+from fastmetro_kernels.convolution import ConvolutionConfig, JoinConfig
+from fastmetro_kernels.convolution.join import join_reasons
 
 Calls = list[dict[str, Any]]
 
@@ -166,6 +167,55 @@ def test_auto_asks_the_choice_and_library_never(monkeypatch: pytest.MonkeyPatch)
         use(weights, "library")
         assert basic_block(x, weights).shape == (1, 32, 4, 4)
         assert len(asked) == 2
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_ends_of_first_blocks_are_joined_where_that_was_measured(
+    stride: int, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On tensors that say they are on a GPU: equal to the library's two convolutions, which it then does not call."""
+    dtype = torch.float32 if backend == "reference" else torch.float16
+    if backend == "triton" and (why := join_reasons(torch.device("cpu"), dtype)):
+        pytest.skip("; ".join(why))
+    joined: list[JoinConfig | None] = []
+    op = kernels.convolution_join
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True  # type: ignore[assignment]
+
+    def plain(x: Tensor) -> Tensor:
+        return x.as_subclass(torch.Tensor)  # type: ignore[arg-type]
+
+    def join(x: Tensor, weights: kernels.ConvolutionWeights, second: Tensor, *, config: JoinConfig | None) -> Tensor:
+        joined.append(config)
+        return op(plain(x), weights, plain(second), config=config, backend=backend)
+
+    monkeypatch.setattr(seam.kernels, "convolution_join", join)
+    monkeypatch.setattr(seam, "_cudnn_fuses", lambda x: False)
+    tile = JoinConfig(64, 64, 32, 4, 2)
+    chosen: dict[str, JoinConfig | None] = {"tile": None}
+    monkeypatch.setattr(seam.kernels, "choose_join", lambda x, weights, second: chosen["tile"])
+    block = randomize(Bottleneck(64, 48, stride))
+    weights = BlockWeights(block, dtype)
+    weights.load(block)
+    x = torch.randn(2, 64, 9, 7).to(dtype, memory_format=torch.channels_last)
+    with torch.no_grad():
+        unmeasured = bottleneck(x.as_subclass(OnGpu), weights)
+        assert not joined
+        chosen["tile"] = tile
+        result = plain(bottleneck(x.as_subclass(OnGpu), weights))
+        assert joined == [tile]
+        assert result.is_contiguous(memory_format=torch.channels_last)
+        assert error(result, exact(block, x)) <= 1.1 * error(unmeasured, exact(block, x)) + 1e-6
+        bottleneck(x, weights)  # not on a GPU
+        use(weights, "library")
+        bottleneck(x.as_subclass(OnGpu), weights)
+        basic = BlockWeights(randomize(BasicBlock(64, 48, stride)), dtype)  # its last convolution is 3 x 3
+        basic_block(x.as_subclass(OnGpu), basic)
+        plain_block = BlockWeights(randomize(Bottleneck(64, 16, 1)), dtype)  # the shortcut is the input
+        bottleneck(x.as_subclass(OnGpu), plain_block)
+    assert len(joined) == 1
 
 
 def test_the_engine_has_the_option(calls: Calls) -> None:

@@ -6,6 +6,8 @@ never write to their inputs. They know nothing of gradients: call them under ``t
 
 - CUDA, float16 and bfloat16, small batches: the convolution kernel of `fastmetro_kernels`, which also takes a block's
   downsample branch as part of the block's last convolution; its table says where (`ConvolutionWeights.backend`);
+- there, at large batches, for a block's last convolution and its downsample branch: another kernel with large tiles,
+  where it was measured (`kernels.choose_join`);
 - CUDA, float16 and bfloat16, else: cuDNN's fused convolution + bias (+ residual) + ReLU;
 - CPU: oneDNN's, see ``onednn.py``;
 - else, float32 on CUDA among it, whose TF32 setting is thereby the plain network's: `F.conv2d`, then in place.
@@ -168,9 +170,25 @@ def _last(inner: Tensor, x: Tensor, weights: BlockWeights) -> Tensor:
     last = _layers(weights)[-1]
     if weights.downsample is None:
         return convolution(inner, last, relu=True, residual=x)
+    if (y := _joined(inner, x, last, weights.downsample)) is not None:
+        return y
     if (y := _by_kernel(inner, last, relu=True, second=x, second_weights=weights.downsample)) is not None:
         return y
     return convolution(inner, last, relu=True, residual=convolution(x, weights.downsample))
+
+
+def _joined(inner: Tensor, x: Tensor, last: ConvolutionWeights, branch: ConvolutionWeights) -> Tensor | None:
+    """A block's last convolution and its downsample branch by the kernel for large batches, or None: it is not for it.
+
+    Only where it was measured: a backend that is named is one of `kernels.convolution`.
+    """
+    if last.backend != AUTO or not inner.is_cuda:
+        return None
+    laid_out = last.laid_out(branch)
+    if laid_out is None or kernels.join_problem(laid_out) is not None:
+        return None
+    tile = kernels.choose_join(inner, laid_out, x)
+    return None if tile is None else kernels.convolution_join(inner, laid_out, x, config=tile)
 
 
 def _pair(
