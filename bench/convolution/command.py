@@ -3,6 +3,7 @@
     python -m bench convolution [--batch 1 8 32] [--trunk resnet50 hrnet-w64] [--dtype float16] [--tune FILE]
                                 [--only layers] [--csv FILE]
     python -m bench convolution --batch 32 256 --only join
+    python -m bench convolution --batch 1 8 32 256 --only stems
 
 Every distinct layer that the kernel can take, recorded from the folded trunks: cuDNN's fused calls with its benchmark
 search, cuBLASLt where the layer is a product of matrices, and ours with the tile that is chosen for it; "auto" says
@@ -14,8 +15,9 @@ the command fails at its end. Then whole trunks, and the figures that must be sh
 `--tune FILE` first times every usable tile of every layer, then the best of them in whole trunks, and writes the table
 by which `auto` goes; the rest of the run uses it. To use it elsewhere, name it in FASTMETRO_KERNELS_CONVOLUTIONS, or
 put it in the place of fastmetro_kernels/convolution/measured.json. `--only join` instead times the kernel with large
-tiles for the ends of stages' first blocks, and prints the entries of its table: see join.py. On a CPU the kernels' ops
-run on their references, and nothing is written without `--csv`: a check of this command.
+tiles for the ends of stages' first blocks, and prints the entries of its table: see join.py; `--only stems` the kernels
+of the trunks' beginnings. On a CPU the kernels' ops run on their references, and nothing is written without `--csv`: a
+check of this command.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from pathlib import Path
 import torch
 
 from bench import common
-from bench.convolution import join, report, trunks
+from bench.convolution import join, report, stems, trunks
 from bench.convolution.layers import TRUNKS, Used, used_layers
 from bench.convolution.measure import Case
 from bench.convolution.tune import tune
@@ -52,8 +54,8 @@ def parser() -> argparse.ArgumentParser:
     add("--side", type=int, default=224, help="of the images, a multiple of 32")
     add("--rounds", type=int, default=20, help="samples of every time")
     add("--tune", type=Path, metavar="FILE", help="measure and write the table of tiles first")
-    add("--only", choices=["layers", "trunks", "tuning", "join"], help="default: layers, then trunks")
-    add("--csv", type=Path, help="default: bench/results/convolution_<device>.csv (_join_<device>.csv), on a CPU none")
+    add("--only", choices=["layers", "trunks", "tuning", "join", "stems"], help="default: layers, then trunks")
+    add("--csv", type=Path, help="default: bench/results/convolution[_join, _stems]_<device>.csv, on a CPU none")
     return made
 
 
@@ -82,6 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 made.error(str(error))
         if options.only == "join":
             return _join(options, uses, dtype, device, record)
+        if options.only == "stems":
+            return _stems(options, dtype, device, record)
         found = _layers(uses, dtype, device, options.rounds) if options.only in (None, "layers") else []
         rows = [row | record for row in report.layer_rows(found, uses, dtype)]
         _write(options.csv, rows, device)
@@ -104,6 +108,21 @@ def _join(
     _write(options.csv, [row | record for row in rows], device, "convolution_join")
     if wrong := sum(map(join.is_wrong, found)):
         raise SystemExit(f"results of ours are wrong for {wrong} layers: see the notes")
+
+
+def _stems(
+    options: argparse.Namespace, dtype: torch.dtype, device: torch.device, record: Mapping[str, str]
+) -> None:
+    """The trunks' beginnings at all batch sizes, a line for each; fails where a result of ours was wrong."""
+    bandwidth = common.copy_bandwidth(device) if device.type == "cuda" else None
+    found = []
+    for trunk in options.trunk:
+        for images in options.batch:
+            found.append(stems.compare(trunk, images, options.side, dtype, device, options.rounds, bandwidth))
+            print(stems.line(found[-1]), flush=True)
+    _write(options.csv, [row | record for row in stems.rows(found, dtype)], device, "convolution_stems")
+    if wrong := sum(one.is_wrong for one in found):
+        raise SystemExit(f"results of ours are wrong for {wrong} stems")
 
 
 def _write(path: Path | None, rows: list[report.Row], device: torch.device, name: str = "convolution") -> None:

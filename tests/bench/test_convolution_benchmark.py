@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench.convolution import command, join, measure, place, report, timeline, trunks, tune
+from bench.convolution import command, join, measure, place, report, stems, timeline, trunks, tune
 from bench.convolution.layers import Used, used_layers, used_pairs
 from bench.convolution.measure import Case
 from fastmetro_kernels.convolution import ConvolutionConfig, PairConfig, choice, table
@@ -189,6 +189,24 @@ def test_a_tiny_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [row["what"] for row in rows[-2:]] == ["whole trunk"] * 2
     printed = capsys.readouterr().out
     assert "sums over the layers" in printed and "whole trunks" in printed
+
+
+def test_stems(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "rows.csv"
+    arguments = "--only stems --batch 2 --side 32 --rounds 1 --device cpu --dtype float32 --csv"
+    command.main([*arguments.split(), str(path)])
+    with path.open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [(row["trunk"], row["contender"]) for row in rows] == [
+        (trunk, contender) for trunk in ("resnet50", "hrnet-w64") for contender in ("library", "ours")
+    ]
+    assert all(row["what"] == "stem" and float(row["us"]) > 0 and float(row["error"]) < 1e-5 for row in rows)
+    assert capsys.readouterr().out.count("ratio") == 2
+    off = stems.Stem("resnet50", 1, 2.0, 1.0, 1e-4, 3e-4, None)
+    assert off.is_wrong and stems.line(off).endswith("WRONG")
+    monkeypatch.setattr(stems, "compare", lambda *_arguments: off)
+    with pytest.raises(SystemExit, match="wrong for 2 stems"):
+        command.main([*arguments.split(), str(path)])
 
 
 @pytest.mark.parametrize(("arguments", "message"), [("--side 40", "multiple of 32"), ("--tune x", "on a GPU")])
