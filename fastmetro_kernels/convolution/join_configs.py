@@ -82,7 +82,16 @@ _FEW_CHANNELS = 256
 """Of both inputs together. Up to so many, a tile's loads are under way at once, and what counts is how many tiles a
 multiprocessor has, so that stages must not take shared memory for nothing."""
 
-MEASURED: dict[tuple[int, int, int, int, int], JoinConfig] = {}
+MEASURED: dict[tuple[int, int, int, int, int], JoinConfig] = {
+    (802816, 64, 64, 256, 1): JoinConfig(128, 256, 0, 8, 3, 1),  # 167.2 us, library 403.1, native 289.7
+    (200704, 128, 256, 512, 2): JoinConfig(128, 128, 64, 4, 3, 0),  # 196.9 us, library 252.5, native 428.2
+    (50176, 256, 512, 1024, 2): JoinConfig(128, 256, 32, 8, 5, 0),  # 172.0 us, library 194.4, native 325.0
+    (12544, 512, 1024, 2048, 2): JoinConfig(128, 256, 32, 8, 5, 0),  # 151.3 us, library 153.9, native 241.3
+    (100352, 64, 64, 256, 1): JoinConfig(128, 256, 0, 8, 3, 1),  # 25.5 us, library 66.0, native 39.5
+    (25088, 128, 256, 512, 2): JoinConfig(128, 128, 64, 8, 3, 0),  # 25.8 us, library 42.4, native 31.6
+    (6272, 256, 512, 1024, 2): JoinConfig(128, 128, 64, 8, 3, 0),  # 22.1 us, library 37.6, native 23.9
+    (1568, 512, 1024, 2048, 2): JoinConfig(128, 256, 64, 8, 4, 0),  # 21.4 us, library 30.3, native 23.4
+}
 """(positions of all images, channels, channels of the second input, outputs, stride of the second convolution) -> the
 fastest tile, where it is faster than what `convolution` takes: on an H200, in float16."""
 

@@ -128,16 +128,17 @@ def decoder_tail_kernel(
 
     normed = _norm(stream, inside, cross_epsilon, WIDTH).to(tile.dtype)
     stream = _cross_attention(
-        stream + _added(cross_bias, feature, WIDTH), normed, query_weight, query_bias, cross_weight,
+        stream, normed, query_weight, query_bias, cross_weight,
         k + batch * stride_k_batch, v + batch * stride_v_batch, key, keys, scale, stride_k_token, stride_v_token,
         WIDTH, BLOCK, HEADS, DIM, FULL,
     )  # fmt: skip
 
+    stream += _added(cross_bias, feature, WIDTH)
     normed = _norm(stream, inside, feed_forward_epsilon, WIDTH).to(tile.dtype)
-    stream += _added(contract_bias, feature, WIDTH)
     stream = _feed_forward(
         stream, normed, expand_weight, expand_bias, contract_weight, WIDTH, BLOCK, FEED_FORWARD, HIDDEN, FULL
     )
+    stream += _added(contract_bias, feature, WIDTH)
     target = out + (batch * queries + place) * WIDTH + feature[None, :]
     tl.store(target, stream.to(out.dtype.element_ty), mask=mask)
 
@@ -164,7 +165,7 @@ def tail(
     tokens, attended = (x if x.stride(2) == 1 else x.contiguous() for x in (tokens, attended))
     k, v = (x if x.stride()[2:] == (dim, 1) else x.contiguous() for x in (k, v))  # heads side by side
     block, hidden = max(16, triton.next_power_of_2(width)), weights[6].shape[0]
-    tile = TailConfig(*config) if config else pinned(batch, queries, tokens.element_size())
+    tile = TailConfig(*config) if config else pinned(tokens.element_size())
     early = launches_early(tokens)
     with on_device(tokens):
         decoder_tail_kernel[(batch * triton.cdiv(queries, tile.rows),)](
