@@ -89,9 +89,11 @@ def draw(found: Sequence[Point], path: Path) -> None:
         for point in (point for point in found if point.network == network):
             where = point.work.intensity, point.speed / 1e12
             axes.plot(*where, "o", markersize=7, color=COLOURS[point.part])
+            right, up = LABELS[point.part]
+            right *= -1 if point.batch > 100 else 1  # away from the label of 32 images, whose point is near
             axes.annotate(
-                str(point.batch), where, xytext=LABELS[point.part], fontsize=8, color=COLOURS[point.part],
-                textcoords="offset points", ha="left" if LABELS[point.part][0] else "center",
+                str(point.batch), where, xytext=(right, up), fontsize=8, color=COLOURS[point.part],
+                textcoords="offset points", ha="left" if right > 0 else "right" if right < 0 else "center",
             )  # fmt: skip
         axes.set_title(network, fontsize=11)
         axes.set_xlabel("FLOP per byte that has to be moved")
