@@ -122,6 +122,18 @@ def native_reasons(operator: str, device: torch.device) -> list[str]:
     return reasons
 
 
+def hopper_reasons(operator: str, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """The same for an operator that takes half precision on CUDA devices of compute capability 9.0 alone."""
+    if device.type != "cuda":
+        return ["runs on CUDA devices only"]
+    found = list(native_reasons(operator, device))
+    if not found and torch.cuda.get_device_capability(device) != (9, 0):
+        found.append(f"needs compute capability 9.0, this device has {torch.cuda.get_device_capability(device)}")
+    if dtype not in (torch.float16, torch.bfloat16):
+        found.append(f"takes float16 and bfloat16, got {dtype}")
+    return found
+
+
 @functools.cache
 def _triton_import_problem() -> str | None:
     if importlib.util.find_spec("triton") is None:

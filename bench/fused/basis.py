@@ -32,3 +32,8 @@ def floor(elements: int, flops: int, dtype: torch.dtype) -> float:
 def tile_name(tile: tuple[int, ...]) -> str:
     """Its numbers with an x between them."""
     return "x".join(map(str, tile))
+
+
+def native_name(tile: tuple[int, ...]) -> str:
+    """Of a tile of the native kernel, without whether it starts early."""
+    return f"native {tile_name(tile[:3])}"

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.fused.basis import LATE, OURS, SEPARATE, Run, floor, randn, tile_name
+from bench.fused.basis import LATE, OURS, SEPARATE, Run, floor, native_name, randn, tile_name
 from bench.fused.pixels import Pixels
 from fastmetro_kernels.fused import (
     LinearConfig,
+    NativeLinearConfig,
     NormalizeConfig,
     ShortAttentionConfig,
     TailConfig,
@@ -28,6 +29,7 @@ from fastmetro_kernels.fused import (
     short_attention,
 )
 from fastmetro_kernels.fused.decoder_tail.configs import TILES as TAIL_TILES
+from fastmetro_kernels.fused.linear import native
 from fastmetro_kernels.fused.linear.configs import TILES, fitted
 from fastmetro_kernels.fused.normalize.configs import tiles as norm_tiles
 from fastmetro_kernels.fused.short_attention.configs import TILES as ATTENTION_TILES
@@ -123,7 +125,7 @@ class Linear:
             y = y.relu()
         return y + residual[0] if residual else y
 
-    def _fused(self, config: LinearConfig | None, constant: bool) -> Run:
+    def _fused(self, config: LinearConfig | NativeLinearConfig | None, constant: bool) -> Run:
         def run(*tensors: Tensor) -> Tensor:
             x, *residual, weight, bias, sums = tensors
             moments = residual.pop() if self._late else None
@@ -143,9 +145,17 @@ class Linear:
         return {OURS: self._fused(None, True)}
 
     def tiles(self) -> dict[str, Run]:
-        """The fused op with every tile of its table, and without the promise of constant weights."""
+        """The fused op with every tile of its table and of the native kernel, and without the promise of constant
+        weights."""
         tiles = dict.fromkeys(fitted(tile, self.width) for tile in TILES[self.dtype.itemsize])
-        return {LATE: self._fused(None, False)} | {tile_name(tile): self._fused(tile, True) for tile in tiles}
+        found = {LATE: self._fused(None, False)} | {tile_name(tile): self._fused(tile, True) for tile in tiles}
+        return found | {native_name(tile): self._fused(tile, True) for tile in self.native_tiles()}
+
+    def native_tiles(self) -> list[NativeLinearConfig]:
+        """Of few rows in half precision; a norm only where its moments are there."""
+        if self.dtype.itemsize != 2 or self.batch * self.tokens > FEW_ROWS or self.norm != self._late:
+            return []
+        return native.usable(self.batch * self.tokens, self.features, self.width)
 
 
 @dataclass(frozen=True)

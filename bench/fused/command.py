@@ -71,6 +71,7 @@ def main() -> None:
         raise SystemExit(f"--only {options.only!r}: no case has this in its name or shape")
     if options.all_configs:
         print(f"\nMEASURED in fastmetro_kernels/fused/linear/configs.py\n{report.table_entries(found)}")
+        print(f"\nMEASURED in fastmetro_kernels/fused/linear/native.py\n{report.native_entries(found)}")
     print(f"\nwritten to {target}")
     ours = [entry for _, entries in found for entry in entries if entry.name not in (LIBRARY, COMPILED)]
     if any(entry.wrong for entry in ours):

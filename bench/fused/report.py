@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 
-from bench.fused.basis import COMPILED, LATE, LIBRARY, NAMED, OURS, SEPARATE, tile_name
+from bench.fused.basis import COMPILED, LATE, LIBRARY, NAMED, OURS, SEPARATE, native_name, tile_name
 from bench.fused.cases import Case, Linear
 from bench.fused.measure import Entry
 from fastmetro_kernels.fused.linear.configs import TILES, LinearConfig, fitted
@@ -60,6 +61,26 @@ def table_entries(found: Found) -> str:
         chosen = [(most, min(tiles, key=tiles.__getitem__)) for most, tiles in sorted(by_rows.items()) if tiles]
         entries = ", ".join(f"({most}, LinearConfig{tuple(tile)})" for most, tile in chosen)
         lines.append(f"    {key}: ({entries},),")
+    return "\n".join(lines)
+
+
+def native_entries(found: Found) -> str:
+    """Lines of `MEASURED` in `fused/linear/native.py`: sizes whose layers are fastest with a native tile, and as comments
+    those that are not, against the fastest of the others for each layer."""
+    sizes: dict[tuple[int, int, int], list[tuple[Linear, dict[str, float]]]] = defaultdict(list)
+    for case, entries in found:
+        if isinstance(case, Linear) and case.native_tiles():
+            times = {entry.name: time for entry in entries if (time := entry.microseconds) is not None}
+            sizes[case.batch * case.tokens, case.features, case.width].append((case, times))
+    lines = []
+    for size, layers in sorted(sizes.items()):
+        names = {native_name(tile): tile for tile in layers[0][0].native_tiles()}
+        sums = {tile: sum(times.get(name, math.inf) for _, times in layers) for name, tile in names.items()}
+        rivals = [[time for name, time in times.items() if name not in names] for _, times in layers]
+        others = sum(min(times, default=math.inf) for times in rivals)
+        best = min(sums, key=sums.__getitem__)
+        text = f"{size}: NativeLinearConfig{tuple(best)},  # {sums[best]:.2f} us of {len(layers)}, others {others:.2f}"
+        lines.append(f"    {'' if sums[best] < others else '# '}{text}")
     return "\n".join(lines)
 
 

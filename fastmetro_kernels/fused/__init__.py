@@ -2,13 +2,14 @@
 
 from fastmetro_kernels.fused.channels_last import to_channels_last
 from fastmetro_kernels.fused.decoder_tail import TailConfig, TailWeights, decoder_tail
-from fastmetro_kernels.fused.linear import LinearConfig, fused_linear, fused_linear_moments
+from fastmetro_kernels.fused.linear import LinearConfig, NativeLinearConfig, fused_linear, fused_linear_moments
 from fastmetro_kernels.fused.normalize import NormalizeConfig, normalize_rows
 from fastmetro_kernels.fused.pixels import PixelsConfig, normalize_pixels
 from fastmetro_kernels.fused.short_attention import ShortAttentionConfig, short_attention
 
 __all__ = [
     "LinearConfig",
+    "NativeLinearConfig",
     "NormalizeConfig",
     "PixelsConfig",
     "ShortAttentionConfig",

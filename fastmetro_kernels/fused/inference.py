@@ -81,10 +81,15 @@ def choose_backend(op: str, requested: str, device: torch.device, dtype: torch.d
         ValueError: an unknown backend.
         BackendUnavailable: the named backend cannot take such tensors; the message tells why.
     """
+    order = ("reference",) if backends.triton_interpreted() else ("triton", "reference")
+    return backends.select(op, requested, backend_reasons(device, dtype), order)
+
+
+def backend_reasons(device: torch.device, dtype: torch.dtype) -> dict[str, list[str]]:
+    """For both backends that every op has, why they cannot take such tensors; empty where they can."""
     triton = list(backends.triton_reasons(device))
     if dtype == torch.float64:
         triton.append("float64 is not supported")
     if dtype == torch.bfloat16 and device.type == "cpu":
         triton.append("Triton's interpreter computes bfloat16 wrongly")
-    order = ("reference",) if backends.triton_interpreted() else ("triton", "reference")
-    return backends.select(op, requested, {"reference": [], "triton": triton}, order)
+    return {"reference": [], "triton": triton}

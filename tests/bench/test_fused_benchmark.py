@@ -97,3 +97,23 @@ def test_the_table_takes_the_tile_with_the_least_time_over_the_layers_of_a_size(
     (bands,) = eval(f"{{{lines}}}", {"LinearConfig": LinearConfig}).values()
     assert bands == ((50, three), (445, two))
     assert all(problem(tile) is None for _, tile in bands)
+
+
+def test_native_tiles_go_into_a_table_of_their_own() -> None:
+    """Where the sum over the layers of a size is less than that of the fastest others."""
+    cases = [Linear(title, 50, 64, 32, 1, torch.float16, relu=relu) for title, relu in (("a", False), ("b", True))]
+    found = [
+        (case, entries(**{LIBRARY: 8.0, OURS: 4.0, "native 32x1x2": first}))
+        for case, first in zip(cases, (3, 5.5), strict=True)
+    ]
+    assert report.native_entries(found).startswith(
+        "    # (50, 32, 64): NativeLinearConfig(32, 1, 2, True),  # 8.50 us of 2"
+    )
+    found[1][1][2].samples = [4.5e-3]
+    line = report.native_entries(found)
+    assert "7.50 us of 2, others 8.00" in line and not line.lstrip().startswith("#")
+    assert ast.literal_eval(line.strip().split(": ")[0]) == (50, 32, 64)
+    assert not Linear("c", 50, 64, 32, 1, torch.float32).native_tiles()
+    assert not Linear("c", 513, 64, 32, 1, torch.float16).native_tiles()
+    assert not Linear("c", 50, 64, 32, 1, torch.float16, norm=True).native_tiles()  # it makes no moments
+    assert Linear("c", 50, 512, 32, 1, torch.float16, norm=True).native_tiles()

@@ -56,9 +56,7 @@ def check_arguments(
 
 
 @torch.library.register_fake(f"{NAMESPACE}::decoder_tail_triton")
-def _fake(
-    tokens: Tensor, attended: Tensor, k: Tensor, v: Tensor, weights: Sequence[Tensor], *options: Any
-) -> Tensor:
+def _fake(tokens: Tensor, attended: Tensor, k: Tensor, v: Tensor, weights: Sequence[Tensor], *options: Any) -> Tensor:
     check_arguments(tokens, attended, k, v, weights, options[-1])
     return tokens.new_empty(tuple(tokens.shape))
 

@@ -2,5 +2,6 @@
 
 from fastmetro_kernels.fused.linear.api import fused_linear, fused_linear_moments
 from fastmetro_kernels.fused.linear.configs import LinearConfig
+from fastmetro_kernels.fused.linear.native import NativeLinearConfig
 
-__all__ = ["LinearConfig", "fused_linear", "fused_linear_moments"]
+__all__ = ["LinearConfig", "NativeLinearConfig", "fused_linear", "fused_linear_moments"]

@@ -9,16 +9,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastmetro_kernels import backends
 from fastmetro_kernels.fused.inference import (
     DTYPES,
+    backend_reasons,
     check_config,
     check_epsilon,
     check_tensor,
     choose_backend,
     refuse_gradients,
 )
-from fastmetro_kernels.fused.linear import ops, reference
-from fastmetro_kernels.fused.linear.configs import LinearConfig, problem
+from fastmetro_kernels.fused.linear import configs, native, ops, reference
+from fastmetro_kernels.fused.linear.configs import LinearConfig
+from fastmetro_kernels.fused.linear.native import Given, NativeLinearConfig
 
 
 def fused_linear(
@@ -34,7 +37,7 @@ def fused_linear(
     relu: bool = False,
     out_dtype: torch.dtype | None = None,
     constant_weights: bool = False,
-    config: LinearConfig | None = None,
+    config: LinearConfig | NativeLinearConfig | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """A linear layer with what surrounds it in a pre-norm transformer: ``act(norm(x) @ weight.T + bias) + residual``.
@@ -64,8 +67,9 @@ def fused_linear(
         out_dtype: Of the result; that of x by default.
         constant_weights: A promise that the kernel launched right before this one in the stream writes neither weight
             nor bias. On Hopper they are then read while that kernel still runs.
-        config: The tile configuration of the Triton kernel instead of the pinned one, for measurements.
-        backend: ``"auto"`` (Triton where it can run on a GPU), ``"triton"`` or ``"reference"``.
+        config: The tile configuration of the Triton or the native kernel instead of the pinned one, for measurements.
+        backend: ``"auto"`` (native where it was measured to be faster, else Triton where it can run on a GPU),
+            ``"native"`` (few rows in half precision on compute capability 9.0), ``"triton"`` or ``"reference"``.
 
     Returns:
         ``[..., P + M, N]``, contiguous.
@@ -79,7 +83,7 @@ def fused_linear(
     accepted = DTYPES if x.dtype == torch.float64 else DTYPES[:3]
     _check_options(normalize, relu, out_dtype, accepted, config)
     dtype = x.dtype if out_dtype is None else out_dtype
-    options = (relu, dtype, False, constant_weights, config or ())
+    options = (relu, dtype, False, constant_weights, config)
     tensors = _Tensors(x, weight, bias, residual, leading, moments, weight_sums)
     return _run(tensors, normalize, options, "fused_linear", backend)[0]
 
@@ -92,7 +96,7 @@ def fused_linear_moments(
     residual: Tensor | None = None,
     leading: Tensor | None = None,
     constant_weights: bool = False,
-    config: LinearConfig | None = None,
+    config: LinearConfig | NativeLinearConfig | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """``x @ weight.T + bias + residual`` and its moments, for layers behind a layer norm of the result.
@@ -105,7 +109,7 @@ def fused_linear_moments(
     """
     _check_options(None, False, None, DTYPES, config)
     tensors = _Tensors(x, weight, bias, residual, leading, None, None)
-    options = (False, x.dtype, True, constant_weights, config or ())
+    options = (False, x.dtype, True, constant_weights, config)
     return _run(tensors, None, options, "fused_linear_moments", backend)
 
 
@@ -122,7 +126,7 @@ class _Tensors(NamedTuple):
 def _run(
     tensors: _Tensors,
     normalize: float | None,
-    options: tuple[bool, torch.dtype, bool, bool, Sequence[int]],
+    options: tuple[bool, torch.dtype, bool, bool, LinearConfig | NativeLinearConfig | None],
     op: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
@@ -132,21 +136,45 @@ def _run(
     _check_shapes(tensors)
     _check_moments(tensors, normalize)
     refuse_gradients(op, tensors._asdict())
-    chosen = choose_backend(op, backend, x.device, x.dtype)
+    relu, dtype, give_moments, constant_weights, config = options
     samples, features = x.shape[:-2], weight.shape[0]
     tokens = x.shape[-2] + (0 if leading is None else leading.shape[-2])
     residual, leading = _of_all_samples(residual, samples), _of_all_samples(leading, samples)
     x = _as_batch(x)
-    if chosen == "reference" or x.shape[1] == 0:  # with no product to make, leading tokens are copied
-        relu, dtype = options[:2]
-        out = reference.linear(x, weight, bias, residual, leading, normalize, relu, dtype)
-        made = reference.moments(out) if options[2] else out.new_empty((*out.shape[:2], 0, 3))
+    if moments is not None:
+        moments = moments.reshape(x.shape[0], *moments.shape[-3:])
+    given = Given(x, weight, bias, residual, leading, normalize, moments, weight_sums, dtype)
+    native_config = _native_config(op, given, config, backend)
+    if native_config is not None:
+        out, made = native.linear(given, relu, give_moments, constant_weights, native_config)
+    elif choose_backend(op, backend, x.device, x.dtype) == "reference" or x.shape[1] == 0:
+        out = reference.linear(x, weight, bias, residual, leading, normalize, relu, dtype)  # or only leading tokens
+        made = reference.moments(out) if give_moments else out.new_empty((*out.shape[:2], 0, 3))
     else:
-        if moments is not None:
-            moments = moments.reshape(x.shape[0], *moments.shape[-3:])
-        given = (bias, residual, leading, normalize, moments, weight_sums)
-        out, made = ops.fused_linear_triton(x, weight, *given, *options)
+        tile = config if isinstance(config, LinearConfig) else ()
+        rest = (relu, dtype, give_moments, constant_weights, tile)
+        out, made = ops.fused_linear_triton(x, weight, bias, residual, leading, normalize, moments, weight_sums, *rest)
     return out.view(*samples, tokens, features), made.view(*samples, tokens, *made.shape[2:])
+
+
+def _native_config(
+    op: str, given: Given, config: LinearConfig | NativeLinearConfig | None, backend: str
+) -> NativeLinearConfig | None:
+    """The native kernel's tile, or None: the call is for another backend.
+
+    Raises:
+        ValueError: an unknown backend.
+        BackendUnavailable: the native kernel was asked for and cannot take the call.
+    """
+    named = isinstance(config, NativeLinearConfig)
+    if backend == "auto" and not named:
+        return native.choose(given) if config is None else None
+    if backend in ("triton", "reference") and not named:
+        return None
+    chosen = config if isinstance(config, NativeLinearConfig) else native.choose(given) or native.plain(given)
+    reasons = backend_reasons(given.x.device, given.x.dtype) | {"native": native.reasons(given, chosen)}
+    backends.select(op, "native" if backend == "auto" else backend, reasons, ())
+    return chosen
 
 
 def _as_batch(x: Tensor) -> Tensor:
@@ -216,7 +244,7 @@ def _check_options(
     relu: bool,
     out_dtype: torch.dtype | None,
     out_dtypes: Sequence[torch.dtype],
-    config: LinearConfig | None,
+    config: LinearConfig | NativeLinearConfig | None,
 ) -> None:
     if normalize is not None:
         check_epsilon("normalize", normalize, "the epsilon of a layer norm or None")
@@ -225,4 +253,7 @@ def _check_options(
     if out_dtype is not None and out_dtype not in out_dtypes:
         accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in out_dtypes)
         raise TypeError(f"out_dtype must be one of {accepted}, got {out_dtype}")
-    check_config(config, LinearConfig, problem)
+    if isinstance(config, NativeLinearConfig):
+        check_config(config, NativeLinearConfig, native.problem)
+    else:
+        check_config(config, LinearConfig, configs.problem)

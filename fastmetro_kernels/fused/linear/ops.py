@@ -91,8 +91,9 @@ def _check_moments(
     )
     torch._check(
         weight_sums.dtype == torch.float32 and tuple(weight_sums.shape) == (features,) and weight_sums.stride(0) == 1,
-        lambda: f"weight_sums must be float32 [{features}], contiguous, got {weight_sums.dtype} "
-        f"{tuple(weight_sums.shape)}",
+        lambda: (
+            f"weight_sums must be float32 [{features}], contiguous, got {weight_sums.dtype} {tuple(weight_sums.shape)}"
+        ),
     )
 
 
