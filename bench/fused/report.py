@@ -65,8 +65,10 @@ def table_entries(found: Found) -> str:
 
 
 def native_entries(found: Found) -> str:
-    """Lines of `MEASURED` in `fused/linear/native.py`: sizes whose layers are fastest with a native tile, and as comments
-    those that are not, against the fastest of the others for each layer."""
+    """Lines of `MEASURED` in `fused/linear/native.py`: sizes whose layers are fastest with a native tile.
+
+    As comments those that are not; the others' time is that of the fastest for each layer.
+    """
     sizes: dict[tuple[int, int, int], list[tuple[Linear, dict[str, float]]]] = defaultdict(list)
     for case, entries in found:
         if isinstance(case, Linear) and case.native_tiles():
