@@ -18,12 +18,13 @@ from fastmetro_kernels.convolution import native as convolution_native
 from fastmetro_kernels.convolution.join import FAMILY as JOIN_FAMILY
 from fastmetro_kernels.convolution.join_configs import MEASURED as MEASURED_JOINS
 from fastmetro_kernels.convolution.table import Family as ConvolutionFamily
+from fastmetro_kernels.fused.linear import native as linear_native
 
 OPS = {
     "topology_attention": ("attention_forward_native", ("reference", "native", "triton")),
     "sparse_upsample": ("upsample_native", ("reference", "native", "triton")),
     "rasterize": ("rasterize_native", ("reference", "native")),
-    "fused_linear": ("", ("reference", "triton")),
+    "fused_linear": (linear_native.OPERATOR, ("reference", "native", "triton")),
     "short_attention": ("", ("reference", "triton")),
     "normalize_rows": ("", ("reference", "triton")),
     "decoder_tail": ("", ("reference", "triton")),
@@ -55,8 +56,8 @@ def backend_reasons(op: str, backend: str, device: torch.device) -> list[str]:
     """
     if backend == "triton":
         return backends.triton_reasons(device)
-    if op == "convolution" and backend == "native":
-        return convolution_native.reasons(device)
+    if op in ("convolution", "fused_linear") and backend == "native":
+        return backends.hopper_reasons(OPS[op][0], device, torch.float16)
     if backend == "native":
         return backends.native_reasons(OPS[op][0], device)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -106,6 +107,8 @@ def choices() -> list[str]:
         "  rasterize: native, then reference",
         "  fused_linear, short_attention, normalize_rows, decoder_tail (inference only): triton, then reference; by "
         "shape in fused/*/configs.py",
+        f"  fused_linear: native for {len(linear_native.MEASURED)} measured sizes on compute capability "
+        f"{linear_native.FAMILY}; by size in fused/linear/native.py",
         *convolution_choices(),
     ]
     if path := os.environ.get(tuning.ENVIRONMENT):
