@@ -1,5 +1,5 @@
-// fused_linear_native: a linear layer of few rows with layer norm, bias, ReLU, residual and the moments of its result, in
-// half precision, on compute capability 9.0. The kernel is in linear.cuh.
+// fused_linear_native: a linear layer of few rows with layer norm, bias, ReLU, residual and the moments of its result,
+// in half precision, on compute capability 9.0. The kernel is in linear.cuh.
 #include "convolution/operands.h"
 #include "linear.cuh"
 
@@ -61,7 +61,8 @@ void check_arguments(const Arguments& a, const Config& config) {
                   "fused_linear_native: x must be float16 or bfloat16, got ", torch::headeronly::toString(type));
   fm_convolution::check_device(a.x.get_device_index());
   STD_TORCH_CHECK(a.width() > 0 && a.width() % 16 == 0 && a.features() > 0 && a.features() % 16 == 0,
-                  "fused_linear_native: K and N must be positive multiples of 16, got ", a.width(), " and ", a.features());
+                  "fused_linear_native: K and N must be positive multiples of 16, got ", a.width(), " and ",
+                  a.features());
   STD_TORCH_CHECK(a.rows() <= int64_t(65535) * kRows, "fused_linear_native: too many rows, ", a.rows());
   check(a.x, "x", a.x, type, {a.rows(), a.width()});
   check(a.weight, "weight", a.x, type, {a.features(), a.width()});
@@ -122,9 +123,9 @@ void launch(const Problem<T>& problem, const Config& config, cudaStream_t stream
 }
 
 // `x` [rows, K], `weight` [N, K], `bias` [N], or [tokens, N] for rows that repeat so many tokens, all of x's type;
-// `residual` [rows, N]. `moments` float32 [rows, parts, 3] and `sums` float32 [N] of the rows of the weight: a layer norm
-// in front, of `epsilon`. `give_moments`: also those of the result, float32 [rows, tiles, 3]. `config`: columns and split
-// of a tile, stages of the ring, whether to start before the kernel in front has ended.
+// `residual` [rows, N]. `moments` float32 [rows, parts, 3] and `sums` float32 [N] of the rows of the weight: a layer
+// norm in front, of `epsilon`. `give_moments`: also those of the result, float32 [rows, tiles, 3]. `config`: columns
+// and split of a tile, stages of the ring, whether to start before the kernel in front has ended.
 std::tuple<Tensor, Tensor> linear(Tensor x, Tensor weight, Tensor bias, std::optional<Tensor> residual, double epsilon,
                                   std::optional<Tensor> moments, std::optional<Tensor> sums, bool relu,
                                   bool give_moments, std::vector<int64_t> config) {

@@ -1,11 +1,11 @@
 // A linear layer of few rows with what surrounds it in a pre-norm transformer, for compute capability 9.0:
 // act(norm(x) W^T + bias) + residual, and the moments of its rows for the layer norm behind it.
 //
-// The product is that of convolution/tile.cuh: a block makes 64 rows and COLUMNS columns, chunks of 64 of the depth come
-// through a ring of copies, and the blocks of a cluster share the depth. The layer norm is taken behind the product:
-// (x W^T - mean * sum(W)) / deviation, with mean and deviation merged from moments that the kernel in front has left for
-// parts of the features (Chan, Golub and LeVeque 1979). Loads of moments and residual are under way before the products
-// begin, loads of constants before the kernel in front has ended.
+// The product is that of convolution/tile.cuh: a block makes 64 rows and COLUMNS columns, chunks of 64 of the depth
+// come through a ring of copies, and the blocks of a cluster share the depth. The layer norm is taken behind the
+// product: (x W^T - mean * sum(W)) / deviation, with mean and deviation merged from moments that the kernel in front
+// has left for parts of the features (Chan, Golub and LeVeque 1979). Loads of moments and residual are under way before
+// the products begin, loads of constants before the kernel in front has ended.
 #pragma once
 
 #include "convolution/tile.cuh"
@@ -90,8 +90,8 @@ __device__ __forceinline__ float sum_of_row(float x) {
   return x;
 }
 
-// What a thread finishes: eight features, the same in each of its rows, which are those of so many turns. All lanes of a
-// warp go through all turns, because those of a row add up together.
+// What a thread finishes: eight features, the same in each of its rows, which are those of so many turns. All lanes of
+// a warp go through all turns, because those of a row add up together.
 template <typename T, int COLUMNS, bool SHARED>
 struct Share {
   static constexpr int kEighths = COLUMNS / 8, kStep = kWarpgroup / kEighths;
