@@ -43,6 +43,7 @@ from tools.sanitize_convolutions import (  # noqa: E402
     convolution_cluster_native,
     convolution_native,
 )
+from tools.sanitize_linear import Linear, linear_cluster_native, linear_native  # noqa: E402
 
 MULTIPROCESSORS = torch.cuda.get_device_properties(0).multi_processor_count if torch.cuda.is_available() else 132
 """Of an H200 where there is no GPU. Which kernel takes a case depends on it."""
@@ -303,7 +304,7 @@ def rasterization_native() -> Iterator[Rasterization]:
     yield Rasterization(1, 1, 1, 1)
 
 
-Case = Attention | Upsampling | Rasterization | Convolution | Pair | Stem | DoubleStem
+Case = Attention | Upsampling | Rasterization | Convolution | Pair | Stem | DoubleStem | Linear
 GROUPS: dict[str, Callable[[], Iterator[Case]]] = {
     "attention-native": attention_native,
     "attention-triton": attention_triton,
@@ -312,6 +313,8 @@ GROUPS: dict[str, Callable[[], Iterator[Case]]] = {
     "rasterization-native": rasterization_native,
     "convolution-native": convolution_native,
     "convolution-cluster-native": convolution_cluster_native,
+    "linear-native": linear_native,
+    "linear-cluster-native": linear_cluster_native,
 }
 
 

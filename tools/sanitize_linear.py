@@ -1,0 +1,64 @@
+"""The native linear layer's cases of `sanitize_cases.py`. There is no kernel for CPUs, where the reference runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmetro_kernels.fused import NativeLinearConfig, fused_linear, fused_linear_moments
+from fastmetro_kernels.fused.linear.native import COLUMNS, SPLITS
+from tools.sanitize_common import BFLOAT, FLOAT, HALF, TOLERANCE, compare
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One call of `fused_linear_moments`, and one of `fused_linear` behind a norm that takes these moments."""
+
+    rows: int
+    width: int
+    features: int
+    config: NativeLinearConfig
+    dtype: torch.dtype = HALF
+
+    def run(self, backend: str, device: str) -> None:
+        got = self._results(self.dtype, device, backend)
+        for name, a, b in zip(("out", "behind"), got, self._results(FLOAT, "cpu", "reference"), strict=True):
+            compare(name, a, b, TOLERANCE[self.dtype])
+
+    def _results(self, dtype: torch.dtype, device: str, backend: str) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(self.width)
+
+        def normal(*size: int, scale: float = 1.0) -> Tensor:  # of the case's type, in whatever type it is computed
+            return (scale * torch.randn(size, generator=generator)).to(self.dtype).to(device, dtype)
+
+        native = device == "cuda" and backend == "native"
+        options: dict[str, Any] = {"config": self.config, "backend": "native"} if native else {"backend": "reference"}
+        x, weight = normal(1, self.rows, self.width), normal(self.features, self.width, scale=self.width**-0.5)
+        residual, bias = normal(1, self.rows, self.features), normal(self.rows, self.features)
+        out, moments = fused_linear_moments(x, weight, bias, residual=residual, **options)
+        reader = normal(48, self.features, scale=self.features**-0.5)
+        late = {"normalize": 1e-5, "moments": moments, "weight_sums": reader.float().sum(1)}
+        behind = fused_linear(out, reader, normal(48), relu=True, constant_weights=True, **late, **options)
+        return [out.cpu(), behind.cpu()]
+
+
+def linear_native() -> Iterator[Linear]:
+    """The cases whose blocks keep to themselves, with rings that wrap around, at sizes that fill no tile."""
+    return (case for case in _cases() if case.config.split == 1)
+
+
+def linear_cluster_native() -> Iterator[Linear]:
+    """The cases whose blocks send each other sums."""
+    return (case for case in _cases() if case.config.split > 1)
+
+
+def _cases() -> Iterator[Linear]:
+    for columns, split in product(COLUMNS, SPLITS):
+        yield Linear(70, 528, 496, NativeLinearConfig(columns, split, 2))
+    yield Linear(50, 512, 512, NativeLinearConfig(64, 1, 4, early=False), BFLOAT)
+    yield Linear(1, 128, 128, NativeLinearConfig(32, 2, 2), BFLOAT)
