@@ -240,4 +240,5 @@ def test_pinned_tiles_are_possible(element_size: int) -> None:
 
 def test_few_queries_get_small_tiles_and_many_large_ones() -> None:
     assert pinned(8, 50, 2).rows == pinned(8, 445, 2).rows == pinned(8, 50, 4).rows == 16
-    assert pinned(256, 445, 2).rows == 64
+    assert pinned(256, 445, 2).rows == pinned(2048, 50, 2).rows == 64
+    assert pinned(2048, 445, 2).rows == 128
