@@ -158,7 +158,7 @@ def test_opcheck(runner: Runner) -> None:
     rest = (0.25, 1e-5, 1e-5)
     torch.library.opcheck(ops.decoder_tail_triton, (tokens, attended, k, v, [*weights], *rest, False, ()))
     shared = tokens[:1].expand(2, -1, -1)
-    torch.library.opcheck(ops.decoder_tail_triton, (shared, attended, k, v, [*weights], *rest, True, (16, 16, 4, 1)))
+    torch.library.opcheck(ops.decoder_tail_triton, (shared, attended, k, v, [*weights], *rest, True, (16, 16, 4, 1, 0)))
     for arguments, message in (
         ((tokens[0], attended, k, v, [*weights]), "tokens must be"),
         ((tokens, attended[:1], k, v, [*weights]), "attended must be"),
@@ -170,7 +170,7 @@ def test_opcheck(runner: Runner) -> None:
         with pytest.raises(RuntimeError, match=message):
             ops.decoder_tail_triton(*arguments, *rest, False, ())
     with pytest.raises(RuntimeError, match="rows must be one of"):
-        ops.decoder_tail_triton(tokens, attended, k, v, [*weights], *rest, False, (8, 16, 4, 1))
+        ops.decoder_tail_triton(tokens, attended, k, v, [*weights], *rest, False, (8, 16, 4, 1, 0))
 
 
 @on_triton
@@ -247,6 +247,7 @@ T, A, K, V, W = _zeros()
         ((T, A, K, V, W), {"feed_forward_epsilon": None}, TypeError, "feed_forward_epsilon must be a number, got None"),
         ((T, A, K, V, W), {"config": (16, 16, 4, 1)}, TypeError, "config must be a TailConfig, got tuple"),
         ((T, A, K, V, W), {"config": TailConfig(16, 16, 3, 1)}, ValueError, "warps must be one of 1, 2, 4, 8, got 3"),
+        ((T, A, K, V, W), {"config": TailConfig(16, 16, 4, 1, 64)}, ValueError, "registers must be one of"),
         ((T, A, K, V, W), {"backend": "flash"}, ValueError, "backend='flash' is not known"),
     ],
 )

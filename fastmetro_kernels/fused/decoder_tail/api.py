@@ -43,8 +43,9 @@ def decoder_tail(
 
     For inference: it has no gradients. In FastMETRO (ECCV 2022, section 3.2) these are the layers of the second stage:
     128 features, 8 heads, 512 hidden features. The layer norms have no gain and shift: fold them into the weights
-    behind them. x is kept in float32 (float64 for float64 tokens); what is multiplied is rounded to the dtype of
-    tokens. Sums are taken in a fixed order: equal calls give equal bits. Autocast changes nothing.
+    behind them. x is kept in float32 (float64 for float64 tokens), but for one rounding to the dtype of tokens in front
+    of the cross-attention on Triton; what is multiplied is rounded to that dtype, too. Sums are taken in a fixed order:
+    equal calls give equal bits. Autocast changes nothing.
 
     Args:
         tokens: ``[B, L, C]``, C from 1 to 128; float32, float16, bfloat16 or (reference) float64; any strides.

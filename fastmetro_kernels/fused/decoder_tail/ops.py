@@ -51,7 +51,8 @@ def check_arguments(
         torch._check(tensor.dtype == tokens.dtype, lambda: f"all tensors must be {tokens.dtype} like tokens")
         torch._check(tensor.device == tokens.device, lambda: f"all tensors must be on {tokens.device} like tokens")
     if config:
-        problem_found = problem(TailConfig(*config)) if len(config) == 4 else f"four numbers, got {list(config)}"
+        whole = len(config) == len(TailConfig._fields)
+        problem_found = problem(TailConfig(*config)) if whole else f"must be a TailConfig, got {list(config)}"
         torch._check(problem_found is None, lambda: f"config: {problem_found}")
 
 

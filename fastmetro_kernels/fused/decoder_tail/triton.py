@@ -1,10 +1,11 @@
 """The Triton backend of the decoder tail: CUDA devices, or CPU tensors in Triton's interpreter.
 
-A program takes a tile of tokens through the whole rest of a layer. The residual stream stays in registers, in float32;
-nothing between two layers goes through memory. Heads are taken one after the other, each with keys and values that are
-0 in the features of the others: that multiplies eight times as much as it needs to, but heads never have to be cut out
-of tiles and put side by side, and tensor cores are not what the time goes to. The hidden features of the feed-forward
-block, too, are taken some at a time. The order is fixed, and nothing is tuned at run time.
+A program takes a tile of tokens through the whole rest of a layer. The residual stream is in registers, in float32;
+only while the heads attend does it wait where the output will be, rounded as between two layers: how many programs
+share a multiprocessor is a matter of registers. Heads are taken one after the other, each with keys and values that
+are 0 in the features of the others: that multiplies eight times as much as it needs to, but heads never have to be cut
+out of tiles and put side by side, and tensor cores are not what the time goes to. The hidden features of the
+feed-forward block, too, are taken some at a time. The order is fixed, and nothing is tuned at run time.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -49,10 +50,11 @@ def _norm(stream, inside, epsilon, WIDTH: tl.constexpr):
 
 @triton.jit
 def _cross_attention(
-    stream, normed, query_weight, query_bias, cross_weight, k, v, key, keys, scale, stride_k_token, stride_v_token,
+    target, mask, normed, query_weight, query_bias, cross_weight, k, v, key, keys, scale,
+    stride_k_token, stride_v_token,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """The stream with the projected values of all heads added; all but the projection's bias."""
+    """The stream at `target` with the projected values of all heads added; all but the projection's bias."""
     feature = tl.arange(0, BLOCK)
     valid, of_head = key < keys, feature // DIM
     query_tile = _weight_tile(query_weight, feature, feature, WIDTH, WIDTH, WIDTH, FULL)
@@ -60,7 +62,7 @@ def _cross_attention(
     query = query.to(normed.dtype)
     k_places = k + key.to(tl.int64)[:, None] * stride_k_token + feature[None, :]
     v_places = v + key.to(tl.int64)[:, None] * stride_v_token + feature[None, :]
-    values = tl.zeros_like(stream)
+    values = tl.zeros(normed.shape, tl.float32)
     for head in range(0, HEADS):
         own = valid[:, None] & (of_head == head)[None, :]
         k_tile = tl.load(k_places, mask=own, other=0.0)
@@ -72,6 +74,7 @@ def _cross_attention(
         weights = weights / tl.sum(weights, 1)[:, None]
         values = tl.dot(weights.to(normed.dtype), v_tile, values, input_precision="ieee")
     cross_tile = _weight_tile(cross_weight, feature, feature, WIDTH, WIDTH, WIDTH, FULL)
+    stream = tl.load(target, mask=mask, other=0.0).to(tl.float32)
     return tl.dot(values.to(normed.dtype), tl.trans(cross_tile), stream, input_precision="ieee")
 
 
@@ -127,8 +130,11 @@ def decoder_tail_kernel(
     stream = tl.dot(tile, tl.trans(out_tile), stream, input_precision="ieee")
 
     normed = _norm(stream, inside, cross_epsilon, WIDTH).to(tile.dtype)
+    target = out + (batch * queries + place) * WIDTH + feature[None, :]
+    tl.store(target, stream.to(out.dtype.element_ty), mask=mask)
+    tl.debug_barrier()  # other threads of the program may load it again
     stream = _cross_attention(
-        stream, normed, query_weight, query_bias, cross_weight,
+        target, mask, normed, query_weight, query_bias, cross_weight,
         k + batch * stride_k_batch, v + batch * stride_v_batch, key, keys, scale, stride_k_token, stride_v_token,
         WIDTH, BLOCK, HEADS, DIM, FULL,
     )  # fmt: skip
@@ -139,7 +145,6 @@ def decoder_tail_kernel(
         stream, normed, expand_weight, expand_bias, contract_weight, WIDTH, BLOCK, FEED_FORWARD, HIDDEN, FULL
     )
     stream += _added(contract_bias, feature, WIDTH)
-    target = out + (batch * queries + place) * WIDTH + feature[None, :]
     tl.store(target, stream.to(out.dtype.element_ty), mask=mask)
 
 
@@ -176,5 +181,6 @@ def tail(
             KEYS=max(16, triton.next_power_of_2(keys)), FULL=width == block and hidden % tile.hidden == 0,
             CONSTANT_WEIGHTS=constant_weights, EARLY=early,
             num_warps=tile.warps, num_stages=tile.stages, **launch_options(early),
+            **({"maxnreg": tile.registers} if tile.registers else {}),
         )  # fmt: skip
     return out
