@@ -156,6 +156,7 @@ def test_whole(mesh: str, options: dict[str, object], in_place: bool, monkeypatc
     """All variants, meshes and upsamplings, from features to vertices; `in_place`: as a GPU takes many rows."""
     if in_place:
         monkeypatch.setattr(products, "_adds_in_place", lambda x, layer: len(layer.weight) > 16)
+        monkeypatch.setattr(products, "_takes_marks", lambda x: True)
     config = replace(FastMETROConfig("small", 1, (32, 16), (48, 32), 2), **options)  # type: ignore[arg-type]
     from fastmetro.meshes.mesh import load_mesh
 

@@ -111,7 +111,9 @@ def attention_tiles(element_size: int, every: bool) -> list[ShortAttentionConfig
 
 def norm_constants(tile: NormalizeConfig, width: int, shifted: bool, early: bool) -> dict[str, Any]:
     """Of rows of this width, which is a power of two, as they are or with something added to each."""
-    found = {"WIDTH": width, "ROWS": tile.rows, "BLOCK": width, "SHIFTED": shifted, "EARLY": early}
+    marks = 0 if shifted else 64
+    found = {"WIDTH": width, "ROWS": tile.rows, "BLOCK": width, "SHIFTED": shifted, "MARKS": marks, "EARLY": early}
+    found["MARK_BLOCK"] = max(marks, 1)
     return found if shifted else found | {"shift": None}
 
 

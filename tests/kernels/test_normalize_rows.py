@@ -93,6 +93,25 @@ def test_shifted_rows(runner: Runner, sizes: tuple[int, int, int]) -> None:
     check(runner, x, shift=shift.repeat_interleave(2)[::2])
 
 
+@everywhere
+def test_marks_tell_a_row_its_place(runner: Runner) -> None:
+    """So that a product adds a bias per token."""
+    for sizes, marks in (((3, 7, 37), 7), ((2, 5, 64), 64), ((2, 3, 5, 16), 9), ((0, 5, 16), 8), ((2, 0, 16), 3)):
+        x = randn(runner, *sizes)
+        with poisoned_memory():
+            got = normalize_rows(x, marks=marks, backend=runner.backend)
+        assert got.shape == (*sizes[:-1], sizes[-1] + marks) and got.is_contiguous() and got.dtype == x.dtype
+        assert torch.equal(got[..., : sizes[-1]], normalize_rows(x, backend=runner.backend))
+        places = torch.eye(sizes[-2], marks, dtype=x.dtype, device=x.device)
+        assert torch.equal(got[..., sizes[-1] :], places.expand(*sizes[:-2], -1, -1))
+    part = surrounded(randn(runner, 3, 9, 40))[:, 1:]
+    bias = randn(runner, 8, 24)
+    weight = torch.cat([randn(runner, 24, 40), bias.T], 1)
+    got = normalize_rows(part, marks=8, backend=runner.backend) @ weight.T
+    expected = normalize_rows(part, backend=runner.backend).double() @ weight[:, :40].T.double() + bias.double()
+    torch.testing.assert_close(got.double(), expected, rtol=0.02, atol=0.2 if runner.dtype.itemsize == 2 else 1e-3)
+
+
 @on_each_backend
 def test_any_strides(runner: Runner) -> None:
     x = randn(runner, 3, 9, 40)
@@ -129,9 +148,9 @@ def test_equal_calls_give_equal_bits(runner: Runner) -> None:
 @on_triton
 def test_opcheck(runner: Runner) -> None:
     x = randn(runner, 2, 5, 20)
-    torch.library.opcheck(ops.normalize_rows_triton, (x, None, 1e-5, ()))
-    torch.library.opcheck(ops.normalize_rows_triton, (x[:1].expand(3, -1, -1), None, 1e-5, (4, 2)))
-    torch.library.opcheck(ops.normalize_rows_triton, (x, torch.zeros(20, device=x.device), 1e-5, ()))
+    torch.library.opcheck(ops.normalize_rows_triton, (x, None, 1e-5, 0, ()))
+    torch.library.opcheck(ops.normalize_rows_triton, (x[:1].expand(3, -1, -1), None, 1e-5, 6, (4, 2)))
+    torch.library.opcheck(ops.normalize_rows_triton, (x, torch.zeros(20, device=x.device), 1e-5, 0, ()))
     for given_x, shift, config, message in (
         (x[0], None, (), "x must be"),
         (x[..., :0], None, (), "1 to 16384 features"),
@@ -139,7 +158,7 @@ def test_opcheck(runner: Runner) -> None:
         (x, None, (3, 4), "rows must be one of"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            ops.normalize_rows_triton(given_x, shift, 1e-5, config)
+            ops.normalize_rows_triton(given_x, shift, 1e-5, 0, config)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -188,6 +207,8 @@ X = torch.zeros(2, 5, 20)
         ((X,), {"shift": torch.zeros(5)}, ValueError, r"shift must be \[20\], got \[5\]"),
         ((X,), {"shift": torch.zeros(20).half()}, TypeError, "shift must be one of float32, got torch.float16"),
         ((X[..., :0],), {}, ValueError, "K of at least 1"),
+        ((X,), {"marks": 4}, ValueError, "marks must be 0 or a whole number of at least 5, got 4"),
+        ((X,), {"marks": True}, ValueError, "marks must be 0 or a whole number of at least 5, got True"),
         ((X, True), {}, TypeError, "epsilon must be a number, got True"),
         ((X, -1.0), {}, ValueError, "epsilon must be finite and at least 0, got -1.0"),
         ((X,), {"config": (1, 4)}, TypeError, "config must be a NormalizeConfig, got tuple"),

@@ -7,6 +7,7 @@ captured graphs go on with the new weights.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmetro.inference.engine.folding import (
@@ -16,7 +17,16 @@ from fastmetro.inference.engine.folding import (
     linear,
     projection,
 )
-from fastmetro.inference.engine.products import Layer, Tokens, decoder_tail, fuses_tail, read, short_attention, update
+from fastmetro.inference.engine.products import (
+    PLACES,
+    Layer,
+    Tokens,
+    decoder_tail,
+    fuses_tail,
+    read,
+    short_attention,
+    update,
+)
 from fastmetro.models.attention import TokenAttention
 from fastmetro.models.transformer import DecoderLayer, EncoderLayer
 from fastmetro_kernels.fused import TailWeights
@@ -40,16 +50,22 @@ class Folded(nn.Module):
     def put_affine(
         self, name: str, layer: Affine, dtype: torch.dtype | None = None, *, behind_norm: bool = False
     ) -> None:
-        """Store a linear layer as buffers `name`_weight and `name`_bias; `behind_norm`: and `name`_sums of its rows."""
+        """Store a linear layer as buffers `name`_weight and `name`_bias.
+
+        `behind_norm`: also `name`_sums of its rows and, with a bias per token, `name`_marked; see ``products.Layer``.
+        """
         self.put(f"{name}_weight", layer.weight, dtype)
         self.put(f"{name}_bias", layer.bias, dtype)
         if behind_norm:  # of the weight as it is stored, so that they fit what is multiplied
             self.put(f"{name}_sums", self.get_buffer(f"{name}_weight").double().sum(1), torch.float32)
+            if layer.bias.dim() == 2 and len(layer.bias) <= PLACES:
+                marks = F.pad(layer.bias.T, (0, PLACES - len(layer.bias)))
+                self.put(f"{name}_marked", torch.cat([layer.weight, marks], 1), dtype)
 
     def affine(self, name: str) -> Layer:
         """A stored linear layer."""
         weight, bias = self.get_buffer(f"{name}_weight"), self.get_buffer(f"{name}_bias")
-        return Layer(weight, bias, self._buffers.get(f"{name}_sums"))
+        return Layer(weight, bias, self._buffers.get(f"{name}_sums"), self._buffers.get(f"{name}_marked"))
 
 
 class _FoldedLayer(Folded):
@@ -120,7 +136,7 @@ class FoldedDecoderLayer(_FoldedLayer):
     def tail_weights(self) -> TailWeights:
         """All that stands behind the self-attention."""
         layers = (self.affine(name) for name in ("out", "query", "cross_out", "expand", "contract"))
-        return TailWeights(*(tensor for weight, bias, _ in layers for tensor in (weight, bias)))
+        return TailWeights(*(tensor for layer in layers for tensor in layer[:2]))
 
     def tail_epsilons(self) -> tuple[float, float]:
         """Of the norms in front of the cross-attention and of the feed-forward block."""

@@ -32,6 +32,9 @@ output."""
 TAIL_ROWS = 14_000
 """Rows from which a narrow decoder layer is one kernel behind its self-attention: 43 microseconds as with separate ones
 at 14,240 rows, 289 instead of 331 at 113,920, but 30 instead of 11 at 445."""
+PLACES = 64
+"""Tokens, at most, whose biases are columns of the weight: with many rows the norm then writes a 1 at the token's place
+behind each row, and the product adds the bias. A tensor of biases for every row would be written and read instead."""
 _FEW_FEATURES = 16
 """Outputs up to which float32 weights are fused, too: the heads'. They multiply without tensor cores there."""
 
@@ -43,11 +46,13 @@ class Layer(NamedTuple):
         weight: [N, K].
         bias: [N] or, per token, [S, N].
         sums: float32 [N], of the rows of the weight, where it stands behind a layer norm; else None.
+        marked: [N, K + PLACES], the weight and behind it the bias per token, where that stands behind a layer norm.
     """
 
     weight: Tensor
     bias: Tensor
     sums: Tensor | None = None
+    marked: Tensor | None = None
 
 
 class Tokens(NamedTuple):
@@ -90,8 +95,8 @@ def _fuses(x: Tensor, layer: Layer) -> bool:
 def _fuses_read(tokens: Tokens, layer: Layer) -> bool:
     if tokens.lacking is not None or not _fuses(tokens.values, layer):
         return False
-    shared_bias = layer.bias.dim() == 1  # for one per token the library takes another pass
-    return not (_many(tokens.values) and shared_bias and len(layer.weight) > NARROW)
+    one_pass = layer.bias.dim() == 1 or layer.marked is not None
+    return not (_many(tokens.values) and one_pass and len(layer.weight) > NARROW)
 
 
 def _fuses_update(x: Tensor, layer: Layer, residual: bool) -> bool:
@@ -100,6 +105,10 @@ def _fuses_update(x: Tensor, layer: Layer, residual: bool) -> bool:
 
 def _adds_in_place(x: Tensor, layer: Layer) -> bool:
     return x.is_cuda and x.dtype.itemsize == 2 and _many(x) and len(layer.weight) > NARROW
+
+
+def _takes_marks(x: Tensor) -> bool:
+    return x.is_cuda and x.dtype.itemsize == 2 and _many(x)
 
 
 def read(tokens: Tokens, layer: Layer, epsilon: float, relu: bool = False) -> Tensor:
@@ -111,13 +120,18 @@ def read(tokens: Tokens, layer: Layer, epsilon: float, relu: bool = False) -> Te
         epsilon: of the layer norm, which has neither gain nor bias.
         relu: whether act is ReLU.
     """
-    x, (weight, bias, sums) = tokens.values, layer
+    x, (weight, bias, sums, _) = tokens.values, layer
     if _fuses_read(tokens, layer):
         late = tokens.moments is not None
         return fused.fused_linear(
             x, weight, bias, normalize=epsilon, moments=tokens.moments, weight_sums=sums if late else None, relu=relu,
             out_dtype=weight.dtype, constant_weights=True,
         )  # fmt: skip
+    if layer.marked is not None and _takes_marks(x):
+        y = F.linear(
+            fused.normalize_rows(x.to(weight.dtype), epsilon, shift=tokens.lacking, marks=PLACES), layer.marked
+        )
+        return y.relu_() if relu else y
     return _library_product(_normalized(x.to(weight.dtype), epsilon, tokens.lacking), weight, bias, relu)
 
 
@@ -130,7 +144,7 @@ def update(x: Tensor, layer: Layer, residual: Tokens | None = None, leading: Ten
         residual: [B, S, N]; is given up: the result may lie where it does.
         leading: [B, P, N] tokens that are put in front of the result's; not with a residual.
     """
-    weight, bias, _ = layer
+    weight, bias = layer[:2]
     if residual is not None and _adds_in_place(x, layer):
         return _add_in_place(x, layer, residual)
     added = None if residual is None else residual.values
@@ -148,7 +162,7 @@ def update(x: Tensor, layer: Layer, residual: Tokens | None = None, leading: Ten
 
 def _add_in_place(x: Tensor, layer: Layer, residual: Tokens) -> Tokens:
     """One product of the library, which reads and overwrites the residual; the bias stays to be added."""
-    weight, bias, _ = layer
+    weight, bias = layer[:2]
     values = residual.values
     if values.stride(0) == 0 and len(values) > 1:  # shared by all images
         values = _repeated(values[:1], len(values))

@@ -24,6 +24,7 @@ def normalize_rows(
     epsilon: float = 1e-5,
     *,
     shift: Tensor | None = None,
+    marks: int = 0,
     config: NormalizeConfig | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -38,11 +39,13 @@ def normalize_rows(
         epsilon: Finite, at least 0.
         shift: float32 (float64 for float64 x) ``[K]``, added to each row first: for instance biases that the layers
             that made the rows left out.
+        marks: so many further numbers behind each row, at least M or 0: 1 at the place of the row among its M, else 0.
+            A product with ``[weight, bias.T]``, ``[N, K + marks]``, then adds a bias per token.
         config: The tile of the Triton kernel instead of the pinned one, for measurements.
         backend: ``"auto"`` (Triton where it can run on a GPU), ``"triton"`` or ``"reference"``.
 
     Returns:
-        ``[..., M, K]`` in the dtype of x, contiguous.
+        ``[..., M, K + marks]`` in the dtype of x, contiguous.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -60,6 +63,8 @@ def normalize_rows(
         if shift.shape != x.shape[-1:]:
             raise ValueError(f"shift must be [{x.shape[-1]}], got {list(shift.shape)}")
         shift = shift.contiguous()
+    if isinstance(marks, bool) or not isinstance(marks, int) or (marks and marks < x.shape[-2]):
+        raise ValueError(f"marks must be 0 or a whole number of at least {x.shape[-2]}, got {marks!r}")
     refuse_gradients("normalize_rows", {"x": x, "shift": shift})
     chosen = choose_backend("normalize_rows", backend, x.device, x.dtype)
     if x.shape[-1] > ops.MAX_WIDTH:
@@ -68,5 +73,7 @@ def normalize_rows(
         chosen = "reference"
     rows = x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
     if chosen == "reference":
-        return reference.normalize(rows, shift, epsilon).view(x.shape)
-    return ops.normalize_rows_triton(rows, shift, epsilon, config or ()).view(x.shape)
+        out = reference.normalize(rows, shift, epsilon, marks)
+    else:
+        out = ops.normalize_rows_triton(rows, shift, epsilon, marks, config or ())
+    return out.view(*x.shape[:-1], x.shape[-1] + marks)
