@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing.connection
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 People = Callable[[Tensor], SyntheticBatch]
 """int64 sample indices [B] -> images and labels, on the device of the indices."""
+
+_SECONDS_TO_DIE = 2.0
 
 
 class SourceFailed(RuntimeError):
@@ -127,7 +130,7 @@ class TsvBatches:
         try:
             return next(self._batches)
         except (RuntimeError, OSError, EOFError, UnusableData) as error:
-            why = f"{error}{_dead_workers(self._batches, str(error))}"
+            why = f"{error}{_dead_workers(self._batches, error)}"
             self._batches = None
             raise SourceFailed(f"the samples of step {step} could not be read: {why}") from error
 
@@ -138,11 +141,14 @@ class TsvBatches:
         return iter(make_loader(MixedDataset(sets), steps, workers=self._workers, pin_memory=pin))
 
 
-def _dead_workers(batches: Iterator[Any], said: str) -> str:
+def _dead_workers(batches: Iterator[Any], error: Exception) -> str:
     """What an error that only tells of a broken connection leaves out; empty where there is nothing to add."""
-    if "DataLoader worker" in said:
+    if "DataLoader worker" in str(error):
         return ""
-    dead = [str(worker.pid) for worker in getattr(batches, "_workers", ()) if not worker.is_alive()]
+    workers = getattr(batches, "_workers", ())
+    if workers and isinstance(error, (OSError, EOFError)):  # connections break before a process counts as dead
+        multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=_SECONDS_TO_DIE)
+    dead = [str(worker.pid) for worker in workers if not worker.is_alive()]
     return f"; DataLoader worker (pid {', '.join(dead)}) is dead" if dead else ""
 
 

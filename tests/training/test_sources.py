@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import re
 import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -116,11 +117,19 @@ def test_a_dead_worker_fails(tmp_path: Path) -> None:
 
 
 def test_a_broken_connection_names_the_worker() -> None:
-    alive, dead = (SimpleNamespace(pid=pid, is_alive=lambda pid=pid: pid == 1) for pid in (1, 2))
-    batches = SimpleNamespace(_workers=[alive, dead])
-    assert _dead_workers(batches, "Connection reset by peer") == "; DataLoader worker (pid 2) is dead"
-    assert _dead_workers(batches, "DataLoader worker (pid 2) is killed") == ""
-    assert _dead_workers(SimpleNamespace(_workers=[alive]), "no such file") == _dead_workers(iter(()), "") == ""
+    """Also where the worker does not count as dead yet."""
+    context = multiprocessing.get_context("spawn")
+    alive, dying = (context.Process(target=time.sleep, args=(600,), daemon=True) for _ in range(2))
+    alive.start(), dying.start()
+    batches, broken = SimpleNamespace(_workers=[alive, dying]), ConnectionResetError("Connection reset by peer")
+    try:
+        assert _dead_workers(batches, RuntimeError("no such file")) == ""
+        os.kill(dying.pid or 0, signal.SIGKILL)
+        assert _dead_workers(batches, broken) == f"; DataLoader worker (pid {dying.pid}) is dead"
+        assert _dead_workers(batches, RuntimeError("DataLoader worker (pid 2) is killed")) == ""
+        assert _dead_workers(iter(()), broken) == ""
+    finally:
+        alive.kill()
 
 
 def test_shares_and_synthetic_images(tmp_path: Path, mesh: Mesh) -> None:
