@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 
 import pytest
 import torch
 from torch import Tensor
 
+from bench import common
 from bench.fused import measure, report
 from bench.fused.basis import COMPILED, LIBRARY, OURS, tile_name
 from bench.fused.cases import Attention, Case, Linear, Norm, Tail, all_cases
@@ -97,3 +99,15 @@ def test_the_table_takes_the_tile_with_the_least_time_over_the_layers_of_a_size(
     (bands,) = eval(f"{{{lines}}}", {"LinearConfig": LinearConfig}).values()
     assert bands == ((50, three), (445, two))
     assert all(problem(tile) is None for _, tile in bands)
+
+
+def test_kernels_are_compiled_whatever_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device", lambda _device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _device: None)
+    ran: list[bool] = []
+
+    def fails() -> None:
+        raise RuntimeError("no such tile")
+
+    count, seconds = common.precompile([lambda: ran.append(torch.is_grad_enabled()), fails] * 2, CPU)
+    assert count == 4 and seconds > 0 and ran == [False, False]
