@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import csv
 import importlib.metadata
 import os
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from fastmetro.profiling.record import commit, device_name
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 SHARED = ROOT.parent / "shared"
+_THREADS = 16
 """Published data for comparisons; benchmarks must also run where it is absent."""
 
 
@@ -209,3 +212,20 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         writer.writeheader()
         writer.writerows(rows)
     os.replace(temporary, path)
+
+
+def precompile(jobs: Sequence[Callable[[], Any]], device: torch.device) -> tuple[int, float]:
+    """Runs calls once in parallel threads, so that their kernels are compiled; how many, and seconds.
+
+    What fails here fails again later, where it is told.
+    """
+
+    def run(job: Callable[[], Any]) -> None:
+        with contextlib.suppress(Exception), torch.no_grad(), torch.cuda.device(device):
+            job()
+
+    start = time.perf_counter()
+    with ThreadPoolExecutor(_THREADS) as pool:
+        list(pool.map(run, jobs))
+    torch.cuda.synchronize(device)
+    return len(jobs), time.perf_counter() - start

@@ -110,9 +110,7 @@ def _join(
         raise SystemExit(f"results of ours are wrong for {wrong} layers: see the notes")
 
 
-def _stems(
-    options: argparse.Namespace, dtype: torch.dtype, device: torch.device, record: Mapping[str, str]
-) -> None:
+def _stems(options: argparse.Namespace, dtype: torch.dtype, device: torch.device, record: Mapping[str, str]) -> None:
     """The trunks' beginnings at all batch sizes, a line for each; fails where a result of ours was wrong."""
     bandwidth = common.copy_bandwidth(device) if device.type == "cuda" else None
     found = []

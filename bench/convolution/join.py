@@ -8,10 +8,9 @@ faster than both others.
 
 from __future__ import annotations
 
-import time
+import functools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +27,6 @@ from fastmetro_kernels.convolution.configs import pinned
 from fastmetro_kernels.convolution.join_configs import tiles
 
 LIBRARY, NATIVE = "library", "native"
-THREADS = 16
 LAYOUT = "{:48} {:>7} {:>8} {:>8} {:>8} {:>6}  {:20} {:>8} {:>8}"
 HEADER = LAYOUT.format(
     "images of height x width, channels", "floor", LIBRARY, NATIVE, "join", "ratio", "fastest tile", "error", LIBRARY
@@ -98,23 +96,11 @@ def _tiles(used: Used) -> tuple[JoinConfig, ...]:
 
 def precompile(layers: Sequence[Used], dtype: torch.dtype, device: torch.device) -> tuple[int, float]:
     """Runs every tile once on one image in parallel threads; calls and seconds. What fails here fails again later."""
-    single = dict.fromkeys(used._replace(layer=used.layer._replace(images=1)) for used in layers)
-    jobs = [
-        (inputs, tile) for used in single for inputs in [make_inputs(used, dtype, device, 0)] for tile in _tiles(used)
-    ]
-
-    def job(item: tuple[Inputs, JoinConfig]) -> None:
-        try:
-            with torch.no_grad(), torch.cuda.device(device):
-                _join(*item)
-        except Exception:
-            return
-
-    start = time.perf_counter()
-    with ThreadPoolExecutor(THREADS) as pool:
-        list(pool.map(job, jobs))
-    torch.cuda.synchronize(device)
-    return len(jobs), time.perf_counter() - start
+    jobs: list[Callable[[], Tensor]] = []
+    for used in dict.fromkeys(used._replace(layer=used.layer._replace(images=1)) for used in layers):
+        inputs = make_inputs(used, dtype, device, 0)
+        jobs += [functools.partial(_join, inputs, tile) for tile in _tiles(used)]
+    return common.precompile(jobs, device)
 
 
 def measure(case: Case, rounds: int, bandwidth: float | None) -> Joined:

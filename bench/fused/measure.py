@@ -11,8 +11,7 @@ import functools
 import itertools
 import statistics
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -26,7 +25,6 @@ MAX_SETS, ACTIVATION_SETS = 64, 4
 GRAPH_SECONDS = 0.5e-3  # about so long a graph, so that its ends do not count
 GRAPH_CALLS = (4, 128)
 ROUNDS = (5, 40)
-THREADS = 16
 
 
 @dataclass
@@ -58,23 +56,12 @@ def contenders(case: Case, compiled: bool, every_tile: bool) -> dict[str, Run]:
 def precompile(cases: Sequence[Case], every_tile: bool, device: torch.device) -> tuple[int, float]:
     """Runs every contender of ours once in parallel threads; calls and seconds. What fails here fails again later."""
     generator = torch.Generator(device).manual_seed(0)
-    jobs = []
+    jobs: list[Callable[[], Tensor]] = []
     for case in cases:
         tensors = (*case.activations(generator), *case.constants(generator))
-        jobs += [(run, tensors) for name, run in contenders(case, False, every_tile).items() if name != LIBRARY]
-
-    def job(item: tuple[Run, tuple[Tensor, ...]]) -> None:
-        try:
-            with torch.cuda.device(device):
-                item[0](*item[1])
-        except Exception:
-            return
-
-    start = time.perf_counter()
-    with ThreadPoolExecutor(THREADS) as pool:
-        list(pool.map(job, jobs))
-    torch.cuda.synchronize(device)
-    return len(jobs), time.perf_counter() - start
+        runs = contenders(case, False, every_tile)
+        jobs += [functools.partial(run, *tensors) for name, run in runs.items() if name != LIBRARY]
+    return common.precompile(jobs, device)
 
 
 def measure(case: Case, runs: dict[str, Run], device: torch.device, seconds: float) -> list[Entry]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastmetro_kernels import backends
 from fastmetro_kernels.convolution.ops import NAMESPACE
-from fastmetro_kernels.convolution.stem import CHANNELS, INPUTS, stem_reasons
+from fastmetro_kernels.convolution.stem import CHANNELS, INPUTS, check_stem_images, stem_reasons
 from fastmetro_kernels.fused.inference import check_tensor, refuse_gradients
 
 TAPS = 9
@@ -20,7 +20,6 @@ FIRST_PACKED, SECOND_PACKED = (2, 2, 2, 32, 8), (4, 36, 32, 8)
 """Share of the channels, step of 16 numbers of the depth, (of the first: two tiles of 8 channels,) lane, what it loads
 at once. As in ``csrc/convolution/double_stem.cuh``."""
 _WEIGHTS = {"first": (CHANNELS, INPUTS, 3, 3), "second": (CHANNELS, CHANNELS, 3, 3)}
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class DoubleStemConfig(NamedTuple):
@@ -159,13 +158,11 @@ def _reference(x: Tensor, weights: DoubleStemWeights) -> Tensor:
 
 
 def _check(x: Tensor, weights: DoubleStemWeights, config: DoubleStemConfig | None) -> None:
-    check_tensor("x", x, _DTYPES)
+    check_stem_images(x)
     if not isinstance(weights, DoubleStemWeights):
         raise TypeError(f"weights must come from lay_out_double_stem, got {type(weights).__name__}")
     check_tensor("weights.first", weights.first, (x.dtype,), x.device)
     check_tensor("weights.second", weights.second, (x.dtype,), x.device)
-    if x.dim() != 4 or x.shape[1] != INPUTS or 0 in x.shape[2:]:
-        raise ValueError(f"x must be [N, 3, H, W], got {list(x.shape)}")
     if config is not None and config._replace(early=True) not in _CONFIGS:
         heights = " or ".join(str(one.height) for one in _CONFIGS)
         raise ValueError(f"config must be a tile of {heights} rows, got {config.height}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -160,34 +161,16 @@ def _check_arguments(
 
 
 @torch.library.register_fake(f"{NAMESPACE}::convolution_join_triton")
-def _fake(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    second: Tensor,
-    second_weight: Tensor,
-    second_stride: int,
-    relu: bool,
-    config: Sequence[int],
-) -> Tensor:
-    _check_arguments(x, weight, bias, second, second_weight, second_stride, config)
+def _fake(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
+    _check_arguments(x, weight, *(*others[:4], others[5]))  # all but relu
     return x.new_empty((*x.shape[:3], weight.size(0)))
 
 
-def _convolution_join_triton(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    second: Tensor,
-    second_weight: Tensor,
-    second_stride: int,
-    relu: bool,
-    config: Sequence[int],
-) -> Tensor:
+def _convolution_join_triton(*arguments: Any) -> Tensor:
     from fastmetro_kernels.convolution import join_triton
 
-    _check_arguments(x, weight, bias, second, second_weight, second_stride, config)
-    return join_triton.join(x, weight, bias, second, second_weight, second_stride, relu, config)
+    _check_arguments(*(*arguments[:6], arguments[7]))  # all but relu
+    return join_triton.join(*arguments)
 
 
 for _device in ("CPU", "CUDA"):

@@ -162,13 +162,18 @@ def _reference(x: Tensor, weights: StemWeights) -> Tensor:
     return F.max_pool2d(y, 3, 2, 1).to(memory_format=torch.channels_last)
 
 
-def _check(x: Tensor, weights: StemWeights, config: StemConfig | None) -> None:
+def check_stem_images(x: Tensor) -> None:
+    """Images that a stem takes; see :func:`convolution_stem`."""
     check_tensor("x", x, _DTYPES)
+    if x.dim() != 4 or x.shape[1] != INPUTS or 0 in x.shape[2:]:
+        raise ValueError(f"x must be [N, 3, H, W], got {list(x.shape)}")
+
+
+def _check(x: Tensor, weights: StemWeights, config: StemConfig | None) -> None:
+    check_stem_images(x)
     if not isinstance(weights, StemWeights):
         raise TypeError(f"weights must come from lay_out_stem, got {type(weights).__name__}")
     check_tensor("weights.weight", weights.weight, (x.dtype,), x.device)
-    if x.dim() != 4 or x.shape[1] != INPUTS or 0 in x.shape[2:]:
-        raise ValueError(f"x must be [N, 3, H, W], got {list(x.shape)}")
     if config is not None and config._replace(early=True) not in _CONFIGS:
         sizes = ", ".join(f"{one.height} x {one.width}" for one in _CONFIGS)
         raise ValueError(f"config must be a tile of {sizes}, got {config.height} x {config.width}")

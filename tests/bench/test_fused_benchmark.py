@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 
 import pytest
 import torch
 from torch import Tensor
 
+from bench import common
 from bench.fused import measure, report
 from bench.fused.basis import COMPILED, LIBRARY, OURS, tile_name
 from bench.fused.cases import Attention, Case, Linear, Norm, Tail, all_cases
@@ -117,3 +119,15 @@ def test_native_tiles_go_into_a_table_of_their_own() -> None:
     assert not Linear("c", 513, 64, 32, 1, torch.float16).native_tiles()
     assert not Linear("c", 50, 64, 32, 1, torch.float16, norm=True).native_tiles()  # it makes no moments
     assert Linear("c", 50, 512, 32, 1, torch.float16, norm=True).native_tiles()
+
+
+def test_kernels_are_compiled_whatever_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device", lambda _device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _device: None)
+    ran: list[bool] = []
+
+    def fails() -> None:
+        raise RuntimeError("no such tile")
+
+    count, seconds = common.precompile([lambda: ran.append(torch.is_grad_enabled()), fails] * 2, CPU)
+    assert count == 4 and seconds > 0 and ran == [False, False]

@@ -166,10 +166,12 @@ def test_whole(mesh: str, options: dict[str, object], in_place: bool, monkeypatc
     assert isinstance(model, FastMETRO)
     images = random(2, 3, 224, 224)
     expected = model(images)
-    got = FoldedTransformers(model, torch.float64, CPU)(model.backbone(images))
-    assert got.keys() == expected.keys()
-    for name, value in expected.items():
-        near(got[name], value)
+    folded = FoldedTransformers(model, torch.float64, CPU)
+    for count in (2, 1, 1):  # nothing that is kept may change
+        got = folded(model.backbone(images[:count]))
+        assert got.keys() == expected.keys()
+        for name, value in expected.items():
+            near(got[name], value[:count])
 
 
 def test_flops_of_the_prefix() -> None:

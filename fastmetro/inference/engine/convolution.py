@@ -105,9 +105,7 @@ def stem(x: Tensor, weights: StemWeights) -> Tensor:
 
     One kernel wherever it can run, at every batch size.
     """
-    laid_out, backend = weights.laid_out_stem(), weights.backend
-    if backend == AUTO:
-        backend = "native" if x.is_cuda and not stem_reasons(x.device, x.dtype) else LIBRARY
+    laid_out, backend = weights.laid_out_stem(), _stem_backend(x, weights.backend)
     if laid_out is not None and backend != LIBRARY:
         return kernels.convolution_stem(x, laid_out, backend=backend)
     return F.max_pool2d(convolution(x, weights, relu=True), 3, stride=2, padding=1)
@@ -118,12 +116,16 @@ def double_stem(x: Tensor, weights: DoubleStemWeights) -> Tensor:
 
     One kernel wherever it can run, at every batch size.
     """
-    laid_out, backend = weights.laid_out(), weights.backend
-    if backend == AUTO:
-        backend = "native" if x.is_cuda and not stem_reasons(x.device, x.dtype) else LIBRARY
+    laid_out, backend = weights.laid_out(), _stem_backend(x, weights.backend)
     if laid_out is not None and backend != LIBRARY:
         return kernels.convolution_double_stem(x, laid_out, backend=backend)
     return convolution(convolution(x, weights.first, relu=True), weights.second, relu=True)
+
+
+def _stem_backend(x: Tensor, backend: str) -> str:
+    if backend != AUTO:
+        return backend
+    return "native" if x.is_cuda and not stem_reasons(x.device, x.dtype) else LIBRARY
 
 
 def bottleneck(x: Tensor, weights: BlockWeights) -> Tensor:

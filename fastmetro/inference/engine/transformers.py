@@ -159,7 +159,7 @@ class FoldedTransformers(Folded):
         stage = self.stage_1
         first = stage.decoder[0]
         assert isinstance(first, FoldedDecoderLayer)
-        constant = Tokens(self.get_buffer("prefix_tokens"))
+        constant = Tokens(self.get_buffer("prefix_tokens"), constant=True)
         tokens = first.cross(constant, self.get_buffer("prefix_query"), stage.memory(memory, 0))
         for number, layer in enumerate(list(stage.decoder)[1:], start=1):
             tokens = layer(tokens, stage.memory(memory, number), self.attend)
