@@ -147,7 +147,11 @@ def _dead_workers(batches: Iterator[Any], error: Exception) -> str:
         return ""
     workers = getattr(batches, "_workers", ())
     if workers and isinstance(error, (OSError, EOFError)):  # connections break before a process counts as dead
-        multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=_SECONDS_TO_DIE)
+        sentinels = [worker.sentinel for worker in workers]
+        ended = multiprocessing.connection.wait(sentinels, timeout=_SECONDS_TO_DIE)
+        for worker, sentinel in zip(workers, sentinels, strict=True):
+            if sentinel in ended:
+                worker.join(_SECONDS_TO_DIE)  # a pipe like the others: it, too, closes before the process counts
     dead = [str(worker.pid) for worker in workers if not worker.is_alive()]
     return f"; DataLoader worker (pid {', '.join(dead)}) is dead" if dead else ""
 

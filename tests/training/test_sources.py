@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
 import os
 import re
 import signal
@@ -116,16 +117,29 @@ def test_a_dead_worker_fails(tmp_path: Path) -> None:
     assert process.exitcode == 0 and re.search(r"DataLoader worker \(pid.*\) ", said.read_text())
 
 
+def close_files_and_die() -> None:
+    """As the operating system ends a process, with more time between the two steps."""
+    os.closerange(3, 256)
+    time.sleep(0.3)
+    os._exit(1)
+
+
 def test_a_broken_connection_names_the_worker() -> None:
     """Also where the worker does not count as dead yet."""
     context = multiprocessing.get_context("spawn")
-    alive, dying = (context.Process(target=time.sleep, args=(600,), daemon=True) for _ in range(2))
-    alive.start(), dying.start()
+    alive, dying, closing = (
+        context.Process(target=target, args=args, daemon=True)
+        for target, args in ((time.sleep, (600,)), (time.sleep, (600,)), (close_files_and_die, ()))
+    )
+    alive.start(), dying.start(), closing.start()
     batches, broken = SimpleNamespace(_workers=[alive, dying]), ConnectionResetError("Connection reset by peer")
     try:
         assert _dead_workers(batches, RuntimeError("no such file")) == ""
         os.kill(dying.pid or 0, signal.SIGKILL)
         assert _dead_workers(batches, broken) == f"; DataLoader worker (pid {dying.pid}) is dead"
+        assert multiprocessing.connection.wait([closing.sentinel], timeout=120)
+        late = SimpleNamespace(_workers=[alive, closing])
+        assert _dead_workers(late, broken) == f"; DataLoader worker (pid {closing.pid}) is dead"
         assert _dead_workers(batches, RuntimeError("DataLoader worker (pid 2) is killed")) == ""
         assert _dead_workers(iter(()), broken) == ""
     finally:
