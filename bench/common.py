@@ -25,8 +25,8 @@ from fastmetro.profiling.record import commit, device_name
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 SHARED = ROOT.parent / "shared"
-_THREADS = 16
 """Published data for comparisons; benchmarks must also run where it is absent."""
+_THREADS = 16
 
 
 def environment(device: torch.device) -> dict[str, str]:

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
+from compilation import SHARED_LIMIT, compile_report, needs_triton
 from fused_cases import assert_within_budget, poisoned_memory
 from torch import Tensor
 
@@ -277,24 +272,14 @@ def test_gradients_are_refused(name: str) -> None:
         convolution_join(x, weights, second)
 
 
+@needs_triton
 @pytest.mark.parametrize("layer", ["64 64 256 1", "512 1024 2048 2"])
 def test_tiles_compile_for_asynchronous_tensor_cores(layer: str) -> None:
     """Also without a GPU: loads of 16 bytes that nobody waits for at once, wide stores, and nothing is spilled."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("needs triton")
-    script = Path(__file__).with_name("compile_join.py")
-    done = subprocess.run(
-        [sys.executable, str(script), "90", "fp16", *layer.split()],
-        env=os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(script.parents[2])},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = compile_report("compile_join.py", 90, "fp16", *layer.split())
     assert len(found) >= 10
     for name, used in found.items():
-        assert used["stack"] == 0 and used["shared"] <= 227 * 1024, (name, used)
+        assert used["stack"] == 0 and used["shared"] <= SHARED_LIMIT[90], (name, used)
         assert used["asynchronous"] and used["copies"] and not used["small_copies"], (name, used)
         assert used["wide_stores"] and used["waits"], (name, used)
 

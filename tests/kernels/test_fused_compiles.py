@@ -2,32 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from compilation import SHARED_LIMIT, compile_report, needs_triton
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
-
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+pytestmark = needs_triton
 
 
 @pytest.mark.parametrize(("capability", "dtype", "width"), [(90, "fp16", 512), (90, "fp16", 128), (80, "bf16", 128)])
 def test_pinned_tiles_compile_without_spilling(capability: int, dtype: str, width: int) -> None:
-    script = Path(__file__).with_name("compile_fused.py")
-    done = subprocess.run(
-        [sys.executable, str(script), str(capability), dtype, str(width)],
-        env=os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(script.parents[2])},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = compile_report("compile_fused.py", capability, dtype, width)
     kinds = {"linear", "attention", "norm"} | ({"tail", "pixels", "order"} if width == 128 else set())
     assert {name.split()[0] for name in found} == kinds
     for name, used in found.items():

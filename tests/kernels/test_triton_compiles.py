@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from compilation import SHARED_LIMIT, compile_report, needs_triton
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
-
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+pytestmark = needs_triton
 
 
 @pytest.mark.parametrize(
@@ -32,17 +24,7 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else str(value),
 )
 def test_kernels_compile_without_spilling(capability: int, dtype: str, dim: int, flags: tuple[str, ...]) -> None:
-    script = Path(__file__).with_name("compile_attention.py")
-    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(script.parents[2])}
-    done = subprocess.run(
-        [sys.executable, str(script), str(capability), dtype, str(dim), *flags],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    report = json.loads(done.stdout.splitlines()[-1])
+    report = compile_report("compile_attention.py", capability, dtype, dim, *flags)
     assert len(report) == (3 if "ones" in flags or any(":" in flag for flag in flags) else 5)
     for name, used in report.items():
         assert used["stack"] <= 16, (name, used)
