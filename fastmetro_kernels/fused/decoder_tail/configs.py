@@ -16,32 +16,19 @@ class TailConfig(NamedTuple):
         hidden: features of the feed-forward block that are made and used up at a time (16 to 256).
         warps: 1 to 8.
         stages: steps that are loaded ahead (1 to 4).
-        registers: of a thread at most (96, 128 or 168), so that more programs share a multiprocessor; 0 for as many as
-            the compiler takes.
     """
 
     rows: int
     hidden: int
     warps: int
     stages: int
-    registers: int = 0
 
 
-_ACCEPTED = {
-    "rows": (16, 32, 64, 128),
-    "hidden": (16, 32, 64, 128, 256),
-    "warps": (1, 2, 4, 8),
-    "stages": (1, 2, 3, 4),
-    "registers": (0, 96, 128, 168),
-}
+_ACCEPTED = {"rows": (16, 32, 64, 128), "hidden": (16, 32, 64, 128, 256), "warps": (1, 2, 4, 8), "stages": (1, 2, 3, 4)}
 
 TILES: dict[int, tuple[TailConfig, ...]] = {
     2: (
         TailConfig(64, 64, 4, 2),
-        TailConfig(64, 32, 4, 2, 168),
-        TailConfig(64, 64, 8, 2, 128),
-        TailConfig(64, 64, 4, 2, 168),
-        TailConfig(64, 32, 4, 3, 168),
         TailConfig(128, 64, 8, 2),
         TailConfig(64, 128, 4, 2),
         TailConfig(64, 64, 4, 3),

@@ -1,11 +1,11 @@
 """The Triton backend of the decoder tail: CUDA devices, or CPU tensors in Triton's interpreter.
 
 A program takes a tile of tokens through the whole rest of a layer. The residual stream is in registers, in float32;
-only while the heads attend does it wait where the output will be, rounded as between two layers: how many programs
-share a multiprocessor is a matter of registers. Heads are taken one after the other, each with keys and values that
-are 0 in the features of the others: that multiplies eight times as much as it needs to, but heads never have to be cut
-out of tiles and put side by side, and tensor cores are not what the time goes to. The hidden features of the
-feed-forward block, too, are taken some at a time. The order is fixed, and nothing is tuned at run time.
+only while the heads attend does it wait where the output will be, rounded as between two layers: they need its
+registers. Heads are taken one after the other, each with keys and values that are 0 in the features of the others: that
+multiplies eight times as much as it needs to, but heads never have to be cut out of tiles and put side by side, and
+tensor cores are not what the time goes to. The hidden features of the feed-forward block, too, are taken some at a
+time. The order is fixed, and nothing is tuned at run time.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -181,6 +181,5 @@ def tail(
             KEYS=max(16, triton.next_power_of_2(keys)), FULL=width == block and hidden % tile.hidden == 0,
             CONSTANT_WEIGHTS=constant_weights, EARLY=early,
             num_warps=tile.warps, num_stages=tile.stages, **launch_options(early),
-            **({"maxnreg": tile.registers} if tile.registers else {}),
         )  # fmt: skip
     return out
