@@ -17,7 +17,7 @@ from fastmetro.profiling.end_to_end import Times, time_file_to_file
 from fastmetro.profiling.latency import alternate, synchronize, tensor_float_32
 from fastmetro.profiling.parts import part_times, plain_parts
 from fastmetro.profiling.record import clocks
-from fastmetro.profiling.resources import MemoryMeter, joules_per_call
+from fastmetro.profiling.resources import Load, MemoryMeter, load_of_calls
 from fastmetro.profiling.settings import FpsSettings
 
 Say = Callable[[str], None]
@@ -41,7 +41,7 @@ class Entry:
     samples: list[list[float]] = field(default_factory=list)
     file_samples: list[Times] = field(default_factory=list)
     memory_mib: float | None = None
-    joules: float | None = None
+    load: Load | None = None
     parts: Times = field(default_factory=dict)
 
 
@@ -145,8 +145,7 @@ class Case:
         contender = entry.contender
         assert contender is not None
         with tensor_float_32(contender.uses_tf32):
-            joules = joules_per_call(lambda: contender.run(images), self.device, self.settings.seconds)
-            entry.joules = None if joules is None else joules / self.batch
+            entry.load = load_of_calls(lambda: contender.run(images), self.device, self.settings.seconds)
             if contender.parts is None:
                 return
             try:

@@ -25,8 +25,8 @@ FILE_TO_FILE = "file to file"
 COLUMNS = (
     "model", "backbone", "mesh", "upsampling", "weights", "batch", "dtype", "scope", "contender", "variant", "status",
     "reason", "p50_ms", "p90_ms", "p99_ms", "fastest_ms", "mean_ms", "calls", "images_per_second", "times_engine",
-    "memory_mib", "joules_per_image", "max_vertex_error_mm", "allowed_error_mm", "parts_ms", "plain_parts_ms",
-    "clocks_mhz",
+    "memory_mib", "joules_per_image", "watts", "sm_mhz", "max_vertex_error_mm", "allowed_error_mm", "parts_ms",
+    "plain_parts_ms", "clocks_mhz",
 )  # fmt: skip
 """Beside those of :func:`fastmetro.profiling.record.environment`. `times_engine`: the row's time over the engine's."""
 NOT_TOLD = "not told"
@@ -150,7 +150,7 @@ def case_rows(case: Case, network: Network) -> list[Row]:
             if rounds := _rounds(entry, scope):
                 row |= _times(rounds, case.batch, _rounds(engine, scope) if engine else [])
             if scope == NETWORK and entry.status == "ok":
-                row |= _resources(entry)
+                row |= _resources(entry, case.batch)
             if scope == NETWORK and entry.name == ENGINE:
                 row["plain_parts_ms"] = _listed(case.plain_parts)
             parts = stage_medians(entry.file_samples) if scope == FILE_TO_FILE else entry.parts
@@ -172,9 +172,14 @@ def _times(rounds: list[list[float]], batch: int, engine: list[list[float]]) -> 
     return row | ({"times_engine": f"{median_ratio(rounds, engine):.4g}"} if engine else {})
 
 
-def _resources(entry: Entry) -> Row:
-    memory = NOT_TOLD if entry.memory_mib is None else f"{entry.memory_mib:.0f}"
-    return {"memory_mib": memory, "joules_per_image": NOT_TOLD if entry.joules is None else f"{entry.joules:.4g}"}
+def _resources(entry: Entry, batch: int) -> Row:
+    row = dict.fromkeys(("memory_mib", "joules_per_image", "watts", "sm_mhz"), NOT_TOLD)
+    if entry.memory_mib is not None:
+        row["memory_mib"] = f"{entry.memory_mib:.0f}"
+    if entry.load is not None:
+        row |= {"joules_per_image": f"{entry.load.joules / batch:.4g}"}
+        row |= {"watts": f"{entry.load.watts:.0f}", "sm_mhz": f"{entry.load.sm_mhz:.0f}"}
+    return row
 
 
 def _listed(times: Mapping[str, float]) -> str:
@@ -184,10 +189,11 @@ def _listed(times: Mapping[str, float]) -> str:
 
 def case_table(rows: Sequence[Row]) -> str:
     """The rows of one case as text."""
-    layout = "  {:<10} {:>9} {:>9} {:>9} {:>9} {:>9} {:>10} {:>9} {:>9} {:>9} {:>9}"
-    heads = ("", "p50 ms", "p90", "p99", "fastest", "mean", "images/s", "engine x", "MiB", "J/image", "error mm")
+    layout = "  {:<10} {:>9} {:>9} {:>9} {:>9} {:>9} {:>10} {:>9} {:>9} {:>9} {:>6} {:>6} {:>9}"
+    heads = ("", "p50 ms", "p90", "p99", "fastest", "mean", "images/s", "engine x", "MiB", "J/image", "W", "MHz",
+             "error mm")  # fmt: skip
     columns = ("p50_ms", "p90_ms", "p99_ms", "fastest_ms", "mean_ms", "images_per_second", "times_engine",
-               "memory_mib", "joules_per_image", "max_vertex_error_mm")  # fmt: skip
+               "memory_mib", "joules_per_image", "watts", "sm_mhz", "max_vertex_error_mm")  # fmt: skip
     lines: list[str] = []
     for scope in (NETWORK, FILE_TO_FILE):
         mine = [row for row in rows if row["scope"] == scope]

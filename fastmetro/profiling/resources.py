@@ -1,4 +1,4 @@
-"""Memory and energy, where the device tells."""
+"""Memory, energy and the clock under load, where the device tells."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import gc
 import statistics
 import threading
 import time
+from typing import NamedTuple
 
 import torch
 
@@ -45,53 +46,67 @@ class MemoryMeter:
         return torch.cuda.memory_reserved(self._device)
 
 
-class _PowerSampler(threading.Thread):
-    """Asks for the power draw again and again until it is stopped."""
+class Load(NamedTuple):
+    """What the whole GPU does while calls follow one another.
+
+    Attributes:
+        joules: energy of one call: mean power times the call's duration.
+        watts: mean power. Where it is the board's limit, the clock falls, and energy is what a call costs.
+        sm_mhz: median clock of the multiprocessors.
+    """
+
+    joules: float
+    watts: float
+    sm_mhz: float
+
+
+class _Sampler(threading.Thread):
+    """Asks for power and clock again and again until it is stopped."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(daemon=True)
         self._device = device
         self._stopped = threading.Event()
-        self.watts: list[float] = []
+        self.samples: list[tuple[float, float]] = []
 
     def run(self) -> None:
         while not self._stopped.is_set():
-            if (value := power_draw(self._device)) is None:
+            if (sample := power_and_clock(self._device)) is None:
                 return
-            self.watts.append(value)
+            self.samples.append(sample)
 
-    def stop(self) -> list[float]:
+    def stop(self) -> list[tuple[float, float]]:
         self._stopped.set()
         self.join()
-        return self.watts
+        return self.samples
 
 
-def power_draw(device: torch.device) -> float | None:
-    """Watts that the whole GPU draws now; None where nvidia-smi does not tell."""
+def power_and_clock(device: torch.device) -> tuple[float, float] | None:
+    """Watts that the whole GPU draws now and its multiprocessors' MHz; None where nvidia-smi does not tell."""
     for field in ("power.draw.instant", "power.draw"):
-        if values := ask_gpu(device, field):
-            return values[0]
+        if values := ask_gpu(device, field, "clocks.sm"):
+            return values[0], values[1]
     return None
 
 
-def joules_per_call(call: Call, device: torch.device, seconds: float) -> float | None:
-    """Energy of one call: mean power draw of the whole device while calls follow one another, times their duration.
+def load_of_calls(call: Call, device: torch.device, seconds: float) -> Load | None:
+    """Energy, power and clock of calls that follow one another.
 
     Args:
         call: warm already.
         device: a CUDA device; for others nobody tells.
-        seconds: how long to call; shorter than about half a second there are few samples of the power.
+        seconds: how long to call; shorter than about half a second there are few samples.
 
     Returns:
-        Joules, or None where the device does not tell.
+        The load, or None where the device does not tell.
     """
-    if power_draw(device) is None:
+    if power_and_clock(device) is None:
         return None
     until = time.perf_counter() + min(0.3, seconds)
     while time.perf_counter() < until:  # the draw follows the work with a delay
         call()
         synchronize(device)
-    sampler = _PowerSampler(device)
+    sampler = _Sampler(device)
     sampler.start()
     start, calls = time.perf_counter(), 0
     while time.perf_counter() - start < seconds or calls == 0:
@@ -99,5 +114,8 @@ def joules_per_call(call: Call, device: torch.device, seconds: float) -> float |
         synchronize(device)
         calls += 1
     elapsed = time.perf_counter() - start
-    watts = sampler.stop()
-    return statistics.fmean(watts) * elapsed / calls if watts else None
+    samples = sampler.stop()
+    if not samples:
+        return None
+    watts = statistics.fmean(power for power, _ in samples)
+    return Load(watts * elapsed / calls, watts, statistics.median(clock for _, clock in samples))

@@ -48,8 +48,8 @@ def test_environment_names_where_a_figure_was_taken(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_cpu_tells_neither_clocks_nor_energy_nor_memory() -> None:
-    assert record.clocks(CPU) == "" and resources.power_draw(CPU) is None
-    assert resources.joules_per_call(lambda: None, CPU, 0.01) is None
+    assert record.clocks(CPU) == "" and resources.power_and_clock(CPU) is None
+    assert resources.load_of_calls(lambda: None, CPU, 0.01) is None
     assert resources.MemoryMeter(CPU).mebibytes(lambda: None) is None
 
 
@@ -76,10 +76,11 @@ def test_answers_of_nvidia_smi(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_energy_is_mean_power_times_duration(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resources, "power_draw", lambda _: 100.0)
+    monkeypatch.setattr(resources, "power_and_clock", lambda _: (100.0, 1500.0))
     clock = iter(range(10_000))  # a second passes at each look
     monkeypatch.setattr(resources.time, "perf_counter", lambda: float(next(clock)))
     calls: list[int] = []
-    joules = resources.joules_per_call(lambda: calls.append(1), CPU, seconds=4.0)
+    load = resources.load_of_calls(lambda: calls.append(1), CPU, seconds=4.0)
     # Looks at the clock: start, then one before each of the calls, one that ends them, one for the duration.
-    assert joules is not None and joules == pytest.approx(100.0 * 5.0 / 3)
+    assert load is not None and load.joules == pytest.approx(100.0 * 5.0 / 3)
+    assert load.watts == 100.0 and load.sm_mhz == 1500.0
