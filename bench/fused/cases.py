@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench.fused.basis import LATE, OURS, SEPARATE, Run, floor, native_name, randn, tile_name
+from bench.fused.heads import Head
 from bench.fused.pixels import Pixels
 from fastmetro_kernels.fused import (
     LinearConfig,
@@ -338,13 +339,13 @@ class Norm:
         return {tile_name(tile): with_tile(tile) for tile in norm_tiles(self.width)}
 
 
-Case = Linear | Attention | Tail | Norm | Pixels
+Case = Linear | Attention | Tail | Norm | Pixels | Head
 """A layer at one batch size: its inputs come in two parts, which rotate over sets of their own."""
 
 
 def all_cases(batch: int, dtype: torch.dtype) -> list[Case]:
-    """Every linear layer and dense attention of FastMETRO-S and -L at one batch size, as the engine folds them, and the
-    pixels in front of the backbone."""
+    """Every linear layer and dense attention of FastMETRO-S and -L at one batch size, as the engine folds them, the
+    heads, and the pixels in front of the backbone."""
     found: list[Case] = []
     for width, hidden in ((512, 2048), (128, 512)):
         first = width == 512
@@ -371,4 +372,5 @@ def all_cases(batch: int, dtype: torch.dtype) -> list[Case]:
         found.append(Attention("encoder attention", ENCODER, ENCODER, width // HEADS, batch, dtype))
         found.append(Attention("cross-attention", DECODER, IMAGE, width // HEADS, batch, dtype))
         found += [Norm(ENCODER, width, batch, dtype), Norm(DECODER, width, batch, dtype)]
-    return [*found, Tail(batch, dtype), Pixels(batch, dtype)]
+    heads = [Head("coordinates", DECODER, 128, 3, batch, dtype), Head("camera", 1, 128, 3, batch, dtype)]
+    return [*found, Tail(batch, dtype), *heads, Pixels(batch, dtype)]

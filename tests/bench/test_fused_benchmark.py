@@ -13,6 +13,7 @@ from bench import common
 from bench.fused import measure, report
 from bench.fused.basis import COMPILED, LIBRARY, OURS, tile_name
 from bench.fused.cases import Attention, Case, Linear, Norm, Tail, all_cases
+from bench.fused.heads import Head
 from bench.fused.measure import Entry
 from bench.fused.pixels import Pixels
 from fastmetro_kernels.fused import LinearConfig
@@ -27,6 +28,7 @@ SMALL = [
     Tail(2, torch.float32, 5, 7, width=32, hidden=24),
     Norm(5, 24, 2, torch.float32),
     Pixels(2, torch.float32, 5),
+    Head("coordinates", 5, 16, 3, 2, torch.float32),
 ]
 
 

@@ -122,8 +122,15 @@ MEASURED: dict[tuple[int, int, int], tuple[tuple[int, LinearConfig], ...]] = {
 }
 """(bytes per element, N, K) -> (most rows, configuration), rising: the fastest of a measurement on an H200."""
 
-NARROWEST = LinearConfig(32, 4, 128, 1, 4, 2)
-"""For up to 4 features of many rows, as coordinates: most of 16 columns would be multiplied for nothing."""
+NARROW = (
+    LinearConfig(32, 4, 128, 1, 4, 2),
+    LinearConfig(16, 4, 128, 1, 4, 2),
+    LinearConfig(16, 4, 128, 1, 8, 2),
+    LinearConfig(16, 4, 128, 1, 2, 2),
+    LinearConfig(32, 4, 128, 1, 8, 2),
+)
+"""For up to 4 features, as coordinates: most of 16 columns would be multiplied for nothing. The first is for many rows,
+the second for few of them with float32 weights, which have no tensor cores either."""
 _MANY_ROWS = 2048
 
 _FILLED = 100
@@ -147,8 +154,8 @@ def pinned(rows: int, features: int, width: int, element_size: int) -> LinearCon
     for most, config in MEASURED.get((element_size, features, width), ()):
         if rows <= most:
             return config
-    if features <= NARROWEST.columns and rows > _MANY_ROWS:
-        return fitted(NARROWEST, width)
+    if features <= NARROW[0].columns and (rows > _MANY_ROWS or element_size == 4):
+        return fitted(NARROW[0 if rows > _MANY_ROWS else 1], width)
     tiles = [tile for tile in TILES[element_size] if tile.columns == 16 or tile.columns < 2 * features]
     chosen = next((tile for tile in tiles if _programs(tile, rows, features) >= _FILLED), tiles[-1])
     return fitted(chosen, width)
