@@ -137,7 +137,7 @@ def find_in(driver: Any, graph: int, executable: int, images: Tensor) -> DirectI
 def _driver() -> Any:
     """``cuda.bindings.driver``, if it and PyTorch have what is needed here."""
     try:
-        from cuda.bindings import driver
+        import cuda.bindings.driver as driver
     except ImportError:  # it comes with PyTorch for CUDA from 2.10 on
         return None
     able = hasattr(torch.cuda.CUDAGraph, "raw_cuda_graph_exec") and all(hasattr(driver, name) for name in _NEEDED)

@@ -19,7 +19,7 @@ Work = Callable[[Tensor], Outputs]
 
 _capturing = threading.Lock()  # one capture at a time in the whole process
 _MOST_SIGNATURES = 1000
-_ALIGNMENT = 32  # bytes: libraries ask for that much of what they were captured on before they choose an algorithm
+_ALIGNMENT = 32  # bytes; PyTorch tells cuDNN how its operands are aligned, up to that, and Triton's kernels rely on 16
 _WARM_UPS = 3  # libraries choose algorithms and allocate workspaces in their first calls
 
 
