@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import pytest
 import torch
 from test_engine import normalized, pixels
+from torch import Tensor
 
 import fastmetro
 from fastmetro.inference.engine import Engine, products
+from fastmetro.inference.engine.graphs import Captured
 from fastmetro.inference.pretrained import load_pretrained
 from fastmetro.models import create_model
 
@@ -19,6 +22,146 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 @pytest.fixture(scope="module")
 def engine() -> Engine:
     return fastmetro.compile(load_pretrained("fastmetro-compact").cuda(), 2, max_graphs=3)
+
+
+KINDS = ("float32", "uint8", "float16")
+
+
+def images_of(kind: str, seed: int = 0) -> Tensor:
+    """Two images as they are captured, on the device."""
+    images = pixels(2, seed=seed)
+    if kind == "uint8":
+        return images.cuda()
+    images = normalized(images).cuda()
+    return images if kind == "float32" else images.half().contiguous(memory_format=torch.channels_last)
+
+
+def unaligned(images: Tensor) -> Tensor:
+    """The same, where they have to be copied from."""
+    room = torch.empty(images.numel() + 1, dtype=images.dtype, device=images.device)
+    return room[1:].as_strided(images.shape, images.stride(), room.storage_offset() + 1).copy_(images)
+
+
+def captured(engine: Engine, images: Tensor) -> Captured:
+    """The graph for images like these."""
+    assert engine._graphs is not None
+    engine(images)
+    return engine._graphs._captured(engine._graphs._known(images)[0])
+
+
+def overwrite(graph: Captured) -> Tensor:
+    """Puts NaN (or 1) where images are copied to, and returns the same."""
+    with torch.inference_mode():
+        return graph.images.fill_(1 if graph.images.dtype == torch.uint8 else torch.nan).clone()
+
+
+def same(outputs: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    return all(torch.equal(outputs[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("kind", ["float32", "uint8"])
+def test_images_are_read_where_they_are(engine: Engine, kind: str) -> None:
+    """Nothing is copied to where the others are copied to."""
+    pytest.importorskip("cuda.bindings.driver")
+    images = images_of(kind)
+    graph = captured(engine, images)
+    assert graph.direct
+    before = overwrite(graph)
+    engine(images)
+    torch.testing.assert_close(graph.images, before, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_images_read_where_they_are_give_the_bits_of_copied_ones(engine: Engine, kind: str) -> None:
+    images = images_of(kind)
+    graph = captured(engine, images)
+    expected = engine(unaligned(images))
+    assert torch.equal(graph.images, images)
+    overwrite(graph)
+    assert same(engine(images), expected)
+    assert same(engine(unaligned(images)), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_strided_images_are_copied(engine: Engine, kind: str) -> None:
+    """To another graph, where their order is not the one that is captured in their dtype."""
+    images = images_of(kind)
+    expected = engine(images)["pred_3d_vertices_fine"]
+    every_second = images.repeat_interleave(2, dim=0)[::2]
+    for strided in (every_second, images.transpose(-1, -2).contiguous().transpose(-1, -2)):
+        graph = captured(engine, strided)
+        assert torch.equal(graph.images, strided.to(graph.images.dtype))
+        overwrite(graph)
+        torch.testing.assert_close(engine(strided)["pred_3d_vertices_fine"], expected, rtol=0, atol=2e-3)
+        assert torch.equal(graph.images, strided.to(graph.images.dtype))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_buffers_in_turn(engine: Engine, kind: str) -> None:
+    """Nothing waits in between, so that graphs are launched while those with the other address run."""
+    buffers = [images_of(kind, seed) for seed in (1, 2)]
+    expected = [engine(unaligned(images)) for images in buffers]
+    torch.cuda.synchronize()
+    turns = [(turn % 2, engine(buffers[turn % 2])) for turn in range(20)]
+    assert not same(*expected) and all(same(outputs, expected[which]) for which, outputs in turns)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_buffers_freed_right_after_the_call(engine: Engine, kind: str) -> None:
+    """What others write to the same memory comes after the graph has read it."""
+    sources = [images_of(kind, seed) for seed in range(4)]
+    expected = [engine(unaligned(images)) for images in sources]
+    outputs = []
+    for turn in range(40):
+        images = sources[turn % 4].clone(memory_format=torch.preserve_format)
+        outputs.append(engine(images))
+        del images
+        others = [torch.full_like(sources[0], 3) for _ in range(4)]  # one of them takes its memory
+        del others
+    assert all(same(one, expected[turn % 4]) for turn, one in enumerate(outputs))
+
+
+def test_images_of_nan_spoil_one_call(engine: Engine) -> None:
+    images = images_of("float32")
+    expected = engine(images)
+    broken = engine(torch.full_like(images, torch.nan))
+    assert not same(broken, expected) and same(engine(images), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_threads_and_streams_with_buffers_of_their_own(engine: Engine, kind: str) -> None:
+    buffers = [images_of(kind, seed) for seed in (1, 2)]
+    expected = [engine(unaligned(images)) for images in buffers]
+    start = threading.Barrier(2)
+    wrong: list[int] = []
+
+    def work(which: int) -> None:
+        stream = torch.cuda.Stream()
+        start.wait()
+        with torch.cuda.stream(stream):
+            outputs = [engine(buffers[which]) for _ in range(50)]
+            wrong.extend(not same(one, expected[which]) for one in outputs)
+
+    torch.cuda.synchronize()
+    threads = [threading.Thread(target=work, args=(which,)) for which in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == [False] * 100
+
+
+def test_a_thread_may_read_elsewhere_before_it_did_anything_else(engine: Engine) -> None:
+    """The driver has no context in a new thread before its first call."""
+    first, second = images_of("float32", 1), images_of("float32", 2)
+    expected = engine(second)
+    engine(first)
+    found: list[dict[str, Tensor]] = []
+    thread = threading.Thread(target=lambda: found.append(engine(second)))
+    thread.start()
+    thread.join()
+    torch.cuda.synchronize()
+    assert same(found[0], expected)
 
 
 def test_graphs_are_bounded_and_the_oldest_goes(engine: Engine) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -56,7 +56,7 @@ def test_settings_of_the_newer_interface_come_back() -> None:
 def test_later_captures_see_the_setting_of_compile_time(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def captured(steps: Sequence[Any], images: torch.Tensor, pool: object, side: object) -> object:
+    def captured(work: object, images: torch.Tensor, pool: object, side: object) -> object:
         seen.append((len(images), TensorFloat32.current()))
         return object()
 
@@ -64,10 +64,10 @@ def test_later_captures_see_the_setting_of_compile_time(monkeypatch: pytest.Monk
     for name in ("graph_pool_handle", "Stream", "Event"):  # what only a GPU has
         monkeypatch.setattr(torch.cuda, name, lambda *_arguments: None)
     at_compile_time = TensorFloat32(False, False)
-    made = Graphs((), torch.device("cpu"), torch.float32, 8, at_compile_time)
+    made = Graphs(nothing, torch.device("cpu"), torch.float32, 8, at_compile_time)
     for count, later in ((1, at_compile_time), (2, TensorFloat32(True, True)), (3, TensorFloat32(False, True))):
         with later.applied():
-            made._captured(torch.zeros(count, 3, 32, 32))
+            capture(made, torch.zeros(count, 3, 32, 32))
             assert TensorFloat32.current() == later
     assert seen == [(count, at_compile_time) for count in (1, 2, 3)]
 
@@ -83,7 +83,7 @@ def test_algorithms_are_searched_for_in_half_precision(
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", before)
     for name in ("graph_pool_handle", "Stream", "Event"):
         monkeypatch.setattr(torch.cuda, name, lambda *_arguments: None)
-    Graphs((), torch.device("cpu"), dtype, 8, TensorFloat32.current())._captured(torch.zeros(1, 3, 32, 32))
+    capture(Graphs(nothing, torch.device("cpu"), dtype, 8, TensorFloat32.current()), torch.zeros(1, 3, 32, 32))
     assert seen == [before or dtype.itemsize == 2] and torch.backends.cudnn.benchmark == before
 
 
@@ -93,15 +93,51 @@ def test_what_came_before_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "_MOST_SIGNATURES", 3)
     for name in ("graph_pool_handle", "Stream", "Event"):
         monkeypatch.setattr(torch.cuda, name, lambda *_arguments: None)
-    made = Graphs((), torch.device("cpu"), torch.float16, 8, TensorFloat32.current())
+    made = Graphs(nothing, torch.device("cpu"), torch.float16, 8, TensorFloat32.current())
     images = torch.zeros(2, 3, 32, 32)
-    found = made._captured(images)
-    assert made.knows(images + 1) and made._captured(images + 1) is found
-    others = [images[:1], images.half(), images.transpose(2, 3)]
-    assert not any(map(made.knows, [*others, images.numpy(), images[0]]))
-    # Half precision is copied in as the engine orders it, whatever its strides.
-    assert made._captured(others[1]) is made._captured(others[2]) is not found
+
+    def known(like: torch.Tensor) -> bool:
+        return graphs._signature(like) in made.keys
+
+    found = capture(made, images)
+    assert known(images + 1) and capture(made, images + 1) is found
+    others = [images[:1], images.half(), images.transpose(2, 3), torch.nn.Parameter(images), torch._neg_view(images)]
+    assert not any(map(known, [*others, images[0]])) and made.again(others[0]) is None
+    # Half precision is captured as the engine orders it, whatever its strides.
+    assert capture(made, others[1]) is capture(made, others[2]) is not found
     assert len(made.kept) == 2
     for count in (3, 4, 5):
-        made._captured(torch.zeros(count, 3, 32, 32))
-        assert len(made.keys) <= 3 and made._captured(images) is found
+        capture(made, torch.zeros(count, 3, 32, 32))
+        assert len(made.keys) <= 3 and capture(made, images) is found
+
+
+def test_images_that_are_as_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They alone may be read where they are."""
+    for name in ("graph_pool_handle", "Stream", "Event"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_arguments: None)
+    made = Graphs(nothing, torch.device("cpu"), torch.float16, 8, TensorFloat32.current())
+    floats, pixels = torch.zeros(2, 3, 32, 32), torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
+    ordered = floats.half().contiguous(memory_format=torch.channels_last)
+    strided = torch.zeros(4, 3, 32, 32)[::2]
+    for images in (floats, pixels, ordered, strided[:1]):  # strides of one image do not matter
+        assert made._known(images)[1]
+    unlike = [
+        strided,
+        floats.half(),
+        floats.double(),
+        floats.contiguous(memory_format=torch.channels_last),
+        pixels.transpose(1, 2),
+        torch.nn.Parameter(floats),
+        torch._neg_view(floats),
+        floats.to("meta"),
+    ]
+    for images in unlike:
+        assert not made._known(images)[1]
+
+
+def nothing(images: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {}
+
+
+def capture(made: Graphs, images: torch.Tensor) -> object:
+    return made._captured(made._known(images)[0])

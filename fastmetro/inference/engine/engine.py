@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmetro.inference.engine.backbones import fold_backbone
-from fastmetro.inference.engine.graphs import Graphs, Outputs, run, searched
+from fastmetro.inference.engine.graphs import Graphs, Outputs, searched
 from fastmetro.inference.engine.pipeline import overlap
 from fastmetro.inference.engine.precision import TensorFloat32
 from fastmetro.inference.engine.preprocessing import check_images, pixel_constants, resize
@@ -99,9 +99,8 @@ class Engine:
         self._smpl_head: nn.Module | None = None
         if model.config.smpl_head:
             self._smpl_head = copy.deepcopy(model.smpl_parameter_regressor).to(self._transformers.heads_dtype)
-        self._steps = (self._features, self._transformers)
         self._tf32 = TensorFloat32.current()
-        self._graphs = Graphs(self._steps, device, dtype, max_graphs, self._tf32) if device.type == "cuda" else None
+        self._graphs = Graphs(self._work, device, dtype, max_graphs, self._tf32) if device.type == "cuda" else None
         noise = torch.randn(batch_size, 3, CROP_SIZE, CROP_SIZE, generator=torch.Generator().manual_seed(0))
         example = noise.to(device)
         difference = _largest_difference(self(example), _plain_outputs(model, example))
@@ -110,7 +109,6 @@ class Engine:
         if self._graphs is not None:
             self._graphs.prepare(torch.zeros(batch_size, CROP_SIZE, CROP_SIZE, 3, dtype=torch.uint8))
 
-    @torch.inference_mode()
     def __call__(self, images: Tensor | np.ndarray) -> Outputs:
         """Recover meshes.
 
@@ -125,24 +123,37 @@ class Engine:
         Raises:
             TypeError, ValueError: see :func:`~fastmetro.inference.engine.preprocessing.check_images`.
         """
-        if self._graphs is None or not self._graphs.knows(images):
-            images = torch.as_tensor(images)
-            check_images(images)
-            if len(images) == 0:
-                one = self(images.new_zeros(1, *images.shape[1:]))
-                return {name: value[:0] for name, value in one.items()}
-            if images.dtype == torch.uint8 and images.shape[1] != CROP_SIZE:
-                images = normalize_pixels(resize(images.to(self.device)), self._mean, self._scale, self.dtype)
-        assert isinstance(images, Tensor)
+        if self._graphs is not None and isinstance(images, Tensor) and not torch.cuda.is_current_stream_capturing():
+            # Not in inference mode yet: whatever is ahead of a graph's launch delays it.
+            outputs = self._graphs.again(images)
+            if outputs is not None:
+                return outputs if self._smpl_head is None else self._with_smpl(outputs)
+        return self._checked(images)
+
+    @torch.inference_mode()
+    def _checked(self, images: Tensor | np.ndarray) -> Outputs:
+        """A call with images unlike earlier ones, or without a graph of the engine's own."""
+        images = torch.as_tensor(images)
+        check_images(images)
+        if len(images) == 0:
+            one = self(images.new_zeros(1, *images.shape[1:]))
+            return {name: value[:0] for name, value in one.items()}
+        if images.dtype == torch.uint8 and images.shape[1] != CROP_SIZE:
+            images = normalize_pixels(resize(images.to(self.device)), self._mean, self._scale, self.dtype)
         if self._graphs is None:
-            outputs = run(self._steps, images.to(self.device))
+            outputs = self._work(images.to(self.device))
         elif torch.cuda.is_current_stream_capturing():
             with self._tf32.applied():
-                outputs = run(self._steps, images.to(self.device))
+                outputs = self._work(images.to(self.device))
         else:
             outputs = self._graphs(images)
-        if self._smpl_head is not None:
-            outputs["pred_rotmat"], outputs["pred_betas"] = self._smpl_head(outputs["pred_3d_vertices_intermediate"])
+        return outputs if self._smpl_head is None else self._with_smpl(outputs)
+
+    @torch.inference_mode()
+    def _with_smpl(self, outputs: Outputs) -> Outputs:
+        """With those of the head that runs behind the graph."""
+        assert self._smpl_head is not None
+        outputs["pred_rotmat"], outputs["pred_betas"] = self._smpl_head(outputs["pred_3d_vertices_intermediate"])
         return outputs
 
     def stream(self, batches: Iterable[Tensor | np.ndarray], to_host: bool = False) -> Iterator[Outputs]:
@@ -222,11 +233,14 @@ class Engine:
 
         return run_part
 
-    def _features(self, images: Tensor) -> Tensor:
-        """The backbone's, of pixels of the right size, or of normalised images, on the device."""
+    def _work(self, images: Tensor) -> Outputs:
+        """All but the SMPL head, of pixels of the right size, or of normalised images, on the device."""
         if images.dtype == torch.uint8:
-            return self._backbone.of_pixels(normalize_pixels(images, *self._pixel_constants, self.dtype))
-        return self._backbone(images)
+            features = self._backbone.of_pixels(normalize_pixels(images, *self._pixel_constants, self.dtype))
+        else:
+            features = self._backbone(images)
+        outputs: Outputs = self._transformers(features)
+        return outputs
 
 
 @torch.no_grad()

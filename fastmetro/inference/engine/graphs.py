@@ -5,19 +5,21 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastmetro.inference.engine.direct_input import DirectInput
 from fastmetro.inference.engine.precision import TensorFloat32
 
 Outputs = dict[str, Tensor]
-Steps = Sequence[Callable[[Any], Any]]
+Work = Callable[[Tensor], Outputs]
 
 _capturing = threading.Lock()  # one capture at a time in the whole process
 _MOST_SIGNATURES = 1000
+_ALIGNMENT = 32  # bytes; PyTorch tells cuDNN how its operands are aligned, up to that, and Triton's kernels rely on 16
 _WARM_UPS = 3  # libraries choose algorithms and allocate workspaces in their first calls
 
 
@@ -37,15 +39,6 @@ def searched(dtype: torch.dtype) -> Iterator[None]:
         cudnn.benchmark = before
 
 
-def run(steps: Steps, images: Tensor) -> Outputs:
-    """The steps one after the other."""
-    value: Any = images
-    for step in steps:
-        value = step(value)
-    outputs: Outputs = value
-    return outputs
-
-
 def copies(outputs: Outputs) -> Outputs:
     """New tensors in one allocation, written by one kernel; all outputs have one dtype."""
     flat = torch.cat([value.flatten() for value in outputs.values()])
@@ -53,43 +46,93 @@ def copies(outputs: Outputs) -> Outputs:
     return {name: part.view(value.shape) for (name, value), part in zip(outputs.items(), parts, strict=True)}
 
 
-class Captured:
-    """Steps one after the other on a fixed input, captured as a graph each.
+class Key(NamedTuple):
+    """What images are captured as."""
 
-    A graph starts when all of it has been submitted, which takes the longer the more nodes it has: with the backbone as
-    a graph of its own, the rest is submitted while the backbone runs.
+    dtype: torch.dtype
+    plain: bool
+    shape: torch.Size
+
+    @property
+    def order(self) -> torch.memory_format:
+        return torch.contiguous_format if self.plain else torch.channels_last
+
+
+class Captured:
+    """Work on images, captured as one CUDA graph.
+
+    The graph reads the images of a call where they are, if it can be made to (`direct`); else, and where they are not
+    as they were captured, they are copied to where it reads them.
 
     cuBLAS gets a workspace for each stream at the stream's first product, and PyTorch may take it away again later
     (``torch.compile`` with CUDA graphs does, for all streams). So warm-ups run on another stream than the capture:
-    then the workspace comes from the graphs' own memory, which nobody else is given while they live.
+    then the workspace comes from the graph's own memory, which nobody else is given while it lives.
 
     Args:
-        steps: the first from images, each from what the one before gave, the last to outputs of one dtype; without
-            synchronisation.
+        work: from images to outputs of one dtype, without synchronisation.
         images: an example; only its shape, dtype and strides matter.
         pool: memory that graphs share, of which only one runs at a time.
         side: the stream to capture on, on which nothing else runs.
+
+    Attributes:
+        images: what is copied in.
+        outputs: what every launch writes to.
+        direct: whether the graph can read images where they are.
     """
 
-    def __init__(self, steps: Steps, images: Tensor, pool: Any, side: torch.cuda.Stream) -> None:
+    def __init__(self, work: Work, images: Tensor, pool: Any, side: torch.cuda.Stream) -> None:
         self.images = torch.zeros_like(images)
-        self.graphs = [torch.cuda.CUDAGraph() for _ in steps]
+        self.graph = torch.cuda.CUDAGraph(keep_graph=True)
         with _capturing:
             for _ in range(_WARM_UPS):
-                run(steps, self.images)
-            value: Any = self.images
-            for step, graph in zip(steps, self.graphs, strict=True):
-                # Other threads may go on using CUDA.
-                with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
-                    value = step(value)
-            self.outputs: Outputs = value
+                work(self.images)
+            # Other threads may go on using CUDA.
+            with torch.cuda.graph(self.graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+                self.outputs: Outputs = work(self.images)
+            self.graph.instantiate()
+        self._input = DirectInput.find(self.graph, self.images)
+        if self._input is not None and not self._reads_nothing_else():
+            self._input.read(self.images.data_ptr())
+            self._input = None
+        self.direct = self._input is not None
 
-    def replay(self, images: Tensor) -> Outputs:
-        """Copies the images in, casting them where need be, runs, and copies the outputs out, in the current stream."""
-        self.images.copy_(images, non_blocking=True)
-        for graph in self.graphs:
-            graph.replay()
-        return copies(self.outputs)
+    def launch(self, images: Tensor, alike: bool) -> None:
+        """Submits the graph for these images to the current stream.
+
+        Args:
+            images: of the captured shape. If they are not alike they are copied in, cast where need be.
+            alike: whether they have the captured dtype and order, on the same device.
+        """
+        address = images.data_ptr() if alike and self._input is not None else 0
+        if address and address % _ALIGNMENT == 0:
+            self._read(address)
+        else:
+            self._read(self.images.data_ptr())
+            with torch.inference_mode():
+                self.images.copy_(images, non_blocking=True)
+        self.graph.replay()
+
+    def _read(self, address: int) -> None:
+        if self._input is not None:
+            self._input.read(address)
+
+    def _reads_nothing_else(self) -> bool:
+        """Whether images read where they are give the bits of copied ones, while other numbers lie in `self.images`."""
+        generator = torch.Generator(self.images.device).manual_seed(0)
+        images = torch.empty_like(self.images)
+        if images.dtype == torch.uint8:
+            images.random_(0, 256, generator=generator)
+        else:
+            images.normal_(generator=generator)
+        self.launch(images, alike=False)
+        expected = copies(self.outputs)
+        others = torch.full_like(images, 1 if images.dtype == torch.uint8 else torch.nan)
+        self.launch(others, alike=False)
+        if _same(self.outputs, expected):
+            return False  # images that have no influence show nothing; outputs that are NaN are unlike all, too
+        self._read(images.data_ptr())
+        self.graph.replay()
+        return _same(self.outputs, expected)
 
 
 class Graphs:
@@ -98,40 +141,30 @@ class Graphs:
     They share their memory, so whoever calls waits on the device for the call before, whatever its stream.
 
     Args:
-        steps: see :class:`Captured`.
+        work: see :class:`Captured`.
         dtype: of floating point images as they are captured.
         most: graphs that are kept.
         tf32: in force at every capture, whatever the process is set to by then.
     """
 
-    def __init__(self, steps: Steps, device: torch.device, dtype: torch.dtype, most: int, tf32: TensorFloat32) -> None:
-        self.steps, self.dtype, self.most, self.tf32 = steps, dtype, most, tf32
+    def __init__(self, work: Work, device: torch.device, dtype: torch.dtype, most: int, tf32: TensorFloat32) -> None:
+        self.work, self.dtype, self.most, self.tf32 = work, dtype, most, tf32
         self.pool = torch.cuda.graph_pool_handle()
         self.side = torch.cuda.Stream(device)
-        self.kept: OrderedDict[Hashable, Captured] = OrderedDict()
-        self.keys: dict[Hashable, Hashable] = {}  # of images as they came
+        self.kept: OrderedDict[Key, Captured] = OrderedDict()
+        self.keys: dict[Hashable, tuple[Key, bool]] = {}  # of images as they came, and whether they are as captured
         self.lock = threading.RLock()
         self.done = torch.cuda.Event()
         self.device = device
 
     def __call__(self, images: Tensor) -> Outputs:
         """Outputs for `images`, as new tensors. Captures first where this shape is not kept."""
-        with self.lock, self._on_device():
-            if not self.done.query():  # to wait for what has ended delays the launch all the same
-                self.done.wait(torch.cuda.current_stream())
-            outputs = self._captured(images).replay(images)
-            self.done.record(torch.cuda.current_stream())
-            return outputs
+        return self._outputs(images, *self._known(images))
 
-    def knows(self, images: object) -> bool:
-        """Whether images like these have come before, so that they need not be checked again."""
-        return isinstance(images, Tensor) and _signature(images) in self.keys
-
-    def _on_device(self) -> contextlib.AbstractContextManager[None]:
-        """Makes the engine's device the current one; a call of a few hundred microseconds feels what is left out."""
-        if torch.cuda.current_device() == self.device.index:
-            return contextlib.nullcontext()
-        return torch.cuda.device(self.device)
+    def again(self, images: Tensor) -> Outputs | None:
+        """The same for images like earlier ones, which need not be checked again; None for others."""
+        known = self.keys.get(_signature(images))
+        return None if known is None else self._outputs(images, *known)
 
     def alone(self, work: Callable[[], None]) -> None:
         """Runs `work` between two replays."""
@@ -145,33 +178,59 @@ class Graphs:
         """Captures for images like these, if that was not done."""
         with self.lock, torch.cuda.device(self.device):
             self.done.wait(torch.cuda.current_stream())
-            self._captured(images)
+            self._captured(self._known(images)[0])
             self.done.record(torch.cuda.current_stream())
 
-    def _captured(self, images: Tensor) -> Captured:
-        signature = _signature(images)
-        key = self.keys.get(signature)
-        found = self.kept.get(key)
-        if found is None:
-            # Float32 images in the usual order are copied in as they are; any others in the engine's order and dtype.
-            plain = images.dtype == torch.uint8 or (images.dtype == torch.float32 and images.is_contiguous())
-            dtype = images.dtype if plain else self.dtype
-            key = (dtype, plain, *images.shape)
+    def _outputs(self, images: Tensor, key: Key, alike: bool) -> Outputs:
+        """Of a call. What is ahead of the launch delays it; what is behind it the host does beside the graph."""
+        if torch.cuda.current_device() != self.device.index:
+            with torch.cuda.device(self.device):
+                return self._outputs(images, key, alike)
+        with self.lock:
+            if not self.done.query():  # to wait for what has ended delays the launch all the same
+                self.done.wait(torch.cuda.current_stream())
+            captured = self.kept.get(key) or self._captured(key)
+            captured.launch(images, alike)
+            self.kept.move_to_end(key)
+            with torch.inference_mode():
+                outputs = copies(captured.outputs)
+            self.done.record(torch.cuda.current_stream())
+            return outputs
+
+    def _known(self, images: Tensor) -> tuple[Key, bool]:
+        """How images like these are captured, and whether they are like that themselves; known from now on."""
+        # Float32 images in the usual order are captured as they are; any others in the engine's order and dtype.
+        plain = images.dtype == torch.uint8 or (images.dtype == torch.float32 and images.is_contiguous())
+        key = Key(images.dtype if plain else self.dtype, plain, images.shape)
+        alike = (
+            type(images) is Tensor
+            and images.device == self.device
+            and images.dtype == key.dtype
+            and images.is_contiguous(memory_format=key.order)
+            and not images.is_neg()
+        )
+        with self.lock:
             if len(self.keys) >= _MOST_SIGNATURES:
                 self.keys.clear()
-            self.keys[signature] = key
-            found = self.kept.get(key)
+            self.keys[_signature(images)] = key, alike
+        return key, alike
+
+    def _captured(self, key: Key) -> Captured:
+        found = self.kept.get(key)
         if found is None:
             if len(self.kept) >= self.most:
                 self.done.synchronize()  # what is given up must not run any more
                 self.kept.popitem(last=False)
-            order = torch.contiguous_format if plain else torch.channels_last
-            like = torch.empty(images.shape, dtype=dtype, device=self.device, memory_format=order)
-            with self.tf32.applied(), searched(self.dtype):
-                found = self.kept[key] = Captured(self.steps, like, self.pool, self.side)
-        self.kept.move_to_end(key)
+            with torch.inference_mode(), self.tf32.applied(), searched(self.dtype):
+                like = torch.empty(key.shape, dtype=key.dtype, device=self.device, memory_format=key.order)
+                found = self.kept[key] = Captured(self.work, like, self.pool, self.side)
         return found
 
 
 def _signature(images: Tensor) -> Hashable:
-    return images.dtype, images.shape, images.stride()
+    """All of images that decides how they are read, but for their address."""
+    return type(images), images.dtype, images.shape, images.stride(), images.device, images.is_neg()
+
+
+def _same(outputs: Outputs, expected: Outputs) -> bool:
+    return all(torch.equal(outputs[name], value) for name, value in expected.items())
