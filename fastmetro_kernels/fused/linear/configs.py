@@ -119,6 +119,7 @@ MEASURED: dict[tuple[int, int, int], tuple[tuple[int, LinearConfig], ...]] = {
     (2, 1536, 512): ((50, LinearConfig(64, 32, 64, 1, 4, 6)), (445, LinearConfig(64, 128, 64, 1, 4, 4))),
     (2, 2048, 512): ((50, LinearConfig(64, 32, 64, 1, 4, 6)), (445, LinearConfig(64, 128, 64, 1, 4, 4))),
     (2, 3200, 512): ((49, LinearConfig(32, 64, 128, 1, 4, 4)),),
+    (4, 3, 128): ((445, LinearConfig(16, 4, 128, 1, 4, 2)), (14240, LinearConfig(16, 4, 128, 1, 2, 2))),
 }
 """(bytes per element, N, K) -> (most rows, configuration), rising: the fastest of a measurement on an H200."""
 
