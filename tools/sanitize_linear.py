@@ -17,7 +17,7 @@ from tools.sanitize_common import BFLOAT, FLOAT, HALF, TOLERANCE, compare
 
 @dataclass(frozen=True)
 class Linear:
-    """One call of `fused_linear_moments`, and one of `fused_linear` behind a norm that takes these moments."""
+    """One call of `fused_linear_moments`, one behind a norm that takes these moments, one that puts tokens in front."""
 
     rows: int
     width: int
@@ -27,7 +27,7 @@ class Linear:
 
     def run(self, backend: str, device: str) -> None:
         got = self._results(self.dtype, device, backend)
-        for name, a, b in zip(("out", "behind"), got, self._results(FLOAT, "cpu", "reference"), strict=True):
+        for name, a, b in zip(("out", "behind", "led"), got, self._results(FLOAT, "cpu", "reference"), strict=True):
             compare(name, a, b, TOLERANCE[self.dtype])
 
     def _results(self, dtype: torch.dtype, device: str, backend: str) -> list[Tensor]:
@@ -44,7 +44,8 @@ class Linear:
         reader = normal(48, self.features, scale=self.features**-0.5)
         late = {"normalize": 1e-5, "moments": moments, "weight_sums": reader.float().sum(1)}
         behind = fused_linear(out, reader, normal(48), relu=True, constant_weights=True, **late, **options)
-        return [out.cpu(), behind.cpu()]
+        led = fused_linear(x, weight, normal(self.features), leading=normal(1, 3, self.features), **options)
+        return [out.cpu(), behind.cpu(), led.cpu()]
 
 
 def linear_native() -> Iterator[Linear]:

@@ -43,11 +43,12 @@ void check(const Tensor& tensor, const char* name, const Tensor& x, ScalarType t
 // Arguments of the op; see `linear` below.
 struct Arguments {
   Tensor x, weight, bias;
-  std::optional<Tensor> residual, moments, sums;
+  std::optional<Tensor> residual, leading, moments, sums;
   double epsilon;
   bool relu;
 
-  int64_t rows() const { return x.size(0); }
+  int64_t leads() const { return leading.has_value() ? leading->size(0) : 0; }
+  int64_t rows() const { return leads() + x.size(0); }
   int64_t width() const { return x.size(1); }
   int64_t features() const { return weight.size(0); }
   int64_t parts() const { return moments.has_value() ? moments->size(1) : 0; }
@@ -64,14 +65,19 @@ void check_arguments(const Arguments& a, const Config& config) {
                   "fused_linear_native: K and N must be positive multiples of 16, got ", a.width(), " and ",
                   a.features());
   STD_TORCH_CHECK(a.rows() <= int64_t(65535) * kRows, "fused_linear_native: too many rows, ", a.rows());
-  check(a.x, "x", a.x, type, {a.rows(), a.width()});
+  check(a.x, "x", a.x, type, {a.x.size(0), a.width()});
   check(a.weight, "weight", a.x, type, {a.features(), a.width()});
   const bool shared = a.bias.dim() == 1;
   if (shared) check(a.bias, "bias", a.x, type, {a.features()});
   else check(a.bias, "bias", a.x, type, {a.bias.size(0), a.features()});
-  STD_TORCH_CHECK(shared || (a.bias.size(0) > 0 && a.rows() % a.bias.size(0) == 0),
-                  "fused_linear_native: rows must be a multiple of the bias's tokens, got ", a.rows());
+  STD_TORCH_CHECK(shared || (a.bias.size(0) > 0 && a.x.size(0) % a.bias.size(0) == 0),
+                  "fused_linear_native: rows of x must be a multiple of the bias's tokens, got ", a.x.size(0));
   if (a.residual.has_value()) check(*a.residual, "residual", a.x, type, {a.rows(), a.features()});
+  if (a.leading.has_value()) {
+    STD_TORCH_CHECK(a.leading->dim() == 2 && a.x.size(0) > 0 && !a.residual.has_value() && !a.moments.has_value(),
+                    "fused_linear_native: leading must be [leads, N], with rows of x, without residual and moments");
+    check(*a.leading, "leading", a.x, type, {a.leads(), a.features()});
+  }
   STD_TORCH_CHECK(a.moments.has_value() == a.sums.has_value(),
                   "fused_linear_native: moments and weight_sums go together");
   if (!a.moments.has_value()) return;
@@ -89,7 +95,7 @@ Problem<T> make_problem(const Arguments& a, Tensor& out, std::optional<Tensor>& 
   const CUtensorMapDataType type = fm_convolution::map_type(a.x);
   const fm_convolution::Geometry plain{1, 1, 1, a.width(), 1, 1, 1, 0};  // rows of one tap each
   fm_convolution::Input& input = problem.inputs.first;
-  fm_convolution::encode_weights(input.pixels, type, a.x.const_data_ptr(), plain, a.rows(), kRows);
+  fm_convolution::encode_weights(input.pixels, type, a.x.const_data_ptr(), plain, a.x.size(0), kRows);
   fm_convolution::encode_weights(input.weights, type, a.weight.const_data_ptr(), plain, a.features(), config.columns);
   input.across = fm_convolution::Divisor::of(1);
   input.chunks = fm_convolution::Divisor::of(uint32_t((a.width() + kDepth - 1) / kDepth));
@@ -106,6 +112,8 @@ Problem<T> make_problem(const Arguments& a, Tensor& out, std::optional<Tensor>& 
     around.parts = int(a.parts());
   }
   if (a.residual.has_value()) around.residual = static_cast<const T*>(a.residual->const_data_ptr());
+  if (a.leading.has_value()) around.leading = static_cast<const T*>(a.leading->const_data_ptr());
+  around.leads = int(a.leads());
   around.out = static_cast<T*>(out.mutable_data_ptr());
   if (moments_out.has_value()) around.moments_out = static_cast<float*>(moments_out->mutable_data_ptr());
   around.rows = int(a.rows()), around.features = int(a.features());
@@ -123,13 +131,15 @@ void launch(const Problem<T>& problem, const Config& config, cudaStream_t stream
 }
 
 // `x` [rows, K], `weight` [N, K], `bias` [N], or [tokens, N] for rows that repeat so many tokens, all of x's type;
-// `residual` [rows, N]. `moments` float32 [rows, parts, 3] and `sums` float32 [N] of the rows of the weight: a layer
+// `residual` [rows, N]. `leading` [leads, N]: rows that come first in the result, as they are, not with a residual or
+// moments. `moments` float32 [rows, parts, 3] and `sums` float32 [N] of the rows of the weight: a layer
 // norm in front, of `epsilon`. `give_moments`: also those of the result, float32 [rows, tiles, 3]. `config`: columns
 // and split of a tile, stages of the ring, whether to start before the kernel in front has ended.
-std::tuple<Tensor, Tensor> linear(Tensor x, Tensor weight, Tensor bias, std::optional<Tensor> residual, double epsilon,
-                                  std::optional<Tensor> moments, std::optional<Tensor> sums, bool relu,
-                                  bool give_moments, std::vector<int64_t> config) {
-  const Arguments arguments{x, weight, bias, residual, moments, sums, epsilon, relu};
+std::tuple<Tensor, Tensor> linear(Tensor x, Tensor weight, Tensor bias, std::optional<Tensor> residual,
+                                  std::optional<Tensor> leading, double epsilon, std::optional<Tensor> moments,
+                                  std::optional<Tensor> sums, bool relu, bool give_moments,
+                                  std::vector<int64_t> config) {
+  const Arguments arguments{x, weight, bias, residual, leading, moments, sums, epsilon, relu};
   const Config chosen = make_config(config);
   check_arguments(arguments, chosen);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());

@@ -5,7 +5,8 @@
 // come through a ring of copies, and the blocks of a cluster share the depth. The layer norm is taken behind the
 // product: (x W^T - mean * sum(W)) / deviation, with mean and deviation merged from moments that the kernel in front
 // has left for parts of the features (Chan, Golub and LeVeque 1979). Loads of moments and residual are under way before
-// the products begin, loads of constants before the kernel in front has ended.
+// the products begin, loads of constants before the kernel in front has ended. Leading rows, which are copied, are rows
+// of x in front of its first: the copy engine makes them 0, they have no bias, and what they are is their residual.
 #pragma once
 
 #include "convolution/tile.cuh"
@@ -25,9 +26,10 @@ struct Around {
   const float* sums;        // [features], of the rows of the weight; with moments
   const float* moments;     // [rows, parts, 3]: count, mean, squared distances from it
   const T* residual;        // [rows, features]
+  const T* leading;         // [leads, features], the first rows of the output
   T* out;                   // [rows, features]
   float* moments_out;       // [rows, tiles of columns, 3]
-  int rows, features, tokens, parts;
+  int rows, features, tokens, parts, leads;  // rows of the output, with those that lead
   float width, epsilon;     // features of x
   bool relu;
 };
@@ -55,14 +57,14 @@ using Tile = fm_convolution::Tile<COLUMNS, 1>;
 
 // A chunk of 64 rows of x, which is described like weights of one tap.
 template <int COLUMNS>
-__device__ __forceinline__ void copy_rows(const Tile<COLUMNS>& tile, int number, int stage) {
+__device__ __forceinline__ void copy_rows(const Tile<COLUMNS>& tile, int number, int stage, int leads) {
   fm::copy_weights(tile.ring.pixels + stage * tile.kPixels, tile.p.first.pixels, tile.ring.full + stage * 8,
-                   (tile.from + number) * kDepth, 0, tile.row);
+                   (tile.from + number) * kDepth, 0, tile.row - leads);
 }
 
 // The warp that asks for weights, and as stages fall free for all that comes later.
 template <int COLUMNS>
-__device__ __forceinline__ void ask_for_chunks(const Tile<COLUMNS>& tile) {
+__device__ __forceinline__ void ask_for_chunks(const Tile<COLUMNS>& tile, int leads) {
   const int lane = threadIdx.x % 32, early = tile.early();
   if (lane < early) tile.copy_weights(fm_convolution::chunk_of(tile.p, tile.from + lane), lane);
   if (lane > 0) return;
@@ -70,7 +72,7 @@ __device__ __forceinline__ void ask_for_chunks(const Tile<COLUMNS>& tile) {
   for (int i = early, stage = 0, phase = 0; i < tile.count; i++) {
     fm::barrier_wait(tile.ring.empty + stage * 8, phase);
     tile.copy_weights(fm_convolution::chunk_of(tile.p, tile.from + i), stage);
-    copy_rows(tile, i, stage);
+    copy_rows(tile, i, stage, leads);
     if (++stage == tile.p.stages) stage = 0, phase ^= 1;
   }
 }
@@ -110,6 +112,7 @@ struct Share {
   __device__ __forceinline__ bool there(int turn) const {
     return inside && first + turn * kStep < own && row + turn * kStep < p.rows;
   }
+  __device__ __forceinline__ bool leads(int turn) const { return row + turn * kStep < p.leads; }
   __device__ __forceinline__ int64_t place(int turn) const {
     return static_cast<int64_t>(row + turn * kStep) * p.features + feature;
   }
@@ -119,8 +122,8 @@ struct Share {
 #pragma unroll
     for (int turn = 0; turn < kTurns; turn++) {
       bias[turn] = {};
-      if (!there(turn)) continue;
-      const int token = p.tokens > 0 ? (row + turn * kStep) % static_cast<unsigned>(p.tokens) : 0;
+      if (!there(turn) || leads(turn)) continue;
+      const int token = p.tokens > 0 ? (row + turn * kStep - p.leads) % static_cast<unsigned>(p.tokens) : 0;
       bias[turn] = *reinterpret_cast<const uint4*>(p.bias + static_cast<int64_t>(token) * p.features + feature);
     }
 #pragma unroll
@@ -132,7 +135,8 @@ struct Share {
 #pragma unroll
     for (int turn = 0; turn < kTurns; turn++) {
       kept[turn] = {};
-      if (p.residual != nullptr && there(turn)) kept[turn] = fm::load_coherent(p.residual + place(turn));
+      const T* const added = leads(turn) ? p.leading : p.residual;
+      if (added != nullptr && there(turn)) kept[turn] = fm::load_coherent(added + place(turn));
     }
     if (p.moments == nullptr) return;
 #pragma unroll
@@ -251,7 +255,7 @@ __global__ void __launch_bounds__(kWarpgroup + 32) linear_kernel(const __grid_co
   if constexpr (SHARED) fm::cluster_arrive<false>();
 
   if (threadIdx.x >= kWarpgroup) {
-    ask_for_chunks(tile);
+    ask_for_chunks(tile, p.around.leads);
     if constexpr (SHARED) {
       __syncwarp();
       fm::cluster_wait();
@@ -262,7 +266,7 @@ __global__ void __launch_bounds__(kWarpgroup + 32) linear_kernel(const __grid_co
     if constexpr (SHARED) fm::cluster_wait();  // all barriers of the cluster are there
     fm::wait_for_previous_grid();
     const int number = threadIdx.x / 32 + threadIdx.x % 32 * (kWarpgroup / 32);
-    if (number < tile.early()) copy_rows(tile, number, number);
+    if (number < tile.early()) copy_rows(tile, number, number, p.around.leads);
     __syncwarp();
     mine.load_rows();
     float sums[COLUMNS / 2];

@@ -53,6 +53,23 @@ def test_moments_are_those_of_the_rounded_result(runner: Runner) -> None:
 
 
 @on_native
+@pytest.mark.parametrize("leads", [1, 3, 70])
+def test_leading_tokens(runner: Runner, leads: int) -> None:
+    """They come first as they are, also more of them than a tile has rows; the others are as without them."""
+    for (rows, width, features), bias, relu in product(SIZES, ("feature", "token"), (False, True)):
+        x, weight, added, _ = tensors(runner, 1, rows, width, features, bias, None)
+        leading = randn(runner, 1, leads, features, seed=4)
+        for config in native.usable(rows, features, width)[::3]:
+            options: dict[str, Any] = {"config": config, "backend": "native"}
+            with poisoned_memory():
+                got = fused_linear(x, weight, added, leading=leading, relu=relu, **options)
+                out, moments = fused_linear_moments(x, weight, added, leading=leading, **options)
+            assert torch.equal(got[:, :leads], leading) and torch.equal(out[:, :leads], leading)
+            assert torch.equal(got[:, leads:], fused_linear(x, weight, added, relu=relu, **options))
+            torch.testing.assert_close(moments, moments_of(out, config.columns), rtol=1e-4, atol=1e-4)
+
+
+@on_native
 def test_a_chain_in_a_cuda_graph(runner: Runner) -> None:
     """A residual stream through norms, as in a transformer, by early launches; the same bits at every replay."""
     x, wide, bias, _ = tensors(runner, 1, 445, 512, 2048, "feature", None)
@@ -107,13 +124,17 @@ def test_nan_stays_in_its_row(runner: Runner) -> None:
 @on_native
 def test_opcheck_and_what_auto_takes(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, bias, residual = tensors(runner, 1, 50, 512, 512, "token", "sample")
-    flat = (x[0], weight, bias, None if residual is None else residual[0], 0.0, None, None, False, True, [32, 2, 4, 1])
-    torch.library.opcheck(torch.ops.fastmetro_kernels.fused_linear_native.default, flat)
+    assert residual is not None
+    rest = (0.0, None, None, False, True, [32, 2, 4, 1])
+    for more in ((residual[0], None), (None, randn(runner, 2, 512, seed=3))):
+        flat = (x[0], weight, bias, *more, *rest)
+        torch.library.opcheck(torch.ops.fastmetro_kernels.fused_linear_native.default, flat)
     config = NativeLinearConfig(64, 4, 2)
     expected = fused_linear(x, weight, bias, config=config)
     monkeypatch.setitem(native.MEASURED, (50, 512, 512), config)
     assert torch.equal(fused_linear(x, weight, bias), expected)
-    assert native.choose(Given(x, weight, bias, None, x, None, None, None, x.dtype)) is None
+    assert native.choose(Given(x, weight, bias, None, x, None, None, None, x.dtype)) == config
+    assert native.choose(Given(x.expand(2, -1, -1), weight, bias, None, x, None, None, None, x.dtype)) is None
 
 
 def given(x: Tensor, weight: Tensor, bias: Tensor | None, **others: Any) -> Given:
@@ -132,7 +153,10 @@ X, W, B = torch.zeros(1, 5, 32, dtype=HALF), torch.zeros(16, 32, dtype=HALF), to
         (given(X, W.float(), B), "weights and gives results of x's dtype"),
         (given(X, W, B, out_dtype=FLOAT), "weights and gives results of x's dtype"),
         (given(X[..., :24].contiguous(), W[:, :24].contiguous(), B), "multiples of 16, got 24 and 16"),
-        (given(X, W, B, leading=X), "no leading tokens"),
+        (given(X, W, B, leading=X[:, :2, :16].contiguous()), None),
+        (given(X.repeat(2, 1, 1), W, B, leading=X[..., :16].repeat(2, 1, 1)), "leading tokens of one sample"),
+        (given(X[:, :0], W, B, leading=X[..., :16].contiguous()), "leading tokens of one sample that has others"),
+        (given(X, W, B, leading=torch.zeros(1, 2, 16)), "leading tokens of x's dtype"),
         (given(X, W, B, normalize=1e-5), "takes the moments"),
         (given(X, W, B, normalize=1e-5, moments=torch.zeros(1, 5, 17, 3)), "up to 16 parts, got 17"),
         (given(X, W, B, residual=torch.zeros(1, 5, 16)), "residual of x's dtype"),
@@ -184,6 +208,6 @@ def test_shapes_are_known_without_running() -> None:
     with torch.device("meta"):
         x, weight, bias = torch.empty(5, 32), torch.empty(80, 32), torch.empty(80)
     out, moments = torch.ops.fastmetro_kernels.fused_linear_native(
-        x, weight, bias, None, 0.0, None, None, False, True, [32, 1, 2, 1]
+        x, weight, bias, None, bias[None], 0.0, None, None, False, True, [32, 1, 2, 1]
     )
-    assert out.shape == (5, 80) and moments.shape == (5, 3, 3) and moments.dtype == FLOAT
+    assert out.shape == (6, 80) and moments.shape == (6, 3, 3) and moments.dtype == FLOAT

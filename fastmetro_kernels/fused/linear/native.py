@@ -108,8 +108,10 @@ def reasons(given: Given, config: NativeLinearConfig | None = None) -> list[str]
         found.append(f"K and N must be multiples of 16, got {width} and {features}")
     if bias is None or bias.dtype != x.dtype:
         found.append(f"needs a bias of x's dtype, got {None if bias is None else bias.dtype}")
-    if leading is not None:
-        found.append("takes no leading tokens")
+    if leading is not None and (len(x) != 1 or x.shape[1] == 0 or moments is not None):
+        found.append("takes leading tokens of one sample that has others, and not together with moments")
+    if leading is not None and leading.dtype != x.dtype:
+        found.append(f"takes leading tokens of x's dtype, got {leading.dtype}")
     if normalize is not None and moments is None:
         found.append("takes the moments of a layer norm, and does not make them")
     parts = PARTS_OF_LANE * (config.columns if config else COLUMNS[0]) // 8
@@ -117,7 +119,9 @@ def reasons(given: Given, config: NativeLinearConfig | None = None) -> list[str]
         found.append(f"takes moments of up to {parts} parts, got {moments.shape[-2]}")
     if residual is not None and residual.dtype != x.dtype:
         found.append(f"takes a residual of x's dtype, got {residual.dtype}")
-    named = {"x": x, "weight": weight, "bias": bias, "residual": residual, "moments": moments}
+    named = {
+        "x": x, "weight": weight, "bias": bias, "residual": residual, "leading": leading, "moments": moments
+    }  # fmt: skip
     for name, tensor in named.items():
         if tensor is not None and not (tensor.is_contiguous() and tensor.data_ptr() % 16 == 0):
             found.append(f"{name} must be contiguous and aligned to 16 bytes")
@@ -145,8 +149,8 @@ def choose(given: Given) -> NativeLinearConfig | None:
 
 torch.library.define(
     f"{NAMESPACE}::{OPERATOR}",
-    "(Tensor x, Tensor weight, Tensor bias, Tensor? residual, float epsilon, Tensor? moments, Tensor? weight_sums, "
-    "bool relu, bool give_moments, int[] config) -> (Tensor, Tensor)",
+    "(Tensor x, Tensor weight, Tensor bias, Tensor? residual, Tensor? leading, float epsilon, Tensor? moments, "
+    "Tensor? weight_sums, bool relu, bool give_moments, int[] config) -> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -157,6 +161,7 @@ def _fake(
     weight: Tensor,
     bias: Tensor,
     residual: Tensor | None,
+    leading: Tensor | None,
     epsilon: float,
     moments: Tensor | None,
     weight_sums: Tensor | None,
@@ -167,23 +172,25 @@ def _fake(
     torch._check(
         x.dim() == 2 and weight.dim() == 2 and weight.size(1) == x.size(1), lambda: "x [rows, K], weight [N, K]"
     )
-    features = weight.size(0)
+    rows, features = x.size(0) + (0 if leading is None else leading.size(0)), weight.size(0)
     tiles = -(-features // config[0]) if give_moments else 0
-    return x.new_empty((x.size(0), features)), x.new_empty((x.size(0), tiles, 3), dtype=torch.float32)
+    return x.new_empty((rows, features)), x.new_empty((rows, tiles, 3), dtype=torch.float32)
 
 
 def linear(
     given: Given, relu: bool, give_moments: bool, constant_weights: bool, config: NativeLinearConfig
 ) -> tuple[Tensor, Tensor]:
-    """Result [B, M, N] and moments [B, M, tiles or 0, 3]; of a call without `reasons`.
+    """Result [B, P + M, N] and moments [B, P + M, tiles or 0, 3]; of a call without `reasons`.
 
     The kernel reads weight and bias before the kernel in front has ended wherever it starts early.
     """
     config = config._replace(early=config.early and constant_weights)
-    x, weight, bias, residual, _, normalize, moments, sums, _ = given
+    x, weight, bias, residual, leading, normalize, moments, sums, _ = given
     assert bias is not None
     out, made = torch.ops.fastmetro_kernels.fused_linear_native(
-        x.flatten(0, 1), weight, bias, None if residual is None else residual.flatten(0, 1), normalize or 0.0,
-        None if moments is None else moments.flatten(0, 1), sums, relu, give_moments, list(map(int, config)),
+        x.flatten(0, 1), weight, bias, *(None if one is None else one.flatten(0, 1) for one in (residual, leading)),
+        normalize or 0.0, None if moments is None else moments.flatten(0, 1), sums, relu, give_moments,
+        list(map(int, config)),
     )  # fmt: skip
-    return out.unflatten(0, x.shape[:2]), made.unflatten(0, x.shape[:2])
+    tokens = (x.shape[0], x.shape[1] + (0 if leading is None else leading.shape[1]))
+    return out.unflatten(0, tokens), made.unflatten(0, tokens)
