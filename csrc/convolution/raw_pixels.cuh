@@ -11,9 +11,9 @@
 
 namespace fm_stem {
 
-constexpr int kPixels = 4;                    // of a thread at a time
-constexpr int kNumbers = kPixels * kInputs;   // which they have
-constexpr int kLead = 8;                      // numbers of the first four pixels that lie before a tile's
+constexpr int kPixels = 4;                   // of a thread at a time
+constexpr int kNumbers = kPixels * kInputs;  // which they have
+constexpr int kLead = 8;                     // numbers of a row's first four pixels that lie before the tile's
 
 // float32 [images, 3, height, width].
 struct Planes {
@@ -38,7 +38,7 @@ inline Bytes make_bytes(const uint8_t* x, const float* mean, const float* scale,
   return {x, mean, scale, height, width, width % kPixels == 0 && reinterpret_cast<uintptr_t>(x) % 4 == 0};
 }
 
-// Makes numbers of the stem of what lies in planes: what they are already.
+// Reads planes, whose numbers are the stem's but for their rounding.
 struct OfPlanes {
   using Word = float;
 
@@ -51,24 +51,24 @@ struct OfPlanes {
                                               float (&numbers)[kNumbers]) {
     const int64_t plane = static_cast<int64_t>(images.height) * images.width;
     const float* const from = images.x + kInputs * plane * image + static_cast<int64_t>(row) * images.width;
+    if (images.aligned) {
 #pragma unroll
-    for (int channel = 0; channel < kInputs; channel++) {
-      if (images.aligned) {
+      for (int channel = 0; channel < kInputs; channel++) {
         const float4 four = *reinterpret_cast<const float4*>(from + channel * plane + column);
         numbers[channel] = four.x, numbers[kInputs + channel] = four.y;
         numbers[2 * kInputs + channel] = four.z, numbers[3 * kInputs + channel] = four.w;
-      } else {
+      }
+    } else {
 #pragma unroll
-        for (int i = 0; i < kPixels; i++) {
-          const int at = column + i;
-          numbers[i * kInputs + channel] = at >= 0 && at < images.width ? from[channel * plane + at] : 0.f;
-        }
+      for (int i = 0; i < kNumbers; i++) {
+        const int at = column + i / kInputs;
+        numbers[i] = at >= 0 && at < images.width ? from[i % kInputs * plane + at] : 0.f;
       }
     }
   }
 };
 
-// Makes numbers of the stem of bytes.
+// Reads bytes and makes numbers of the stem of them.
 struct OfBytes {
   using Word = uint32_t;
   float mean[kInputs], scale[kInputs];
