@@ -137,7 +137,7 @@ def test_bad_input_is_named(name: str) -> None:
         case.op(pixels.x, weights, mean=pixels.mean[:1], scale=pixels.scale)
     with pytest.raises(TypeError, match="mean must be one of float32, got"):
         case.op(pixels.x, weights, mean=pixels.mean.double(), scale=pixels.scale)
-    with pytest.raises(TypeError, match="x must be one of .*uint8, got"):
+    with pytest.raises(TypeError, match=r"x must be one of .*uint8, got"):
         case.op(planes.x.int(), weights)
     with pytest.raises(TypeError, match=r"weights\.(weight|first) must be one of float64"):
         case.op(planes.x.double(), weights)
@@ -150,9 +150,7 @@ def test_bad_input_is_named(name: str) -> None:
 def test_compiles_as_one_graph(name: str, kind: str) -> None:
     case, images = STEMS[name], make_images(kind, 1, 20, 24)
     weights = case.weights(torch.float32)
-    compiled = torch.compile(
-        lambda x: case.op(x, weights, **images.constants) + 1, backend="eager", fullgraph=True
-    )
+    compiled = torch.compile(lambda x: case.op(x, weights, **images.constants) + 1, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(images.x), case.op(images.x, weights, **images.constants) + 1)
 
 
@@ -162,9 +160,7 @@ def test_compiles_as_one_graph(name: str, kind: str) -> None:
 @pytest.mark.parametrize("size", [*SIZES, (224, 224), (225, 223)], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_kernel(
-    name: str, config: Any, images: int, size: tuple[int, int], kind: str, dtype: torch.dtype
-) -> None:
+def test_kernel(name: str, config: Any, images: int, size: tuple[int, int], kind: str, dtype: torch.dtype) -> None:
     """The output's memory was NaN; aligned and between words, with an early start or without."""
     case, weights = STEMS[name], STEMS[name].weights(dtype, "cuda")
     for shift in (0, 1):
@@ -183,7 +179,10 @@ def test_other_orders_are_copied(name: str, kind: str) -> None:
     case, given = STEMS[name], make_images(kind, 2, 20, 24, "cuda")
     weights = case.weights(torch.float16, "cuda")
     want = case.op(given.x, weights, **given.constants, backend="native")
-    for x in (given.x.transpose(1, 2).contiguous().transpose(1, 2), given.x.transpose(1, 3).contiguous().transpose(1, 3)):
+    for x in (
+        given.x.transpose(1, 2).contiguous().transpose(1, 2),
+        given.x.transpose(1, 3).contiguous().transpose(1, 3),
+    ):
         assert same(case.op(x, weights, **given.constants, backend="native"), want)
 
 
