@@ -139,8 +139,8 @@ def convolution_double_stem(
         x: ``[N, 3, H, W]`` of the dtype of the weights; other orders than channels_last are copied. Or as images come:
             float32 ``[N, 3, H, W]``, rounded to that dtype (other orders than the usual one are copied), or uint8
             ``[N, H, W, 3]``, of which ``(x - mean) * scale`` is taken, in float32 and rounded once.
-        weights: of :func:`lay_out_double_stem`, float16 or bfloat16 (reference: float32 and float64, too), on the device
-            of x.
+        weights: of :func:`lay_out_double_stem`, float16 or bfloat16 (reference: float32 and float64, too), on the
+            device of x.
         mean, scale: float32 ``[3]`` on the device of x, for uint8 images.
         config: one of :func:`double_stem_configs` (native), with or without ``early``; default:
             :func:`choose_double_stem`.

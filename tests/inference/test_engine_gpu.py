@@ -273,7 +273,7 @@ def test_graphs_own_what_products_work_in() -> None:
 
 @pytest.mark.parametrize("backbone", ["resnet50", "hrnet-w64"])
 def test_stems_of_images_as_they_come(backbone: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bits of an engine with a kernel in front of the stem, copied in or read where they are, also of new weights."""
+    """The bits of an engine with a kernel in front of the stem, copied in or read where they are; new weights, too."""
     torch.manual_seed(0)
     models = [create_model("fastmetro-s", backbone=backbone, upsampling="released").cuda().eval() for _ in range(2)]
     for model in models:
