@@ -90,12 +90,26 @@ class Pair:
         return [one.cpu() for one in convolution_pair(images[0], weights, following, backend=backend, **added)]
 
 
+def _images(size: tuple[int, int, int], kind: torch.dtype, own: torch.dtype, device: str) -> dict[str, Tensor]:
+    """What a stem takes: images of half precision in the type that the case has, float32 planes, or bytes."""
+    generator = torch.Generator().manual_seed(4)
+    n, h, w = size
+    if kind == torch.uint8:
+        pixels = torch.randint(256, (n, h, w, 3), generator=generator, dtype=torch.uint8)
+        mean, scale = torch.tensor([[124.0, 116.0, 104.0], [1 / 64] * 3])  # of which all results are exact
+        return {name: one.to(device) for name, one in (("x", pixels), ("mean", mean), ("scale", scale))}
+    x = torch.randn(n, h, w, 3, generator=generator).half().to(device, FLOAT if kind == FLOAT else own)
+    planes = x.permute(0, 3, 1, 2)
+    return {"x": planes.contiguous() if kind == FLOAT else planes}
+
+
 @dataclass(frozen=True)
 class Stem:
     """One call of `convolution_stem`."""
 
     size: tuple[int, int, int]  # images, height, width
     config: StemConfig
+    kind: torch.dtype = HALF  # of the images
 
     def run(self, backend: str, device: str) -> None:
         got = self._result(HALF, "reference" if device == "cpu" else backend, device)
@@ -103,10 +117,10 @@ class Stem:
 
     def _result(self, dtype: torch.dtype, backend: str, device: str) -> Tensor:
         generator = torch.Generator().manual_seed(2)
-        (n, h, w), weight = self.size, torch.randn(64, 3, 7, 7, generator=generator) / 12
+        weight = torch.randn(64, 3, 7, 7, generator=generator) / 12
         weights = lay_out_stem(weight.half().to(device, dtype), torch.randn(64, generator=generator).to(device))
-        x = torch.randn(n, h, w, 3, generator=generator).half().to(device, dtype).permute(0, 3, 1, 2)
-        return convolution_stem(x, weights, config=self.config, backend=backend).cpu()
+        images = _images(self.size, self.kind, dtype, device)
+        return convolution_stem(weights=weights, config=self.config, backend=backend, **images).cpu()
 
 
 @dataclass(frozen=True)
@@ -115,6 +129,7 @@ class DoubleStem:
 
     size: tuple[int, int, int]  # images, height, width
     config: DoubleStemConfig
+    kind: torch.dtype = HALF  # of the images
 
     def run(self, backend: str, device: str) -> None:
         got = self._result(HALF, "reference" if device == "cpu" else backend, device)
@@ -125,9 +140,9 @@ class DoubleStem:
         weights = [torch.randn(64, depth, 3, 3, generator=generator) / (9 * depth) ** 0.5 for depth in (3, 64)]
         first, second = (weight.half().to(device, dtype) for weight in weights)
         biases = [torch.randn(64, generator=generator).to(device) for _ in range(2)]
-        x = torch.randn(*self.size, 3, generator=generator).half().to(device, dtype).permute(0, 3, 1, 2)
+        images = _images(self.size, self.kind, dtype, device)
         laid_out = lay_out_double_stem(first, biases[0], second, biases[1])
-        return convolution_double_stem(x, laid_out, config=self.config, backend=backend).cpu()
+        return convolution_double_stem(weights=laid_out, config=self.config, backend=backend, **images).cpu()
 
 
 def _cases() -> Iterator[Convolution | Pair | Stem | DoubleStem]:
@@ -151,6 +166,13 @@ def _cases() -> Iterator[Convolution | Pair | Stem | DoubleStem]:
     yield Stem((17, 65, 64), StemConfig(4, 4))  # more tiles than blocks
     yield DoubleStem((2, 33, 40), DoubleStemConfig(8))
     yield DoubleStem((17, 65, 47), DoubleStemConfig(4))
+    for kind in (FLOAT, torch.uint8):  # read in words, and number by number
+        yield Stem((1, 64, 64), StemConfig(4, 4), kind)
+        yield Stem((2, 33, 47), StemConfig(7, 8), kind)
+        yield Stem((17, 65, 52), StemConfig(4, 4), kind)  # more tiles than blocks
+        yield DoubleStem((1, 64, 64), DoubleStemConfig(4), kind)
+        yield DoubleStem((17, 65, 47), DoubleStemConfig(4), kind)
+        yield DoubleStem((2, 33, 44), DoubleStemConfig(8), kind)
 
 
 def convolution_native() -> Iterator[Convolution | Pair | Stem | DoubleStem]:

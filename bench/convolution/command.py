@@ -117,7 +117,7 @@ def _stems(options: argparse.Namespace, dtype: torch.dtype, device: torch.device
     for trunk in options.trunk:
         for images in options.batch:
             found.append(stems.compare(trunk, images, options.side, dtype, device, options.rounds, bandwidth))
-            print(stems.line(found[-1]), flush=True)
+            print(stems.lines(found[-1]), flush=True)
         _write(options.csv, [row | record for row in stems.rows(found, dtype)], device, "convolution_stems")
     if wrong := sum(one.is_wrong for one in found):
         raise SystemExit(f"results of ours are wrong for {wrong} stems")

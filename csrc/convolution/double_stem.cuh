@@ -10,16 +10,17 @@
 // that they begin at a word, they are 5 words, three rows of them 15, and a 16th has weights of 0. Depth of the second:
 // taps, then channels. Its operand is read from the first one's positions by ldmatrix: 8 positions side by side are two
 // columns apart there, and the chunks of 8 channels are permuted by half of the column, so that all lie in other banks.
+//
+// Images may also come as float32 planes or as bytes (Source; raw_pixels.cuh): the kernel then is the network's first.
 #pragma once
 
 #include <type_traits>
 
 #include "common/device.cuh"
-#include "pixels.cuh"
+#include "raw_pixels.cuh"
 
 namespace fm_double_stem {
 
-using fm_stem::Images;
 using fm_stem::kInputs;
 
 constexpr int kChannels = 64, kTaps = 9;
@@ -46,9 +47,10 @@ struct Tile {
   static constexpr int kSharedBytes = kPixelBytes + kProducts * 16 * kPositionBytes;
 };
 
-template <typename T>
+// Source: fm_stem::Images<T>, Planes or Bytes.
+template <typename T, typename Source>
 struct Problem {
-  Images<T> images;
+  Source images;
   const T *first, *second;                // weights in the order of lay_out_double_stem
   const float *first_bias, *second_bias;  // [64] each
   T* out;                                 // [images, out_height, out_width, 64]
@@ -61,17 +63,17 @@ struct Place {
   int image, row, column;  // of a tile's first position
 };
 
-template <typename Cut, typename T>
-__device__ __forceinline__ Place place_of(const Problem<T>& p, int tile) {
+template <typename Cut, typename T, typename Source>
+__device__ __forceinline__ Place place_of(const Problem<T, Source>& p, int tile) {
   const int across = tile % p.tiles_across, rest = tile / p.tiles_across;
   return {rest / p.tiles_down, rest % p.tiles_down * Cut::kHeight, across * kWidth};
 }
 
 // A tile's first pixel is 2 (2 row - 1) - 1 down, and as far across.
-template <typename Cut, typename T>
-__device__ __forceinline__ void load_tile(const Problem<T>& p, fm::SharedAddress pixels, const Place& place) {
+template <typename Cut, typename T, typename Source>
+__device__ __forceinline__ void load_tile(const Problem<T, Source>& p, fm::SharedAddress pixels, const Place& place) {
   const int first = kInputs * (4 * place.column - 3) - 1;
-  fm_stem::load_pixels<Cut>(p.images, pixels, place.image, 4 * place.row - 3, first - Cut::kBefore);
+  fm_stem::load_images<Cut, T>(p.images, pixels, place.image, 4 * place.row - 3, first - Cut::kBefore);
 }
 
 // A lane's weights. Of the first convolution a warp makes 32 channels, of the second 16.
@@ -80,8 +82,8 @@ struct Weights {
   uint4 second[kSecondSteps];
 };
 
-template <typename T>
-__device__ __forceinline__ void load_weights(const Problem<T>& p, Weights& weights) {
+template <typename T, typename Source>
+__device__ __forceinline__ void load_weights(const Problem<T, Source>& p, Weights& weights) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const uint4* const first = reinterpret_cast<const uint4*>(p.first) + warp / 4 * kFirstSteps * 2 * 32 + lane;
 #pragma unroll
@@ -112,9 +114,9 @@ __device__ __forceinline__ int pair_byte(int pair) {
 }
 
 // Positions beyond the map are the second convolution's padding, 0.
-template <typename Cut, typename T>
-__device__ __forceinline__ void convolve_first(const Problem<T>& p, const unsigned char* pixels, fm::SharedAddress middle,
-                                               const Weights& weights, const Place& place) {
+template <typename Cut, typename T, typename Source>
+__device__ __forceinline__ void convolve_first(const Problem<T, Source>& p, const unsigned char* pixels,
+                                               fm::SharedAddress middle, const Weights& weights, const Place& place) {
   const int lane = threadIdx.x % 32, half = threadIdx.x / 128;
   int words[2 * kFirstSteps];
 #pragma unroll
@@ -162,9 +164,9 @@ __device__ __forceinline__ void convolve_first(const Problem<T>& p, const unsign
 }
 
 // 16 positions, two rows of the tile, and 16 channels at a time.
-template <typename Cut, typename T>
-__device__ __forceinline__ void convolve_second(const Problem<T>& p, fm::SharedAddress middle, const Weights& weights,
-                                                const Place& place) {
+template <typename Cut, typename T, typename Source>
+__device__ __forceinline__ void convolve_second(const Problem<T, Source>& p, fm::SharedAddress middle,
+                                                const Weights& weights, const Place& place) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int channel = warp % 4 * 16 + lane % 4 * 4;
   for (int product = warp / 4; product < Cut::kHeight / 2; product += 2) {
@@ -196,8 +198,8 @@ __device__ __forceinline__ void convolve_second(const Problem<T>& p, fm::SharedA
   }
 }
 
-template <typename T, typename Cut>
-__global__ void __launch_bounds__(kThreads, 1) double_stem_kernel(const __grid_constant__ Problem<T> p) {
+template <typename T, typename Cut, typename Source>
+__global__ void __launch_bounds__(kThreads, 1) double_stem_kernel(const __grid_constant__ Problem<T, Source> p) {
   unsigned char* const pixels = fm::dynamic_shared();
   const fm::SharedAddress pixels_address = fm::shared_address(pixels);
   const fm::SharedAddress middle = pixels_address + Cut::kPixelBytes;
@@ -227,8 +229,8 @@ bool choose_tile(int64_t height, const With& with) {
 }
 
 // Fills in the sizes that follow from those of the images.
-template <typename Cut, typename T>
-void measure(Problem<T>& p, int images) {
+template <typename Cut, typename T, typename Source>
+void measure(Problem<T, Source>& p, int images) {
   p.middle_height = (p.images.height - 1) / 2 + 1, p.middle_width = (p.images.width - 1) / 2 + 1;
   p.out_height = (p.middle_height - 1) / 2 + 1, p.out_width = (p.middle_width - 1) / 2 + 1;
   p.tiles_down = (p.out_height + Cut::kHeight - 1) / Cut::kHeight;

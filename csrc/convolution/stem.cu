@@ -1,14 +1,16 @@
-// convolution_stem: the stem of a ResNet (convolution, bias, ReLU, max pooling) of channels_last images in half
-// precision, on compute capability 8.0 and up. The kernel is in stem.cuh.
+// convolution_stem: the stem of a ResNet (convolution, bias, ReLU, max pooling) in half precision, on
+// compute capability 8.0 and up. The kernel is in stem.cuh.
 #include "stem.cuh"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <optional>
 #include <vector>
 
 #include "common/cuda.h"
+#include "stem_images.h"
 
 namespace {
 
@@ -26,7 +28,7 @@ void check(const Tensor& tensor, const char* name, int64_t dimensions, const Ten
 }
 
 void check_weights(const Tensor& weight, const Tensor& bias, const Tensor& x) {
-  check(weight, "weight", 5, x, x.scalar_type());
+  check(weight, "weight", 5, x, weight.scalar_type());
   check(bias, "bias", 1, x, ScalarType::Float);
   STD_TORCH_CHECK(weight.size(0) == 2 && weight.size(1) == fm_stem::kSteps && weight.size(2) == 2 &&
                       weight.size(3) == 32 && weight.size(4) == 8,
@@ -43,43 +45,42 @@ int multiprocessors(int device) {
   return count;
 }
 
-template <typename T>
-void run(const Tensor& x, const Tensor& weight, const Tensor& bias, Tensor& out, const std::vector<int64_t>& config) {
-  const int device = x.get_device_index();
+template <typename T, typename Source>
+void run(const Source& source, int images, const Tensor& weight, const Tensor& bias, Tensor& out,
+         const std::vector<int64_t>& config) {
+  const int device = weight.get_device_index();
   const bool known = fm_stem::choose_tile(config[0], config[1], [&]<typename Cut>(Cut) {
-    const auto problem = fm_stem::make_problem<Cut>(
-        static_cast<const T*>(x.const_data_ptr()), static_cast<const T*>(weight.const_data_ptr()),
-        bias.const_data_ptr<float>(), static_cast<T*>(out.mutable_data_ptr()), static_cast<int>(x.size(0)),
-        static_cast<int>(x.size(1)), static_cast<int>(x.size(2)));
+    const auto problem =
+        fm_stem::make_problem<Cut>(source, static_cast<const T*>(weight.const_data_ptr()), bias.const_data_ptr<float>(),
+                                   static_cast<T*>(out.mutable_data_ptr()), images);
     const int blocks = std::min(problem.tiles, multiprocessors(device) * Cut::kResident);
-    fm::launch_kernel(fm_stem::stem_kernel<T, Cut>, dim3(static_cast<unsigned>(blocks)), Cut::kThreads,
-                      Cut::kSharedBytes, 1, config[2] != 0 && fm::has_clusters(device), fm::current_stream(x), problem);
+    fm::launch_kernel(fm_stem::stem_kernel<T, Cut, Source>, dim3(static_cast<unsigned>(blocks)), Cut::kThreads,
+                      Cut::kSharedBytes, 1, config[2] != 0 && fm::has_clusters(device), fm::current_stream(weight),
+                      problem);
   });
   STD_TORCH_CHECK(known, "convolution_stem: there is no tile of ", config[0], " x ", config[1]);
 }
 
-// `x` [N, H, W, 3]; `weight` [2, 10, 2, 32, 8] and `bias` [64] as lay_out_stem makes them; `config`: height and width of
-// a tile, whether to start before the kernel in front has ended (where the device can). Returns [N, P, Q, 64].
-Tensor convolution_stem(Tensor x, Tensor weight, Tensor bias, std::vector<int64_t> config) {
-  STD_TORCH_CHECK(x.is_cuda(), "convolution_stem: x must be on a CUDA device");
-  const ScalarType type = x.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Half || type == ScalarType::BFloat16,
-                  "convolution_stem: x must be float16 or bfloat16, got ", torch::headeronly::toString(type));
-  check(x, "x", 4, x, type);
+// `x` [N, H, W, 3] of the type of the weights; or float32 [N, 3, H, W]; or uint8 [N, H, W, 3] with `mean` and `scale`,
+// float32 [3]. `weight` [2, 10, 2, 32, 8] and `bias` [64] as lay_out_stem makes them; `config`: height and width of a
+// tile, whether to start before the kernel in front has ended (where the device can). Returns [N, P, Q, 64].
+Tensor convolution_stem(Tensor x, Tensor weight, Tensor bias, std::vector<int64_t> config, std::optional<Tensor> mean,
+                        std::optional<Tensor> scale) {
+  const ScalarType type = weight.scalar_type();
+  const fm_stem::Sizes sizes = fm_stem::check_images("convolution_stem", x, type, mean, scale);
   check_weights(weight, bias, x);
   STD_TORCH_CHECK(config.size() == 3, "convolution_stem: config must hold height, width, early");
-  const int64_t images = x.size(0), height = x.size(1), width = x.size(2);
-  STD_TORCH_CHECK(x.size(3) == fm_stem::kInputs && height >= 1 && width >= 1,
-                  "convolution_stem: x must be [N, H, W, 3] with H and W at least 1, got [", images, ", ", height,
-                  ", ", width, ", ", x.size(3), "]");
-  const int64_t out_height = (height + 3) / 4, out_width = (width + 3) / 4;
-  STD_TORCH_CHECK(height <= 1 << 24 && width <= 1 << 24 && images * out_height * out_width <= INT32_MAX,
-                  "convolution_stem: too many positions");
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  Tensor out = torch::stable::new_empty(x, {images, out_height, out_width, fm_stem::kChannels});
-  if (images == 0) return out;
-  if (type == ScalarType::Half) run<__half>(x, weight, bias, out, config);
-  else run<__nv_bfloat16>(x, weight, bias, out, config);
+  Tensor out = torch::stable::new_empty(
+      weight, {sizes.images, sizes.out_height(), sizes.out_width(), fm_stem::kChannels});
+  if (sizes.images == 0) return out;
+  const auto of_type = [&]<typename T>(T*) {
+    fm_stem::as_source<T>(x, sizes, mean, scale, [&](const auto& source) {
+      run<T>(source, static_cast<int>(sizes.images), weight, bias, out, config);
+    });
+  };
+  if (type == ScalarType::Half) of_type(static_cast<__half*>(nullptr));
+  else of_type(static_cast<__nv_bfloat16*>(nullptr));
   return out;
 }
 

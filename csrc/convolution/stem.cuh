@@ -13,10 +13,12 @@
 // 4 + t of the 7 kernel rows (slots 0 to 13), and the last three of kernel rows t and 4 + t, the eighth of which has
 // weights of 0 (slots 14 to 19). So all addresses are one of two per position plus a constant. Pixels under weights of 0
 // must be finite, as all pixels are taken to be: one that is not also spoils outputs beside its windows.
+//
+// Images may also come as float32 planes or as bytes (Source; raw_pixels.cuh): the kernel then is the network's first.
 #pragma once
 
 #include "common/device.cuh"
-#include "pixels.cuh"
+#include "raw_pixels.cuh"
 
 namespace fm_stem {
 
@@ -45,9 +47,10 @@ struct Tile {
   static constexpr int kSharedBytes = kPixelBytes + kProducts * 16 * kChannels * 2;
 };
 
-template <typename T>
+// Source: Images<T>, Planes or Bytes.
+template <typename T, typename Source>
 struct Problem {
-  Images<T> images;   // [N, height, width, 3]
+  Source images;
   const T* weight;    // in the order of lay_out_stem
   const float* bias;  // [64]
   T* out;             // [images, out_height, out_width, 64]
@@ -61,17 +64,17 @@ struct Place {
   int image, row, column;
 };
 
-template <typename Cut, typename T>
-__device__ __forceinline__ Place place_of(const Problem<T>& p, int tile) {
+template <typename Cut, typename T, typename Source>
+__device__ __forceinline__ Place place_of(const Problem<T, Source>& p, int tile) {
   const int across = tile % p.tiles_across, rest = tile / p.tiles_across;
   return {rest / p.tiles_down, rest % p.tiles_down * Cut::kHeight, across * Cut::kWidth};
 }
 
 // Starts the copies of a tile's pixels. Its first row is 2 (2 row - 1) - 3 of the image; its first number is the third
 // before that row's pixel 2 (2 column - 1) - 3, hence a multiple of 8.
-template <typename Cut, typename T>
-__device__ __forceinline__ void load_tile(const Problem<T>& p, fm::SharedAddress pixels, const Place& place) {
-  load_pixels<Cut>(p.images, pixels, place.image, 4 * place.row - 5, 12 * place.column - 16);
+template <typename Cut, typename T, typename Source>
+__device__ __forceinline__ void load_tile(const Problem<T, Source>& p, fm::SharedAddress pixels, const Place& place) {
+  load_images<Cut, T>(p.images, pixels, place.image, 4 * place.row - 5, 12 * place.column - 16);
 }
 
 // A lane's weights: of a step and two of its four tiles of 8 channels, 16 bytes.
@@ -80,8 +83,8 @@ struct Weights {
   float bias[8];
 };
 
-template <typename T>
-__device__ __forceinline__ void load_weights(const Problem<T>& p, int half, int lane, Weights& weights) {
+template <typename T, typename Source>
+__device__ __forceinline__ void load_weights(const Problem<T, Source>& p, int half, int lane, Weights& weights) {
   const uint4* const from = reinterpret_cast<const uint4*>(p.weight) + half * kSteps * 2 * 32 + lane;
 #pragma unroll
   for (int step = 0; step < kSteps; step++) {
@@ -129,9 +132,9 @@ __device__ __forceinline__ uint4 rounded(const float (&sums)[4][4], int row) {
 }
 
 // The convolution of a tile, without the ReLU; positions beyond the image get 0, which pooling behind a ReLU ignores.
-template <typename Cut, typename T>
-__device__ __forceinline__ void multiply(const Problem<T>& p, const unsigned char* pixels, fm::SharedAddress results,
-                                         const Weights& weights, const Place& place) {
+template <typename Cut, typename T, typename Source>
+__device__ __forceinline__ void multiply(const Problem<T, Source>& p, const unsigned char* pixels,
+                                         fm::SharedAddress results, const Weights& weights, const Place& place) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, half = warp / Cut::kGroups;
   for (int product = warp % Cut::kGroups; product < Cut::kProducts; product += Cut::kGroups) {
     const int first = product * 16 + lane / 4;
@@ -174,8 +177,8 @@ __device__ __forceinline__ void keep_larger(uint4& best, const uint4& other) {
 }
 
 // A maximum that begins at 0 is the ReLU as well; what is not a number stays so.
-template <typename Cut, typename T>
-__device__ __forceinline__ void pool(const Problem<T>& p, fm::SharedAddress results, const Place& place) {
+template <typename Cut, typename T, typename Source>
+__device__ __forceinline__ void pool(const Problem<T, Source>& p, fm::SharedAddress results, const Place& place) {
   constexpr int kEighths = kChannels / 8;
   for (int i = threadIdx.x; i < Cut::kHeight * Cut::kWidth * kEighths; i += Cut::kThreads) {
     const int chunk = i % kEighths, row = i / kEighths / Cut::kWidth, column = i / kEighths % Cut::kWidth;
@@ -192,8 +195,9 @@ __device__ __forceinline__ void pool(const Problem<T>& p, fm::SharedAddress resu
   }
 }
 
-template <typename T, typename Cut>
-__global__ void __launch_bounds__(Cut::kThreads, Cut::kResident) stem_kernel(const __grid_constant__ Problem<T> p) {
+template <typename T, typename Cut, typename Source>
+__global__ void __launch_bounds__(Cut::kThreads, Cut::kResident)
+    stem_kernel(const __grid_constant__ Problem<T, Source> p) {
   unsigned char* const pixels = fm::dynamic_shared();
   const fm::SharedAddress pixels_address = fm::shared_address(pixels);
   const fm::SharedAddress results = pixels_address + Cut::kPixelBytes;
@@ -227,10 +231,10 @@ bool choose_tile(int64_t height, int64_t width, const With& with) {
 }
 
 // Sizes that follow from those of the input.
-template <typename Cut, typename T>
-Problem<T> make_problem(const T* x, const T* weight, const float* bias, T* out, int images, int height, int width) {
-  Problem<T> p{make_images(x, height, width), weight, bias, out};
-  p.middle_height = (height - 1) / 2 + 1, p.middle_width = (width - 1) / 2 + 1;
+template <typename Cut, typename T, typename Source>
+Problem<T, Source> make_problem(const Source& source, const T* weight, const float* bias, T* out, int images) {
+  Problem<T, Source> p{source, weight, bias, out};
+  p.middle_height = (source.height - 1) / 2 + 1, p.middle_width = (source.width - 1) / 2 + 1;
   p.out_height = (p.middle_height - 1) / 2 + 1, p.out_width = (p.middle_width - 1) / 2 + 1;
   p.tiles_down = (p.out_height + Cut::kHeight - 1) / Cut::kHeight;
   p.tiles_across = (p.out_width + Cut::kWidth - 1) / Cut::kWidth;

@@ -12,7 +12,15 @@ from torch import Tensor
 
 from fastmetro_kernels import backends
 from fastmetro_kernels.convolution.ops import NAMESPACE
-from fastmetro_kernels.convolution.stem import CHANNELS, INPUTS, check_stem_images, stem_reasons
+from fastmetro_kernels.convolution.stem import CHANNELS, stem_reasons
+from fastmetro_kernels.convolution.stem_images import (
+    INPUTS,
+    check_images,
+    image_size,
+    kernel_images,
+    made_size,
+    own_images,
+)
 from fastmetro_kernels.fused.inference import check_tensor, refuse_gradients
 
 TAPS = 9
@@ -112,41 +120,57 @@ def lay_out_double_stem(first: Tensor, first_bias: Tensor, second: Tensor, secon
 
 
 def convolution_double_stem(
-    x: Tensor, weights: DoubleStemWeights, *, config: DoubleStemConfig | None = None, backend: str = "auto"
+    x: Tensor,
+    weights: DoubleStemWeights,
+    *,
+    mean: Tensor | None = None,
+    scale: Tensor | None = None,
+    config: DoubleStemConfig | None = None,
+    backend: str = "auto",
 ) -> Tensor:
-    """``relu(conv(relu(conv(x) + bias)) + bias)`` of channels_last images, for inference; pixels must be finite.
+    """``relu(conv(relu(conv(x) + bias)) + bias)`` of images, for inference; pixels must be finite.
 
-    Sums are in float32; what the first convolution gives is rounded to the dtype of x, and so is the result. Equal
-    calls give equal bits. A pixel that is not finite also reaches outputs beside those whose windows hold it.
+    Sums are in float32; what the first convolution gives is rounded to the dtype of the weights, and so is the result.
+    Equal calls give equal bits. Images as they come give the bits of those that were brought to that dtype before;
+    padding is 0 in what the convolution takes. A pixel that is not finite also reaches outputs beside those whose
+    windows hold it.
 
     Args:
-        x: ``[N, 3, H, W]`` float16 or bfloat16 (reference: any floating point type); other orders than channels_last
-            are copied.
-        weights: of :func:`lay_out_double_stem`, of the dtype and device of x.
+        x: ``[N, 3, H, W]`` of the dtype of the weights; other orders than channels_last are copied. Or as images come:
+            float32 ``[N, 3, H, W]``, rounded to that dtype (other orders than the usual one are copied), or uint8
+            ``[N, H, W, 3]``, of which ``(x - mean) * scale`` is taken, in float32 and rounded once.
+        weights: of :func:`lay_out_double_stem`, float16 or bfloat16 (reference: float32 and float64, too), on the
+            device of x.
+        mean, scale: float32 ``[3]`` on the device of x, for uint8 images.
         config: one of :func:`double_stem_configs` (native), with or without ``early``; default:
             :func:`choose_double_stem`.
         backend: ``"auto"``, ``"native"`` or ``"reference"``.
 
     Returns:
-        ``[N, 64, P, Q]`` in the dtype of x, channels_last; P = ceil(H / 4), Q likewise.
+        ``[N, 64, P, Q]`` in the dtype of the weights, channels_last; P = ceil(H / 4), Q likewise.
 
     Raises:
         TypeError: an argument of another type or dtype.
-        ValueError: shapes that do not fit; a config that is none; an unknown backend.
+        ValueError: shapes or devices that do not fit; a config that is none; uint8 images without mean and scale, or
+            others with them; an unknown backend.
         RuntimeError: x requires grad while gradients are enabled.
         BackendUnavailable: the named backend cannot take this input; the message lists the reasons.
     """
-    _check(x, weights, config)
-    refuse_gradients("convolution_double_stem", {"x": x, "first": weights.first, "second": weights.second})
-    choices = {"reference": [], "native": stem_reasons(x.device, x.dtype)}
+    _check(x, weights, config, mean, scale)
+    given = {"x": x, "first": weights.first, "second": weights.second, "mean": mean, "scale": scale}
+    refuse_gradients("convolution_double_stem", given)
+    dtype = weights.first.dtype
+    choices = {"reference": [], "native": stem_reasons(x.device, dtype)}
     if backends.select("convolution_double_stem", backend, choices, ("native", "reference")) == "reference":
-        return _reference(x, weights)
-    rows = x.permute(0, 2, 3, 1).contiguous()
+        return _reference(own_images(x, dtype, mean, scale), weights)
     if config is None:
-        config = choose_double_stem(x.shape[0], -(-x.shape[2] // 4), -(-x.shape[3] // 4))
+        height, width = image_size(x)
+        config = choose_double_stem(x.shape[0], -(-height // 4), -(-width // 4))
+    if mean is not None and scale is not None:
+        mean, scale = mean.contiguous(), scale.contiguous()
     out = torch.ops.fastmetro_kernels.convolution_double_stem(
-        rows, weights.packed_first, weights.first_bias, weights.packed_second, weights.second_bias,
-        [config.height, int(config.early)],
+        kernel_images(x, dtype), weights.packed_first, weights.first_bias, weights.packed_second, weights.second_bias,
+        [config.height, int(config.early)], mean, scale,
     )  # fmt: skip
     return out.permute(0, 3, 1, 2)
 
@@ -157,12 +181,13 @@ def _reference(x: Tensor, weights: DoubleStemWeights) -> Tensor:
     return x.to(memory_format=torch.channels_last)
 
 
-def _check(x: Tensor, weights: DoubleStemWeights, config: DoubleStemConfig | None) -> None:
-    check_stem_images(x)
+def _check(
+    x: Tensor, weights: DoubleStemWeights, config: DoubleStemConfig | None, mean: Tensor | None, scale: Tensor | None
+) -> None:
     if not isinstance(weights, DoubleStemWeights):
         raise TypeError(f"weights must come from lay_out_double_stem, got {type(weights).__name__}")
-    check_tensor("weights.first", weights.first, (x.dtype,), x.device)
-    check_tensor("weights.second", weights.second, (x.dtype,), x.device)
+    check_images(x, weights.first, "weights.first", mean, scale)
+    check_tensor("weights.second", weights.second, (weights.first.dtype,), x.device)
     if config is not None and config._replace(early=True) not in _CONFIGS:
         heights = " or ".join(str(one.height) for one in _CONFIGS)
         raise ValueError(f"config must be a tile of {heights} rows, got {config.height}")
@@ -193,13 +218,20 @@ def _second_order() -> Tensor:
 
 torch.library.define(
     f"{NAMESPACE}::convolution_double_stem",
-    "(Tensor x, Tensor first, Tensor first_bias, Tensor second, Tensor second_bias, int[] config) -> Tensor",
+    "(Tensor x, Tensor first, Tensor first_bias, Tensor second, Tensor second_bias, int[] config, Tensor? mean=None, "
+    "Tensor? scale=None) -> Tensor",
 )
 
 
 @torch.library.register_fake(f"{NAMESPACE}::convolution_double_stem")
 def _fake(
-    x: Tensor, first: Tensor, first_bias: Tensor, second: Tensor, second_bias: Tensor, config: Sequence[int]
+    x: Tensor,
+    first: Tensor,
+    first_bias: Tensor,
+    second: Tensor,
+    second_bias: Tensor,
+    config: Sequence[int],
+    mean: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> Tensor:
-    torch._check(x.dim() == 4 and x.size(3) == INPUTS, lambda: "x must be [N, H, W, 3]")
-    return x.new_empty((x.size(0), (x.size(1) + 3) // 4, (x.size(2) + 3) // 4, CHANNELS))
+    return first.new_empty((*made_size(x), CHANNELS))

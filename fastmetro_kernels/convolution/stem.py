@@ -12,16 +12,23 @@ from torch import Tensor
 
 from fastmetro_kernels import backends
 from fastmetro_kernels.convolution.ops import NAMESPACE
-from fastmetro_kernels.fused.inference import check_tensor, refuse_gradients
+from fastmetro_kernels.convolution.stem_images import (
+    INPUTS,
+    check_images,
+    image_size,
+    kernel_images,
+    made_size,
+    own_images,
+)
+from fastmetro_kernels.fused.inference import refuse_gradients
 
-CHANNELS, INPUTS, TAPS = 64, 3, 7
+CHANNELS, TAPS = 64, 7
 PACKED = (2, 10, 2, 32, 8)
 """Half of the channels, step of 16 numbers of the depth, two tiles of 8 channels, lane, what it loads at once. As in
 ``csrc/convolution/stem.cuh``."""
 _NUMBERS = 22  # of a row of taps in the kernel: one under a weight of 0, then 7 pixels of 3 channels
 _NEAR = 14  # slots of a lane that hold pairs of all rows of taps; the others hold the last pairs of two rows
 _WEIGHT = (CHANNELS, INPUTS, TAPS, TAPS)
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class StemConfig(NamedTuple):
@@ -110,44 +117,59 @@ def lay_out_stem(weight: Tensor, bias: Tensor) -> StemWeights:
 
 
 def convolution_stem(
-    x: Tensor, weights: StemWeights, *, config: StemConfig | None = None, backend: str = "auto"
+    x: Tensor,
+    weights: StemWeights,
+    *,
+    mean: Tensor | None = None,
+    scale: Tensor | None = None,
+    config: StemConfig | None = None,
+    backend: str = "auto",
 ) -> Tensor:
-    """``max_pool(relu(conv(x) + bias))`` of channels_last images, for inference; pixels must be finite.
+    """``max_pool(relu(conv(x) + bias))`` of images, for inference; pixels must be finite.
 
-    Sums are in float32 and rounded once; equal calls give equal bits. A pixel that is not finite also reaches outputs
-    beside those whose windows hold it.
+    Sums are in float32 and rounded once; equal calls give equal bits. Images as they come give the bits of those that
+    were brought to the dtype of the weights before; padding is 0 in what the convolution takes. A pixel that is not
+    finite also reaches outputs beside those whose windows hold it.
 
     Args:
-        x: ``[N, 3, H, W]`` float16 or bfloat16 (reference: any floating point type); other orders than channels_last
-            are copied.
-        weights: of :func:`lay_out_stem`, of the dtype and device of x.
+        x: ``[N, 3, H, W]`` of the dtype of the weights; other orders than channels_last are copied. Or as images come:
+            float32 ``[N, 3, H, W]``, rounded to that dtype (other orders than the usual one are copied), or uint8
+            ``[N, H, W, 3]``, of which ``(x - mean) * scale`` is taken, in float32 and rounded once.
+        weights: of :func:`lay_out_stem`, float16 or bfloat16 (reference: float32 and float64, too), on the device
+            of x.
+        mean, scale: float32 ``[3]`` on the device of x, for uint8 images.
         config: one of :func:`stem_configs` (native), with or without ``early``; default: :func:`choose_stem`.
         backend: ``"auto"``, ``"native"`` or ``"reference"``.
 
     Returns:
-        ``[N, 64, P, Q]`` in the dtype of x, channels_last; P = ceil(H / 4), Q likewise.
+        ``[N, 64, P, Q]`` in the dtype of the weights, channels_last; P = ceil(H / 4), Q likewise.
 
     Raises:
         TypeError: an argument of another type or dtype.
-        ValueError: shapes that do not fit; a config that is none; an unknown backend.
+        ValueError: shapes or devices that do not fit; a config that is none; uint8 images without mean and scale, or
+            others with them; an unknown backend.
         RuntimeError: x requires grad while gradients are enabled.
         BackendUnavailable: the named backend cannot take this input; the message lists the reasons.
     """
-    _check(x, weights, config)
-    refuse_gradients("convolution_stem", {"x": x, "weight": weights.weight})
-    choices = {"reference": [], "native": stem_reasons(x.device, x.dtype)}
+    _check(x, weights, config, mean, scale)
+    refuse_gradients("convolution_stem", {"x": x, "weight": weights.weight, "mean": mean, "scale": scale})
+    dtype = weights.weight.dtype
+    choices = {"reference": [], "native": stem_reasons(x.device, dtype)}
     if backends.select("convolution_stem", backend, choices, ("native", "reference")) == "reference":
-        return _reference(x, weights)
-    rows = x.permute(0, 2, 3, 1).contiguous()
+        return _reference(own_images(x, dtype, mean, scale), weights)
     if config is None:
-        config = choose_stem(x.shape[0], -(-x.shape[2] // 4), -(-x.shape[3] // 4))
+        height, width = image_size(x)
+        config = choose_stem(x.shape[0], -(-height // 4), -(-width // 4))
     numbers = [config.height, config.width, int(config.early)]
-    out = torch.ops.fastmetro_kernels.convolution_stem(rows, weights.packed, weights.bias, numbers)
+    if mean is not None and scale is not None:
+        mean, scale = mean.contiguous(), scale.contiguous()
+    images = kernel_images(x, dtype)
+    out = torch.ops.fastmetro_kernels.convolution_stem(images, weights.packed, weights.bias, numbers, mean, scale)
     return out.permute(0, 3, 1, 2)
 
 
 def stem_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
-    """Why the extension cannot take inputs of this device and dtype; empty when it can."""
+    """Why the extension cannot take weights of this dtype on this device; empty when it can."""
     if device.type != "cuda":
         return ["runs on CUDA devices only"]
     found = list(backends.native_cuda_reasons())
@@ -162,18 +184,12 @@ def _reference(x: Tensor, weights: StemWeights) -> Tensor:
     return F.max_pool2d(y, 3, 2, 1).to(memory_format=torch.channels_last)
 
 
-def check_stem_images(x: Tensor) -> None:
-    """Images that a stem takes; see :func:`convolution_stem`."""
-    check_tensor("x", x, _DTYPES)
-    if x.dim() != 4 or x.shape[1] != INPUTS or 0 in x.shape[2:]:
-        raise ValueError(f"x must be [N, 3, H, W], got {list(x.shape)}")
-
-
-def _check(x: Tensor, weights: StemWeights, config: StemConfig | None) -> None:
-    check_stem_images(x)
+def _check(
+    x: Tensor, weights: StemWeights, config: StemConfig | None, mean: Tensor | None, scale: Tensor | None
+) -> None:
     if not isinstance(weights, StemWeights):
         raise TypeError(f"weights must come from lay_out_stem, got {type(weights).__name__}")
-    check_tensor("weights.weight", weights.weight, (x.dtype,), x.device)
+    check_images(x, weights.weight, "weights.weight", mean, scale)
     if config is not None and config._replace(early=True) not in _CONFIGS:
         sizes = ", ".join(f"{one.height} x {one.width}" for one in _CONFIGS)
         raise ValueError(f"config must be a tile of {sizes}, got {config.height} x {config.width}")
@@ -197,10 +213,20 @@ def _order() -> Tensor:
     return (channel * (TAPS + 1) + row) * _NUMBERS + 2 * pair + element
 
 
-torch.library.define(f"{NAMESPACE}::convolution_stem", "(Tensor x, Tensor weight, Tensor bias, int[] config) -> Tensor")
+# `x` is [N, H, W, 3] of the type of the weights, float32 [N, 3, H, W], or uint8 [N, H, W, 3] with `mean` and `scale`.
+torch.library.define(
+    f"{NAMESPACE}::convolution_stem",
+    "(Tensor x, Tensor weight, Tensor bias, int[] config, Tensor? mean=None, Tensor? scale=None) -> Tensor",
+)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::convolution_stem")
-def _fake(x: Tensor, weight: Tensor, bias: Tensor, config: Sequence[int]) -> Tensor:
-    torch._check(x.dim() == 4 and x.size(3) == 3, lambda: "x must be [N, H, W, 3]")
-    return x.new_empty((x.size(0), (x.size(1) + 3) // 4, (x.size(2) + 3) // 4, CHANNELS))
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    config: Sequence[int],
+    mean: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Tensor:
+    return weight.new_empty((*made_size(x), CHANNELS))

@@ -198,12 +198,26 @@ def test_stems(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: 
     with path.open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert [(row["trunk"], row["contender"]) for row in rows] == [
-        (trunk, contender) for trunk in ("resnet50", "hrnet-w64") for contender in ("library", "ours")
+        (trunk, contender)
+        for trunk in ("resnet50", "hrnet-w64")
+        for contender in (
+            "library",
+            "ours",
+            "to_channels_last, ours",
+            "ours, of float32",
+            "normalize_pixels, ours",
+            "ours, of pixels",
+        )
     ]
     assert all(row["what"] == "stem" and float(row["us"]) > 0 and float(row["error"]) < 1e-5 for row in rows)
-    assert capsys.readouterr().out.count("ratio") == 2
+    printed = capsys.readouterr().out
+    assert printed.count("ratio") == 6 and printed.count("same bits") == 4
     off = stems.Stem("resnet50", 1, 2.0, 1.0, 1e-4, 3e-4, None)
-    assert off.is_wrong and stems.line(off).endswith("WRONG")
+    assert off.is_wrong and stems.lines(off).endswith("WRONG")
+    right, inexact = stems.Raw("float32", 2.0, 1.0, 1e-4, True), stems.Raw("pixels", 2.0, 1.0, 3e-4, True)
+    wrong = [(stems.Raw("float32", 2.0, 1.0, 1e-4, False),), (right, inexact)]
+    assert all(replace(off, ours_error=1e-4, raw=raw).is_wrong for raw in wrong)
+    assert not replace(off, ours_error=1e-4, raw=(right,)).is_wrong
     monkeypatch.setattr(stems, "compare", lambda *_arguments: off)
     with pytest.raises(SystemExit, match="wrong for 2 stems"):
         command.main([*arguments.split(), str(path)])

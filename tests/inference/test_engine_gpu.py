@@ -11,10 +11,12 @@ from test_engine import normalized, pixels
 from torch import Tensor
 
 import fastmetro
-from fastmetro.inference.engine import Engine, products
+from fastmetro.inference.engine import Engine, convolution, products
 from fastmetro.inference.engine.graphs import Captured
 from fastmetro.inference.pretrained import load_pretrained
 from fastmetro.models import create_model
+from fastmetro.profiling.contenders import settle_batch_norms
+from fastmetro_kernels.convolution.stem import stem_reasons
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -270,11 +272,51 @@ def test_graphs_own_what_products_work_in() -> None:
 
 
 @pytest.mark.parametrize("backbone", ["resnet50", "hrnet-w64"])
+def test_stems_of_images_as_they_come(backbone: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bits of an engine with a kernel in front of the stem, copied in or read where they are; new weights, too."""
+    torch.manual_seed(0)
+    models = [create_model("fastmetro-s", backbone=backbone, upsampling="released").cuda().eval() for _ in range(2)]
+    for model in models:
+        settle_batch_norms(model.backbone)
+    raw = fastmetro.compile(models[0], 1)
+    for kind in ("float32", "uint8"):
+        captured(raw, images_of(kind)[:1])
+    monkeypatch.setattr(convolution, "MOST_RAW_IMAGES", 0)
+    prepared = fastmetro.compile(models[0], 1)
+    for model in models:
+        raw.refresh(model), prepared.refresh(model)
+        for kind in ("float32", "uint8"):
+            for seed in range(3):
+                images = images_of(kind, seed)[:1].clone()
+                expected = prepared(images)
+                assert same(raw(images), expected) and same(raw(unaligned(images)), expected)
+
+
+@pytest.mark.parametrize("kind", ["float32", "uint8"])
+@pytest.mark.parametrize("backbone", ["resnet50", "hrnet-w64"])
+def test_one_image_is_read_where_it_is_by_the_stem(backbone: str, kind: str) -> None:
+    """Nothing is copied to where others are copied to, and no kernel of the graph is in front of the stem's."""
+    pytest.importorskip("cuda.bindings.driver")
+    torch.manual_seed(0)
+    engine = fastmetro.compile(create_model("fastmetro-s", backbone=backbone, upsampling="released").cuda().eval(), 1)
+    images = images_of(kind)[:1].clone()
+    graph = captured(engine, images)
+    assert graph.direct
+    before = overwrite(graph)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        engine(images)
+        torch.cuda.synchronize()
+    torch.testing.assert_close(graph.images, before, rtol=0, atol=0, equal_nan=True)
+    names = " ".join(event.key for event in profile.key_averages())
+    if not stem_reasons(torch.device("cuda"), torch.float16):
+        assert "stem_kernel" in names
+        assert "normalize_pixels_kernel" not in names and "to_channels_last_kernel" not in names
+
+
+@pytest.mark.parametrize("backbone", ["resnet50", "hrnet-w64"])
 @pytest.mark.parametrize("variant", ["fastmetro-s", "fastmetro-l"])
 def test_variants(variant: str, backbone: str) -> None:
     """Large networks, both dtypes, against the network in float32."""
-    from fastmetro.profiling.contenders import settle_batch_norms
-
     torch.manual_seed(0)
     model = create_model(variant, backbone=backbone, upsampling="released").cuda().eval()
     settle_batch_norms(model.backbone)

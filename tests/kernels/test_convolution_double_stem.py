@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from emulation import build
+from stem_cases import source_of
 from torch import Tensor
 
 from fastmetro_kernels.backends import BackendUnavailable
@@ -21,6 +22,7 @@ from fastmetro_kernels.convolution import (
     pack_double_stem,
 )
 from fastmetro_kernels.convolution.double_stem import FIRST_PACKED, SECOND_PACKED
+from fastmetro_kernels.convolution.stem_images import image_size, kernel_images
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 EMULATOR = pytest.mark.skipif(bool(build.reasons()), reason="; ".join(build.reasons()))
@@ -57,17 +59,27 @@ def check(got: Tensor, x: Tensor, weights: DoubleStemWeights) -> None:
     assert bool(((got.double() - want).abs() <= allowed).all()), float(((got.double() - want).abs() - allowed).max())
 
 
-def emulate(x: Tensor, weights: DoubleStemWeights, config: DoubleStemConfig, most_blocks: int, **options: object):
+def emulate(
+    x: Tensor,
+    weights: DoubleStemWeights,
+    config: DoubleStemConfig,
+    most_blocks: int,
+    mean: Tensor | None = None,
+    scale: Tensor | None = None,
+    **options: object,
+) -> Tensor:
     harness = build.build_harness(Path(build.__file__).with_name("double_stem_harness.cpp"))
-    pixels = x.permute(0, 2, 3, 1).contiguous()
-    images, height, width, _ = pixels.shape
-    out = torch.full((images, (height + 3) // 4, (width + 3) // 4, 64), torch.nan, dtype=x.dtype)
+    dtype = weights.packed_first.dtype
+    pixels, (height, width) = kernel_images(x, dtype), image_size(x)
+    out = torch.full((len(x), (height + 3) // 4, (width + 3) // 4, 64), torch.nan, dtype=dtype)
     packed = (weights.packed_first, weights.first_bias, weights.packed_second, weights.second_bias)
+    names = ("x", "mean", "scale", "first", "first_bias", "second", "second_bias")
+    read = dict(zip(names, (pixels, mean, scale, *packed), strict=True))
     harness.run(
         "run_double_stem",
-        *(pixels, *packed, out, images, height, width, config.height, most_blocks),
-        x.dtype == torch.bfloat16,
-        reads=dict(zip(("x", "first", "first_bias", "second", "second_bias"), (pixels, *packed), strict=True)),
+        *(*read.values(), out, len(x), height, width, config.height, most_blocks),
+        *(source_of(x), dtype == torch.bfloat16),
+        reads={name: tensor for name, tensor in read.items() if tensor is not None},
         writes={"out": out},
         **options,
     )
@@ -107,10 +119,11 @@ def test_reference(size: tuple[int, int]) -> None:
     x, weights = make(2, *size)
     got = convolution_double_stem(x, weights)
     check(got, x, weights)
-    rows = x.permute(0, 2, 3, 1).contiguous().to("meta")
+    rows = x.permute(0, 2, 3, 1).contiguous().to("meta", torch.float16)
     packed = (weights.packed_first, weights.first_bias, weights.packed_second, weights.second_bias)
     op = torch.ops.fastmetro_kernels.convolution_double_stem
-    shape = op(rows, *(one.to("meta") for one in packed), [4, 1]).permute(0, 3, 1, 2).shape
+    numbers = [one.to("meta", torch.float32 if one.dim() == 1 else torch.float16) for one in packed]
+    shape = op(rows, *numbers, [4, 1]).permute(0, 3, 1, 2).shape
     assert shape == got.shape
 
 

@@ -8,11 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from emulation import build
+from stem_cases import source_of
 from torch import Tensor
 
 from fastmetro_kernels.backends import BackendUnavailable
 from fastmetro_kernels.convolution import StemConfig, StemWeights, convolution_stem, lay_out_stem
 from fastmetro_kernels.convolution.stem import PACKED, choose_stem, pack_stem, stem_configs
+from fastmetro_kernels.convolution.stem_images import image_size, kernel_images
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 EMULATOR = pytest.mark.skipif(bool(build.reasons()), reason="; ".join(build.reasons()))
@@ -39,16 +41,25 @@ def check(got: Tensor, want: Tensor) -> None:
     torch.testing.assert_close(got.double(), want, rtol=0.51 * torch.finfo(got.dtype).eps, atol=1e-5, equal_nan=True)
 
 
-def emulate(x: Tensor, weights: StemWeights, config: StemConfig, most_blocks: int, **options: object) -> Tensor:
+def emulate(
+    x: Tensor,
+    weights: StemWeights,
+    config: StemConfig,
+    most_blocks: int,
+    mean: Tensor | None = None,
+    scale: Tensor | None = None,
+    **options: object,
+) -> Tensor:
     harness = build.build_harness(Path(build.__file__).with_name("stem_harness.cpp"))
-    pixels = x.permute(0, 2, 3, 1).contiguous()
-    images, height, width, _ = pixels.shape
-    out = torch.full((images, (height + 3) // 4, (width + 3) // 4, 64), torch.nan, dtype=x.dtype)
+    dtype = weights.packed.dtype
+    pixels, (height, width) = kernel_images(x, dtype), image_size(x)
+    out = torch.full((len(x), (height + 3) // 4, (width + 3) // 4, 64), torch.nan, dtype=dtype)
+    read = {"x": pixels, "mean": mean, "scale": scale, "weight": weights.packed, "bias": weights.bias}
     harness.run(
         "run_stem",
-        *(pixels, weights.packed, weights.bias, out, images, height, width, config.height, config.width, most_blocks),
-        x.dtype == torch.bfloat16,
-        reads={"x": pixels, "weight": weights.packed, "bias": weights.bias},
+        *(*read.values(), out, len(x), height, width, config.height, config.width, most_blocks),
+        *(source_of(x), dtype == torch.bfloat16),
+        reads={name: tensor for name, tensor in read.items() if tensor is not None},
         writes={"out": out},
         **options,
     )
@@ -88,9 +99,10 @@ def test_reference(size: tuple[int, int]) -> None:
     got = convolution_stem(x, weights)
     assert got.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(got.double(), exact(x, weights), rtol=1e-5, atol=1e-5)
-    rows = x.permute(0, 2, 3, 1).contiguous().to("meta")
+    rows = x.permute(0, 2, 3, 1).contiguous().to("meta", torch.float16)
+    packed = weights.packed.to("meta", torch.float16)
     op = torch.ops.fastmetro_kernels.convolution_stem
-    shape = op(rows, weights.packed.to("meta"), weights.bias.to("meta"), [4, 4, 1]).permute(0, 3, 1, 2).shape
+    shape = op(rows, packed, weights.bias.to("meta"), [4, 4, 1]).permute(0, 3, 1, 2).shape
     assert shape == got.shape
 
 

@@ -36,6 +36,9 @@ from fastmetro_kernels import convolution as kernels
 from fastmetro_kernels.convolution.stem import stem_reasons
 
 _NO_DILATION = (1, 1)
+MOST_RAW_IMAGES = 1
+"""Images that a stem's kernel takes as they come. Of more, a block has several tiles: the pixels of its next tile come
+beside other work, which reads through registers would lose."""
 
 
 def convolution(x: Tensor, weights: ConvolutionWeights, relu: bool = False, residual: Tensor | None = None) -> Tensor:
@@ -100,32 +103,46 @@ def _cudnn_fuses(x: Tensor) -> bool:
     return x.dtype in (torch.float16, torch.bfloat16) and torch.backends.cudnn.is_available()
 
 
-def stem(x: Tensor, weights: StemWeights) -> Tensor:
+def stem(x: Tensor, weights: StemWeights, mean: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
     """ResNet's beginning: 7 x 7 convolution of stride 2, ReLU, 3 x 3 max pooling of stride 2.
 
     One kernel wherever it can run, at every batch size.
+
+    Args:
+        x: images in channels_last and of the folded type; or as they come, see :func:`takes_raw`.
+        mean, scale: float32 [3], for uint8 images: of (x - mean) * scale.
     """
-    laid_out, backend = weights.laid_out_stem(), _stem_backend(x, weights.backend)
+    laid_out, backend = weights.laid_out_stem(), _stem_backend(x.device, weights)
     if laid_out is not None and backend != LIBRARY:
-        return kernels.convolution_stem(x, laid_out, backend=backend)
+        return kernels.convolution_stem(x, laid_out, mean=mean, scale=scale, backend=backend)
     return F.max_pool2d(convolution(x, weights, relu=True), 3, stride=2, padding=1)
 
 
-def double_stem(x: Tensor, weights: DoubleStemWeights) -> Tensor:
+def double_stem(
+    x: Tensor, weights: DoubleStemWeights, mean: Tensor | None = None, scale: Tensor | None = None
+) -> Tensor:
     """HRNet's beginning: two 3 x 3 convolutions of stride 2, each with its ReLU.
 
-    One kernel wherever it can run, at every batch size.
+    One kernel wherever it can run, at every batch size. Arguments as of :func:`stem`.
     """
-    laid_out, backend = weights.laid_out(), _stem_backend(x, weights.backend)
+    laid_out, backend = weights.laid_out(), _stem_backend(x.device, weights)
     if laid_out is not None and backend != LIBRARY:
-        return kernels.convolution_double_stem(x, laid_out, backend=backend)
+        return kernels.convolution_double_stem(x, laid_out, mean=mean, scale=scale, backend=backend)
     return convolution(convolution(x, weights.first, relu=True), weights.second, relu=True)
 
 
-def _stem_backend(x: Tensor, backend: str) -> str:
-    if backend != AUTO:
-        return backend
-    return "native" if x.is_cuda and not stem_reasons(x.device, x.dtype) else LIBRARY
+def takes_raw(images: Tensor, weights: StemWeights | DoubleStemWeights) -> bool:
+    """Whether a stem takes these images as they come: float32 [B, 3, H, W] or uint8 [B, H, W, 3], both contiguous."""
+    raw = images.dtype == torch.uint8 or images.dtype == torch.float32 != weights.dtype
+    if not raw or not images.is_contiguous() or len(images) > MOST_RAW_IMAGES or not weights.fits:
+        return False
+    return _stem_backend(images.device, weights) != LIBRARY
+
+
+def _stem_backend(device: torch.device, weights: StemWeights | DoubleStemWeights) -> str:
+    if weights.backend != AUTO:
+        return weights.backend
+    return "native" if device.type == "cuda" and not stem_reasons(device, weights.dtype) else LIBRARY
 
 
 def bottleneck(x: Tensor, weights: BlockWeights) -> Tensor:

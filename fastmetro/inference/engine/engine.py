@@ -236,7 +236,7 @@ class Engine:
     def _work(self, images: Tensor) -> Outputs:
         """All but the SMPL head, of pixels of the right size, or of normalised images, on the device."""
         if images.dtype == torch.uint8:
-            features = self._backbone.of_pixels(normalize_pixels(images, *self._pixel_constants, self.dtype))
+            features = self._backbone.of_bytes(images, *self._pixel_constants)
         else:
             features = self._backbone(images)
         outputs: Outputs = self._transformers(features)

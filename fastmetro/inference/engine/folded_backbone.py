@@ -54,6 +54,10 @@ class FoldedBackbone(nn.Module, ABC):
         """Features, as of a call, of pixels [B, 3, H, W] under :meth:`pixel_constants`, in the folded type."""
         return self(images)
 
+    def of_bytes(self, pixels: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+        """The features of :meth:`of_pixels` of uint8 [B, H, W, 3]; the constants are :meth:`pixel_constants`."""
+        return self.of_pixels(fused.normalize_pixels(pixels, mean, scale, self.dtype))
+
     def _prepare(self, images: Tensor) -> Tensor:
         """Images in channels_last and of the folded type; themselves where they are."""
         if images.is_cuda and images.is_contiguous() and images.dtype != self.dtype:

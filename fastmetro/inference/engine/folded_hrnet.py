@@ -24,6 +24,7 @@ from fastmetro.inference.engine.convolution import (
     double_stem,
     exchange_output,
     residual_chain,
+    takes_raw,
 )
 from fastmetro.inference.engine.exact_pixels import exact_pixel_constants, fold_pixels
 from fastmetro.inference.engine.folded_backbone import FoldedBackbone
@@ -119,7 +120,9 @@ class FoldedHRNet(FoldedBackbone):
         Raises:
             ValueError: the height or width of the images is not a multiple of 32.
         """
-        return self._behind(self._prepare(images), self.stem)
+        _check_size(*images.shape[-2:])
+        prepared = images if takes_raw(images, self.stem) else self._prepare(images)
+        return self._behind(double_stem(prepared, self.stem))
 
     def pixel_constants(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """So that pixels are exact."""
@@ -128,13 +131,19 @@ class FoldedHRNet(FoldedBackbone):
     @torch.no_grad()
     def of_pixels(self, images: Tensor) -> Tensor:
         """Features of pixels; see :class:`FoldedBackbone`. Errors as of a call."""
-        return self._behind(images, self.pixel_stem)
+        _check_size(*images.shape[-2:])
+        return self._behind(double_stem(images, self.pixel_stem))
 
-    def _behind(self, images: Tensor, weights: DoubleStemWeights) -> Tensor:
-        height, width = images.shape[-2:]
-        if height % 32 or width % 32:
-            raise ValueError(f"images must have a height and width that are multiples of 32, got {height} x {width}")
-        x = double_stem(images, weights)
+    @torch.no_grad()
+    def of_bytes(self, pixels: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+        """Features of uint8 images; see :class:`FoldedBackbone`. Errors as of a call."""
+        if not takes_raw(pixels, self.pixel_stem):
+            return super().of_bytes(pixels, mean, scale)
+        _check_size(*pixels.shape[1:3])
+        return self._behind(double_stem(pixels, self.pixel_stem, mean, scale))
+
+    def _behind(self, x: Tensor) -> Tensor:
+        """All that is behind the stem."""
         x = residual_chain(x, cast("list[BlockWeights]", list(self.layer1)))
         features = [self._relu_convolution(x, name) for name in ("transition1_0", "transition1_1")]
         features = self._stage(0, features)
@@ -145,7 +154,7 @@ class FoldedHRNet(FoldedBackbone):
             partial(bottleneck, feature, cast(BlockWeights, block))
             for feature, block in zip(features, self.heads, strict=True)
         ]
-        y, *coarser = self.streams.run(images.device, heads)
+        y, *coarser = self.streams.run(x.device, heads)
         for level, feature in enumerate(coarser):
             y = convolution_relu_add(y, self._single(f"merge_{level}"), feature)
         return self._relu_convolution(y, "final")
@@ -158,6 +167,11 @@ class FoldedHRNet(FoldedBackbone):
         for module, following in pairwise(modules):
             features = self.streams.run(device, [partial(_cross, module, following, i, features) for i in branches])
         return self.streams.run(device, [partial(modules[-1].output, i, features) for i in branches])
+
+
+def _check_size(height: int, width: int) -> None:
+    if height % 32 or width % 32:
+        raise ValueError(f"images must have a height and width that are multiples of 32, got {height} x {width}")
 
 
 def _cross(module: _Exchange, following: _Exchange, index: int, features: Sequence[Tensor]) -> Tensor:

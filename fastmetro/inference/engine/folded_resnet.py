@@ -13,7 +13,7 @@ from fastmetro.inference.engine.batch_norm import (
     downsample_bias_fold,
     fold_batch_norm,
 )
-from fastmetro.inference.engine.convolution import residual_chain, stem
+from fastmetro.inference.engine.convolution import residual_chain, stem, takes_raw
 from fastmetro.inference.engine.exact_pixels import exact_pixel_constants, fold_pixels
 from fastmetro.inference.engine.folded_backbone import FoldedBackbone
 from fastmetro.inference.engine.weights import BlockWeights, StemWeights
@@ -36,7 +36,8 @@ class FoldedResNet(FoldedBackbone):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """Features, in channels_last and of the folded type, of images in any layout and floating point type."""
-        return self._behind(self._prepare(images), self.stem)
+        prepared = images if takes_raw(images, self.stem) else self._prepare(images)
+        return self._behind(stem(prepared, self.stem))
 
     def pixel_constants(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """So that pixels are exact."""
@@ -45,10 +46,18 @@ class FoldedResNet(FoldedBackbone):
     @torch.no_grad()
     def of_pixels(self, images: Tensor) -> Tensor:
         """Features of pixels; see :class:`FoldedBackbone`."""
-        return self._behind(images, self.pixel_stem)
+        return self._behind(stem(images, self.pixel_stem))
 
-    def _behind(self, images: Tensor, weights: StemWeights) -> Tensor:
-        return residual_chain(stem(images, weights), cast("list[BlockWeights]", list(self.blocks)))
+    @torch.no_grad()
+    def of_bytes(self, pixels: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+        """Features of uint8 images; see :class:`FoldedBackbone`."""
+        if takes_raw(pixels, self.pixel_stem):
+            return self._behind(stem(pixels, self.pixel_stem, mean, scale))
+        return super().of_bytes(pixels, mean, scale)
+
+    def _behind(self, x: Tensor) -> Tensor:
+        """All that is behind the stem."""
+        return residual_chain(x, cast("list[BlockWeights]", list(self.blocks)))
 
     def _load(self, backbone: nn.Module) -> None:
         convolution, norm, blocks = _parts(backbone)

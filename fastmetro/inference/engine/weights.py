@@ -100,6 +100,16 @@ class StemWeights(ConvolutionWeights):
         fits = given == ((64, 3, 7, 7), (2, 2), (3, 3))
         self.register_buffer("packed", kernels.pack_stem(self.weight) if fits else None)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the buffers."""
+        return self.weight.dtype
+
+    @property
+    def fits(self) -> bool:
+        """Whether it is such a convolution."""
+        return self.packed is not None
+
     def laid_out_stem(self) -> kernels.StemWeights | None:
         """In the memory of the buffers; None where it is no such convolution."""
         if self.packed is None:
@@ -139,6 +149,16 @@ class DoubleStemWeights(nn.Module):
     def backend(self) -> str:
         """Of both convolutions."""
         return self.first.backend
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the buffers."""
+        return self.first.weight.dtype
+
+    @property
+    def fits(self) -> bool:
+        """Whether they are such convolutions."""
+        return self.packed_first is not None
 
     def laid_out(self) -> kernels.DoubleStemWeights | None:
         """In the memory of the buffers; None where they are no such convolutions."""
