@@ -202,6 +202,20 @@ __device__ __forceinline__ void lay_out_rows(const float (&sums)[COLUMNS / 2], f
   }
 }
 
+// Eight sums of a row, those of the parts of a cluster's blocks in their order; a part has `own` rows.
+template <int COLUMNS>
+__device__ __forceinline__ void add_in_order(float (&total)[8], fm::SharedAddress parts, int own, int row, int count) {
+#pragma unroll
+  for (int i = 0; i < 8; i++) total[i] = 0.f;
+#pragma unroll 2
+  for (int part = 0; part < count; part++) {
+    const fm::SharedAddress at = parts + (part * own + row) * ((COLUMNS + 8) * 4) + threadIdx.x % (COLUMNS / 8) * 32;
+    const float4 low = fm::load_shared<float4>(at), high = fm::load_shared<float4>(at + 16);
+    total[0] += low.x, total[1] += low.y, total[2] += low.z, total[3] += low.w;
+    total[4] += high.x, total[5] += high.y, total[6] += high.z, total[7] += high.w;
+  }
+}
+
 // The larger of each two 16-bit numbers; what is not a number loses.
 template <typename T>
 __device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b) {
@@ -244,19 +258,10 @@ struct Share {
     }
   }
 
-  // Adds the parts of `split` blocks of a turn in their order.
+  // Adds the parts of `split` blocks of a turn.
   __device__ __forceinline__ void add_parts(float (&total)[8], fm::SharedAddress parts, int own, int split,
                                             int turn) const {
-#pragma unroll
-    for (int i = 0; i < 8; i++) total[i] = 0.f;
-#pragma unroll 2
-    for (int part = 0; part < (SHARED ? split : 1); part++) {
-      const fm::SharedAddress at = parts + (part * own + first + turn * kStep) * ((COLUMNS + 8) * 4) +
-                                   threadIdx.x % kEighths * 32;
-      const float4 low = fm::load_shared<float4>(at), high = fm::load_shared<float4>(at + 16);
-      total[0] += low.x, total[1] += low.y, total[2] += low.z, total[3] += low.w;
-      total[4] += high.x, total[5] += high.y, total[6] += high.z, total[7] += high.w;
-    }
+    add_in_order<COLUMNS>(total, parts, own, first + turn * kStep, SHARED ? split : 1);
   }
 
   // Eight results: sums, bias, residual, ReLU; or the residual behind it: max(x, 0) + more is max(x + more, more). The

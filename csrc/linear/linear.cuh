@@ -163,21 +163,6 @@ struct Share {
     inverse[turn] = rsqrtf(sum_of_row<kEighths>(squares) / p.width + p.epsilon);
   }
 
-  // Sums of a turn, those of `split` blocks in their order.
-  __device__ __forceinline__ void add_parts(float (&total)[8], fm::SharedAddress parts, int split, int turn) const {
-#pragma unroll
-    for (int i = 0; i < 8; i++) total[i] = 0.f;
-    if (first + turn * kStep >= own) return;
-#pragma unroll 2
-    for (int part = 0; part < (SHARED ? split : 1); part++) {
-      const fm::SharedAddress at = parts + (part * own + first + turn * kStep) * ((COLUMNS + 8) * 4) +
-                                   threadIdx.x % kEighths * 32;
-      const float4 low = fm::load_shared<float4>(at), high = fm::load_shared<float4>(at + 16);
-      total[0] += low.x, total[1] += low.y, total[2] += low.z, total[3] += low.w;
-      total[4] += high.x, total[5] += high.y, total[6] += high.z, total[7] += high.w;
-    }
-  }
-
   __device__ __forceinline__ uint4 result(float (&total)[8], int turn) const {
     const uint32_t biases[4] = {bias[turn].x, bias[turn].y, bias[turn].z, bias[turn].w};
     const uint32_t more[4] = {kept[turn].x, kept[turn].y, kept[turn].z, kept[turn].w};
@@ -221,8 +206,9 @@ struct Share {
   __device__ __forceinline__ void finish(fm::SharedAddress parts, int split, int column) const {
 #pragma unroll
     for (int turn = 0; turn < kTurns; turn++) {
-      float total[8];
-      add_parts(total, parts, split, turn);
+      float total[8]{};
+      const int of_own = first + turn * kStep;
+      if (of_own < own) fm_convolution::add_in_order<COLUMNS>(total, parts, own, of_own, SHARED ? split : 1);
       const uint4 packed = result(total, turn);
       if (there(turn)) *reinterpret_cast<uint4*>(p.out + place(turn)) = packed;
       if (p.moments_out != nullptr) store_moments(packed, turn, column);
