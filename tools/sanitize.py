@@ -48,7 +48,7 @@ GROUPS = (
     "linear-cluster-native",
 )
 _REDUCTIONS = "Triton's reductions write one word from several lanes, which is reported (triton issue 7264)"
-_CLUSTERS = "under the tool the first convolution of this kind had not ended after 250 s"
+_CLUSTERS = "under the tool the first convolution by a cluster had not ended after 250 s"
 LEFT_OUT = {
     **{("racecheck", group): _REDUCTIONS for group in GROUPS if group.endswith("triton")},
     **{("racecheck", group): _CLUSTERS for group in GROUPS if group.endswith("cluster-native")},

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,6 +19,8 @@ LIBRARY, COMPILED, OURS = "library", "compiled", "ours"
 LATE, SEPARATE = "ours, weights after the wait", "ours, separate launches"
 NAMED = (LIBRARY, COMPILED, OURS, LATE, SEPARATE)
 """Contenders that are no tiles."""
+
+EPSILON = 1e-5
 
 
 def randn(generator: torch.Generator, dtype: torch.dtype, *shape: int) -> Tensor:
@@ -37,3 +41,23 @@ def tile_name(tile: tuple[int, ...]) -> str:
 def native_name(tile: tuple[int, ...]) -> str:
     """Of a tile of the native kernel, without whether it starts early."""
     return f"native {tile_name(tile[:3])}"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A case whose only activation is x."""
+
+    tokens: int
+    width: int
+    batch: int
+    dtype: torch.dtype
+    activation_count: ClassVar[int] = 1
+
+    @property
+    def shape(self) -> str:
+        """M x K."""
+        return f"{self.batch}*{self.tokens} x {self.width}"
+
+    def activations(self, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """x [B, M, K]."""
+        return (randn(generator, self.dtype, self.batch, self.tokens, self.width),)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.fused.basis import LATE, OURS, SEPARATE, Run, floor, native_name, randn, tile_name
+from bench.fused.basis import EPSILON, LATE, OURS, SEPARATE, Rows, Run, floor, native_name, randn, tile_name
 from bench.fused.heads import Head
 from bench.fused.pixels import Pixels
 from fastmetro_kernels.fused import (
@@ -39,7 +39,6 @@ HEADS = 8
 FEW_ROWS = 512
 """Up to which the engine fuses wide layers, and hands on moments."""
 ENCODER, IMAGE, DECODER = 50, 49, 445
-EPSILON = 1e-5
 FLAGS = ("norm", "position", "relu", "residual")
 
 
@@ -295,24 +294,10 @@ class Tail:
 
 
 @dataclass(frozen=True)
-class Norm:
+class Norm(Rows):
     """A layer norm of its own, as in front of a product of the library's."""
 
-    tokens: int
-    width: int
-    batch: int
-    dtype: torch.dtype
-    activation_count: int = 1
     name: str = "layer norm"
-
-    @property
-    def shape(self) -> str:
-        """M x K."""
-        return f"{self.batch}*{self.tokens} x {self.width}"
-
-    def activations(self, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """x [B, M, K]."""
-        return (randn(generator, self.dtype, self.batch, self.tokens, self.width),)
 
     def constants(self, generator: torch.Generator) -> tuple[Tensor, ...]:
         """There are none."""
@@ -372,5 +357,5 @@ def all_cases(batch: int, dtype: torch.dtype) -> list[Case]:
         found.append(Attention("encoder attention", ENCODER, ENCODER, width // HEADS, batch, dtype))
         found.append(Attention("cross-attention", DECODER, IMAGE, width // HEADS, batch, dtype))
         found += [Norm(ENCODER, width, batch, dtype), Norm(DECODER, width, batch, dtype)]
-    heads = [Head("coordinates", DECODER, 128, 3, batch, dtype), Head("camera", 1, 128, 3, batch, dtype)]
+    heads = [Head(DECODER, 128, batch, dtype, "coordinates", 3), Head(1, 128, batch, dtype, "camera", 3)]
     return [*found, Tail(batch, dtype), *heads, Pixels(batch, dtype)]

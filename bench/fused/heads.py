@@ -8,27 +8,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.fused.basis import OURS, Run, floor, randn, tile_name
+from bench.fused.basis import EPSILON, OURS, Rows, Run, floor, randn, tile_name
 from fastmetro_kernels.fused import LinearConfig, fused_linear
 from fastmetro_kernels.fused.linear.configs import NARROW, TILES, fitted
 
-EPSILON = 1e-5
-
 
 @dataclass(frozen=True)
-class Head:
+class Head(Rows):
     """y = norm(x) @ weight.T + bias in float32: coordinates of mesh tokens, parameters of the camera.
 
     The op may round norm(x) to the dtype of x, by which the result is judged.
     """
 
     title: str
-    tokens: int
-    width: int
     features: int
-    batch: int
-    dtype: torch.dtype
-    activation_count: int = 1
 
     @property
     def name(self) -> str:
@@ -38,11 +31,7 @@ class Head:
     @property
     def shape(self) -> str:
         """M x K x N."""
-        return f"{self.batch}*{self.tokens} x {self.width} x {self.features}"
-
-    def activations(self, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """x [B, M, K]."""
-        return (randn(generator, self.dtype, self.batch, self.tokens, self.width),)
+        return f"{super().shape} x {self.features}"
 
     def constants(self, generator: torch.Generator) -> tuple[Tensor, ...]:
         """Weight [N, K] and bias [N] in float32."""

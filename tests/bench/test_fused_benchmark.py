@@ -28,7 +28,7 @@ SMALL = [
     Tail(2, torch.float32, 5, 7, width=32, hidden=24),
     Norm(5, 24, 2, torch.float32),
     Pixels(2, torch.float32, 5),
-    Head("coordinates", 5, 16, 3, 2, torch.float32),
+    Head(5, 16, 2, torch.float32, "coordinates", 3),
 ]
 
 
