@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -49,3 +50,8 @@ def make_images(kind: str, images: int, height: int, width: int, device: str = "
 def source_of(x: Tensor) -> int:
     """How the harnesses of the emulator number it."""
     return {torch.float32: 1, torch.uint8: 2}.get(x.dtype, 0)
+
+
+def numbered(*shape: int) -> Tensor:
+    """Numbers from 1 on, each once, in any order: what is 0 beside them was not among them."""
+    return (1 + torch.randperm(math.prod(shape))).float().view(shape)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from emulation import build
-from stem_cases import source_of
+from stem_cases import numbered, source_of
 from torch import Tensor
 
 from fastmetro_kernels.backends import BackendUnavailable
@@ -106,7 +106,7 @@ def test_emulated_not_a_number_stays() -> None:
 
 def test_order_of_the_weights() -> None:
     """Each weight is there once, for one lane; the places beyond the 27 of a channel hold zeros."""
-    first, second = torch.randn(64, 3, 3, 3), torch.randn(64, 64, 3, 3)
+    first, second = numbered(64, 3, 3, 3), numbered(64, 64, 3, 3)
     packed = pack_double_stem(first, second)
     assert [one.shape for one in packed] == [FIRST_PACKED, SECOND_PACKED]
     assert int((packed[0] == 0).sum()) == 64 * (32 - 27)

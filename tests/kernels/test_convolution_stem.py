@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from emulation import build
-from stem_cases import source_of
+from stem_cases import numbered, source_of
 from torch import Tensor
 
 from fastmetro_kernels.backends import BackendUnavailable
@@ -86,7 +86,7 @@ def test_emulated_not_a_number_stays() -> None:
 
 def test_order_of_the_weights() -> None:
     """Each weight is there once, for one lane; the places beyond the 147 of a channel hold zeros."""
-    weight = torch.randn(64, 3, 7, 7)
+    weight = numbered(64, 3, 7, 7)
     packed = pack_stem(weight)
     assert packed.shape == PACKED and packed.is_contiguous()
     assert int((packed == 0).sum()) == 64 * (160 - 147)
