@@ -83,6 +83,38 @@ __device__ __forceinline__ void copy_pixels(SharedAddress to, const TensorMap& m
       : "memory");
 }
 
+// Starts the copy of a box, which this thread's group of stores is given, from shared memory: what copy_box would bring.
+// What lies outside is not written.
+__device__ __forceinline__ void store_box(const TensorMap& map, SharedAddress from, int channel, int x, int y, int n) {
+  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3, %4}], [%5];" ::"l"(&map),
+               "r"(channel), "r"(x), "r"(y), "r"(n), "r"(from)
+               : "memory");
+}
+
+// Closes a group of this thread's stores.
+__device__ __forceinline__ void stores_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+// Waits until at most the last PENDING groups of this thread's stores still read shared memory; or, below, are on their
+// way.
+template <int PENDING>
+__device__ __forceinline__ void stores_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory");
+}
+template <int PENDING>
+__device__ __forceinline__ void stores_wait() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+// Waits for the other warps of a warpgroup, which has a barrier of its own: not 0, which is __syncthreads.
+__device__ __forceinline__ void group_sync(int barrier) { asm volatile("bar.sync %0, 128;" ::"r"(barrier) : "memory"); }
+
+// Stores four 8 x 8 matrices of 16-bit numbers, the way load_matrices loads them.
+__device__ __forceinline__ void store_matrices(SharedAddress row, const uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(row), "r"(r[0]), "r"(r[1]),
+               "r"(r[2]), "r"(r[3])
+               : "memory");
+}
+
 // Stores four numbers at the address of another block of the cluster and counts their bytes at a barrier there.
 __device__ __forceinline__ void store_cluster(uint32_t to, const float4& v, uint32_t barrier) {
   asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
@@ -108,10 +140,12 @@ __device__ __forceinline__ uint4 load_coherent(const void* from) {
 }
 
 // An operand of a product: rows of 64 16-bit numbers, 128 bytes each in the copy engine's 128-byte swizzle, at an
-// address that is a multiple of 1024; 16 numbers further along the rows are 2 more.
-__device__ __forceinline__ uint64_t operand(SharedAddress rows) {
-  constexpr uint64_t kRowGroup = 1024 >> 4, kSwizzle128 = 1;
-  return (static_cast<uint64_t>(rows & 0x3ffff) >> 4) | (1ull << 16) | (kRowGroup << 32) | (kSwizzle128 << 62);
+// address that is a multiple of 128; each 8 rows begin `group` bytes behind those before. 16 numbers further along the
+// rows are 2 more.
+__device__ __forceinline__ uint64_t operand(SharedAddress rows, int group = 1024) {
+  constexpr uint64_t kSwizzle128 = 1;
+  return (static_cast<uint64_t>(rows & 0x3ffff) >> 4) | (1ull << 16) | (static_cast<uint64_t>(group >> 4) << 32) |
+         (kSwizzle128 << 62);
 }
 
 __device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -182,6 +216,19 @@ __device__ __forceinline__ void multiply(float (&sums)[N / 2], uint64_t a, uint6
                  FM_8(sums, 48), FM_8(sums, 56), FM_8(sums, 64), FM_8(sums, 72), FM_8(sums, 80), FM_8(sums, 88),
                  FM_8(sums, 96), FM_8(sums, 104), FM_8(sums, 112), FM_8(sums, 120));
   }
+}
+
+// sums += a b, with N = 64 and a in registers: this thread's part of its warp's 16 rows is that of multiply_add_16x8x16.
+template <typename T>
+__device__ __forceinline__ void multiply_held(float (&sums)[32], const uint32_t (&a)[4], uint64_t b) {
+#define FM_HELD(TYPE)                                                                                                  \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {" FM_R32                                 \
+               "}, {%32,%33,%34,%35}, %36, 1, 1, 1, 0;\n"                                                             \
+               : FM_8(sums, 0), FM_8(sums, 8), FM_8(sums, 16), FM_8(sums, 24)                                          \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+  if constexpr (std::is_same_v<T, __half>) FM_HELD("f16");
+  else FM_HELD("bf16");
+#undef FM_HELD
 }
 
 #undef FM_8

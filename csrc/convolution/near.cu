@@ -17,19 +17,6 @@ int box_rows(int height, int pitch) {
   return rows;
 }
 
-void encode_box(fm::TensorMap& map, CUtensorMapDataType type, const void* data, const Geometry& g, int rows) {
-  static const auto encode = driver_function<decltype(&cuTensorMapEncodeTiled)>("cuTensorMapEncodeTiled");
-  const cuuint64_t sizes[4] = {cuuint64_t(g.channels), cuuint64_t(g.width), cuuint64_t(g.height), cuuint64_t(g.images)};
-  const cuuint64_t row = 2 * g.channels;
-  const cuuint64_t strides[3] = {row, row * g.width, row * g.width * g.height};
-  const cuuint32_t box[4] = {kDepth, cuuint32_t(g.width + 1), cuuint32_t(rows), 1}, steps[4] = {1, 1, 1, 1};
-  const CUresult result = encode(&opaque(map), type, 4, const_cast<void*>(data), sizes, strides, box, steps,
-                                 CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  STD_TORCH_CHECK(result == CUDA_SUCCESS, "convolution_native: x cannot be described to the copy engine, error ",
-                  result);
-}
-
 template <typename T, int COLUMNS>
 void launch(const Near<T>& near, int64_t images, bool early, cudaStream_t stream) {
   const int bytes = near_shared_bytes(COLUMNS, near.box_bytes, near.split, near.stages);
@@ -55,7 +42,7 @@ void run_near(const Arguments& arguments, Tensor& out, const std::vector<int64_t
   STD_TORCH_CHECK(pitch <= 256 && rows <= 256, "convolution_native: images of up to 255 columns");
   const auto call = [&]<typename T>(T*) {
     Near<T> problem{};
-    encode_box(problem.pixels, map_type(x), x.const_data_ptr(), g, rows);
+    encode_box(problem.pixels, map_type(x), x.const_data_ptr(), g, pitch, rows);
     encode_weights(problem.weights, map_type(x), weight.const_data_ptr(), g, weight.size(0), int(config[0]));
     problem.output = make_output<T>(bias, residual, out, relu, late);
     problem.height = int(g.height), problem.width = int(g.width);

@@ -61,6 +61,20 @@ inline void encode_weights(fm::TensorMap& map, CUtensorMapDataType type, const v
                   result);
 }
 
+// Boxes of 64 channels, some columns and rows of an image.
+inline void encode_box(fm::TensorMap& map, CUtensorMapDataType type, const void* data, const Geometry& g, int columns,
+                       int rows) {
+  static const auto encode = driver_function<decltype(&cuTensorMapEncodeTiled)>("cuTensorMapEncodeTiled");
+  const cuuint64_t sizes[4] = {cuuint64_t(g.channels), cuuint64_t(g.width), cuuint64_t(g.height), cuuint64_t(g.images)};
+  const cuuint64_t row = 2 * g.channels;
+  const cuuint64_t strides[3] = {row, row * g.width, row * g.width * g.height};
+  const cuuint32_t box[4] = {kDepth, cuuint32_t(columns), cuuint32_t(rows), 1}, steps[4] = {1, 1, 1, 1};
+  const CUresult result = encode(&opaque(map), type, 4, const_cast<void*>(data), sizes, strides, box, steps,
+                                 CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  STD_TORCH_CHECK(result == CUDA_SUCCESS, "convolution: images cannot be described to the copy engine, error ", result);
+}
+
 inline Input make_input(CUtensorMapDataType type, const void* pixels, const void* weights, const Geometry& g,
                         int64_t outputs, int columns) {
   Input input{};

@@ -29,9 +29,9 @@ def engine() -> Engine:
 KINDS = ("float32", "uint8", "float16")
 
 
-def images_of(kind: str, seed: int = 0) -> Tensor:
-    """Two images as they are captured, on the device."""
-    images = pixels(2, seed=seed)
+def images_of(kind: str, seed: int = 0, count: int = 2) -> Tensor:
+    """Images as they are captured, on the device."""
+    images = pixels(count, seed=seed)
     if kind == "uint8":
         return images.cuda()
     images = normalized(images).cuda()
@@ -271,23 +271,24 @@ def test_graphs_own_what_products_work_in() -> None:
     assert all(bool(tensor.isnan().all()) for tensor in taken)
 
 
+@pytest.mark.parametrize("count", [1, convolution.MOST_RAW_IMAGES])
 @pytest.mark.parametrize("backbone", ["resnet50", "hrnet-w64"])
-def test_stems_of_images_as_they_come(backbone: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stems_of_images_as_they_come(backbone: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bits of an engine with a kernel in front of the stem, copied in or read where they are; new weights, too."""
     torch.manual_seed(0)
     models = [create_model("fastmetro-s", backbone=backbone, upsampling="released").cuda().eval() for _ in range(2)]
     for model in models:
         settle_batch_norms(model.backbone)
-    raw = fastmetro.compile(models[0], 1)
+    raw = fastmetro.compile(models[0], count)
     for kind in ("float32", "uint8"):
-        captured(raw, images_of(kind)[:1])
+        captured(raw, images_of(kind, count=count))
     monkeypatch.setattr(convolution, "MOST_RAW_IMAGES", 0)
-    prepared = fastmetro.compile(models[0], 1)
+    prepared = fastmetro.compile(models[0], count)
     for model in models:
         raw.refresh(model), prepared.refresh(model)
         for kind in ("float32", "uint8"):
             for seed in range(3):
-                images = images_of(kind, seed)[:1].clone()
+                images = images_of(kind, seed, count).clone()
                 expected = prepared(images)
                 assert same(raw(images), expected) and same(raw(unaligned(images)), expected)
 

@@ -82,16 +82,17 @@ def stem_inputs(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
 
 
 @pytest.mark.parametrize("kind", [ResNet50, HRNetW64])
-def test_one_image_reaches_the_stem_as_it_comes(kind: type[nn.Module], stem_inputs: list[torch.dtype]) -> None:
-    """And gives the bits of one that was brought to the engine's type before; more images are."""
+def test_few_images_reach_the_stem_as_they_come(kind: type[nn.Module], stem_inputs: list[torch.dtype]) -> None:
+    """And give the bits of those that were brought to the engine's type before; more images are."""
     dtype, cpu = torch.bfloat16, torch.device("cpu")
     folded = fold_backbone(all_trunks()[kind], dtype, "reference")
     constants = folded.pixel_constants(cpu)
-    pixels = torch.randint(256, (2, 64, 64, 3), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
-    for count in (1, 2):
+    most = convolution.MOST_RAW_IMAGES
+    pixels = torch.randint(256, (most + 1, 64, 64, 3), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
+    for count in (1, most, most + 1):
         x, few = images(count, 64), pixels[:count]
         found = [folded(x), folded.of_bytes(few, *constants)]
-        as_they_come = [torch.float32, torch.uint8] if count <= convolution.MOST_RAW_IMAGES else [dtype, dtype]
+        as_they_come = [torch.float32, torch.uint8] if count <= most else [dtype, dtype]
         assert stem_inputs == as_they_come
         made = x.to(dtype, memory_format=torch.channels_last)
         expected = [folded(made), folded.of_pixels(normalize_pixels(few, *constants, dtype))]

@@ -1,0 +1,288 @@
+// The end of a residual block in one kernel: a 3 x 3 convolution of 64 channels, the pointwise one behind it that widens
+// to 256, with the shortcut, and the next block's first, which narrows to 64 again. For compute capability 9.0.
+//
+// In a backbone's first stage memory is what these layers wait for, once there are many images: as three kernels they
+// write and read both narrow results and read the wide one again. Here the results between them stay in the
+// multiprocessor. A group of four warps makes 8 x 8 positions of an image at a time, the 64 rows of a product:
+//
+//   pixels, 10 x 10 of 64 channels --9 taps--> sums -> bias, ReLU, rounded: registers, the next product's left operand
+//   for each 64 of the 256 wide channels:  --> sums -> bias, shortcut, ReLU, rounded: in place of the shortcut in shared
+//   memory, from where the copy engine stores it, and where it is an operand --> sums of the narrow channels
+//
+// All weights stay in shared memory, and blocks go from tile to tile. While a tile is made, the copy engine brings the
+// next one's pixels and shortcut. Positions outside the image are zeros when read, and are not stored.
+#pragma once
+
+#include "tile.cuh"
+
+namespace fm_convolution {
+
+// A residual is added; the same, and the next block's first convolution; or the shortcut is a pointwise convolution.
+enum Ending { kResidual, kResidualNext, kSecond };
+
+constexpr int kSide = 8, kHalo = kSide + 2;  // positions of a tile down and across, and with their neighbours
+constexpr int kParts = 4;                    // of 64 wide channels
+constexpr int kEndingTaps = 9, kEndingGroups = 2;
+constexpr int kMatrix = kRows * kDepth * 2;  // bytes of the weights of a tap or part, or of a tile's 64 channels
+constexpr int kHaloRow = kHalo * kDepth * 2, kHaloBytes = kHalo * kHaloRow;
+constexpr int kHaloPlace = (kHaloBytes + 1023) / 1024 * 1024;  // a group's barriers lie in what is left
+constexpr int kGroupBytes = kHaloPlace + kParts * kMatrix;
+
+__host__ __device__ constexpr int ending_matrices(Ending ending) { return kEndingTaps + kParts * (ending == kResidual ? 1 : 2); }
+constexpr int ending_shared_bytes(Ending ending) {
+  return ending_matrices(ending) * kMatrix + kEndingGroups * kGroupBytes;
+}
+
+struct EndingProblem {
+  fm::TensorMap pixels, weights, last_weights, more_weights;  // more: of the second input, or of the next convolution
+  fm::TensorMap shortcut, wide, narrow;
+  const float *bias, *last_bias, *next_bias;
+  int down, across, tiles;  // tiles of an image, and of all
+};
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+struct EndingTile {
+  int x, y, image;
+};
+
+__device__ __forceinline__ EndingTile ending_tile(const EndingProblem& p, int number) {
+  const unsigned row = static_cast<unsigned>(number) / p.across, image = row / p.down;
+  return {static_cast<int>(number - row * p.across) * kSide, static_cast<int>(row - image * p.down) * kSide,
+          static_cast<int>(image)};
+}
+
+// Where a group's pixels and buffers lie, and what arrives in them. A buffer holds 64 channels of the tile.
+struct EndingPlaces {
+  fm::SharedAddress pixels;
+
+  __device__ __forceinline__ fm::SharedAddress buffer(int number) const {
+    return pixels + kHaloPlace + number * kMatrix;
+  }
+  __device__ __forceinline__ fm::SharedAddress pixels_full() const { return pixels + kHaloBytes; }
+  __device__ __forceinline__ fm::SharedAddress buffer_full(int number) const { return pixels + kHaloBytes + 8 + 8 * number; }
+  __device__ __forceinline__ fm::SharedAddress weights_full() const { return pixels + kHaloBytes + 8 + 8 * kParts; }
+
+  __device__ __forceinline__ void copy_pixels(const EndingProblem& p, const EndingTile& tile) const {
+    fm::barrier_expect(pixels_full(), kHaloBytes);
+    fm::copy_box(pixels, p.pixels, pixels_full(), 0, tile.x - 1, tile.y - 1, tile.image);
+  }
+  // 64 channels of the residual, or the second input's.
+  __device__ __forceinline__ void copy_shortcut(const EndingProblem& p, const EndingTile& tile, int part, int number) const {
+    fm::barrier_expect(buffer_full(number), kMatrix);
+    fm::copy_box(buffer(number), p.shortcut, buffer_full(number), part * kDepth, tile.x, tile.y, tile.image);
+  }
+};
+
+// By the first warp of the block: all weights, a lane for each of their matrices.
+template <Ending ENDING>
+__device__ __forceinline__ void copy_all_weights(const EndingProblem& p, fm::SharedAddress weights, fm::SharedAddress full) {
+  constexpr int kAll = ending_matrices(ENDING), kMore = kEndingTaps + kParts;
+  const int lane = threadIdx.x;
+  if (lane == 0) fm::barrier_expect(full, kAll * kMatrix);
+  __syncwarp();
+  const fm::SharedAddress to = weights + lane * kMatrix;
+  const int part = lane < kMore ? lane - kEndingTaps : lane - kMore;
+  if (lane < kEndingTaps) fm::copy_weights(to, p.weights, full, 0, lane, 0);
+  else if (lane < kMore) fm::copy_weights(to, p.last_weights, full, 0, 0, part * kDepth);
+  else if (lane < kAll && ENDING == kSecond) fm::copy_weights(to, p.more_weights, full, 0, 0, part * kDepth);
+  else if (lane < kAll) fm::copy_weights(to, p.more_weights, full, part * kDepth, 0, 0);
+  __syncwarp();
+}
+
+// Sums begin with their column's bias.
+__device__ __forceinline__ void begin_with(float (&sums)[kDepth / 2], const float* bias) {
+#pragma unroll
+  for (int j = 0; j < kDepth / 8; j++) {
+    const float2 two = *reinterpret_cast<const float2*>(bias + 8 * j + threadIdx.x % 4 * 2);
+    sums[4 * j] = sums[4 * j + 2] = two.x;
+    sums[4 * j + 1] = sums[4 * j + 3] = two.y;
+  }
+}
+
+// Sums of 64 channels += rows of 64 numbers in shared memory, 8 of them every `group` bytes, times a matrix of weights.
+template <typename T>
+__device__ __forceinline__ void multiply_rows(float (&sums)[kDepth / 2], fm::SharedAddress rows, int group,
+                                              fm::SharedAddress weights) {
+  const uint64_t a = fm::operand(rows, group), b = fm::operand(weights);
+#pragma unroll
+  for (int k = 0; k < kDepth / 16; k++) fm::multiply<T, kDepth>(sums, a + 2 * k, b + 2 * k, 1);
+}
+
+// The 3 x 3 convolution with ReLU, rounded, as the left operand of a product.
+template <typename T>
+__device__ __forceinline__ void make_middle(uint32_t (&middle)[kDepth / 16][4], const EndingProblem& p,
+                                            const EndingPlaces& places, fm::SharedAddress weights) {
+  float sums[kDepth / 2];
+  begin_with(sums, p.bias);
+  fm::products_begin();
+#pragma unroll
+  for (int tap = 0; tap < kEndingTaps; tap++) {
+    multiply_rows<T>(sums, places.pixels + (tap / 3 * kHalo + tap % 3) * kDepth * 2, kHaloRow, weights + tap * kMatrix);
+  }
+  fm::products_commit();
+  fm::products_wait<0>();
+  fm::keep(sums);
+#pragma unroll
+  for (int k = 0; k < kDepth / 16; k++) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      middle[k][i] = larger<T>(fm::pack<T>(sums[8 * k + 2 * i], sums[8 * k + 2 * i + 1]), 0);
+    }
+  }
+}
+
+// Where this thread's row of the 8 x 8 matrices lies in a buffer, in the copy engine's swizzle; for the k-th 16 channels
+// bits 5 and 6 are flipped by k.
+__device__ __forceinline__ uint32_t matrix_row() {
+  const int lane = threadIdx.x % 32, row = threadIdx.x % kWarpgroup / 32 * 16 + lane % 16;
+  return row * kDepth * 2 + ((lane / 16) ^ (row % 8)) * 16;
+}
+
+// 64 channels of a tile: the sums, with what the buffer holds added if there is something, ReLU, rounded, to the buffer.
+template <typename T, bool ADDS>
+__device__ __forceinline__ void finish_channels(const float (&sums)[kDepth / 2], fm::SharedAddress buffer) {
+  const fm::SharedAddress row = buffer + matrix_row();
+#pragma unroll
+  for (int k = 0; k < kDepth / 16; k++) {
+    const fm::SharedAddress at = row ^ (32 * k);
+    uint32_t more[4] = {}, packed[4];
+    if constexpr (ADDS) fm::load_matrices(more, at);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const float2 two = fm::unpack<T>(more[i]);
+      const float x = sums[8 * k + 2 * i], y = sums[8 * k + 2 * i + 1];
+      packed[i] = larger<T>(ADDS ? fm::pack<T>(x + two.x, y + two.y) : fm::pack<T>(x, y), 0);
+    }
+    fm::store_matrices(at, packed);
+  }
+}
+
+// By one thread of a group, behind the barrier that says that a part's results are there: they leave, and what the part
+// in front held is free, once it has left, for the copy that comes three parts later.
+template <Ending ENDING>
+__device__ __forceinline__ void send_and_refill(const EndingProblem& p, const EndingPlaces& places, const EndingTile& tile,
+                                                const EndingTile& next, bool more, int part, int buffer) {
+  fm::store_box(p.wide, places.buffer(buffer), part * kDepth, tile.x, tile.y, tile.image);
+  fm::stores_commit();
+  if (part == 0 && more) places.copy_pixels(p, next);
+  fm::stores_wait_read<1>();
+  if constexpr (ENDING == kSecond) {
+    if (part == kParts - 1 && more) places.copy_shortcut(p, next, 0, kParts - 1);
+  } else if (part == 0) {
+    places.copy_shortcut(p, tile, kParts - 1, kParts - 1);
+  } else if (more) {
+    places.copy_shortcut(p, next, part - 1, part - 1);
+  }
+}
+
+// The narrow results leave through the last buffer, once the wide ones there have left.
+template <typename T>
+__device__ __forceinline__ void finish_narrow(const EndingProblem& p, const EndingPlaces& places, const EndingTile& tile,
+                                              const float (&sums)[kDepth / 2], int group) {
+  const bool leader = threadIdx.x % kWarpgroup == 0;
+  const fm::SharedAddress buffer = places.buffer(kParts - 1);
+  if (leader) fm::stores_wait_read<0>();
+  __syncwarp();
+  fm::group_sync(1 + group);
+  finish_channels<T, false>(sums, buffer);
+  fm::shared_stores_ready();
+  fm::group_sync(1 + group);
+  if (leader) {
+    fm::store_box(p.narrow, buffer, 0, tile.x, tile.y, tile.image);
+    fm::stores_commit();
+  }
+  __syncwarp();
+}
+
+#endif
+
+template <typename T, Ending ENDING>
+__global__ void __launch_bounds__(kEndingGroups* kWarpgroup) ending_kernel(const __grid_constant__ EndingProblem p) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  constexpr bool kHasNext = ENDING == kResidualNext, kHasSecond = ENDING == kSecond;
+  const fm::SharedAddress weights = fm::shared_address(fm::dynamic_shared());
+  const fm::SharedAddress last = weights + kEndingTaps * kMatrix, extra = last + kParts * kMatrix;
+  const fm::SharedAddress places_begin = weights + ending_matrices(ENDING) * kMatrix;
+  const int group = threadIdx.x / kWarpgroup;
+  const EndingPlaces places{places_begin + group * kGroupBytes};
+  const fm::SharedAddress weights_full = EndingPlaces{places_begin}.weights_full();
+  const bool leader = threadIdx.x % kWarpgroup == 0;
+  const int step = gridDim.x * kEndingGroups;
+  int number = blockIdx.x * kEndingGroups + group;
+  EndingTile tile = ending_tile(p, number);
+
+  fm::launch_dependents();
+  if (leader) {
+    if (group == 0) fm::barrier_init(weights_full, 1);
+    fm::barrier_init(places.pixels_full(), 1);
+    for (int i = 0; i < kParts; i++) fm::barrier_init(places.buffer_full(i), 1);
+    fm::barriers_ready();
+  }
+  __syncthreads();
+  if (threadIdx.x < 32) copy_all_weights<ENDING>(p, weights, weights_full);
+  if (leader && number < p.tiles) {
+    fm::wait_for_previous_grid();
+    places.copy_pixels(p, tile);
+    if constexpr (kHasSecond) places.copy_shortcut(p, tile, 0, kParts - 1);
+    else for (int part = 0; part < kParts - 1; part++) places.copy_shortcut(p, tile, part, part);
+  }
+  __syncwarp();
+  fm::barrier_wait(weights_full, 0);
+
+  int used = 0;  // of kSecond's three buffers: the one whose turn it is
+  for (int phase = 0; number < p.tiles; phase ^= 1) {
+    const EndingTile next = ending_tile(p, number + step);
+    const bool more = number + step < p.tiles;
+    uint32_t middle[kDepth / 16][4];
+    float sums[kDepth / 2], narrow[kHasNext ? kDepth / 2 : 1];
+    fm::barrier_wait(places.pixels_full(), phase);
+    __syncwarp();
+    make_middle<T>(middle, p, places, weights);
+    if constexpr (kHasNext) begin_with(narrow, p.next_bias);
+    if constexpr (kHasSecond) {
+      fm::barrier_wait(places.buffer_full(kParts - 1), phase);
+      __syncwarp();
+    }
+#pragma unroll
+    for (int part = 0; part < kParts; part++) {
+      begin_with(sums, p.last_bias + part * kDepth);
+      fm::products_begin();
+#pragma unroll
+      for (int k = 0; k < kDepth / 16; k++) {
+        fm::multiply_held<T>(sums, middle[k], fm::operand(last + part * kMatrix) + 2 * k);
+      }
+      if constexpr (kHasSecond) multiply_rows<T>(sums, places.buffer(kParts - 1), 1024, extra + part * kMatrix);
+      fm::products_commit();
+      fm::products_wait<0>();  // the narrow product of the part in front as well: its buffer may be filled again
+      fm::keep(sums);
+      if constexpr (kHasNext) fm::keep(narrow);
+      const int buffer = kHasSecond ? used : part;
+      if constexpr (!kHasSecond) {
+        fm::barrier_wait(places.buffer_full(part), phase);
+        __syncwarp();
+      }
+      finish_channels<T, !kHasSecond>(sums, places.buffer(buffer));
+      fm::shared_stores_ready();
+      fm::group_sync(1 + group);
+      if (leader) send_and_refill<ENDING>(p, places, tile, next, more, part, buffer);
+      __syncwarp();
+      if constexpr (kHasNext) {
+        fm::products_begin();
+        multiply_rows<T>(narrow, places.buffer(part), 1024, extra + part * kMatrix);
+        fm::products_commit();
+      }
+      used = used == kParts - 2 ? 0 : used + 1;
+    }
+    if constexpr (kHasNext) {
+      fm::products_wait<0>();
+      fm::keep(narrow);
+      finish_narrow<T>(p, places, tile, narrow, group);
+    }
+    number += step, tile = next;
+  }
+  if (leader) fm::stores_wait<0>();  // shared memory is read until then
+#endif
+}
+
+}  // namespace fm_convolution
