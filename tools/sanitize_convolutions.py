@@ -164,6 +164,8 @@ def _cases() -> Iterator[Convolution | Pair | Stem | DoubleStem]:
     for tile in stem_configs():  # a width of 40 takes copies of 16 bytes, one of 47 single numbers
         yield Stem((2, 33, 47 if tile.height == 4 else 40), tile)
     yield Stem((17, 65, 64), StemConfig(4, 4))  # more tiles than blocks
+    for size in ((2, 33, 47), (33, 113, 96)):  # few tiles and more than blocks
+        yield Stem(size, StemConfig(7, 8, warpgroups=True))
     yield DoubleStem((2, 33, 40), DoubleStemConfig(8))
     yield DoubleStem((17, 65, 47), DoubleStemConfig(4))
     for kind in (FLOAT, torch.uint8):  # read in words, and number by number

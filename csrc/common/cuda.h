@@ -22,6 +22,14 @@ inline bool has_clusters(int device) {
   return major >= 9;
 }
 
+// Whether the device has the products of warpgroups, which 9.0 alone has.
+inline bool has_warpgroups(int device) {
+  int major = 0, minor = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+  return major == 9 && minor == 0;
+}
+
 // Launches a kernel that may need more shared memory than a block gets without asking.
 //
 // `cluster_size`: so many consecutive blocks of grid.x, which it must divide, form a cluster; at most 8, which every

@@ -25,7 +25,7 @@ void launch(Ending ending, const EndingProblem& problem, bool early, const Tenso
   switch (ending) {
     case kResidual: return launch<T, kResidual>(problem, early, x);
     case kResidualNext: return launch<T, kResidualNext>(problem, early, x);
-    case kSecond: return launch<T, kSecond>(problem, early, x);
+    case kSecondNext: return launch<T, kSecondNext>(problem, early, x);
   }
 }
 
@@ -50,8 +50,8 @@ void check_images(const Tensor& images, const char* name, const Tensor& x, int64
 }
 
 // `x` [N, H, W, 64], `weight` [64, 3, 3, 64], `last_weight` [256, 1, 1, 64], with float32 biases; the shortcut is
-// `residual` [N, H, W, 256] or `second` [N, H, W, 64] under `second_weight` [256, 1, 1, 64]; with a residual there may
-// be `next_weight` [64, 1, 1, 256]. `config`: whether to start before the kernel in front has ended. Returns
+// `residual` [N, H, W, 256] or `second` [N, H, W, 64] under `second_weight` [256, 1, 1, 64]; `next_weight` [64, 1, 1, 256]
+// may be left out with a residual. `config`: whether to start before the kernel in front has ended. Returns
 // [N, H, W, 256] and [N, H, W, 64], of no channels where there is no next convolution.
 std::tuple<Tensor, Tensor> ending(Tensor x, Tensor weight, Tensor bias, Tensor last_weight, Tensor last_bias,
                                   std::optional<Tensor> residual, std::optional<Tensor> second,
@@ -61,8 +61,8 @@ std::tuple<Tensor, Tensor> ending(Tensor x, Tensor weight, Tensor bias, Tensor l
   STD_TORCH_CHECK(config.size() == 1, "convolution_ending_native: config must hold early");
   STD_TORCH_CHECK(residual.has_value() != second.has_value() && second.has_value() == second_weight.has_value(),
                   "convolution_ending_native: needs a residual, or second with second_weight");
-  STD_TORCH_CHECK(next_weight.has_value() == next_bias.has_value() && !(next_weight.has_value() && second.has_value()),
-                  "convolution_ending_native: next_weight and next_bias go together, and not with second");
+  STD_TORCH_CHECK(next_weight.has_value() == next_bias.has_value() && (next_weight.has_value() || residual.has_value()),
+                  "convolution_ending_native: next_weight and next_bias go together, and second needs them");
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const ScalarType scalar = x.scalar_type();
   STD_TORCH_CHECK(scalar == ScalarType::Half || scalar == ScalarType::BFloat16,
@@ -88,16 +88,16 @@ std::tuple<Tensor, Tensor> ending(Tensor x, Tensor weight, Tensor bias, Tensor l
   encode_weights(problem.weights, type, weight.const_data_ptr(), g, kDepth, kDepth);
   encode_weights(problem.last_weights, type, last_weight.const_data_ptr(), in, kWideChannels, kDepth);
   encode_box(problem.wide, type, wide.mutable_data_ptr(), out, kSide, kSide);
-  if (second.has_value()) {
-    kind = kSecond;
-    encode_box(problem.shortcut, type, second->const_data_ptr(), in, kSide, kSide);
-    encode_weights(problem.more_weights, type, second_weight->const_data_ptr(), in, kWideChannels, kDepth);
-  } else {
+  if (residual.has_value()) {
     encode_box(problem.shortcut, type, residual->const_data_ptr(), out, kSide, kSide);
+  } else {
+    kind = kSecondNext;
+    encode_box(problem.shortcut, type, second->const_data_ptr(), in, kSide, kSide);
+    encode_weights(problem.second_weights, type, second_weight->const_data_ptr(), in, kWideChannels, kDepth);
   }
   if (next_weight.has_value()) {
-    kind = kResidualNext;
-    encode_weights(problem.more_weights, type, next_weight->const_data_ptr(), out, kDepth, kDepth);
+    if (residual.has_value()) kind = kResidualNext;
+    encode_weights(problem.next_weights, type, next_weight->const_data_ptr(), out, kDepth, kDepth);
     encode_box(problem.narrow, type, narrow.mutable_data_ptr(), in, kSide, kSide);
     problem.next_bias = next_bias->const_data_ptr<float>();
   }

@@ -17,8 +17,9 @@
 
 namespace fm_convolution {
 
-// A residual is added; the same, and the next block's first convolution; or the shortcut is a pointwise convolution.
-enum Ending { kResidual, kResidualNext, kSecond };
+// A residual is added; the same, and the next block's first convolution; or that, and the shortcut is a pointwise
+// convolution of a second input.
+enum Ending { kResidual, kResidualNext, kSecondNext };
 
 constexpr int kSide = 8, kHalo = kSide + 2;  // positions of a tile down and across, and with their neighbours
 constexpr int kParts = 4;                    // of 64 wide channels
@@ -26,16 +27,23 @@ constexpr int kEndingTaps = 9, kEndingGroups = 2;
 constexpr int kMatrix = kRows * kDepth * 2;  // bytes of the weights of a tap or part, or of a tile's 64 channels
 constexpr int kHaloRow = kHalo * kDepth * 2, kHaloBytes = kHalo * kHaloRow;
 constexpr int kHaloPlace = (kHaloBytes + 1023) / 1024 * 1024;  // a group's barriers lie in what is left
-constexpr int kGroupBytes = kHaloPlace + kParts * kMatrix;
 
-__host__ __device__ constexpr int ending_matrices(Ending ending) { return kEndingTaps + kParts * (ending == kResidual ? 1 : 2); }
+// Of 64 channels of the tile: a residual's four, in place of which the results come; or the second input's, and one more,
+// which results pass in turn.
+__host__ __device__ constexpr int ending_buffers(Ending ending) { return ending == kSecondNext ? 2 : kParts; }
+__host__ __device__ constexpr int ending_group_bytes(Ending ending) {
+  return kHaloPlace + ending_buffers(ending) * kMatrix;
+}
+__host__ __device__ constexpr int ending_matrices(Ending ending) {
+  return kEndingTaps + kParts * (ending == kResidual ? 1 : ending == kResidualNext ? 2 : 3);
+}
 constexpr int ending_shared_bytes(Ending ending) {
-  return ending_matrices(ending) * kMatrix + kEndingGroups * kGroupBytes;
+  return ending_matrices(ending) * kMatrix + kEndingGroups * ending_group_bytes(ending);
 }
 
 struct EndingProblem {
-  fm::TensorMap pixels, weights, last_weights, more_weights;  // more: of the second input, or of the next convolution
-  fm::TensorMap shortcut, wide, narrow;
+  fm::TensorMap pixels, weights, last_weights, next_weights, second_weights;
+  fm::TensorMap shortcut, wide, narrow;  // shortcut: the residual or the second input
   const float *bias, *last_bias, *next_bias;
   int down, across, tiles;  // tiles of an image, and of all
 };
@@ -77,16 +85,15 @@ struct EndingPlaces {
 // By the first warp of the block: all weights, a lane for each of their matrices.
 template <Ending ENDING>
 __device__ __forceinline__ void copy_all_weights(const EndingProblem& p, fm::SharedAddress weights, fm::SharedAddress full) {
-  constexpr int kAll = ending_matrices(ENDING), kMore = kEndingTaps + kParts;
-  const int lane = threadIdx.x;
+  constexpr int kAll = ending_matrices(ENDING);
+  const int lane = threadIdx.x, kind = (lane - kEndingTaps) / kParts, part = (lane - kEndingTaps) % kParts;
   if (lane == 0) fm::barrier_expect(full, kAll * kMatrix);
   __syncwarp();
   const fm::SharedAddress to = weights + lane * kMatrix;
-  const int part = lane < kMore ? lane - kEndingTaps : lane - kMore;
   if (lane < kEndingTaps) fm::copy_weights(to, p.weights, full, 0, lane, 0);
-  else if (lane < kMore) fm::copy_weights(to, p.last_weights, full, 0, 0, part * kDepth);
-  else if (lane < kAll && ENDING == kSecond) fm::copy_weights(to, p.more_weights, full, 0, 0, part * kDepth);
-  else if (lane < kAll) fm::copy_weights(to, p.more_weights, full, part * kDepth, 0, 0);
+  else if (lane < kAll && kind == 0) fm::copy_weights(to, p.last_weights, full, 0, 0, part * kDepth);
+  else if (lane < kAll && kind == 1) fm::copy_weights(to, p.next_weights, full, part * kDepth, 0, 0);
+  else if (lane < kAll) fm::copy_weights(to, p.second_weights, full, 0, 0, part * kDepth);
   __syncwarp();
 }
 
@@ -158,130 +165,170 @@ __device__ __forceinline__ void finish_channels(const float (&sums)[kDepth / 2],
   }
 }
 
-// By one thread of a group, behind the barrier that says that a part's results are there: they leave, and what the part
-// in front held is free, once it has left, for the copy that comes three parts later.
-template <Ending ENDING>
-__device__ __forceinline__ void send_and_refill(const EndingProblem& p, const EndingPlaces& places, const EndingTile& tile,
-                                                const EndingTile& next, bool more, int part, int buffer) {
-  fm::store_box(p.wide, places.buffer(buffer), part * kDepth, tile.x, tile.y, tile.image);
-  fm::stores_commit();
-  if (part == 0 && more) places.copy_pixels(p, next);
-  fm::stores_wait_read<1>();
-  if constexpr (ENDING == kSecond) {
-    if (part == kParts - 1 && more) places.copy_shortcut(p, next, 0, kParts - 1);
-  } else if (part == 0) {
-    places.copy_shortcut(p, tile, kParts - 1, kParts - 1);
-  } else if (more) {
-    places.copy_shortcut(p, next, part - 1, part - 1);
-  }
+// Rows of 64 channels in a buffer as the left operand of a product.
+__device__ __forceinline__ void hold_rows(uint32_t (&held)[kDepth / 16][4], fm::SharedAddress buffer) {
+  const fm::SharedAddress row = buffer + matrix_row();
+#pragma unroll
+  for (int k = 0; k < kDepth / 16; k++) fm::load_matrices(held[k], row ^ (32 * k));
 }
 
-// The narrow results leave through the last buffer, once the wide ones there have left.
 template <typename T>
-__device__ __forceinline__ void finish_narrow(const EndingProblem& p, const EndingPlaces& places, const EndingTile& tile,
-                                              const float (&sums)[kDepth / 2], int group) {
-  const bool leader = threadIdx.x % kWarpgroup == 0;
-  const fm::SharedAddress buffer = places.buffer(kParts - 1);
-  if (leader) fm::stores_wait_read<0>();
-  __syncwarp();
-  fm::group_sync(1 + group);
-  finish_channels<T, false>(sums, buffer);
-  fm::shared_stores_ready();
-  fm::group_sync(1 + group);
-  if (leader) {
-    fm::store_box(p.narrow, buffer, 0, tile.x, tile.y, tile.image);
-    fm::stores_commit();
-  }
-  __syncwarp();
+__device__ __forceinline__ void multiply_held_rows(float (&sums)[kDepth / 2], const uint32_t (&held)[kDepth / 16][4],
+                                                   fm::SharedAddress weights) {
+#pragma unroll
+  for (int k = 0; k < kDepth / 16; k++) fm::multiply_held<T>(sums, held[k], fm::operand(weights) + 2 * k);
 }
+
+// One group of a block at its tiles. Results leave by its first thread, which also asks for what comes.
+template <typename T, Ending ENDING>
+struct EndingGroup {
+  static constexpr bool kHasNext = ENDING != kResidual, kHasSecond = ENDING == kSecondNext;
+  const EndingProblem& p;
+  EndingPlaces places;
+  fm::SharedAddress weights;
+  int group;
+
+  __device__ __forceinline__ bool leads() const { return threadIdx.x % kWarpgroup == 0; }
+  __device__ __forceinline__ fm::SharedAddress last(int part) const { return weights + (kEndingTaps + part) * kMatrix; }
+  __device__ __forceinline__ fm::SharedAddress next(int part) const { return last(kParts + part); }
+  __device__ __forceinline__ fm::SharedAddress second(int part) const { return last(2 * kParts + part); }
+  // The buffer of a part's results. The second input is in buffer 0, which results pass once it is in registers.
+  static __device__ __forceinline__ int buffer_of(int part) { return kHasSecond ? (part + 1) % 2 : part; }
+
+  __device__ __forceinline__ void ask_for_first(const EndingTile& tile) const {
+    places.copy_pixels(p, tile);
+    if constexpr (kHasSecond) places.copy_shortcut(p, tile, 0, 0);
+    else for (int part = 0; part < kParts - 1; part++) places.copy_shortcut(p, tile, part, part);
+  }
+
+  // Behind it all warps may write to the buffer that is sent behind the last barrier but one, or read no more what they
+  // read in front of it.
+  __device__ __forceinline__ void stores_left_and_sync() const {
+    if (leads()) fm::stores_wait_read<0>();
+    __syncwarp();
+    fm::group_sync(1 + group);
+  }
+
+  // The results of a part leave. With a residual: what the part in front held is then free, once it has left, for what
+  // comes there, three parts later.
+  __device__ __forceinline__ void send(const EndingTile& tile, const EndingTile& following, bool more, int part) const {
+    fm::store_box(p.wide, places.buffer(buffer_of(part)), part * kDepth, tile.x, tile.y, tile.image);
+    fm::stores_commit();
+    if (part == 0 && more) places.copy_pixels(p, following);
+    if constexpr (!kHasSecond) {
+      fm::stores_wait_read<1>();
+      if (part == 0) places.copy_shortcut(p, tile, kParts - 1, kParts - 1);
+      else if (more) places.copy_shortcut(p, following, part - 1, part - 1);
+    }
+  }
+
+  // 64 of the wide channels.
+  __device__ __forceinline__ void make_part(const uint32_t (&middle)[kDepth / 16][4],
+                                            const uint32_t (&held)[kHasSecond ? kDepth / 16 : 1][4],
+                                            float (&narrow)[kDepth / 2], int part, int phase) const {
+    float sums[kDepth / 2];
+    begin_with(sums, p.last_bias + part * kDepth);
+    fm::products_begin();
+    multiply_held_rows<T>(sums, middle, last(part));
+    if constexpr (kHasSecond) multiply_held_rows<T>(sums, held, second(part));
+    fm::products_commit();
+    fm::products_wait<0>();  // the narrow product of the part in front as well: its buffer may be filled again
+    fm::keep(sums);
+    if constexpr (kHasNext) fm::keep(narrow);
+    if constexpr (!kHasSecond) {
+      fm::barrier_wait(places.buffer_full(part), phase);
+      __syncwarp();
+    }
+    finish_channels<T, !kHasSecond>(sums, places.buffer(buffer_of(part)));
+    fm::shared_stores_ready();
+    if constexpr (kHasSecond) stores_left_and_sync();
+    else fm::group_sync(1 + group);
+  }
+
+  // The narrow results leave through a buffer from which the wide ones have left.
+  __device__ __forceinline__ void finish_narrow(const float (&narrow)[kDepth / 2], const EndingTile& tile,
+                                                const EndingTile& following, bool more) const {
+    const fm::SharedAddress buffer = places.buffer(ending_buffers(ENDING) - 1);
+    if constexpr (!kHasSecond) stores_left_and_sync();
+    finish_channels<T, false>(narrow, buffer);
+    fm::shared_stores_ready();
+    fm::group_sync(1 + group);
+    if (leads()) {
+      fm::store_box(p.narrow, buffer, 0, tile.x, tile.y, tile.image);
+      fm::stores_commit();
+      if constexpr (kHasSecond) {
+        fm::stores_wait_read<1>();
+        if (more) places.copy_shortcut(p, following, 0, 0);
+      }
+    }
+    __syncwarp();
+  }
+
+  __device__ __forceinline__ void make_tile(const EndingTile& tile, const EndingTile& following, bool more, int phase) const {
+    uint32_t middle[kDepth / 16][4], held[kHasSecond ? kDepth / 16 : 1][4];
+    float narrow[kDepth / 2];
+    fm::barrier_wait(places.pixels_full(), phase);
+    __syncwarp();
+    make_middle<T>(middle, p, places, weights);
+    if constexpr (kHasNext) begin_with(narrow, p.next_bias);
+    if constexpr (kHasSecond) {
+      fm::barrier_wait(places.buffer_full(0), phase);
+      __syncwarp();
+      hold_rows(held, places.buffer(0));
+      stores_left_and_sync();
+    }
+#pragma unroll
+    for (int part = 0; part < kParts; part++) {
+      make_part(middle, held, narrow, part, phase);
+      if (leads()) send(tile, following, more, part);
+      __syncwarp();
+      if constexpr (kHasNext) {
+        fm::products_begin();
+        multiply_rows<T>(narrow, places.buffer(buffer_of(part)), 1024, next(part));
+        fm::products_commit();
+      }
+    }
+    if constexpr (kHasNext) {
+      fm::products_wait<0>();
+      fm::keep(narrow);
+      finish_narrow(narrow, tile, following, more);
+    }
+  }
+};
 
 #endif
 
 template <typename T, Ending ENDING>
 __global__ void __launch_bounds__(kEndingGroups* kWarpgroup) ending_kernel(const __grid_constant__ EndingProblem p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  constexpr bool kHasNext = ENDING == kResidualNext, kHasSecond = ENDING == kSecond;
   const fm::SharedAddress weights = fm::shared_address(fm::dynamic_shared());
-  const fm::SharedAddress last = weights + kEndingTaps * kMatrix, extra = last + kParts * kMatrix;
-  const fm::SharedAddress places_begin = weights + ending_matrices(ENDING) * kMatrix;
-  const int group = threadIdx.x / kWarpgroup;
-  const EndingPlaces places{places_begin + group * kGroupBytes};
-  const fm::SharedAddress weights_full = EndingPlaces{places_begin}.weights_full();
-  const bool leader = threadIdx.x % kWarpgroup == 0;
-  const int step = gridDim.x * kEndingGroups;
-  int number = blockIdx.x * kEndingGroups + group;
-  EndingTile tile = ending_tile(p, number);
+  const EndingPlaces first{weights + ending_matrices(ENDING) * kMatrix};
+  const int number = threadIdx.x / kWarpgroup, step = gridDim.x * kEndingGroups;
+  const EndingGroup<T, ENDING> group{p, {first.pixels + number * ending_group_bytes(ENDING)}, weights, number};
+  int place = blockIdx.x * kEndingGroups + number;
+  EndingTile tile = ending_tile(p, place);
 
   fm::launch_dependents();
-  if (leader) {
-    if (group == 0) fm::barrier_init(weights_full, 1);
-    fm::barrier_init(places.pixels_full(), 1);
-    for (int i = 0; i < kParts; i++) fm::barrier_init(places.buffer_full(i), 1);
+  if (group.leads()) {
+    if (number == 0) fm::barrier_init(first.weights_full(), 1);
+    fm::barrier_init(group.places.pixels_full(), 1);
+    for (int i = 0; i < ending_buffers(ENDING); i++) fm::barrier_init(group.places.buffer_full(i), 1);
     fm::barriers_ready();
   }
   __syncthreads();
-  if (threadIdx.x < 32) copy_all_weights<ENDING>(p, weights, weights_full);
-  if (leader && number < p.tiles) {
+  if (threadIdx.x < 32) copy_all_weights<ENDING>(p, weights, first.weights_full());
+  if (group.leads() && place < p.tiles) {
     fm::wait_for_previous_grid();
-    places.copy_pixels(p, tile);
-    if constexpr (kHasSecond) places.copy_shortcut(p, tile, 0, kParts - 1);
-    else for (int part = 0; part < kParts - 1; part++) places.copy_shortcut(p, tile, part, part);
+    group.ask_for_first(tile);
   }
   __syncwarp();
-  fm::barrier_wait(weights_full, 0);
-
-  int used = 0;  // of kSecond's three buffers: the one whose turn it is
-  for (int phase = 0; number < p.tiles; phase ^= 1) {
-    const EndingTile next = ending_tile(p, number + step);
-    const bool more = number + step < p.tiles;
-    uint32_t middle[kDepth / 16][4];
-    float sums[kDepth / 2], narrow[kHasNext ? kDepth / 2 : 1];
-    fm::barrier_wait(places.pixels_full(), phase);
-    __syncwarp();
-    make_middle<T>(middle, p, places, weights);
-    if constexpr (kHasNext) begin_with(narrow, p.next_bias);
-    if constexpr (kHasSecond) {
-      fm::barrier_wait(places.buffer_full(kParts - 1), phase);
-      __syncwarp();
-    }
-#pragma unroll
-    for (int part = 0; part < kParts; part++) {
-      begin_with(sums, p.last_bias + part * kDepth);
-      fm::products_begin();
-#pragma unroll
-      for (int k = 0; k < kDepth / 16; k++) {
-        fm::multiply_held<T>(sums, middle[k], fm::operand(last + part * kMatrix) + 2 * k);
-      }
-      if constexpr (kHasSecond) multiply_rows<T>(sums, places.buffer(kParts - 1), 1024, extra + part * kMatrix);
-      fm::products_commit();
-      fm::products_wait<0>();  // the narrow product of the part in front as well: its buffer may be filled again
-      fm::keep(sums);
-      if constexpr (kHasNext) fm::keep(narrow);
-      const int buffer = kHasSecond ? used : part;
-      if constexpr (!kHasSecond) {
-        fm::barrier_wait(places.buffer_full(part), phase);
-        __syncwarp();
-      }
-      finish_channels<T, !kHasSecond>(sums, places.buffer(buffer));
-      fm::shared_stores_ready();
-      fm::group_sync(1 + group);
-      if (leader) send_and_refill<ENDING>(p, places, tile, next, more, part, buffer);
-      __syncwarp();
-      if constexpr (kHasNext) {
-        fm::products_begin();
-        multiply_rows<T>(narrow, places.buffer(part), 1024, extra + part * kMatrix);
-        fm::products_commit();
-      }
-      used = used == kParts - 2 ? 0 : used + 1;
-    }
-    if constexpr (kHasNext) {
-      fm::products_wait<0>();
-      fm::keep(narrow);
-      finish_narrow<T>(p, places, tile, narrow, group);
-    }
-    number += step, tile = next;
+  fm::barrier_wait(first.weights_full(), 0);
+  for (int phase = 0; place < p.tiles; phase ^= 1, place += step) {
+    const EndingTile following = ending_tile(p, place + step);
+    group.make_tile(tile, following, place + step < p.tiles, phase);
+    tile = following;
   }
-  if (leader) fm::stores_wait<0>();  // shared memory is read until then
+  if (group.leads()) fm::stores_wait<0>();  // shared memory is read until then
 #endif
 }
 

@@ -15,11 +15,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 inline void check_device(int device) {
-  int major = 0, minor = 0;
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
-  STD_TORCH_CHECK(major == 9 && minor == 0, "convolution_native: needs compute capability 9.0, this device has ", major,
-                  ".", minor);
+  STD_TORCH_CHECK(fm::has_warpgroups(device), "convolution_native: needs a device of compute capability 9.0");
 }
 
 inline void check(const Tensor& tensor, const char* name, int64_t dimensions, const Tensor& x, ScalarType type) {

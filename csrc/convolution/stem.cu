@@ -1,6 +1,6 @@
 // convolution_stem: the stem of a ResNet (convolution, bias, ReLU, max pooling) in half precision, on
-// compute capability 8.0 and up. The kernel is in stem.cuh.
-#include "stem.cuh"
+// compute capability 8.0 and up. The kernels are in stem.cuh and stem_hopper.cuh.
+#include "stem_hopper.cuh"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -49,27 +49,37 @@ template <typename T, typename Source>
 void run(const Source& source, int images, const Tensor& weight, const Tensor& bias, Tensor& out,
          const std::vector<int64_t>& config) {
   const int device = weight.get_device_index();
-  const bool known = fm_stem::choose_tile(config[0], config[1], [&]<typename Cut>(Cut) {
+  const auto with = [&]<typename Cut>(Cut, auto* kernel) {
     const auto problem =
         fm_stem::make_problem<Cut>(source, static_cast<const T*>(weight.const_data_ptr()), bias.const_data_ptr<float>(),
                                    static_cast<T*>(out.mutable_data_ptr()), images);
     const int blocks = std::min(problem.tiles, multiprocessors(device) * Cut::kResident);
-    fm::launch_kernel(fm_stem::stem_kernel<T, Cut, Source>, dim3(static_cast<unsigned>(blocks)), Cut::kThreads,
+    fm::launch_kernel(kernel, dim3(static_cast<unsigned>(blocks)), Cut::kThreads,
                       Cut::kSharedBytes, 1, config[2] != 0 && fm::has_clusters(device), fm::current_stream(weight),
                       problem);
+  };
+  if (config[3] != 0) {
+    STD_TORCH_CHECK(fm::has_warpgroups(device) && config[0] == 7 && config[1] == 8,
+                    "convolution_stem: warpgroups need compute capability 9.0 and a tile of 7 x 8");
+    using Cut = fm_stem::GroupTile<7, 8>;
+    return with(Cut{}, fm_stem::stem_groups_kernel<T, Cut, Source>);
+  }
+  const bool known = fm_stem::choose_tile(config[0], config[1], [&]<typename Cut>(Cut cut) {
+    with(cut, fm_stem::stem_kernel<T, Cut, Source>);
   });
   STD_TORCH_CHECK(known, "convolution_stem: there is no tile of ", config[0], " x ", config[1]);
 }
 
 // `x` [N, H, W, 3] of the type of the weights; or float32 [N, 3, H, W]; or uint8 [N, H, W, 3] with `mean` and `scale`,
 // float32 [3]. `weight` [2, 10, 2, 32, 8] and `bias` [64] as lay_out_stem makes them; `config`: height and width of a
-// tile, whether to start before the kernel in front has ended (where the device can). Returns [N, P, Q, 64].
+// tile, whether to start before the kernel in front has ended (where the device can), whether to multiply by warpgroups.
+// Returns [N, P, Q, 64].
 Tensor convolution_stem(Tensor x, Tensor weight, Tensor bias, std::vector<int64_t> config, std::optional<Tensor> mean,
                         std::optional<Tensor> scale) {
   const ScalarType type = weight.scalar_type();
   const fm_stem::Sizes sizes = fm_stem::check_images("convolution_stem", x, type, mean, scale);
   check_weights(weight, bias, x);
-  STD_TORCH_CHECK(config.size() == 3, "convolution_stem: config must hold height, width, early");
+  STD_TORCH_CHECK(config.size() == 4, "convolution_stem: config must hold height, width, early, warpgroups");
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   Tensor out = torch::stable::new_empty(
       weight, {sizes.images, sizes.out_height(), sizes.out_width(), fm_stem::kChannels});

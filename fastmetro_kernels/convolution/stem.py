@@ -37,14 +37,17 @@ class StemConfig(NamedTuple):
     Attributes:
         height, width: pooled positions of a tile.
         early: whether to start before the kernel in front has ended (compute capability 9.0).
+        warpgroups: whether products are those of warpgroups (compute capability 9.0; ``stem_hopper.cuh``).
     """
 
     height: int
     width: int
     early: bool = True
+    warpgroups: bool = False
 
 
 _CONFIGS = tuple(StemConfig(height, width) for height, width in ((7, 8), (4, 8), (7, 4), (4, 4)))
+_OF_WARPGROUPS = StemConfig(7, 8, warpgroups=True)
 
 
 class StemWeights(NamedTuple):
@@ -61,12 +64,14 @@ class StemWeights(NamedTuple):
     packed: Tensor
 
 
-def stem_configs() -> tuple[StemConfig, ...]:
-    """All tiles there are, the largest first."""
-    return _CONFIGS
+def stem_configs(warpgroups: bool = False) -> tuple[StemConfig, ...]:
+    """All tiles there are, the largest first; with or without the one of compute capability 9.0 alone."""
+    return (_OF_WARPGROUPS, *_CONFIGS) if warpgroups else _CONFIGS
 
 
-def choose_stem(images: int, height: int, width: int, multiprocessors: int = 132) -> StemConfig:
+def choose_stem(
+    images: int, height: int, width: int, multiprocessors: int = 132, warpgroups: bool = False
+) -> StemConfig:
     """The largest tile of which there are enough for all multiprocessors, else the smallest.
 
     On an H200 this is the fastest tile for 8, 32 and 256 images of 224 x 224, and within 6 % of it for one
@@ -75,8 +80,9 @@ def choose_stem(images: int, height: int, width: int, multiprocessors: int = 132
     Args:
         images, height, width: of the output.
         multiprocessors: of the device.
+        warpgroups: whether the device has their products.
     """
-    for config in _CONFIGS:
+    for config in stem_configs(warpgroups):
         if images * -(-height // config.height) * -(-width // config.width) >= multiprocessors:
             return config
     return _CONFIGS[-1]
@@ -138,7 +144,7 @@ def convolution_stem(
         weights: of :func:`lay_out_stem`, float16 or bfloat16 (reference: float32 and float64, too), on the device
             of x.
         mean, scale: float32 ``[3]`` on the device of x, for uint8 images.
-        config: one of :func:`stem_configs` (native), with or without ``early``; default: :func:`choose_stem`.
+        config: one of ``stem_configs(True)`` (native), with or without ``early``; default: :func:`choose_stem`.
         backend: ``"auto"``, ``"native"`` or ``"reference"``.
 
     Returns:
@@ -159,8 +165,8 @@ def convolution_stem(
         return _reference(own_images(x, dtype, mean, scale), weights)
     if config is None:
         height, width = image_size(x)
-        config = choose_stem(x.shape[0], -(-height // 4), -(-width // 4))
-    numbers = [config.height, config.width, int(config.early)]
+        config = choose_stem(x.shape[0], -(-height // 4), -(-width // 4), warpgroups=has_warpgroups(x.device))
+    numbers = list(map(int, config))
     if mean is not None and scale is not None:
         mean, scale = mean.contiguous(), scale.contiguous()
     images = kernel_images(x, dtype)
@@ -178,6 +184,12 @@ def stem_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
     return found
 
 
+@cache
+def has_warpgroups(device: torch.device) -> bool:
+    """Whether a CUDA device has the products of warpgroups, which compute capability 9.0 alone has."""
+    return torch.cuda.get_device_capability(device) == (9, 0)
+
+
 def _reference(x: Tensor, weights: StemWeights) -> Tensor:
     weight = weights.weight.to(memory_format=torch.channels_last)
     y = F.conv2d(x, weight, weights.bias.to(x.dtype), 2, 3).relu_()
@@ -190,9 +202,9 @@ def _check(
     if not isinstance(weights, StemWeights):
         raise TypeError(f"weights must come from lay_out_stem, got {type(weights).__name__}")
     check_images(x, weights.weight, "weights.weight", mean, scale)
-    if config is not None and config._replace(early=True) not in _CONFIGS:
+    if config is not None and config._replace(early=True) not in stem_configs(warpgroups=True):
         sizes = ", ".join(f"{one.height} x {one.width}" for one in _CONFIGS)
-        raise ValueError(f"config must be a tile of {sizes}, got {config.height} x {config.width}")
+        raise ValueError(f"config must be a tile of {sizes}, or of 7 x 8 with warpgroups, got {tuple(config)}")
 
 
 @cache

@@ -17,6 +17,7 @@ from fastmetro_kernels.convolution.stem import PACKED, choose_stem, pack_stem, s
 from fastmetro_kernels.convolution.stem_images import image_size, kernel_images
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 EMULATOR = pytest.mark.skipif(bool(build.reasons()), reason="; ".join(build.reasons()))
 HALVES = (torch.float16, torch.bfloat16)
 SIZES = [(1, 1), (7, 5), (31, 33), (224, 224), (225, 223)]
@@ -102,11 +103,14 @@ def test_reference(size: tuple[int, int]) -> None:
     rows = x.permute(0, 2, 3, 1).contiguous().to("meta", torch.float16)
     packed = weights.packed.to("meta", torch.float16)
     op = torch.ops.fastmetro_kernels.convolution_stem
-    shape = op(rows, packed, weights.bias.to("meta"), [4, 4, 1]).permute(0, 3, 1, 2).shape
+    shape = op(rows, packed, weights.bias.to("meta"), [4, 4, 1, 0]).permute(0, 3, 1, 2).shape
     assert shape == got.shape
 
 
 def test_choice() -> None:
+    """Products of warpgroups, where there are, make the largest tile faster."""
+    assert choose_stem(3, 56, 56, warpgroups=True) == StemConfig(7, 8, warpgroups=True)
+    assert choose_stem(1, 56, 56, warpgroups=True) == StemConfig(4, 4)
     assert choose_stem(1, 56, 56) == StemConfig(4, 4) and choose_stem(32, 56, 56) == StemConfig(7, 8)
     assert choose_stem(2, 56, 56) == StemConfig(4, 8) and choose_stem(1, 1, 1) == StemConfig(4, 4)
 
@@ -121,8 +125,10 @@ def test_bad_input_is_named() -> None:
         lay_out_stem(torch.zeros(64, 3, 7, 7), torch.zeros(3))
     with pytest.raises(TypeError, match="weights must come from lay_out_stem, got tuple"):
         convolution_stem(x, tuple(weights))
-    with pytest.raises(ValueError, match=r"config must be a tile of 7 x 8, .* got 5 x 5"):
+    with pytest.raises(ValueError, match=r"config must be a tile of 7 x 8, .* got \(5, 5, True, False\)"):
         convolution_stem(x, weights, config=StemConfig(5, 5))
+    with pytest.raises(ValueError, match=r"or of 7 x 8 with warpgroups, got \(4, 4, True, True\)"):
+        convolution_stem(x, weights, config=StemConfig(4, 4, warpgroups=True))
     with pytest.raises(TypeError, match=r"weights\.weight must be"):
         convolution_stem(x.half(), weights)
     with pytest.raises(BackendUnavailable, match="runs on CUDA devices only"):
@@ -132,7 +138,7 @@ def test_bad_input_is_named() -> None:
 
 
 @GPU
-@pytest.mark.parametrize("config", stem_configs(), ids=str)
+@pytest.mark.parametrize("config", stem_configs(HOPPER), ids=str)
 @pytest.mark.parametrize("images", [0, 1, 33])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -150,7 +156,7 @@ def test_kernel(config: StemConfig, images: int, size: tuple[int, int], dtype: t
 
 
 @GPU
-@pytest.mark.parametrize("config", stem_configs(), ids=str)
+@pytest.mark.parametrize("config", stem_configs(HOPPER), ids=str)
 def test_in_a_graph_with_new_weights(config: StemConfig) -> None:
     x, weights = make(2, 224, 224, "cuda", torch.float16)
     convolution_stem(x, weights, config=config, backend="native")
@@ -167,11 +173,12 @@ def test_in_a_graph_with_new_weights(config: StemConfig) -> None:
 
 
 @GPU
-def test_not_a_number_reaches_every_window_that_sees_it() -> None:
+@pytest.mark.parametrize("config", stem_configs(HOPPER), ids=str)
+def test_not_a_number_reaches_every_window_that_sees_it(config: StemConfig) -> None:
     x, weights = make(1, 40, 40, "cuda", torch.float16)
     x[0, 1, 20, 13] = torch.nan
     seen = exact(x, weights).isnan()
-    assert bool(convolution_stem(x, weights, backend="native").isnan()[seen].all())
+    assert bool(convolution_stem(x, weights, config=config, backend="native").isnan()[seen].all())
 
 
 def test_compiles_as_one_graph() -> None:
@@ -184,4 +191,4 @@ def test_compiles_as_one_graph() -> None:
 def test_the_op_keeps_its_schema() -> None:
     x, weights = make(2, 20, 24, "cuda", torch.float16)
     rows = x.permute(0, 2, 3, 1).contiguous()
-    torch.library.opcheck(torch.ops.fastmetro_kernels.convolution_stem, (rows, weights.packed, weights.bias, [4, 4, 1]))
+    torch.library.opcheck(torch.ops.fastmetro_kernels.convolution_stem, (rows, weights.packed, weights.bias, [4, 4, 1, 0]))

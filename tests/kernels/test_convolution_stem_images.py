@@ -10,7 +10,7 @@ import test_convolution_double_stem as double
 import test_convolution_stem as single
 import torch
 from stem_cases import KINDS, make_images
-from test_convolution_stem import EMULATOR, GPU, HALVES
+from test_convolution_stem import EMULATOR, GPU, HALVES, HOPPER
 from torch import Tensor
 
 from fastmetro_kernels.convolution import (
@@ -155,7 +155,9 @@ def test_compiles_as_one_graph(name: str, kind: str) -> None:
 
 
 @GPU
-@pytest.mark.parametrize(("name", "config"), TILES, ids=str)
+@pytest.mark.parametrize(
+    ("name", "config"), [*TILES, *(("stem", one) for one in stem_configs(HOPPER)[:HOPPER])], ids=str
+)
 @pytest.mark.parametrize("images", [0, 1, 33])
 @pytest.mark.parametrize("size", [*SIZES, (224, 224), (225, 223)], ids=str)
 @pytest.mark.parametrize("kind", KINDS)

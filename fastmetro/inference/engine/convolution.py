@@ -37,8 +37,8 @@ from fastmetro_kernels.convolution.stem import stem_reasons
 
 _NO_DILATION = (1, 1)
 MOST_RAW_IMAGES = 8
-"""Images that a stem's kernel takes as they come, as far as it was measured to win: docs/kernels.md. Of many, a block has
-several tiles, and the pixels of its next tile come beside other work, which reads through registers would lose."""
+"""Images that a stem's kernel takes as they come, as far as it was measured to win: docs/kernels.md. Of many, a block
+has several tiles, and the pixels of its next tile come beside other work, which reads through registers would lose."""
 
 
 def convolution(x: Tensor, weights: ConvolutionWeights, relu: bool = False, residual: Tensor | None = None) -> Tensor:
