@@ -114,7 +114,7 @@ def test_what_stems_take_as_it_comes() -> None:
         x.double(),
         x.to(memory_format=torch.channels_last),
         pixels.transpose(1, 2),
-        x.repeat(2, 1, 1, 1),
+        x.repeat(convolution.MOST_RAW_IMAGES + 1, 1, 1, 1),
     ):
         assert not convolution.takes_raw(other, half)
     library = fold_backbone(all_trunks()[ResNet50], torch.half, "library")

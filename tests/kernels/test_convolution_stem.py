@@ -191,4 +191,6 @@ def test_compiles_as_one_graph() -> None:
 def test_the_op_keeps_its_schema() -> None:
     x, weights = make(2, 20, 24, "cuda", torch.float16)
     rows = x.permute(0, 2, 3, 1).contiguous()
-    torch.library.opcheck(torch.ops.fastmetro_kernels.convolution_stem, (rows, weights.packed, weights.bias, [4, 4, 1, 0]))
+    torch.library.opcheck(
+        torch.ops.fastmetro_kernels.convolution_stem, (rows, weights.packed, weights.bias, [4, 4, 1, 0])
+    )
