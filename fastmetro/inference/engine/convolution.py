@@ -257,11 +257,13 @@ def _ended(
     if len(layers) != 3 or layers[-1].backend != AUTO or not inner.is_cuda:
         return None
     middle, last = layers[1].laid_out(), layers[2].laid_out(branch)
-    more = None if following is None else following.laid_out()
-    if middle is None or last is None or kernels.ending_problem(middle, last) is not None:
+    if middle is None or last is None:
         return None
+    more = None if following is None else following.laid_out()
     if more is not None and kernels.ending_problem(middle, last, more) is not None:
         more = None
+    if kernels.ending_problem(middle, last, more) is not None:
+        return None
     residual, second = (x, None) if branch is None else (None, x)
     if not kernels.choose_ending(inner, middle, last, more, residual, second):
         return None
