@@ -1,11 +1,11 @@
 """`python -m bench convolution --only endings`: what is behind the first convolution of the first stage's bottlenecks.
 
 It may be one kernel (`convolution_ending`), in three modes: with the block's input as the shortcut and the next block's
-first convolution; with the shortcut alone; with the first block's downsample branch. Against it stand the library's
-calls for the same layers, and what the engine takes for them without this kernel: ours or the library's, as its tables
-say. Both trunks have the same layers there. The last lines are entries of `MEASURED` in
-`fastmetro_kernels/convolution/ending_configs.py`: from how many of the measured images on the kernel is faster than
-both others.
+first convolution; with the shortcut alone; with the first block's downsample branch and the next block's first
+convolution. Against it stand the library's calls for the same layers, and what the engine takes for them without this
+kernel: ours or the library's, as its tables say. Both trunks have the same layers there. The last lines are entries of
+`MEASURED` in `fastmetro_kernels/convolution/ending_configs.py`: from how many of the measured images on the kernel is
+faster than both others.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Ending(NamedTuple):
     @property
     def weights(self) -> int:
         """Numbers of all weights; each is used once for each position."""
-        return 9 * NARROW * NARROW + NARROW * WIDE * (1 if self.mode == ALONE else 2)
+        return 9 * NARROW * NARROW + NARROW * WIDE * {ALONE: 1, FOLLOWED: 2, JOINED: 3}[self.mode]
 
     @property
     def rows(self) -> int:
@@ -72,7 +72,7 @@ class Ending(NamedTuple):
     def elements(self) -> int:
         """Numbers that have to be read or written once."""
         shortcut = NARROW if self.mode == JOINED else WIDE
-        return self.rows * (NARROW + shortcut + WIDE + (self.mode == FOLLOWED) * NARROW) + self.weights
+        return self.rows * (NARROW + shortcut + WIDE + (self.mode != ALONE) * NARROW) + self.weights
 
     def floors(self, element_size: int, bytes_per_second: float) -> tuple[float, float]:
         """Microseconds that moving the bytes and that multiplying takes at least."""
@@ -131,7 +131,7 @@ def make_inputs(ending: Ending, dtype: torch.dtype, device: torch.device, seed: 
     outside = NARROW if ending.mode == JOINED else WIDE
     block = BlockWeights(Bottleneck(outside, NARROW).to(device), dtype)
     following = None
-    if ending.mode == FOLLOWED:
+    if ending.mode != ALONE:
         following = ConvolutionWeights(nn.Conv2d(WIDE, NARROW, 1, device=device), dtype)
     inputs = Inputs(images(NARROW), images(outside), block, following)
     for layer in _layers(inputs):

@@ -44,7 +44,7 @@ def convolution_ending(
             are copied.
         weights: of :func:`lay_out`, of the dtype and device of x: 3 x 3 of stride 1 and padding 1, to 64 channels.
         last: 1 x 1 of stride 1 from 64 to 256 channels, where ``second`` is given with a second convolution alike.
-        following: 1 x 1 of stride 1 from 256 to 64 channels; only with a residual.
+        following: 1 x 1 of stride 1 from 256 to 64 channels; may be left out with a residual.
         residual: ``[N, 256, H, W]``, the shortcut; given if, and only if, ``second`` is not.
         second: ``[N, 64, H, W]``, input of the second convolution of ``last``, if it has one.
         early: whether the kernel starts before the kernel in front has ended (native).
@@ -114,7 +114,7 @@ def ending_problem(
     if (tuple(last.second_weight.shape), last.second_stride) != (_SHAPES["last"], 1):
         given = f"{list(last.second_weight.shape)} of stride {last.second_stride}"
         return f"last must have a second convolution of {list(_SHAPES['last'])} and stride 1, got {given}"
-    return None if following is None else "following must be None where last has a second convolution"
+    return None if following is not None else "following must be given where last has a second convolution"
 
 
 def ending_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
@@ -217,10 +217,10 @@ def _fake(
             )
     alike = (second is None) == (second_weight is None) == (residual is not None)
     torch._check(alike, lambda: "either residual or second with second_weight must be given")
-    follows = next_weight is not None and next_bias is not None and residual is not None
+    follows = next_weight is not None
     torch._check(
-        follows or (next_weight is None and next_bias is None),
-        lambda: "next_weight and next_bias go together, and with a residual",
+        follows == (next_bias is not None) and (follows or residual is not None),
+        lambda: "next_weight and next_bias go together, and second needs them",
     )
     torch._check(len(config) == 1, lambda: f"config must hold early, got {list(config)}")
     return x.new_empty((*outside, WIDE)), x.new_empty((*outside, NARROW if follows else 0))

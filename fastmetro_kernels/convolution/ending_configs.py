@@ -4,7 +4,8 @@ from __future__ import annotations
 
 FOLLOWED, ALONE, JOINED = "followed", "alone", "joined"
 MODES = (FOLLOWED, ALONE, JOINED)
-"""With a residual and the convolution behind the block; with a residual; with a second input's convolution."""
+"""With a residual and the convolution behind the block; with a residual; with a second input's convolution and the one
+behind the block."""
 
 MEASURED: dict[tuple[int, int, str], int] = {}
 """(height, width, one of `MODES`) -> from how many images on the kernel is faster, on an H200, in float16. What is not
