@@ -38,6 +38,7 @@ from tools.sanitize_common import BFLOAT, FLOAT, HALF, TOLERANCE, compare  # noq
 from tools.sanitize_convolutions import (  # noqa: E402
     Convolution,
     DoubleStem,
+    Ending,
     Pair,
     Stem,
     convolution_cluster_native,
@@ -304,7 +305,7 @@ def rasterization_native() -> Iterator[Rasterization]:
     yield Rasterization(1, 1, 1, 1)
 
 
-Case = Attention | Upsampling | Rasterization | Convolution | Pair | Stem | DoubleStem | Linear
+Case = Attention | Upsampling | Rasterization | Convolution | Pair | Ending | Stem | DoubleStem | Linear
 GROUPS: dict[str, Callable[[], Iterator[Case]]] = {
     "attention-native": attention_native,
     "attention-triton": attention_triton,

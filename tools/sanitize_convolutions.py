@@ -15,6 +15,7 @@ from fastmetro_kernels.convolution import (
     configs,
     convolution,
     convolution_double_stem,
+    convolution_ending,
     convolution_pair,
     convolution_stem,
     lay_out,
@@ -22,6 +23,7 @@ from fastmetro_kernels.convolution import (
     lay_out_stem,
     stem_configs,
 )
+from fastmetro_kernels.convolution.ending_configs import ALONE, FOLLOWED, JOINED, MODES
 from tools.sanitize_common import BFLOAT, FLOAT, HALF, TOLERANCE, compare
 
 
@@ -90,6 +92,38 @@ class Pair:
         return [one.cpu() for one in convolution_pair(images[0], weights, following, backend=backend, **added)]
 
 
+@dataclass(frozen=True)
+class Ending:
+    """One call of `convolution_ending`, in one of its modes."""
+
+    size: tuple[int, int, int]  # images, height, width
+    mode: str
+    early: bool = True
+    dtype: torch.dtype = HALF
+
+    def run(self, backend: str, device: str) -> None:
+        got = self._results(self.dtype, "reference" if device == "cpu" else backend, device)
+        want = self._results(FLOAT, "reference", "cpu")
+        for name, a, b in zip(("wide", "narrow")[: len(got)], got, want, strict=True):
+            compare(name, a, b, TOLERANCE[self.dtype])
+
+    def _results(self, dtype: torch.dtype, backend: str, device: str) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(5)
+
+        def normal(*size: int, scale: float = 1.0) -> Tensor:  # of the case's type, in whatever type it is computed
+            return (scale * torch.randn(size, generator=generator)).to(self.dtype).to(device, dtype)
+
+        n, h, w = self.size
+        weights = lay_out(normal(64, 64, 3, 3, scale=1 / 24), normal(64))
+        branch = (normal(256, 64, 1, 1, scale=1 / 8), None, 1) if self.mode == JOINED else None
+        last = lay_out(normal(256, 64, 1, 1, scale=1 / 8), normal(256), second=branch)
+        following = lay_out(normal(64, 256, 1, 1, scale=1 / 16), normal(64)) if self.mode != ALONE else None
+        x, shortcut = (normal(n, h, w, c).permute(0, 3, 1, 2) for c in (64, 64 if branch else 256))
+        both = (None, shortcut) if branch else (shortcut, None)
+        found = convolution_ending(x, weights, last, following, *both, early=self.early, backend=backend)
+        return [one.cpu() for one in found if one is not None]
+
+
 def _images(size: tuple[int, int, int], kind: torch.dtype, own: torch.dtype, device: str) -> dict[str, Tensor]:
     """What a stem takes: images of half precision in the type that the case has, float32 planes, or bytes."""
     generator = torch.Generator().manual_seed(4)
@@ -145,7 +179,10 @@ class DoubleStem:
         return convolution_double_stem(weights=laid_out, config=self.config, backend=backend, **images).cpu()
 
 
-def _cases() -> Iterator[Convolution | Pair | Stem | DoubleStem]:
+Case = Convolution | Pair | Ending | Stem | DoubleStem
+
+
+def _cases() -> Iterator[Case]:
     """Every width of a tile and every split, with rings that wrap around, at sizes that fill no tile."""
     for columns in configs.COLUMNS:
         for split in configs.SPLITS:
@@ -168,6 +205,11 @@ def _cases() -> Iterator[Convolution | Pair | Stem | DoubleStem]:
         yield Stem(size, StemConfig(7, 8, warpgroups=True))
     yield DoubleStem((2, 33, 40), DoubleStemConfig(8))
     yield DoubleStem((17, 65, 47), DoubleStemConfig(4))
+    for mode in MODES:
+        yield Ending((3, 7, 9), mode)
+        yield Ending((2, 57, 13), mode, early=False, dtype=BFLOAT)
+        yield Ending((7, 56, 56), mode)  # more tiles than multiprocessors
+    yield Ending((1, 1, 1), FOLLOWED)
     for kind in (FLOAT, torch.uint8):  # read in words, and number by number
         yield Stem((1, 64, 64), StemConfig(4, 4), kind)
         yield Stem((2, 33, 47), StemConfig(7, 8), kind)
@@ -177,15 +219,15 @@ def _cases() -> Iterator[Convolution | Pair | Stem | DoubleStem]:
         yield DoubleStem((2, 33, 44), DoubleStemConfig(8), kind)
 
 
-def convolution_native() -> Iterator[Convolution | Pair | Stem | DoubleStem]:
+def convolution_native() -> Iterator[Case]:
     """The cases whose blocks keep to themselves."""
     return (case for case in _cases() if not _shares(case))
 
 
-def convolution_cluster_native() -> Iterator[Convolution | Pair | Stem | DoubleStem]:
+def convolution_cluster_native() -> Iterator[Case]:
     """The cases whose blocks send each other sums, by stores that a barrier of the receiver counts."""
     return (case for case in _cases() if _shares(case))
 
 
-def _shares(case: Convolution | Pair | Stem | DoubleStem) -> bool:
+def _shares(case: Case) -> bool:
     return isinstance(case, Pair) or (isinstance(case, Convolution) and case.config.split > 1)

@@ -4,6 +4,7 @@
                                 [--only layers] [--csv FILE]
     python -m bench convolution --batch 32 256 --only join
     python -m bench convolution --batch 1 8 32 256 --only stems
+    python -m bench convolution --batch 32 256 --only endings
 
 Every distinct layer that the kernel can take, recorded from the folded trunks: cuDNN's fused calls with its benchmark
 search, cuBLASLt where the layer is a product of matrices, and ours with the tile that is chosen for it; "auto" says
@@ -16,8 +17,9 @@ the command fails at its end. Then whole trunks, and the figures that must be sh
 by which `auto` goes; the rest of the run uses it. To use it elsewhere, name it in FASTMETRO_KERNELS_CONVOLUTIONS, or
 put it in the place of fastmetro_kernels/convolution/measured.json. `--only join` instead times the kernel with large
 tiles for the ends of stages' first blocks, and prints the entries of its table: see join.py; `--only stems` the kernels
-of the trunks' beginnings. On a CPU the kernels' ops run on their references, and nothing is written without `--csv`: a
-check of this command.
+of the trunks' beginnings; `--only endings` the kernel for all that is behind a bottleneck's first convolution, against
+what the engine takes without it, and prints the entries of its table: see endings.py. On a CPU the kernels' ops run on
+their references, and nothing is written without `--csv`: a check of this command.
 """
 
 from __future__ import annotations
@@ -32,11 +34,12 @@ from pathlib import Path
 import torch
 
 from bench import common
-from bench.convolution import join, report, stems, trunks
+from bench.convolution import endings, join, report, stems, trunks
 from bench.convolution.layers import TRUNKS, Used, used_layers
 from bench.convolution.measure import Case
 from bench.convolution.tune import tune
 from fastmetro_kernels.convolution import choice, native
+from fastmetro_kernels.convolution.ending import ending_reasons
 from fastmetro_kernels.tuning import TuningFileError
 
 
@@ -54,8 +57,16 @@ def parser() -> argparse.ArgumentParser:
     add("--side", type=int, default=224, help="of the images, a multiple of 32")
     add("--rounds", type=int, default=20, help="samples of every time")
     add("--tune", type=Path, metavar="FILE", help="measure and write the table of tiles first")
-    add("--only", choices=["layers", "trunks", "tuning", "join", "stems"], help="default: layers, then trunks")
-    add("--csv", type=Path, help="default: bench/results/convolution[_join, _stems]_<device>.csv, on a CPU none")
+    add(
+        "--only",
+        choices=["layers", "trunks", "tuning", "join", "stems", "endings"],
+        help="default: layers, then trunks",
+    )
+    add(
+        "--csv",
+        type=Path,
+        help="default: bench/results/convolution[_join, _stems, _endings]_<device>.csv, on a CPU none",
+    )
     return made
 
 
@@ -86,6 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             return _join(options, uses, dtype, device, record)
         if options.only == "stems":
             return _stems(options, dtype, device, record)
+        if options.only == "endings":
+            return _endings(options, dtype, device, record)
         found = _layers(uses, dtype, device, options.rounds) if options.only in (None, "layers") else []
         rows = [row | record for row in report.layer_rows(found, uses, dtype)]
         _write(options.csv, rows, device)
@@ -121,6 +134,16 @@ def _stems(options: argparse.Namespace, dtype: torch.dtype, device: torch.device
         _write(options.csv, [row | record for row in stems.rows(found, dtype)], device, "convolution_stems")
     if wrong := sum(one.is_wrong for one in found):
         raise SystemExit(f"results of ours are wrong for {wrong} stems")
+
+
+def _endings(options: argparse.Namespace, dtype: torch.dtype, device: torch.device, record: Mapping[str, str]) -> None:
+    """The kernel for the ends of bottlenecks; fails where it cannot run or a result of it was wrong."""
+    if device.type == "cuda" and (why := ending_reasons(device, dtype)):
+        raise SystemExit(f"the kernel cannot run: {'; '.join(why)}")
+    found, rows = endings.run(options.batch, options.side, dtype, device, options.rounds)
+    _write(options.csv, [row | record for row in rows], device, "convolution_endings")
+    if wrong := sum(bool(one.note) for one in found):
+        raise SystemExit(f"results of ours are wrong for {wrong} ends of blocks: see the notes")
 
 
 def _write(path: Path | None, rows: list[report.Row], device: torch.device, name: str = "convolution") -> None:

@@ -11,6 +11,7 @@ from fastmetro_kernels.convolution.double_stem import (
     lay_out_double_stem,
     pack_double_stem,
 )
+from fastmetro_kernels.convolution.ending import choose_ending, convolution_ending, ending_problem
 from fastmetro_kernels.convolution.join import choose_join, convolution_join, join_problem
 from fastmetro_kernels.convolution.join_configs import JoinConfig
 from fastmetro_kernels.convolution.layout import ConvolutionWeights, lay_out
@@ -36,15 +37,18 @@ __all__ = [
     "StemWeights",
     "choose",
     "choose_double_stem",
+    "choose_ending",
     "choose_join",
     "choose_pair",
     "choose_stem",
     "convolution",
     "convolution_double_stem",
+    "convolution_ending",
     "convolution_join",
     "convolution_pair",
     "convolution_stem",
     "double_stem_configs",
+    "ending_problem",
     "join_problem",
     "lay_out",
     "lay_out_double_stem",

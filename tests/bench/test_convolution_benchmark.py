@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from bench.convolution import command, join, measure, place, report, stems, timeline, trunks, tune
+from bench.convolution import command, endings, join, measure, place, report, stems, timeline, trunks, tune
 from bench.convolution.layers import Used, used_layers, used_pairs
 from bench.convolution.measure import Case
 from fastmetro_kernels.convolution import ConvolutionConfig, PairConfig, choice, table
 from fastmetro_kernels.convolution.configs import pinned, problem, usable
+from fastmetro_kernels.convolution.ending_configs import ALONE, FOLLOWED, JOINED, MODES
 from fastmetro_kernels.convolution.table import Layer
 from fastmetro_kernels.tuning import reader
 
@@ -269,3 +270,96 @@ def test_the_command_for_ends_of_first_blocks(tmp_path: Path, capsys: pytest.Cap
     rows = list(csv.DictReader(target.open()))
     assert len(rows) == 4 * 3 and {row["contender"] for row in rows} == {"library", "native", "join"}
     assert "fastest tile" in capsys.readouterr().out
+
+
+def test_what_ends_of_bottlenecks_have_to_do() -> None:
+    """At 56 x 56, by hand: 64 channels inside, 256 outside."""
+    found = {one.mode: one for one in endings.endings([256], 224)}
+    assert set(found) == set(MODES) and {one[1:3] for one in found.values()} == {(56, 56)}
+    rows, inner, product = 256 * 56 * 56, 64 * 64 * 9, 64 * 256
+    weights = {FOLLOWED: inner + 2 * product, ALONE: inner + product, JOINED: inner + 3 * product}
+    channels = {FOLLOWED: 64 + 256 + 256 + 64, ALONE: 64 + 256 + 256, JOINED: 64 + 64 + 256 + 64}
+    for mode, one in found.items():
+        assert one.flop() == 2 * rows * weights[mode]
+        assert one.elements() == rows * channels[mode] + weights[mode]
+        by_bytes, by_flop = one.floors(2, 4e12)
+        assert by_bytes == pytest.approx(one.elements() / 2e6) and by_flop == pytest.approx(one.flop() / 989e6)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_ends_of_bottlenecks_by_every_contender(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who is wrong, or leaves out a number of an image that is not compared, gets no time."""
+    one = endings.Ending(11, 4, 3, mode)
+    inputs = endings.make_inputs(one, torch.float32, CPU, 0)
+    plain, right = endings.others(inputs, "library"), endings.ours(inputs)
+    assert [part.shape[1] for part in right] == ([256] if mode == ALONE else [256, 64])
+    for a, b, c in zip(plain, right, endings.others(inputs, "auto"), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(a, c, rtol=1e-4, atol=1e-5)
+    found = endings.measure(one, torch.float32, CPU, 1, None)
+    assert not found.note and set(found.times) == set(found.errors) == {"library", "engine", "ending"}
+
+    def off(inputs: endings.Inputs) -> list[torch.Tensor]:
+        return [*right[:-1], right[-1] + 1e-3]
+
+    def incomplete(inputs: endings.Inputs) -> list[torch.Tensor]:
+        left_out = right[-1].clone()
+        left_out[1, 2, 3, 1] = torch.nan
+        return [*right[:-1], left_out]
+
+    for wrong in (off, incomplete):
+        monkeypatch.setattr(endings, "ours", wrong)
+        bad = endings.measure(one, torch.float32, CPU, 1, None)
+        assert "allowed" in bad.note and set(bad.times) == {"library", "engine"} and not bad.is_faster
+        assert bad.note in endings.line(bad)
+        assert [row["us"] == "" for row in endings.rows([bad], torch.float32)] == [False, False, True]
+
+
+def test_the_engine_that_ends_are_held_against_is_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[object, int]] = []
+    end = endings.block_end
+
+    def watched(*arguments: object) -> object:
+        asked.append(dict(endings.MEASURED))
+        return end(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(endings, "block_end", watched)
+    monkeypatch.setitem(endings.MEASURED, (4, 3, ALONE), 1)
+    endings.others(endings.make_inputs(endings.Ending(1, 4, 3, ALONE), torch.float32, CPU, 0), "auto")
+    assert asked == [{}] and (4, 3, ALONE) in endings.MEASURED
+
+
+def test_entries_for_ends_of_bottlenecks_count_from_the_fewest_images() -> None:
+    """That are faster, and all that are more, too: than the better of both others."""
+
+    def measured(images: int, mode: str, ending: float | None) -> endings.Measured:
+        times = {"library": 5.0, "engine": 4.0} | ({} if ending is None else {"ending": ending})
+        errors = dict.fromkeys(("library", "engine", "ending"), 1e-4)
+        return endings.Measured(endings.Ending(images, 56, 56, mode), times, errors, (1.5, 0.5))
+
+    found = [
+        *(measured(images, FOLLOWED, us) for images, us in ((256, 2.0), (8, 3.0), (16, 4.5), (32, 3.0))),
+        *(measured(images, ALONE, us) for images, us in ((32, 3.0), (256, 4.5))),
+        *(measured(images, JOINED, us) for images, us in ((32, 3.0), (256, None))),
+    ]
+    entries = endings.table_entries(found).splitlines()
+    assert [one for one in entries if "#" not in one] == ["    (56, 56, FOLLOWED): 32,"]
+    assert entries[0] == "    # 8 of 56x56, followed, us: library 5.0, engine 4.0, ending 3.0"
+    assert entries[-1].endswith("ending -") and len(entries) == 9
+    assert "2.00" in endings.line(found[0]) and "75%" in endings.line(found[0])
+
+
+def test_the_command_for_ends_of_bottlenecks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "endings.csv"
+    arguments = "--only endings --batch 1 3 --side 32 --rounds 1 --device cpu --dtype float32 --csv"
+    command.main([*arguments.split(), str(path)])
+    rows = list(csv.DictReader(path.open()))
+    names = ("library", "engine", "ending")
+    assert [(row["batch"], row["contender"]) for row in rows] == [(n, name) for n in "13" for name in names] * 3
+    assert all(float(row["us"]) > 0 and float(row["error"]) < 1e-5 and row["commit"] for row in rows)
+    assert "share" in capsys.readouterr().out
+    monkeypatch.setattr(endings, "ours", lambda inputs: [one + 1 for one in endings.others(inputs, "library")])
+    with pytest.raises(SystemExit, match="wrong for 6 ends of blocks"):
+        command.main([*arguments.split(), str(path)])

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 import fastmetro
 from fastmetro.inference.engine import convolution as seam
 from fastmetro.inference.engine.backbones import fold_backbone
-from fastmetro.inference.engine.convolution import basic_block, bottleneck, convolution
+from fastmetro.inference.engine.convolution import basic_block, bottleneck, convolution, residual_chain
 from fastmetro.inference.engine.weights import BlockWeights, ConvolutionWeights
 from fastmetro.models import create_model
 from fastmetro.models.backbones import CompactTrunk, HRNetW64, ResNet50
 from fastmetro.models.backbones.blocks import BasicBlock, Bottleneck
 from fastmetro_kernels import convolution as kernels
-from fastmetro_kernels.convolution import ConvolutionConfig, JoinConfig
+from fastmetro_kernels.convolution import ConvolutionConfig, JoinConfig, ending
+from fastmetro_kernels.convolution.ending_configs import ALONE, FOLLOWED, JOINED, MEASURED
 from fastmetro_kernels.convolution.join import join_reasons
 
 Calls = list[dict[str, Any]]
@@ -216,6 +217,117 @@ def test_ends_of_first_blocks_are_joined_where_that_was_measured(
         plain_block = BlockWeights(randomize(Bottleneck(64, 16, 1)), dtype)  # the shortcut is the input
         bottleneck(x.as_subclass(OnGpu), plain_block)
     assert len(joined) == 1
+
+
+class Ends:
+    """The op for the ends of bottlenecks, by its reference, on tensors that say they are on a GPU; and a table for it.
+
+    Attributes:
+        calls: modes of the calls.
+        convolutions: weights of all other convolutions.
+    """
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True  # type: ignore[assignment]
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, height: int, width: int, images: dict[str, int]) -> None:
+        self.calls: list[str] = []
+        self.convolutions: list[ConvolutionWeights] = []
+        self._op, self._convolution = kernels.convolution_ending, seam.convolution
+        monkeypatch.setattr(seam.kernels, "convolution_ending", self._ending)
+        monkeypatch.setattr(seam, "convolution", self._watched)
+        monkeypatch.setattr(seam, "_cudnn_fuses", lambda x: False)
+        monkeypatch.setattr(ending, "ending_reasons", lambda device, dtype: [])
+        for mode, fewest in images.items():
+            monkeypatch.setitem(MEASURED, (height, width, mode), fewest)
+
+    def _watched(self, x: Tensor, weights: ConvolutionWeights, *others: Any, **options: Any) -> Tensor:
+        self.convolutions.append(weights)
+        return self._convolution(x, weights, *others, **options)
+
+    def _ending(self, *arguments: Any) -> tuple[Tensor, Tensor | None]:
+        plain = [one.as_subclass(torch.Tensor) if isinstance(one, Tensor) else one for one in arguments]
+        wide, narrow = self._op(*plain, backend="reference")
+        self.calls.append(JOINED if plain[5] is not None else ALONE if narrow is None else FOLLOWED)
+        return wide.as_subclass(self.OnGpu), None if narrow is None else narrow.as_subclass(self.OnGpu)
+
+
+def chain_of_bottlenecks() -> tuple[nn.Sequential, list[BlockWeights]]:
+    """ResNet-50's first stage, the last of it alone, and the beginning of its second."""
+    plain = randomize(
+        nn.Sequential(Bottleneck(64, 64), Bottleneck(256, 64), Bottleneck(256, 64), Bottleneck(256, 128, 2))
+    )
+    blocks = []
+    for block in plain:
+        blocks.append(BlockWeights(cast(Bottleneck, block), torch.float32))
+        blocks[-1].load(cast(Bottleneck, block))
+    return plain, blocks
+
+
+@pytest.mark.parametrize("modes", [{FOLLOWED}, {ALONE}, {JOINED}, {FOLLOWED, ALONE, JOINED}, set()], ids=str)
+def test_ends_of_bottlenecks_are_one_kernel_where_that_was_measured(
+    modes: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, blocks = chain_of_bottlenecks()
+    ends = Ends(monkeypatch, 9, 7, dict.fromkeys(modes, 2))
+    x = torch.randn(2, 64, 9, 7).to(memory_format=torch.channels_last)
+    before = x.clone()
+    with torch.no_grad():
+        result = residual_chain(x.as_subclass(Ends.OnGpu), blocks)
+        assert ends.calls == [mode for mode in (JOINED, FOLLOWED, ALONE) if mode in modes]
+        # Of 14 calls without a table, those of the downsample branches among them.
+        taken = sum({JOINED: 4, FOLLOWED: 3, ALONE: 2}[mode] for mode in modes)
+        assert len(ends.convolutions) == len(set(ends.convolutions)) == 14 - taken
+        assert error(result.as_subclass(torch.Tensor), exact(plain, x)) < 1e-5
+        assert torch.equal(x, before), "the input was written to"
+        count = len(ends.calls)
+        residual_chain(x[:1].as_subclass(Ends.OnGpu), blocks)  # fewer images than measured
+        residual_chain(x, blocks)  # not on a GPU
+        for block in blocks:
+            use(block, "library")
+        residual_chain(x.as_subclass(Ends.OnGpu), blocks)
+        for block in blocks:
+            use(block, "reference")
+        residual_chain(x.as_subclass(Ends.OnGpu), blocks)
+    assert len(ends.calls) == count
+
+
+def test_other_blocks_have_no_such_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two convolutions of 3 x 3; a stride; a second input of another width."""
+    ends = Ends(monkeypatch, 8, 8, dict.fromkeys((FOLLOWED, ALONE, JOINED), 1))
+    x = torch.randn(1, 64, 8, 8).to(memory_format=torch.channels_last)
+    wide = torch.randn(1, 128, 8, 8).to(memory_format=torch.channels_last)
+    cases = ((BasicBlock(64, 64), basic_block, x), (Bottleneck(64, 64, 2), bottleneck, x),
+             (Bottleneck(128, 64), bottleneck, wide), (Bottleneck(64, 16), bottleneck, x))  # fmt: skip
+    for block, run, given in cases:
+        randomize(block)
+        weights = BlockWeights(block, torch.float32)
+        weights.load(block)
+        with torch.no_grad():
+            result = run(given.as_subclass(Ends.OnGpu), weights).as_subclass(torch.Tensor)
+        assert error(result, exact(block, given)) < 1e-5
+    assert not ends.calls
+    block = randomize(Bottleneck(64, 64))
+    weights = BlockWeights(block, torch.float32)
+    weights.load(block)
+    with torch.no_grad():
+        result = bottleneck(x.as_subclass(Ends.OnGpu), weights).as_subclass(torch.Tensor)
+    assert not ends.calls and error(result, exact(block, x)) < 1e-5  # nothing follows
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [(ResNet50, [JOINED, FOLLOWED, ALONE]), (HRNetW64, [JOINED, FOLLOWED, FOLLOWED, ALONE]), (CompactTrunk, [])],
+)
+def test_first_stages_of_trunks_take_the_kernel_for_ends(
+    kind: type[nn.Module], expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trunk = all_trunks()[kind]
+    folded, x = fold_backbone(trunk, torch.float32), images(2, 64)
+    ends = Ends(monkeypatch, 16, 16, dict.fromkeys((FOLLOWED, ALONE, JOINED), 2))
+    result = folded(x.as_subclass(Ends.OnGpu)).as_subclass(torch.Tensor)
+    assert ends.calls == expected
+    assert error(result, exact(trunk, x)) < 1e-4
 
 
 def test_the_engine_has_the_option(calls: Calls) -> None:

@@ -8,6 +8,8 @@ never write to their inputs. They know nothing of gradients: call them under ``t
   downsample branch as part of the block's last convolution; its table says where (`ConvolutionWeights.backend`);
 - there, at large batches, for a block's last convolution and its downsample branch: another kernel with large tiles,
   where it was measured (`kernels.choose_join`);
+- there, too, for all that is behind a bottleneck's first convolution: a kernel that keeps what lies between to itself,
+  where it was measured (`kernels.choose_ending`);
 - CUDA, float16 and bfloat16, else: cuDNN's fused convolution + bias (+ residual) + ReLU;
 - CPU: oneDNN's, see ``onednn.py``;
 - else, float32 on CUDA among it, whose TF32 setting is thereby the plain network's: `F.conv2d`, then in place.
@@ -156,13 +158,34 @@ def basic_block(x: Tensor, weights: BlockWeights) -> Tensor:
 
 
 def residual_chain(x: Tensor, blocks: Sequence[BlockWeights]) -> Tensor:
-    """Residual blocks one behind the other; a block's last convolution and the next one's first may be one kernel."""
+    """Residual blocks one behind the other; a block's end and the next one's first convolution may be one kernel."""
     first: Tensor | None = None
     for block, following in zip(blocks, [*blocks[1:], None], strict=True):
-        inner = _inner(x, block, first)
-        both = None if following is None else _pair(inner, x, block, _layers(following)[0])
-        x, first = both or (_last(inner, x, block), None)
+        inner = _first(x, block) if first is None else first
+        x, first = block_end(inner, x, block, None if following is None else _layers(following)[0])
     return x
+
+
+def block_end(
+    inner: Tensor, x: Tensor, weights: BlockWeights, following: ConvolutionWeights | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """All of a residual block that is behind its first convolution, and what follows it where a kernel makes both.
+
+    Args:
+        inner: what the first convolution gives, [B, I, h, w].
+        x: the block's input.
+        weights: of the block.
+        following: the first convolution of the next block, if there is one.
+
+    Returns:
+        What the block gives, and what ``following`` gives of it, or None: it is still to be computed.
+    """
+    if (ended := _ended(inner, x, weights, following)) is not None:
+        return ended
+    for layer in _layers(weights)[1:-1]:
+        inner = convolution(inner, layer, relu=True)
+    both = None if following is None else _pair(inner, x, weights, following)
+    return both or (_last(inner, x, weights), None)
 
 
 def _layers(weights: BlockWeights) -> list[ConvolutionWeights]:
@@ -172,16 +195,12 @@ def _layers(weights: BlockWeights) -> list[ConvolutionWeights]:
 def _residual(x: Tensor, weights: BlockWeights, count: int) -> Tensor:
     if len(weights.convolutions) != count:
         raise ValueError(f"weights must be those of a block of {count} convolutions, got {len(weights.convolutions)}")
-    return _last(_inner(x, weights), x, weights)
+    return block_end(_first(x, weights), x, weights)[0]
 
 
-def _inner(x: Tensor, weights: BlockWeights, first: Tensor | None = None) -> Tensor:
-    """What a block's last convolution takes; `first` is what its first one gives, if that is there already."""
-    beginning, *others = _layers(weights)[:-1]
-    inner = convolution(x, beginning, relu=True) if first is None else first
-    for layer in others:
-        inner = convolution(inner, layer, relu=True)
-    return inner
+def _first(x: Tensor, weights: BlockWeights) -> Tensor:
+    """A block's first convolution."""
+    return convolution(x, _layers(weights)[0], relu=True)
 
 
 def _last(inner: Tensor, x: Tensor, weights: BlockWeights) -> Tensor:
@@ -224,6 +243,31 @@ def _pair(
     if last.backend == AUTO and kernels.choose_pair(inner, laid_out, more, residual, second) is None:
         return None
     return kernels.convolution_pair(inner, laid_out, more, residual=residual, second=second, backend=last.backend)
+
+
+def _ended(
+    inner: Tensor, x: Tensor, weights: BlockWeights, following: ConvolutionWeights | None
+) -> tuple[Tensor, Tensor | None] | None:
+    """`block_end` of a bottleneck by one kernel for large batches, or None: it is not for it.
+
+    Only where it was measured: a backend that is named is one of `kernels.convolution`. A following convolution that
+    the kernel cannot take is left to others; one that it can is part of what must have been measured.
+    """
+    layers, branch = _layers(weights), weights.downsample
+    if len(layers) != 3 or layers[-1].backend != AUTO or not inner.is_cuda:
+        return None
+    middle, last = layers[1].laid_out(), layers[2].laid_out(branch)
+    if middle is None or last is None:
+        return None
+    more = None if following is None else following.laid_out()
+    if more is not None and kernels.ending_problem(middle, last, more) is not None:
+        more = None
+    if kernels.ending_problem(middle, last, more) is not None:
+        return None
+    residual, second = (x, None) if branch is None else (None, x)
+    if not kernels.choose_ending(inner, middle, last, more, residual, second):
+        return None
+    return kernels.convolution_ending(inner, middle, last, more, residual, second)
 
 
 def exchange_output(features: Sequence[Tensor], weights: ExchangeWeights) -> Tensor:
