@@ -45,6 +45,7 @@ struct Tile {
   static constexpr int kPitch = kChunks * 16;
   static constexpr int kPixelBytes = (kPixelRows * kPitch + 127) / 128 * 128;
   static constexpr int kSharedBytes = kPixelBytes + kProducts * 16 * kPositionBytes;
+  static __device__ __forceinline__ int thread() { return threadIdx.x; }  // of those of a tile
 };
 
 // Source: fm_stem::Images<T>, Planes or Bytes.

@@ -40,7 +40,7 @@ __device__ __forceinline__ void load_pixels(const Images<T>& images, fm::SharedA
                                             int first) {
   const int numbers = kInputs * images.width;
   const T* const begin = images.x + static_cast<int64_t>(image) * images.height * numbers;
-  for (int i = threadIdx.x; i < Cut::kPixelRows * Cut::kChunks; i += Cut::kThreads) {
+  for (int i = Cut::thread(); i < Cut::kPixelRows * Cut::kChunks; i += Cut::kThreads) {
     const int row = i / Cut::kChunks, chunk = i % Cut::kChunks, y = first_row + row, at = first + chunk * kChunk;
     const bool inside = y >= 0 && y < images.height;
     const T* const from = begin + static_cast<int64_t>(inside ? y : 0) * numbers;

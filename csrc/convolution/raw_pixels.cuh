@@ -112,7 +112,7 @@ __device__ __forceinline__ void load_raw(const Source& images, fm::SharedAddress
   constexpr int kBytes = Cut::kChunks * 16, kFours = (kLead + Cut::kChunks * kChunk + kNumbers - 1) / kNumbers;
   const Of of(images);
   const int first_column = (first - kLead) / kInputs;
-  for (int i = threadIdx.x; i < Cut::kPixelRows * kFours; i += Cut::kThreads) {
+  for (int i = Cut::thread(); i < Cut::kPixelRows * kFours; i += Cut::kThreads) {
     const int row = i / kFours, four = i % kFours, y = first_row + row, column = first_column + four * kPixels;
     uint2 words[3]{};
     // Where rows are aligned so are their ends: four pixels lie in the image or beside it, never across.

@@ -54,7 +54,7 @@ void run(const Source& source, int images, const Tensor& weight, const Tensor& b
         fm_stem::make_problem<Cut>(source, static_cast<const T*>(weight.const_data_ptr()), bias.const_data_ptr<float>(),
                                    static_cast<T*>(out.mutable_data_ptr()), images);
     const int blocks = std::min(problem.tiles, multiprocessors(device) * Cut::kResident);
-    fm::launch_kernel(kernel, dim3(static_cast<unsigned>(blocks)), Cut::kThreads,
+    fm::launch_kernel(kernel, dim3(static_cast<unsigned>(blocks)), Cut::kBlockThreads,
                       Cut::kSharedBytes, 1, config[2] != 0 && fm::has_clusters(device), fm::current_stream(weight),
                       problem);
   };

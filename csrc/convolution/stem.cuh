@@ -35,7 +35,7 @@ template <int HEIGHT, int WIDTH, int GROUPS, int RESIDENT>
 struct Tile {
   static_assert(WIDTH % 2 == 0, "the pixels of a tile must begin at a multiple of 16 bytes");
   static constexpr int kHeight = HEIGHT, kWidth = WIDTH, kGroups = GROUPS, kResident = RESIDENT;
-  static constexpr int kThreads = GROUPS * 2 * 32;
+  static constexpr int kThreads = GROUPS * 2 * 32, kBlockThreads = kThreads;  // of a tile, and of a block
   static constexpr int kRows = 2 * HEIGHT + 1, kColumns = 2 * WIDTH + 1;  // of the convolution
   static constexpr int kPositions = kRows * kColumns;
   static constexpr int kProducts = (kPositions + 15) / 16;  // of 16 positions
@@ -45,6 +45,7 @@ struct Tile {
   static constexpr int kPitch = ((kChunks * 16 - 32 + 63) / 64 * 64) + 32;
   static constexpr int kPixelBytes = kPixelRows * kPitch;
   static constexpr int kSharedBytes = kPixelBytes + kProducts * 16 * kChannels * 2;
+  static __device__ __forceinline__ int thread() { return threadIdx.x; }  // of those of a tile
 };
 
 // Source: Images<T>, Planes or Bytes.
@@ -180,7 +181,7 @@ __device__ __forceinline__ void keep_larger(uint4& best, const uint4& other) {
 template <typename Cut, typename T, typename Source>
 __device__ __forceinline__ void pool(const Problem<T, Source>& p, fm::SharedAddress results, const Place& place) {
   constexpr int kEighths = kChannels / 8;
-  for (int i = threadIdx.x; i < Cut::kHeight * Cut::kWidth * kEighths; i += Cut::kThreads) {
+  for (int i = Cut::thread(); i < Cut::kHeight * Cut::kWidth * kEighths; i += Cut::kThreads) {
     const int chunk = i % kEighths, row = i / kEighths / Cut::kWidth, column = i / kEighths % Cut::kWidth;
     const int y = place.row + row, x = place.column + column;
     if (y >= p.out_height || x >= p.out_width) continue;

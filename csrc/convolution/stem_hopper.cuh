@@ -1,7 +1,7 @@
 // The stem of stem.cuh with products of warpgroups, for compute capability 9.0 and many images: four warps make 64
-// positions of all channels at a time, with the weights in shared memory. So a pixel is read for all channels at once,
-// not for each half of them, and the products are not what the kernel waits for. Depth, order of channels, tiles and all
-// else are those of stem.cuh.
+// positions of all channels at a time, with the weights in shared memory, so that a pixel is read for all channels at
+// once, not for each half of them. Each of a block's warpgroups goes through tiles of its own: while one fetches or pools,
+// another multiplies. Depth, order of channels and all else are those of stem.cuh.
 #pragma once
 
 #include "hopper.cuh"
@@ -13,12 +13,16 @@ constexpr int kGroupRows = 64, kChunkSteps = 4;  // positions of a product; step
 constexpr int kWeightChunks = (kSteps + kChunkSteps - 1) / kChunkSteps;
 constexpr int kWeightBytes = kWeightChunks * kChannels * 128;
 
-// HEIGHT x WIDTH pooled positions by two warpgroups; two blocks fit a multiprocessor.
+// HEIGHT x WIDTH pooled positions by each of four warpgroups; a multiprocessor has one block.
 template <int HEIGHT, int WIDTH>
-struct GroupTile : Tile<HEIGHT, WIDTH, 4, 2> {
-  using Base = Tile<HEIGHT, WIDTH, 4, 2>;
-  static constexpr int kGroups = Base::kThreads / 128, kRounds = (Base::kPositions + kGroupRows - 1) / kGroupRows;
-  static constexpr int kSharedBytes = kWeightBytes + Base::kPixelBytes + kRounds * kGroupRows * kChannels * 2;
+struct GroupTile : Tile<HEIGHT, WIDTH, 2, 1> {
+  using Base = Tile<HEIGHT, WIDTH, 2, 1>;
+  static constexpr int kGroups = 4, kBlockThreads = kGroups * Base::kThreads;
+  static constexpr int kRounds = (Base::kPositions + kGroupRows - 1) / kGroupRows;
+  static constexpr int kGroupBytes = Base::kPixelBytes + kRounds * kGroupRows * kChannels * 2;
+  static constexpr int kSharedBytes = kWeightBytes + kGroups * kGroupBytes;
+  static_assert(Base::kThreads == 128 && kGroupBytes % 16 == 0 && kSharedBytes <= 227 * 1024);
+  static __device__ __forceinline__ int thread() { return threadIdx.x % Base::kThreads; }
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -27,7 +31,7 @@ struct GroupTile : Tile<HEIGHT, WIDTH, 4, 2> {
 // packed for lanes (see _order in stem.py), a lane's 16 bytes are four words of two of the eight columns that it shares.
 template <typename Cut, typename T, typename Source>
 __device__ __forceinline__ void scatter_weights(const Problem<T, Source>& p, unsigned char* to) {
-  for (int i = threadIdx.x; i < 2 * kSteps * 2 * 32; i += Cut::kThreads) {
+  for (int i = threadIdx.x; i < 2 * kSteps * 2 * 32; i += Cut::kBlockThreads) {
     const int lane = i % 32, two = i / 32 % 2, step = i / 64 % kSteps, half = i / 64 / kSteps;
     const uint4 four = reinterpret_cast<const uint4*>(p.weight)[i];
     const uint32_t words[4] = {four.x, four.y, four.z, four.w};
@@ -56,8 +60,9 @@ template <typename Cut, typename T, typename Source>
 __device__ __forceinline__ void multiply_groups(const Problem<T, Source>& p, const unsigned char* pixels,
                                                 fm::SharedAddress results, fm::SharedAddress weights, const Place& place) {
   const int lane = threadIdx.x % 32;
-  for (int round = threadIdx.x / 128; round < Cut::kRounds; round += Cut::kGroups) {
-    const int first = round * kGroupRows + threadIdx.x % 128 / 32 * 16 + lane / 4;
+#pragma unroll 1
+  for (int round = 0; round < Cut::kRounds; round++) {
+    const int first = round * kGroupRows + Cut::thread() / 32 * 16 + lane / 4;
     const Pairs low = pairs_of<Cut>(pixels, first, lane), high = pairs_of<Cut>(pixels, first + 8, lane);
     uint32_t held[kSteps][4];
 #pragma unroll
@@ -98,26 +103,29 @@ __device__ __forceinline__ void multiply_groups(const Problem<T, Source>& p, con
 #endif
 
 template <typename T, typename Cut, typename Source>
-__global__ void __launch_bounds__(Cut::kThreads, Cut::kResident)
+__global__ void __launch_bounds__(Cut::kBlockThreads, 1)
     stem_groups_kernel(const __grid_constant__ Problem<T, Source> p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   unsigned char* const weights = fm::dynamic_shared();  // at a multiple of 1024
-  unsigned char* const pixels = weights + kWeightBytes;
+  const int group = threadIdx.x / Cut::kThreads, step = gridDim.x * Cut::kGroups;
+  unsigned char* const pixels = weights + kWeightBytes + group * Cut::kGroupBytes;
   const fm::SharedAddress pixels_address = fm::shared_address(pixels);
   const fm::SharedAddress results = pixels_address + Cut::kPixelBytes;
   fm::launch_dependents();
   scatter_weights<Cut>(p, weights);  // which are there before the kernel in front of this one has finished
   fm::shared_stores_ready();
+  __syncthreads();
   fm::wait_for_previous_grid();
 
-  load_tile<Cut>(p, pixels_address, place_of<Cut>(p, blockIdx.x));
-  for (int tile = blockIdx.x; tile < p.tiles; tile += gridDim.x) {
+  int tile = blockIdx.x + group * gridDim.x;
+  if (tile < p.tiles) load_tile<Cut>(p, pixels_address, place_of<Cut>(p, tile));
+  for (; tile < p.tiles; tile += step) {
     const Place place = place_of<Cut>(p, tile);
     fm::copy_async_wait<0>();
-    __syncthreads();  // the pixels are there, and the results of the tile before are pooled
+    fm::group_sync(1 + group);  // the pixels are there, and the results of the tile before are pooled
     multiply_groups<Cut>(p, pixels, results, fm::shared_address(weights), place);
-    __syncthreads();
-    if (tile + gridDim.x < p.tiles) load_tile<Cut>(p, pixels_address, place_of<Cut>(p, tile + gridDim.x));
+    fm::group_sync(1 + group);
+    if (tile + step < p.tiles) load_tile<Cut>(p, pixels_address, place_of<Cut>(p, tile + step));
     pool<Cut>(p, results, place);
   }
 #endif
