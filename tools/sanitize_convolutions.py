@@ -23,7 +23,7 @@ from fastmetro_kernels.convolution import (
     lay_out_stem,
     stem_configs,
 )
-from fastmetro_kernels.convolution.ending_configs import ALONE, FOLLOWED, JOINED, MODES
+from fastmetro_kernels.convolution.ending_configs import FOLLOWED, FOLLOWING, JOINED, MODES
 from tools.sanitize_common import BFLOAT, FLOAT, HALF, TOLERANCE, compare
 
 
@@ -117,7 +117,8 @@ class Ending:
         weights = lay_out(normal(64, 64, 3, 3, scale=1 / 24), normal(64))
         branch = (normal(256, 64, 1, 1, scale=1 / 8), None, 1) if self.mode == JOINED else None
         last = lay_out(normal(256, 64, 1, 1, scale=1 / 8), normal(256), second=branch)
-        following = lay_out(normal(64, 256, 1, 1, scale=1 / 16), normal(64)) if self.mode != ALONE else None
+        outputs = FOLLOWING[self.mode]
+        following = lay_out(normal(outputs, 256, 1, 1, scale=1 / 16), normal(outputs)) if outputs else None
         x, shortcut = (normal(n, h, w, c).permute(0, 3, 1, 2) for c in (64, 64 if branch else 256))
         both = (None, shortcut) if branch else (shortcut, None)
         found = convolution_ending(x, weights, last, following, *both, early=self.early, backend=backend)

@@ -31,7 +31,7 @@ from fastmetro.inference.engine.weights import AUTO, BlockWeights, ConvolutionWe
 from fastmetro.models.backbones.blocks import Bottleneck
 from fastmetro_kernels import convolution as kernels
 from fastmetro_kernels.convolution.ending import NARROW, WIDE
-from fastmetro_kernels.convolution.ending_configs import ALONE, FOLLOWED, JOINED, MEASURED, MODES
+from fastmetro_kernels.convolution.ending_configs import FOLLOWING, JOINED, MEASURED, MODES
 
 LIBRARY, ENGINE, ENDING = "library", "engine", "ending"
 STAGE = 4
@@ -58,7 +58,7 @@ class Ending(NamedTuple):
     @property
     def weights(self) -> int:
         """Numbers of all weights; each is used once for each position."""
-        return 9 * NARROW * NARROW + NARROW * WIDE * {ALONE: 1, FOLLOWED: 2, JOINED: 3}[self.mode]
+        return 9 * NARROW * NARROW + WIDE * (NARROW * (2 if self.mode == JOINED else 1) + FOLLOWING[self.mode])
 
     @property
     def rows(self) -> int:
@@ -72,7 +72,7 @@ class Ending(NamedTuple):
     def elements(self) -> int:
         """Numbers that have to be read or written once."""
         shortcut = NARROW if self.mode == JOINED else WIDE
-        return self.rows * (NARROW + shortcut + WIDE + (self.mode != ALONE) * NARROW) + self.weights
+        return self.rows * (NARROW + shortcut + WIDE + FOLLOWING[self.mode]) + self.weights
 
     def floors(self, element_size: int, bytes_per_second: float) -> tuple[float, float]:
         """Microseconds that moving the bytes and that multiplying takes at least."""
@@ -131,8 +131,8 @@ def make_inputs(ending: Ending, dtype: torch.dtype, device: torch.device, seed: 
     outside = NARROW if ending.mode == JOINED else WIDE
     block = BlockWeights(Bottleneck(outside, NARROW).to(device), dtype)
     following = None
-    if ending.mode != ALONE:
-        following = ConvolutionWeights(nn.Conv2d(WIDE, NARROW, 1, device=device), dtype)
+    if outputs := FOLLOWING[ending.mode]:
+        following = ConvolutionWeights(nn.Conv2d(WIDE, outputs, 1, device=device), dtype)
     inputs = Inputs(images(NARROW), images(outside), block, following)
     for layer in _layers(inputs):
         outputs, *depth = layer.weight.shape

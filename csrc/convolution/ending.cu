@@ -15,7 +15,7 @@ template <typename T, Ending ENDING>
 void launch(const EndingProblem& problem, bool early, const Tensor& x) {
   int multiprocessors = 0;
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, x.get_device_index()));
-  const int blocks = std::min(multiprocessors, (problem.tiles + kEndingGroups - 1) / kEndingGroups);
+  const int blocks = std::min(multiprocessors, problem.tiles);
   fm::launch_kernel(ending_kernel<T, ENDING>, dim3(blocks), kEndingGroups * kWarpgroup, ending_shared_bytes(ENDING), 1,
                     early, fm::current_stream(x), problem);
 }
@@ -25,6 +25,7 @@ void launch(Ending ending, const EndingProblem& problem, bool early, const Tenso
   switch (ending) {
     case kResidual: return launch<T, kResidual>(problem, early, x);
     case kResidualNext: return launch<T, kResidualNext>(problem, early, x);
+    case kResidualTwice: return launch<T, kResidualTwice>(problem, early, x);
     case kSecondNext: return launch<T, kSecondNext>(problem, early, x);
   }
 }
@@ -50,9 +51,9 @@ void check_images(const Tensor& images, const char* name, const Tensor& x, int64
 }
 
 // `x` [N, H, W, 64], `weight` [64, 3, 3, 64], `last_weight` [256, 1, 1, 64], with float32 biases; the shortcut is
-// `residual` [N, H, W, 256] or `second` [N, H, W, 64] under `second_weight` [256, 1, 1, 64]; `next_weight` [64, 1, 1, 256]
-// may be left out with a residual. `config`: whether to start before the kernel in front has ended. Returns
-// [N, H, W, 256] and [N, H, W, 64], of no channels where there is no next convolution.
+// `residual` [N, H, W, 256] or `second` [N, H, W, 64] under `second_weight` [256, 1, 1, 64]; `next_weight` [M, 1, 1, 256]
+// of M = 64 or, with a residual, 128 outputs may be left out with a residual. `config`: whether to start before the kernel
+// in front has ended. Returns [N, H, W, 256] and [N, H, W, M], of no channels where there is no next convolution.
 std::tuple<Tensor, Tensor> ending(Tensor x, Tensor weight, Tensor bias, Tensor last_weight, Tensor last_bias,
                                   std::optional<Tensor> residual, std::optional<Tensor> second,
                                   std::optional<Tensor> second_weight, std::optional<Tensor> next_weight,
@@ -73,7 +74,10 @@ std::tuple<Tensor, Tensor> ending(Tensor x, Tensor weight, Tensor bias, Tensor l
   check_weights(last_weight, last_bias, x, "last_weight", kWideChannels, 1, kDepth);
   const int64_t images = x.size(0), height = x.size(1), width = x.size(2);
   Tensor wide = torch::stable::new_empty(x, {images, height, width, kWideChannels});
-  Tensor narrow = torch::stable::new_empty(x, {images, height, width, next_weight.has_value() ? kDepth : 0});
+  const int64_t outputs = next_weight.has_value() ? next_weight->size(0) : 0;
+  STD_TORCH_CHECK(outputs == 0 || outputs == kDepth || (outputs == 2 * kDepth && residual.has_value()),
+                  "convolution_ending_native: next_weight must have 64 outputs, or 128 with a residual, got ", outputs);
+  Tensor narrow = torch::stable::new_empty(x, {images, height, width, outputs});
   const Geometry g{images, height, width, kDepth, 3, 3, 1, 1}, out = pointwise(g, kWideChannels), in = pointwise(g, kDepth);
   STD_TORCH_CHECK(images * height * width <= INT32_MAX, "convolution_ending_native: too many positions");
   const auto type = map_type(x);
@@ -81,7 +85,7 @@ std::tuple<Tensor, Tensor> ending(Tensor x, Tensor weight, Tensor bias, Tensor l
   Ending kind = kResidual;
   if (residual.has_value()) check_images(*residual, "residual", x, kWideChannels);
   else check_images(*second, "second", x, kDepth);
-  if (next_weight.has_value()) check_weights(*next_weight, *next_bias, x, "next_weight", kDepth, 1, kWideChannels);
+  if (next_weight.has_value()) check_weights(*next_weight, *next_bias, x, "next_weight", outputs, 1, kWideChannels);
   if (second.has_value()) check_weights(*second_weight, last_bias, x, "second_weight", kWideChannels, 1, kDepth);
   if (wide.numel() == 0) return {wide, narrow};
   encode_box(problem.pixels, type, x.const_data_ptr(), g, kHalo, kHalo);
@@ -90,18 +94,20 @@ std::tuple<Tensor, Tensor> ending(Tensor x, Tensor weight, Tensor bias, Tensor l
   encode_box(problem.wide, type, wide.mutable_data_ptr(), out, kSide, kSide);
   if (residual.has_value()) {
     encode_box(problem.shortcut, type, residual->const_data_ptr(), out, kSide, kSide);
+    problem.residual = residual->const_data_ptr();
   } else {
     kind = kSecondNext;
     encode_box(problem.shortcut, type, second->const_data_ptr(), in, kSide, kSide);
     encode_weights(problem.second_weights, type, second_weight->const_data_ptr(), in, kWideChannels, kDepth);
   }
   if (next_weight.has_value()) {
-    if (residual.has_value()) kind = kResidualNext;
-    encode_weights(problem.next_weights, type, next_weight->const_data_ptr(), out, kDepth, kDepth);
-    encode_box(problem.narrow, type, narrow.mutable_data_ptr(), in, kSide, kSide);
+    if (residual.has_value()) kind = outputs == kDepth ? kResidualNext : kResidualTwice;
+    encode_weights(problem.next_weights, type, next_weight->const_data_ptr(), out, outputs, kDepth);
+    encode_box(problem.narrow, type, narrow.mutable_data_ptr(), pointwise(g, outputs), kSide, kSide);
     problem.next_bias = next_bias->const_data_ptr<float>();
   }
   problem.bias = bias.const_data_ptr<float>(), problem.last_bias = last_bias.const_data_ptr<float>();
+  problem.height = int(height), problem.width = int(width);
   problem.down = int((height + kSide - 1) / kSide), problem.across = int((width + kSide - 1) / kSide);
   problem.tiles = int(images * problem.down * problem.across);
   if (x.scalar_type() == ScalarType::Half) launch<__half>(kind, problem, config[0] != 0, x);

@@ -1,5 +1,5 @@
 // The end of a residual block in one kernel: a 3 x 3 convolution of 64 channels, the pointwise one behind it that widens
-// to 256, with the shortcut, and the next block's first, which narrows to 64 again. For compute capability 9.0.
+// to 256, with the shortcut, and the next block's first, which narrows to 64 or 128. For compute capability 9.0.
 //
 // In a backbone's first stage memory is what these layers wait for, once there are many images: as three kernels they
 // write and read both narrow results and read the wide one again. Here the results between them stay in the
@@ -17,9 +17,9 @@
 
 namespace fm_convolution {
 
-// A residual is added; the same, and the next block's first convolution; or that, and the shortcut is a pointwise
-// convolution of a second input.
-enum Ending { kResidual, kResidualNext, kSecondNext };
+// A residual is added; the same, and the next block's first convolution, to 64 or to 128 channels; or that to 64, and the
+// shortcut is a pointwise convolution of a second input.
+enum Ending { kResidual, kResidualNext, kResidualTwice, kSecondNext };
 
 constexpr int kSide = 8, kHalo = kSide + 2;  // positions of a tile down and across, and with their neighbours
 constexpr int kParts = 4;                    // of 64 wide channels
@@ -28,9 +28,10 @@ constexpr int kMatrix = kRows * kDepth * 2;  // bytes of the weights of a tap or
 constexpr int kHaloRow = kHalo * kDepth * 2, kHaloBytes = kHalo * kHaloRow;
 constexpr int kHaloPlace = (kHaloBytes + 1023) / 1024 * 1024;  // a group's barriers lie in what is left
 
-// Of 64 channels of the tile: a residual's four, in place of which the results come; or the second input's, and one more,
-// which results pass in turn.
-__host__ __device__ constexpr int ending_buffers(Ending ending) { return ending == kSecondNext ? 2 : kParts; }
+// Of 64 channels of the tile: a residual's four, in place of which the results come. Where weights leave no room for them
+// two, which results pass in turn; then the residual comes to registers, and the second input through one of the two.
+__host__ __device__ constexpr bool ending_in_place(Ending ending) { return ending <= kResidualNext; }
+__host__ __device__ constexpr int ending_buffers(Ending ending) { return ending_in_place(ending) ? kParts : 2; }
 __host__ __device__ constexpr int ending_group_bytes(Ending ending) {
   return kHaloPlace + ending_buffers(ending) * kMatrix;
 }
@@ -45,6 +46,8 @@ struct EndingProblem {
   fm::TensorMap pixels, weights, last_weights, next_weights, second_weights;
   fm::TensorMap shortcut, wide, narrow;  // shortcut: the residual or the second input
   const float *bias, *last_bias, *next_bias;
+  const void* residual;     // [images, height, width, 256] of kResidualTwice
+  int height, width;        // of an image
   int down, across, tiles;  // tiles of an image, and of all
 };
 
@@ -92,28 +95,32 @@ __device__ __forceinline__ void copy_all_weights(const EndingProblem& p, fm::Sha
   const fm::SharedAddress to = weights + lane * kMatrix;
   if (lane < kEndingTaps) fm::copy_weights(to, p.weights, full, 0, lane, 0);
   else if (lane < kAll && kind == 0) fm::copy_weights(to, p.last_weights, full, 0, 0, part * kDepth);
-  else if (lane < kAll && kind == 1) fm::copy_weights(to, p.next_weights, full, part * kDepth, 0, 0);
+  else if (lane < kAll && ENDING == kResidualTwice) {
+    const int half = (lane - kEndingTaps - kParts) % 2, chunk = (lane - kEndingTaps - kParts) / 2;
+    fm::copy_weights(to, p.next_weights, full, chunk * kDepth, 0, half * kDepth);
+  } else if (lane < kAll && kind == 1) fm::copy_weights(to, p.next_weights, full, part * kDepth, 0, 0);
   else if (lane < kAll) fm::copy_weights(to, p.second_weights, full, 0, 0, part * kDepth);
   __syncwarp();
 }
 
 // Sums begin with their column's bias.
-__device__ __forceinline__ void begin_with(float (&sums)[kDepth / 2], const float* bias) {
+template <int COUNT>
+__device__ __forceinline__ void begin_with(float (&sums)[COUNT], const float* bias) {
 #pragma unroll
-  for (int j = 0; j < kDepth / 8; j++) {
+  for (int j = 0; j < COUNT / 4; j++) {
     const float2 two = *reinterpret_cast<const float2*>(bias + 8 * j + threadIdx.x % 4 * 2);
     sums[4 * j] = sums[4 * j + 2] = two.x;
     sums[4 * j + 1] = sums[4 * j + 3] = two.y;
   }
 }
 
-// Sums of 64 channels += rows of 64 numbers in shared memory, 8 of them every `group` bytes, times a matrix of weights.
-template <typename T>
-__device__ __forceinline__ void multiply_rows(float (&sums)[kDepth / 2], fm::SharedAddress rows, int group,
+// Sums of 64 or 128 channels += rows of 64 numbers in shared memory, 8 of them every `group` bytes, times weights.
+template <typename T, int COUNT>
+__device__ __forceinline__ void multiply_rows(float (&sums)[COUNT], fm::SharedAddress rows, int group,
                                               fm::SharedAddress weights) {
   const uint64_t a = fm::operand(rows, group), b = fm::operand(weights);
 #pragma unroll
-  for (int k = 0; k < kDepth / 16; k++) fm::multiply<T, kDepth>(sums, a + 2 * k, b + 2 * k, 1);
+  for (int k = 0; k < kDepth / 16; k++) fm::multiply<T, 2 * COUNT>(sums, a + 2 * k, b + 2 * k, 1);
 }
 
 // The 3 x 3 convolution with ReLU, rounded, as the left operand of a product.
@@ -146,43 +153,76 @@ __device__ __forceinline__ uint32_t matrix_row() {
   return row * kDepth * 2 + ((lane / 16) ^ (row % 8)) * 16;
 }
 
-// 64 channels of a tile: the sums, with what the buffer holds added if there is something, ReLU, rounded, to the buffer.
-template <typename T, bool ADDS>
-__device__ __forceinline__ void finish_channels(const float (&sums)[kDepth / 2], fm::SharedAddress buffer) {
-  const fm::SharedAddress row = buffer + matrix_row();
-#pragma unroll
-  for (int k = 0; k < kDepth / 16; k++) {
-    const fm::SharedAddress at = row ^ (32 * k);
-    uint32_t more[4] = {}, packed[4];
-    if constexpr (ADDS) fm::load_matrices(more, at);
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const float2 two = fm::unpack<T>(more[i]);
-      const float x = sums[8 * k + 2 * i], y = sums[8 * k + 2 * i + 1];
-      packed[i] = larger<T>(ADDS ? fm::pack<T>(x + two.x, y + two.y) : fm::pack<T>(x, y), 0);
-    }
-    fm::store_matrices(at, packed);
-  }
-}
+// A thread's numbers of 64 channels of the tile: of the k-th 16 those of its rows t and t + 8 of the 16 of its warp, t its
+// lane / 4, columns 2 (lane % 4) and the next, and the same of columns 8 further. So a product takes its left operand.
+using Held = uint32_t[kDepth / 16][4];
 
-// Rows of 64 channels in a buffer as the left operand of a product.
-__device__ __forceinline__ void hold_rows(uint32_t (&held)[kDepth / 16][4], fm::SharedAddress buffer) {
+__device__ __forceinline__ void hold_rows(Held& held, fm::SharedAddress buffer) {
   const fm::SharedAddress row = buffer + matrix_row();
 #pragma unroll
   for (int k = 0; k < kDepth / 16; k++) fm::load_matrices(held[k], row ^ (32 * k));
 }
 
+// 64 channels of a tile: the sums (from the `from`-th of a thread's on), with what is held added, ReLU, rounded, to a buffer.
+template <typename T, int COUNT>
+__device__ __forceinline__ void finish_channels(const float (&sums)[COUNT], const Held* held, fm::SharedAddress buffer,
+                                                int from = 0) {
+  const fm::SharedAddress row = buffer + matrix_row();
+#pragma unroll
+  for (int k = 0; k < kDepth / 16; k++) {
+    uint32_t packed[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const float2 more = held != nullptr ? fm::unpack<T>((*held)[k][i]) : float2{};
+      const float *const two = sums + from + 8 * k + 2 * i;
+      packed[i] = larger<T>(held != nullptr ? fm::pack<T>(two[0] + more.x, two[1] + more.y) : fm::pack<T>(two[0], two[1]), 0);
+    }
+    fm::store_matrices(row ^ (32 * k), packed);
+  }
+}
+
 template <typename T>
-__device__ __forceinline__ void multiply_held_rows(float (&sums)[kDepth / 2], const uint32_t (&held)[kDepth / 16][4],
+__device__ __forceinline__ void multiply_held_rows(float (&sums)[kDepth / 2], const Held& held,
                                                    fm::SharedAddress weights) {
 #pragma unroll
   for (int k = 0; k < kDepth / 16; k++) fm::multiply_held<T>(sums, held[k], fm::operand(weights) + 2 * k);
 }
 
+// The residual of kResidualTwice, which a thread reads as its sums lie.
+template <typename T>
+struct EndingResidual {
+  const T* rows[2];  // of its two positions, or null outside the image
+
+  __device__ __forceinline__ EndingResidual(const EndingProblem& p, const EndingTile& tile) {
+    const int down = threadIdx.x % kWarpgroup / 32 * 2, x = tile.x + threadIdx.x % 32 / 4;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const int y = tile.y + down + i;
+      const int64_t place = (static_cast<int64_t>(tile.image) * p.height + y) * p.width + x;
+      rows[i] = y < p.height && x < p.width
+                    ? static_cast<const T*>(p.residual) + place * kParts * kDepth + threadIdx.x % 4 * 2
+                    : nullptr;
+    }
+  }
+
+  __device__ __forceinline__ void load(Held& held, int part) const {
+#pragma unroll
+    for (int k = 0; k < kDepth / 16; k++) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const T* const row = rows[i % 2];
+        held[k][i] = row != nullptr ? *reinterpret_cast<const uint32_t*>(row + part * kDepth + 16 * k + i / 2 * 8) : 0;
+      }
+    }
+  }
+};
+
 // One group of a block at its tiles. Results leave by its first thread, which also asks for what comes.
 template <typename T, Ending ENDING>
 struct EndingGroup {
   static constexpr bool kHasNext = ENDING != kResidual, kHasSecond = ENDING == kSecondNext;
+  static constexpr bool kTwice = ENDING == kResidualTwice, kInPlace = ending_in_place(ENDING);
+  static constexpr int kNarrow = kTwice ? kDepth : kDepth / 2;  // a thread's narrow sums
   const EndingProblem& p;
   EndingPlaces places;
   fm::SharedAddress weights;
@@ -190,15 +230,15 @@ struct EndingGroup {
 
   __device__ __forceinline__ bool leads() const { return threadIdx.x % kWarpgroup == 0; }
   __device__ __forceinline__ fm::SharedAddress last(int part) const { return weights + (kEndingTaps + part) * kMatrix; }
-  __device__ __forceinline__ fm::SharedAddress next(int part) const { return last(kParts + part); }
+  __device__ __forceinline__ fm::SharedAddress next(int part) const { return last(kParts + part * (kTwice ? 2 : 1)); }
   __device__ __forceinline__ fm::SharedAddress second(int part) const { return last(2 * kParts + part); }
   // The buffer of a part's results. The second input is in buffer 0, which results pass once it is in registers.
-  static __device__ __forceinline__ int buffer_of(int part) { return kHasSecond ? (part + 1) % 2 : part; }
+  static __device__ __forceinline__ int buffer_of(int part) { return kInPlace ? part : (part + 1) % 2; }
 
   __device__ __forceinline__ void ask_for_first(const EndingTile& tile) const {
     places.copy_pixels(p, tile);
     if constexpr (kHasSecond) places.copy_shortcut(p, tile, 0, 0);
-    else for (int part = 0; part < kParts - 1; part++) places.copy_shortcut(p, tile, part, part);
+    if constexpr (kInPlace) for (int part = 0; part < kParts - 1; part++) places.copy_shortcut(p, tile, part, part);
   }
 
   // Behind it all warps may write to the buffer that is sent behind the last barrier but one, or read no more what they
@@ -209,23 +249,22 @@ struct EndingGroup {
     fm::group_sync(1 + group);
   }
 
-  // The results of a part leave. With a residual: what the part in front held is then free, once it has left, for what
-  // comes there, three parts later.
+  // The results of a part leave. In place: what the part in front held is then free, once it has left, for what comes
+  // there, three parts later.
   __device__ __forceinline__ void send(const EndingTile& tile, const EndingTile& following, bool more, int part) const {
     fm::store_box(p.wide, places.buffer(buffer_of(part)), part * kDepth, tile.x, tile.y, tile.image);
     fm::stores_commit();
     if (part == 0 && more) places.copy_pixels(p, following);
-    if constexpr (!kHasSecond) {
+    if constexpr (kInPlace) {
       fm::stores_wait_read<1>();
       if (part == 0) places.copy_shortcut(p, tile, kParts - 1, kParts - 1);
       else if (more) places.copy_shortcut(p, following, part - 1, part - 1);
     }
   }
 
-  // 64 of the wide channels.
-  __device__ __forceinline__ void make_part(const uint32_t (&middle)[kDepth / 16][4],
-                                            const uint32_t (&held)[kHasSecond ? kDepth / 16 : 1][4],
-                                            float (&narrow)[kDepth / 2], int part, int phase) const {
+  // 64 of the wide channels. `held`: the residual of kResidualTwice, or the second input.
+  __device__ __forceinline__ void make_part(const Held& middle, Held& held, float (&narrow)[kNarrow], int part,
+                                            int phase) const {
     float sums[kDepth / 2];
     begin_with(sums, p.last_bias + part * kDepth);
     fm::products_begin();
@@ -235,26 +274,32 @@ struct EndingGroup {
     fm::products_wait<0>();  // the narrow product of the part in front as well: its buffer may be filled again
     fm::keep(sums);
     if constexpr (kHasNext) fm::keep(narrow);
-    if constexpr (!kHasSecond) {
+    if constexpr (kInPlace) {
       fm::barrier_wait(places.buffer_full(part), phase);
       __syncwarp();
+      hold_rows(held, places.buffer(part));
     }
-    finish_channels<T, !kHasSecond>(sums, places.buffer(buffer_of(part)));
+    finish_channels<T>(sums, kHasSecond ? nullptr : &held, places.buffer(buffer_of(part)));
     fm::shared_stores_ready();
-    if constexpr (kHasSecond) stores_left_and_sync();
-    else fm::group_sync(1 + group);
+    if constexpr (kInPlace) fm::group_sync(1 + group);
+    else stores_left_and_sync();
   }
 
-  // The narrow results leave through a buffer from which the wide ones have left.
-  __device__ __forceinline__ void finish_narrow(const float (&narrow)[kDepth / 2], const EndingTile& tile,
+  // The narrow results leave through buffers from which the wide ones have left.
+  __device__ __forceinline__ void finish_narrow(const float (&narrow)[kNarrow], const EndingTile& tile,
                                                 const EndingTile& following, bool more) const {
-    const fm::SharedAddress buffer = places.buffer(ending_buffers(ENDING) - 1);
+    constexpr int kHalves = kTwice ? 2 : 1, kLast = ending_buffers(ENDING) - 1;
     if constexpr (!kHasSecond) stores_left_and_sync();
-    finish_channels<T, false>(narrow, buffer);
+#pragma unroll
+    for (int half = 0; half < kHalves; half++) {
+      finish_channels<T>(narrow, nullptr, places.buffer(kLast - half), half * kDepth / 2);
+    }
     fm::shared_stores_ready();
     fm::group_sync(1 + group);
     if (leads()) {
-      fm::store_box(p.narrow, buffer, 0, tile.x, tile.y, tile.image);
+      for (int half = 0; half < kHalves; half++) {
+        fm::store_box(p.narrow, places.buffer(kLast - half), half * kDepth, tile.x, tile.y, tile.image);
+      }
       fm::stores_commit();
       if constexpr (kHasSecond) {
         fm::stores_wait_read<1>();
@@ -265,8 +310,10 @@ struct EndingGroup {
   }
 
   __device__ __forceinline__ void make_tile(const EndingTile& tile, const EndingTile& following, bool more, int phase) const {
-    uint32_t middle[kDepth / 16][4], held[kHasSecond ? kDepth / 16 : 1][4];
-    float narrow[kDepth / 2];
+    Held middle, held[kTwice ? 2 : 1];
+    float narrow[kNarrow];
+    const EndingResidual<T> residual(p, tile);
+    if constexpr (kTwice) residual.load(held[0], 0), residual.load(held[1], 1);
     fm::barrier_wait(places.pixels_full(), phase);
     __syncwarp();
     make_middle<T>(middle, p, places, weights);
@@ -274,12 +321,12 @@ struct EndingGroup {
     if constexpr (kHasSecond) {
       fm::barrier_wait(places.buffer_full(0), phase);
       __syncwarp();
-      hold_rows(held, places.buffer(0));
-      stores_left_and_sync();
+      hold_rows(held[0], places.buffer(0));
     }
+    if constexpr (!kInPlace) stores_left_and_sync();
 #pragma unroll
     for (int part = 0; part < kParts; part++) {
-      make_part(middle, held, narrow, part, phase);
+      make_part(middle, held[kTwice ? part % 2 : 0], narrow, part, phase);
       if (leads()) send(tile, following, more, part);
       __syncwarp();
       if constexpr (kHasNext) {
@@ -287,6 +334,7 @@ struct EndingGroup {
         multiply_rows<T>(narrow, places.buffer(buffer_of(part)), 1024, next(part));
         fm::products_commit();
       }
+      if constexpr (kTwice) if (part < kParts - 2) residual.load(held[part % 2], part + 2);
     }
     if constexpr (kHasNext) {
       fm::products_wait<0>();
@@ -305,7 +353,7 @@ __global__ void __launch_bounds__(kEndingGroups* kWarpgroup) ending_kernel(const
   const EndingPlaces first{weights + ending_matrices(ENDING) * kMatrix};
   const int number = threadIdx.x / kWarpgroup, step = gridDim.x * kEndingGroups;
   const EndingGroup<T, ENDING> group{p, {first.pixels + number * ending_group_bytes(ENDING)}, weights, number};
-  int place = blockIdx.x * kEndingGroups + number;
+  int place = blockIdx.x + number * gridDim.x;  // few tiles lie on many multiprocessors
   EndingTile tile = ending_tile(p, place);
 
   fm::launch_dependents();
@@ -317,10 +365,8 @@ __global__ void __launch_bounds__(kEndingGroups* kWarpgroup) ending_kernel(const
   }
   __syncthreads();
   if (threadIdx.x < 32) copy_all_weights<ENDING>(p, weights, first.weights_full());
-  if (group.leads() && place < p.tiles) {
-    fm::wait_for_previous_grid();
-    group.ask_for_first(tile);
-  }
+  if (ENDING == kResidualTwice || group.leads()) fm::wait_for_previous_grid();
+  if (group.leads() && place < p.tiles) group.ask_for_first(tile);
   __syncwarp();
   fm::barrier_wait(first.weights_full(), 0);
   for (int phase = 0; place < p.tiles; phase ^= 1, place += step) {

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastmetro_kernels import backends
 from fastmetro_kernels.convolution import reference
 from fastmetro_kernels.convolution.api import channels_last_rows, layer_of
-from fastmetro_kernels.convolution.ending_configs import ALONE, FOLLOWED, JOINED, is_measured
+from fastmetro_kernels.convolution.ending_configs import FOLLOWING, JOINED, MODES, WIDENED, is_measured
 from fastmetro_kernels.convolution.layout import ConvolutionWeights
 from fastmetro_kernels.convolution.ops import NAMESPACE
 from fastmetro_kernels.fused.inference import check_tensor, refuse_gradients
@@ -19,6 +19,7 @@ OPERATOR = "convolution_ending_native"
 NARROW, WIDE = 64, 256
 """Channels between the convolutions of a block, and of blocks."""
 _SHAPES = {"weights": (NARROW, 3, 3, NARROW), "last": (WIDE, 1, 1, NARROW), "following": (NARROW, 1, 1, WIDE)}
+_MODES = {FOLLOWING[mode]: mode for mode in MODES if mode != JOINED}
 
 
 def convolution_ending(
@@ -44,7 +45,7 @@ def convolution_ending(
             are copied.
         weights: of :func:`lay_out`, of the dtype and device of x: 3 x 3 of stride 1 and padding 1, to 64 channels.
         last: 1 x 1 of stride 1 from 64 to 256 channels, where ``second`` is given with a second convolution alike.
-        following: 1 x 1 of stride 1 from 256 to 64 channels; may be left out with a residual.
+        following: 1 x 1 of stride 1 from 256 to 64 channels; with a residual it may be to 128, or left out.
         residual: ``[N, 256, H, W]``, the shortcut; given if, and only if, ``second`` is not.
         second: ``[N, 64, H, W]``, input of the second convolution of ``last``, if it has one.
         early: whether the kernel starts before the kernel in front has ended (native).
@@ -104,6 +105,8 @@ def ending_problem(
     """What keeps convolutions from being for this kernel, or None."""
     for name, one in _named(weights, last, following).items():
         shape, padding = _SHAPES[name], int(name == "weights")
+        if name == "following" and one.weight.shape[0] == FOLLOWING[WIDENED] and last.second_weight is None:
+            shape = (FOLLOWING[WIDENED], *shape[1:])
         if (tuple(one.weight.shape), one.stride, one.padding) != (shape, 1, padding):
             given = f"{list(one.weight.shape)} of stride {one.stride} and padding {one.padding}"
             return f"{name} must be {list(shape)} of stride 1 and padding {padding}, got {given}"
@@ -153,7 +156,7 @@ def _checked_mode(
     if (residual is None) == (last.second_weight is None):
         raise ValueError("residual must be given if, and only if, last has no second convolution")
     layer_of(x, last, residual, second)  # what lies between has the shape of x
-    return JOINED if residual is None else ALONE if following is None else FOLLOWED
+    return JOINED if residual is None else _MODES[0 if following is None else following.weight.shape[0]]
 
 
 def _reference(
@@ -198,6 +201,16 @@ def _fake(
 ) -> tuple[Tensor, Tensor]:
     torch._check(x.dim() == 4, lambda: f"x must be [N, H, W, {NARROW}], got {x.dim()} dimensions")
     outside = tuple(x.shape[:3])
+    outputs = 0 if next_weight is None else next_weight.size(0)
+    torch._check(
+        outputs in _MODES and (outputs <= NARROW or second is None),
+        lambda: f"next_weight must have {NARROW} outputs, or {2 * NARROW} with a residual, got {outputs}",
+    )
+    follows = next_weight is not None
+    torch._check(
+        follows == (next_bias is not None) and (follows or residual is not None),
+        lambda: "next_weight and next_bias go together, and second needs them",
+    )
     for name, tensor, expected in (
         ("x", x, (*outside, NARROW)),
         ("weight", weight, (NARROW, 3, 3, NARROW)),
@@ -207,8 +220,8 @@ def _fake(
         ("residual", residual, (*outside, WIDE)),
         ("second", second, (*outside, NARROW)),
         ("second_weight", second_weight, (WIDE, 1, 1, NARROW)),
-        ("next_weight", next_weight, (NARROW, 1, 1, WIDE)),
-        ("next_bias", next_bias, (NARROW,)),
+        ("next_weight", next_weight, (outputs, 1, 1, WIDE)),
+        ("next_bias", next_bias, (outputs,)),
     ):
         if tensor is not None:
             given = tuple(tensor.shape)
@@ -217,10 +230,5 @@ def _fake(
             )
     alike = (second is None) == (second_weight is None) == (residual is not None)
     torch._check(alike, lambda: "either residual or second with second_weight must be given")
-    follows = next_weight is not None
-    torch._check(
-        follows == (next_bias is not None) and (follows or residual is not None),
-        lambda: "next_weight and next_bias go together, and second needs them",
-    )
     torch._check(len(config) == 1, lambda: f"config must hold early, got {list(config)}")
-    return x.new_empty((*outside, WIDE)), x.new_empty((*outside, NARROW if follows else 0))
+    return x.new_empty((*outside, WIDE)), x.new_empty((*outside, outputs))

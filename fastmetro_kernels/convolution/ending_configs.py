@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-FOLLOWED, ALONE, JOINED = "followed", "alone", "joined"
-MODES = (FOLLOWED, ALONE, JOINED)
-"""With a residual and the convolution behind the block; with a residual; with a second input's convolution and the one
-behind the block."""
+FOLLOWED, WIDENED, ALONE, JOINED = "followed", "widened", "alone", "joined"
+FOLLOWING = {FOLLOWED: 64, WIDENED: 128, ALONE: 0, JOINED: 64}
+"""Channels behind the block: with a residual and the next block's first convolution; with that of the next stage; with
+a residual alone; with a second input's convolution and the next block's first."""
+MODES = tuple(FOLLOWING)
 
-MEASURED: dict[tuple[int, int, str], int] = {}
+MEASURED: dict[tuple[int, int, str], int] = {(56, 56, mode): 2 for mode in MODES}
 """(height, width, one of `MODES`) -> from how many images on the kernel is faster, on an H200, in float16. What is not
 here is left to the others; `python -m bench convolution --batch 32 256 --only endings` prints the entries."""
 

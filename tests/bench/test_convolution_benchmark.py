@@ -16,7 +16,7 @@ from bench.convolution.layers import Used, used_layers, used_pairs
 from bench.convolution.measure import Case
 from fastmetro_kernels.convolution import ConvolutionConfig, PairConfig, choice, table
 from fastmetro_kernels.convolution.configs import pinned, problem, usable
-from fastmetro_kernels.convolution.ending_configs import ALONE, FOLLOWED, JOINED, MODES
+from fastmetro_kernels.convolution.ending_configs import ALONE, FOLLOWED, FOLLOWING, JOINED, MODES, WIDENED
 from fastmetro_kernels.convolution.table import Layer
 from fastmetro_kernels.tuning import reader
 
@@ -277,8 +277,14 @@ def test_what_ends_of_bottlenecks_have_to_do() -> None:
     found = {one.mode: one for one in endings.endings([256], 224)}
     assert set(found) == set(MODES) and {one[1:3] for one in found.values()} == {(56, 56)}
     rows, inner, product = 256 * 56 * 56, 64 * 64 * 9, 64 * 256
-    weights = {FOLLOWED: inner + 2 * product, ALONE: inner + product, JOINED: inner + 3 * product}
-    channels = {FOLLOWED: 64 + 256 + 256 + 64, ALONE: 64 + 256 + 256, JOINED: 64 + 64 + 256 + 64}
+    products = {FOLLOWED: 2, WIDENED: 3, ALONE: 1, JOINED: 3}
+    weights = {mode: inner + count * product for mode, count in products.items()}
+    channels = {
+        FOLLOWED: 64 + 256 + 256 + 64,
+        WIDENED: 64 + 256 + 256 + 128,
+        ALONE: 64 + 256 + 256,
+        JOINED: 64 + 64 + 256 + 64,
+    }
     for mode, one in found.items():
         assert one.flop() == 2 * rows * weights[mode]
         assert one.elements() == rows * channels[mode] + weights[mode]
@@ -292,7 +298,7 @@ def test_ends_of_bottlenecks_by_every_contender(mode: str, monkeypatch: pytest.M
     one = endings.Ending(11, 4, 3, mode)
     inputs = endings.make_inputs(one, torch.float32, CPU, 0)
     plain, right = endings.others(inputs, "library"), endings.ours(inputs)
-    assert [part.shape[1] for part in right] == ([256] if mode == ALONE else [256, 64])
+    assert [part.shape[1] for part in right] == [256, FOLLOWING[mode]][: 2 if FOLLOWING[mode] else 1]
     for a, b, c in zip(plain, right, endings.others(inputs, "auto"), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(a, c, rtol=1e-4, atol=1e-5)
@@ -357,7 +363,7 @@ def test_the_command_for_ends_of_bottlenecks(
     command.main([*arguments.split(), str(path)])
     rows = list(csv.DictReader(path.open()))
     names = ("library", "engine", "ending")
-    assert [(row["batch"], row["contender"]) for row in rows] == [(n, name) for n in "13" for name in names] * 3
+    assert [(row["batch"], row["contender"]) for row in rows] == [(n, name) for n in "13" for name in names] * len(MODES)
     assert all(float(row["us"]) > 0 and float(row["error"]) < 1e-5 and row["commit"] for row in rows)
     assert "share" in capsys.readouterr().out
     monkeypatch.setattr(endings, "ours", lambda inputs: [one + 1 for one in endings.others(inputs, "library")])

@@ -21,7 +21,7 @@ from fastmetro.models.backbones import CompactTrunk, HRNetW64, ResNet50
 from fastmetro.models.backbones.blocks import BasicBlock, Bottleneck
 from fastmetro_kernels import convolution as kernels
 from fastmetro_kernels.convolution import ConvolutionConfig, JoinConfig, ending
-from fastmetro_kernels.convolution.ending_configs import ALONE, FOLLOWED, JOINED, MEASURED
+from fastmetro_kernels.convolution.ending_configs import ALONE, FOLLOWED, FOLLOWING, JOINED, MEASURED, MODES, WIDENED
 from fastmetro_kernels.convolution.join import join_reasons
 
 Calls = list[dict[str, Any]]
@@ -248,12 +248,14 @@ class Ends:
     def _ending(self, *arguments: Any) -> tuple[Tensor, Tensor | None]:
         plain = [one.as_subclass(torch.Tensor) if isinstance(one, Tensor) else one for one in arguments]
         wide, narrow = self._op(*plain, backend="reference")
-        self.calls.append(JOINED if plain[5] is not None else ALONE if narrow is None else FOLLOWED)
+        channels = 0 if narrow is None else narrow.shape[1]
+        modes = [mode for mode in MODES if mode != JOINED and FOLLOWING[mode] == channels]
+        self.calls.append(JOINED if plain[5] is not None else modes[0])
         return wide.as_subclass(self.OnGpu), None if narrow is None else narrow.as_subclass(self.OnGpu)
 
 
 def chain_of_bottlenecks() -> tuple[nn.Sequential, list[BlockWeights]]:
-    """ResNet-50's first stage, the last of it alone, and the beginning of its second."""
+    """ResNet-50's first stage, and the beginning of its second."""
     plain = randomize(
         nn.Sequential(Bottleneck(64, 64), Bottleneck(256, 64), Bottleneck(256, 64), Bottleneck(256, 128, 2))
     )
@@ -264,9 +266,9 @@ def chain_of_bottlenecks() -> tuple[nn.Sequential, list[BlockWeights]]:
     return plain, blocks
 
 
-@pytest.mark.parametrize("modes", [{FOLLOWED}, {ALONE}, {JOINED}, {FOLLOWED, ALONE, JOINED}, set()], ids=str)
+@pytest.mark.parametrize("modes", [(), (FOLLOWED,), (WIDENED,), (JOINED,), (JOINED, FOLLOWED, WIDENED)], ids=str)
 def test_ends_of_bottlenecks_are_one_kernel_where_that_was_measured(
-    modes: set[str], monkeypatch: pytest.MonkeyPatch
+    modes: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain, blocks = chain_of_bottlenecks()
     ends = Ends(monkeypatch, 9, 7, dict.fromkeys(modes, 2))
@@ -274,9 +276,9 @@ def test_ends_of_bottlenecks_are_one_kernel_where_that_was_measured(
     before = x.clone()
     with torch.no_grad():
         result = residual_chain(x.as_subclass(Ends.OnGpu), blocks)
-        assert ends.calls == [mode for mode in (JOINED, FOLLOWED, ALONE) if mode in modes]
+        assert ends.calls == [mode for mode in (JOINED, FOLLOWED, WIDENED) if mode in modes]
         # Of 14 calls without a table, those of the downsample branches among them.
-        taken = sum({JOINED: 4, FOLLOWED: 3, ALONE: 2}[mode] for mode in modes)
+        taken = sum({JOINED: 4, FOLLOWED: 3, WIDENED: 3}[mode] for mode in modes)
         assert len(ends.convolutions) == len(set(ends.convolutions)) == 14 - taken
         assert error(result.as_subclass(torch.Tensor), exact(plain, x)) < 1e-5
         assert torch.equal(x, before), "the input was written to"
@@ -294,7 +296,7 @@ def test_ends_of_bottlenecks_are_one_kernel_where_that_was_measured(
 
 def test_other_blocks_have_no_such_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two convolutions of 3 x 3; a stride; a second input of another width."""
-    ends = Ends(monkeypatch, 8, 8, dict.fromkeys((FOLLOWED, ALONE, JOINED), 1))
+    ends = Ends(monkeypatch, 8, 8, dict.fromkeys(MODES, 1))
     x = torch.randn(1, 64, 8, 8).to(memory_format=torch.channels_last)
     wide = torch.randn(1, 128, 8, 8).to(memory_format=torch.channels_last)
     cases = ((BasicBlock(64, 64), basic_block, x), (Bottleneck(64, 64, 2), bottleneck, x),
@@ -317,14 +319,14 @@ def test_other_blocks_have_no_such_end(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "expected"),
-    [(ResNet50, [JOINED, FOLLOWED, ALONE]), (HRNetW64, [JOINED, FOLLOWED, FOLLOWED, ALONE]), (CompactTrunk, [])],
+    [(ResNet50, [JOINED, FOLLOWED, WIDENED]), (HRNetW64, [JOINED, FOLLOWED, FOLLOWED, ALONE]), (CompactTrunk, [])],
 )
 def test_first_stages_of_trunks_take_the_kernel_for_ends(
     kind: type[nn.Module], expected: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trunk = all_trunks()[kind]
     folded, x = fold_backbone(trunk, torch.float32), images(2, 64)
-    ends = Ends(monkeypatch, 16, 16, dict.fromkeys((FOLLOWED, ALONE, JOINED), 2))
+    ends = Ends(monkeypatch, 16, 16, dict.fromkeys(MODES, 2))
     result = folded(x.as_subclass(Ends.OnGpu)).as_subclass(torch.Tensor)
     assert ends.calls == expected
     assert error(result, exact(trunk, x)) < 1e-4

@@ -10,7 +10,7 @@ from fused_cases import assert_within_budget
 from torch import Tensor
 
 from fastmetro_kernels.convolution import ConvolutionWeights, convolution_ending, lay_out
-from fastmetro_kernels.convolution.ending_configs import ALONE, JOINED
+from fastmetro_kernels.convolution.ending_configs import FOLLOWING, JOINED
 from fastmetro_kernels.convolution.layout import as_conv2d
 
 
@@ -46,7 +46,8 @@ def make(size: tuple[int, int, int], mode: str, device: str, dtype: torch.dtype,
     weights = lay_out(normal(64, 64, 3, 3, scale=1 / 24), normal(64))
     branch = (normal(256, 64, 1, 1, scale=1 / 8), None, 1) if mode == JOINED else None
     last = lay_out(normal(256, 64, 1, 1, scale=1 / 8), normal(256), second=branch)
-    following = lay_out(normal(64, 256, 1, 1, scale=1 / 16), normal(64)) if mode != ALONE else None
+    outputs = FOLLOWING[mode]
+    following = lay_out(normal(outputs, 256, 1, 1, scale=1 / 16), normal(outputs)) if outputs else None
     shortcut = normal(images, 64 if mode == JOINED else 256, *place)
     others = (None, shortcut) if mode == JOINED else (shortcut, None)
     return Call(normal(images, 64, *place), weights, last, following, *others)

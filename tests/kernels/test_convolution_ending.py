@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastmetro_kernels.backends import BackendUnavailable
 from fastmetro_kernels.convolution import choose_ending, convolution, convolution_ending, ending, ending_problem
-from fastmetro_kernels.convolution.ending_configs import ALONE, FOLLOWED, JOINED, MEASURED, MODES
+from fastmetro_kernels.convolution.ending_configs import ALONE, FOLLOWED, FOLLOWING, JOINED, MEASURED, MODES, WIDENED
 
 HALVES = (torch.float16, torch.bfloat16)
 WHY_NOT = ending.ending_reasons(torch.device("cuda"), torch.float16)
@@ -149,7 +149,7 @@ def test_the_schema_and_shapes(mode: str, kernel: str) -> None:
     given = op_arguments(call)
     torch.library.opcheck(op, given)
     made = op(*(one.to("meta") if isinstance(one, Tensor) else one for one in given))
-    assert [tuple(one.shape) for one in made] == [(*SMALL, 256), (*SMALL, 64 if mode != ALONE else 0)]
+    assert [tuple(one.shape) for one in made] == [(*SMALL, 256), (*SMALL, FOLLOWING[mode])]
 
 
 @pytest.mark.parametrize(
@@ -299,13 +299,14 @@ def test_early_starts_in_a_chain(images: int) -> None:
     """Blocks one behind the other, as in a trunk: what each reads, the kernel in front of it has just written."""
     call = make((images, 56, 56), FOLLOWED, "cuda", torch.float16)
     first = make((images, 56, 56), JOINED, "cuda", torch.float16, seed=1)
+    widened = make((images, 56, 56), WIDENED, "cuda", torch.float16, seed=2)
 
     def chain(early: bool) -> list[Tensor]:
         wide, inner = convolution_ending(*first, early=early, backend="native")
         for _ in range(4):
             wide, inner = convolution_ending(inner, *call[1:4], wide, early=early, backend="native")
         wide, _ = convolution_ending(inner, *call[1:3], None, wide, early=early, backend="native")
-        return [wide, inner]
+        return [*results(convolution_ending(inner, *widened[1:4], wide, early=early, backend="native")), wide, inner]
 
     want = chain(False)
     assert all(bool(one.isfinite().all()) for one in want)
