@@ -188,32 +188,37 @@ __device__ __forceinline__ void multiply_held_rows(float (&sums)[kDepth / 2], co
   for (int k = 0; k < kDepth / 16; k++) fm::multiply_held<T>(sums, held[k], fm::operand(weights) + 2 * k);
 }
 
-// The residual of kResidualTwice, which a thread reads as its sums lie.
+// The residual of kResidualTwice passes registers on its way to a buffer, which is free only just before: a thread's 16
+// bytes of each 16 positions, eight threads to a position.
 template <typename T>
 struct EndingResidual {
-  const T* rows[2];  // of its two positions, or null outside the image
+  static constexpr int kPieces = kRows / 16;
+  using Pieces = uint4[kPieces];
+  const T* first;  // of the first 16 positions; each later 16 are two rows of the image further
+  int64_t step;
+  int rows;  // of the tile in the image, from that position on; 0 where its column is outside
 
   __device__ __forceinline__ EndingResidual(const EndingProblem& p, const EndingTile& tile) {
-    const int down = threadIdx.x % kWarpgroup / 32 * 2, x = tile.x + threadIdx.x % 32 / 4;
+    const int thread = threadIdx.x % kWarpgroup, x = tile.x + thread / 8 % kSide, y = tile.y + thread / 64;
+    const int64_t place = (static_cast<int64_t>(tile.image) * p.height + y) * p.width + x;
+    first = static_cast<const T*>(p.residual) + place * kParts * kDepth + thread % 8 * 8;
+    step = static_cast<int64_t>(2) * p.width * kParts * kDepth;
+    rows = x < p.width ? p.height - y : 0;
+  }
+
+  __device__ __forceinline__ void load(Pieces& pieces, int part) const {
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-      const int y = tile.y + down + i;
-      const int64_t place = (static_cast<int64_t>(tile.image) * p.height + y) * p.width + x;
-      rows[i] = y < p.height && x < p.width
-                    ? static_cast<const T*>(p.residual) + place * kParts * kDepth + threadIdx.x % 4 * 2
-                    : nullptr;
+    for (int i = 0; i < kPieces; i++) {
+      pieces[i] = {};
+      if (2 * i < rows) pieces[i] = fm::load_coherent(first + i * step + part * kDepth);
     }
   }
 
-  __device__ __forceinline__ void load(Held& held, int part) const {
+  static __device__ __forceinline__ void store(const Pieces& pieces, fm::SharedAddress buffer) {
+    const int row = threadIdx.x % kWarpgroup / 8;
+    const fm::SharedAddress to = buffer + row * kDepth * 2 + ((threadIdx.x ^ row) % 8) * 16;
 #pragma unroll
-    for (int k = 0; k < kDepth / 16; k++) {
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const T* const row = rows[i % 2];
-        held[k][i] = row != nullptr ? *reinterpret_cast<const uint32_t*>(row + part * kDepth + 16 * k + i / 2 * 8) : 0;
-      }
-    }
+    for (int i = 0; i < kPieces; i++) fm::store_shared(to + i * 16 * kDepth * 2, pieces[i]);
   }
 };
 
@@ -222,6 +227,7 @@ template <typename T, Ending ENDING>
 struct EndingGroup {
   static constexpr bool kHasNext = ENDING != kResidual, kHasSecond = ENDING == kSecondNext;
   static constexpr bool kTwice = ENDING == kResidualTwice, kInPlace = ending_in_place(ENDING);
+  using Pieces = typename EndingResidual<T>::Pieces;
   static constexpr int kNarrow = kTwice ? kDepth : kDepth / 2;  // a thread's narrow sums
   const EndingProblem& p;
   EndingPlaces places;
@@ -231,7 +237,7 @@ struct EndingGroup {
   __device__ __forceinline__ bool leads() const { return threadIdx.x % kWarpgroup == 0; }
   __device__ __forceinline__ fm::SharedAddress last(int part) const { return weights + (kEndingTaps + part) * kMatrix; }
   __device__ __forceinline__ fm::SharedAddress next(int part) const { return last(kParts + part * (kTwice ? 2 : 1)); }
-  __device__ __forceinline__ fm::SharedAddress second(int part) const { return last(2 * kParts + part); }
+  __device__ __forceinline__ fm::SharedAddress second_weights(int part) const { return last(2 * kParts + part); }
   // The buffer of a part's results. The second input is in buffer 0, which results pass once it is in registers.
   static __device__ __forceinline__ int buffer_of(int part) { return kInPlace ? part : (part + 1) % 2; }
 
@@ -262,24 +268,28 @@ struct EndingGroup {
     }
   }
 
-  // 64 of the wide channels. `held`: the residual of kResidualTwice, or the second input.
-  __device__ __forceinline__ void make_part(const Held& middle, Held& held, float (&narrow)[kNarrow], int part,
-                                            int phase) const {
+  // 64 of the wide channels. `second`: the second input, if there is one; `pieces`: of the residual of kResidualTwice.
+  __device__ __forceinline__ void make_part(const Held& middle, const Held& second, const Pieces& pieces,
+                                            float (&narrow)[kNarrow], int part, int phase) const {
     float sums[kDepth / 2];
+    const fm::SharedAddress buffer = places.buffer(buffer_of(part));
+    if constexpr (kTwice) EndingResidual<T>::store(pieces, buffer);
     begin_with(sums, p.last_bias + part * kDepth);
     fm::products_begin();
     multiply_held_rows<T>(sums, middle, last(part));
-    if constexpr (kHasSecond) multiply_held_rows<T>(sums, held, second(part));
+    if constexpr (kHasSecond) multiply_held_rows<T>(sums, second, second_weights(part));
     fm::products_commit();
     fm::products_wait<0>();  // the narrow product of the part in front as well: its buffer may be filled again
     fm::keep(sums);
     if constexpr (kHasNext) fm::keep(narrow);
+    Held residual;
     if constexpr (kInPlace) {
       fm::barrier_wait(places.buffer_full(part), phase);
       __syncwarp();
-      hold_rows(held, places.buffer(part));
     }
-    finish_channels<T>(sums, kHasSecond ? nullptr : &held, places.buffer(buffer_of(part)));
+    if constexpr (kTwice) fm::group_sync(1 + group);
+    if constexpr (!kHasSecond) hold_rows(residual, buffer);
+    finish_channels<T>(sums, kHasSecond ? nullptr : &residual, buffer);
     fm::shared_stores_ready();
     if constexpr (kInPlace) fm::group_sync(1 + group);
     else stores_left_and_sync();
@@ -310,10 +320,11 @@ struct EndingGroup {
   }
 
   __device__ __forceinline__ void make_tile(const EndingTile& tile, const EndingTile& following, bool more, int phase) const {
-    Held middle, held[kTwice ? 2 : 1];
+    Held middle, second;
+    Pieces pieces[2];
     float narrow[kNarrow];
     const EndingResidual<T> residual(p, tile);
-    if constexpr (kTwice) residual.load(held[0], 0), residual.load(held[1], 1);
+    if constexpr (kTwice) residual.load(pieces[0], 0), residual.load(pieces[1], 1);
     fm::barrier_wait(places.pixels_full(), phase);
     __syncwarp();
     make_middle<T>(middle, p, places, weights);
@@ -321,12 +332,12 @@ struct EndingGroup {
     if constexpr (kHasSecond) {
       fm::barrier_wait(places.buffer_full(0), phase);
       __syncwarp();
-      hold_rows(held[0], places.buffer(0));
+      hold_rows(second, places.buffer(0));
     }
     if constexpr (!kInPlace) stores_left_and_sync();
 #pragma unroll
     for (int part = 0; part < kParts; part++) {
-      make_part(middle, held[kTwice ? part % 2 : 0], narrow, part, phase);
+      make_part(middle, second, pieces[part % 2], narrow, part, phase);
       if (leads()) send(tile, following, more, part);
       __syncwarp();
       if constexpr (kHasNext) {
@@ -334,7 +345,7 @@ struct EndingGroup {
         multiply_rows<T>(narrow, places.buffer(buffer_of(part)), 1024, next(part));
         fm::products_commit();
       }
-      if constexpr (kTwice) if (part < kParts - 2) residual.load(held[part % 2], part + 2);
+      if constexpr (kTwice) if (part < kParts - 2) residual.load(pieces[part % 2], part + 2);
     }
     if constexpr (kHasNext) {
       fm::products_wait<0>();
