@@ -1,3 +1,4 @@
+import gc
 import math
 
 import numpy as np
@@ -291,3 +292,17 @@ def test_captured_images_are_the_same(mesh, compile_images):
         assert_same_images(actual.images.cpu(), expected.images.cpu())
     with pytest.raises(ValueError, match="indices must have shape"):
         captured(torch.arange(5, device="cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_captured_images_keep_what_they_are_made_of(mesh):
+    """A graph does not keep the tables that it reads, and whoever captures it may let go of them."""
+    captured = CapturedPeople(SyntheticPeople(mesh, 3, size=64).cuda(), 4)
+    gc.collect()
+    taken = [torch.full((size,), -1, device="cuda") for size in (16, 64, 512, 4096, 65536) for _ in range(64)]
+    indices = torch.arange(4, device="cuda")
+    expected, actual = SyntheticPeople(mesh, 3, size=64).cuda()(indices), captured(indices)
+    assert torch.equal(actual.labels.vertices, expected.labels.vertices)
+    assert_same_images(actual.images.cpu(), expected.images.cpu())
+    assert all(bool((one == -1).all()) for one in taken)

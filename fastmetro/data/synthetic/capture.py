@@ -22,6 +22,7 @@ class CapturedPeople:
         device = people.faces.device
         if device.type != "cuda":
             raise ValueError(f"people must be on a CUDA device to be captured, it is on {device}")
+        self._people = people  # the graph reads its tables, and does not keep them
         self._indices = torch.arange(batch_size, device=device)
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
