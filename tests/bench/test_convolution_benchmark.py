@@ -363,7 +363,8 @@ def test_the_command_for_ends_of_bottlenecks(
     command.main([*arguments.split(), str(path)])
     rows = list(csv.DictReader(path.open()))
     names = ("library", "engine", "ending")
-    assert [(row["batch"], row["contender"]) for row in rows] == [(n, name) for n in "13" for name in names] * len(MODES)
+    every = [(images, name) for images in "13" for name in names]
+    assert [(row["batch"], row["contender"]) for row in rows] == every * len(MODES)
     assert all(float(row["us"]) > 0 and float(row["error"]) < 1e-5 and row["commit"] for row in rows)
     assert "share" in capsys.readouterr().out
     monkeypatch.setattr(endings, "ours", lambda inputs: [one + 1 for one in endings.others(inputs, "library")])
