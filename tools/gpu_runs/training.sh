@@ -1,0 +1,22 @@
+#!/bin/bash
+# Issue 5: training steps, training from files, tests of steps and of interrupted runs. training.sh COMMIT [LIMIT [STEP...]]
+NEEDS_WHEELS=1
+source "$(dirname "$0")/common.sh"
+
+training() { # CASE MAXSECONDS: one case in a process of its own, rows in a file of its own
+  step "training_$1" "$2" "$PY" -m bench training --cases "$1" --csv "$R/training_$1.csv"
+}
+
+training s-r50 200
+training l-r50 240
+training l-r50-full 260
+# 60 steps instead of the command's 200: without workers one process makes about 150 images per second, and the file is
+# written at the end.
+step data 260 "$PY" -m bench data --workers 0 2 4 8 16 --steps 60 --csv "$R/data.csv"
+step tests 150 "$PY" -m pytest -v -p no:cacheprovider -n 4 tests/training/test_step.py tests/training/test_interrupted.py
+
+collect() {
+  grep -hE 'reached$|MISSED$' "$LOGS"/training_*.log 2>/dev/null
+  grep -hE '[0-9]+ (passed|failed)' "$LOGS/tests.log" 2>/dev/null
+  return 0
+}
