@@ -135,7 +135,8 @@ class CapturedStep:
         torch.cuda.current_stream(step.device).wait_stream(side)
         step.optimizer.zero_grad(set_to_none=True)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        # Other threads, NCCL's and the one that pins batches, go on with calls that no capture may hold.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._values = step(self._images, self._labels)
         before.restore(step)
 

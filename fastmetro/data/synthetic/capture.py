@@ -31,7 +31,7 @@ class CapturedPeople:
                 people(self._indices)
         torch.cuda.current_stream(device).wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):  # other threads may go on using CUDA
             self._batch = people(self._indices)
 
     def __call__(self, indices: Tensor) -> SyntheticBatch:
