@@ -1,4 +1,4 @@
-"""The end of a bottleneck residual block in one kernel, for large batches: what is behind its first convolution."""
+"""The end of a bottleneck residual block in one kernel: what is behind its first convolution."""
 
 from __future__ import annotations
 

@@ -248,7 +248,7 @@ def _pair(
 def _ended(
     inner: Tensor, x: Tensor, weights: BlockWeights, following: ConvolutionWeights | None
 ) -> tuple[Tensor, Tensor | None] | None:
-    """`block_end` of a bottleneck by one kernel for large batches, or None: it is not for it.
+    """`block_end` of a bottleneck by one kernel, or None: it is not for it.
 
     Only where it was measured: a backend that is named is one of `kernels.convolution`. A following convolution that
     the kernel cannot take is left to others; one that it can is part of what must have been measured.
