@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from bench.attention import checks
 from bench.attention.cases import Case, Shape, Unavailable
 from bench.attention.contenders import NAMES, variants
 
@@ -28,5 +29,6 @@ def test_attention(benchmark: Any, case: Case, name: str, backward: bool) -> Non
     except Unavailable as reason:
         pytest.skip(str(reason))
     tensors = case.inputs(variant.layout, backward)[0]
+    assert checks.check(variant, case, backward, checks.oracle(case, backward, variant.masked))[1] is None
     with torch.set_grad_enabled(backward):
         benchmark(variant.run, tensors)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bench import common
+from fastmetro.meshes.unpickle import read_object_npz
 from fastmetro_kernels import SparseMatrix, sparse_upsample
 from fastmetro_kernels.points import build_points
 from fastmetro_kernels.upsampling import ops
@@ -45,7 +46,7 @@ Run = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 def matrices(data: Path, names: list[str]) -> Iterator[tuple[str, SparseMatrix]]:
     """The published steps of the body hierarchy and their product, or random ones of the same sizes, by name."""
     if data.is_file():
-        fine, coarse = (sp.csr_array(step) for step in np.load(data, allow_pickle=True, encoding="latin1")["U"])
+        fine, coarse = (sp.csr_array(step) for step in read_object_npz(data, ["U"])["U"])
         kind = "published"
     else:
         fine, coarse = random_step(6890, 1723), random_step(1723, 431)

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastmetro.meshes.unpickle import read_object_npz
 from fastmetro_kernels.sparse import SparseMatrix
 
 BUFFERS = ("row_offsets", "columns", "values", "values64", "ell_columns", "ell_values")
@@ -233,7 +234,7 @@ def test_published_matrices(shared: Path) -> None:
     path = shared / "data" / "fastmetro" / "mesh_downsampling.npz"
     if not path.is_file():
         pytest.skip(f"no {path}")
-    steps = np.load(path, allow_pickle=True, encoding="latin1")["U"]
+    steps = read_object_npz(path, ["U"])["U"]
     fine, coarse = SparseMatrix.from_scipy(steps[0]), SparseMatrix.from_scipy(steps[1])
     assert fine.shape == (6890, 1723) and fine.nnz == 20670 and fine.ell_columns.shape == (6890, 3)
     assert coarse.shape == (1723, 431) and coarse.nnz == 5169 and coarse.ell_columns.shape == (1723, 3)
