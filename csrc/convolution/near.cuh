@@ -7,6 +7,8 @@
 // it may begin anywhere. The im2col mode (forward.cuh) would bring the same pixels nine times.
 #pragma once
 
+#include <algorithm>
+
 #include "tile.cuh"
 
 namespace fm_convolution {
@@ -37,6 +39,15 @@ constexpr int near_shared_bytes(int columns, int box_bytes, int split, int stage
 // First row of a tile's box: that of the neighbour up left of its first position.
 __host__ __device__ constexpr int near_first_row(int position, int pitch) {
   return (position == 0 ? -1 : (position - 1) / pitch) - 1;
+}
+
+// Rows of the tallest box that a tile needs.
+inline int near_box_rows(int height, int pitch) {
+  int rows = 0;
+  for (int position = 0; position < height * pitch; position += kRows) {
+    rows = std::max(rows, (position + kRows) / pitch + 1 - near_first_row(position, pitch) + 1);
+  }
+  return rows;
 }
 
 #ifdef FM_HOPPER

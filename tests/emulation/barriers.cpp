@@ -143,7 +143,6 @@ void open_arrivals() {
 
 void cluster_arrive(const Place& place) {
   Lane& self = *current.running;
-  check_nobody_waits_for(self, "enters cluster_arrive at " + text_of(place));
   if (self.arrived != 0) fail_at("cluster_arrive twice without cluster_wait", &self, place);
   self.arrived = current.arrival_phase;
   ++current.arrivals;
