@@ -51,7 +51,7 @@ struct EndingProblem {
   int down, across, tiles;  // tiles of an image, and of all
 };
 
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#ifdef FM_HOPPER
 
 struct EndingTile {
   int x, y, image;
@@ -359,7 +359,7 @@ struct EndingGroup {
 
 template <typename T, Ending ENDING>
 __global__ void __launch_bounds__(kEndingGroups* kWarpgroup) ending_kernel(const __grid_constant__ EndingProblem p) {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#ifdef FM_HOPPER
   const fm::SharedAddress weights = fm::shared_address(fm::dynamic_shared());
   const EndingPlaces first{weights + ending_matrices(ENDING) * kMatrix};
   const int number = threadIdx.x / kWarpgroup, step = gridDim.x * kEndingGroups;

@@ -33,7 +33,7 @@ constexpr int shared_bytes(int columns, int groups, int split, int stages) {
   return ring + sums + (2 * kMaxStages + 1) * 8 + 1024;
 }
 
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#ifdef FM_HOPPER
 
 // Notes the time if the kernel is a timed one.
 template <Kind KIND, typename T>
@@ -51,7 +51,7 @@ __device__ __forceinline__ void stamp(const Problem<T>& p, Stamp stamp) {
 template <typename T, int COLUMNS, int GROUPS, bool SHARED, Kind KIND>
 __global__ void __launch_bounds__(GROUPS* kWarpgroup + 32) convolution_kernel(const __grid_constant__ Problem<T> p) {
   static_assert(GROUPS == 1 || (!SHARED && KIND != kRepeats));
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#ifdef FM_HOPPER
   using MyTile = Tile<COLUMNS, GROUPS>;
   const fm::SharedAddress begin = (fm::shared_address(fm::dynamic_shared()) + 1023) & ~1023u;
   const fm::SharedAddress weights = begin + p.inputs.stages * GROUPS * MyTile::kPixels;
@@ -97,9 +97,9 @@ __global__ void __launch_bounds__(GROUPS* kWarpgroup + 32) convolution_kernel(co
     } else {
       // The ring is read no more: rows are put together there.
       rows = begin + group * kRows * (COLUMNS + 8) * 4;
-      asm volatile("bar.sync 1, %0;" ::"n"(GROUPS* kWarpgroup) : "memory");
+      fm::group_sync<GROUPS * kWarpgroup>(1);
       lay_out_rows<COLUMNS>(sums, rows);
-      asm volatile("bar.sync %0, 128;" ::"r"(2 + group) : "memory");
+      fm::group_sync(2 + group);
     }
     stamp<KIND>(p, kExchanged);
     if constexpr (KIND == kRepeats) mine.finish_repeated(p.output, p.inputs, rows, own, split, tile.row + rank * own);

@@ -11,7 +11,25 @@ struct alignas(128) TensorMap {
   uint64_t opaque[16];
 };
 
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL  // products of warpgroups exist on 9.0 only, not on chips after it
+// An operand of a product: rows of 64 16-bit numbers, 128 bytes each in the copy engine's 128-byte swizzle, at an
+// address that is a multiple of 128; each 8 rows begin `group` bytes behind those before. 16 numbers further along the
+// rows are 2 more.
+__device__ __forceinline__ uint64_t operand(SharedAddress rows, int group = 1024) {
+  constexpr uint64_t kSwizzle128 = 1;
+  return (static_cast<uint64_t>(rows & 0x3ffff) >> 4) | (1ull << 16) | (static_cast<uint64_t>(group >> 4) << 32) |
+         (kSwizzle128 << 62);
+}
+
+}  // namespace fm
+
+// FM_HOPPER: what is made of these instructions exists. Products of warpgroups are on 9.0 only, not on chips after it.
+#ifdef FM_EMULATED
+#define FM_HOPPER
+#include "hopper_emulation.h"
+#elif defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define FM_HOPPER
+
+namespace fm {
 
 // A barrier in shared memory, for `arrivals` arrivals and whatever bytes are announced per phase.
 __device__ __forceinline__ void barrier_init(SharedAddress barrier, uint32_t arrivals) {
@@ -105,8 +123,11 @@ __device__ __forceinline__ void stores_wait() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
-// Waits for the other warps of a warpgroup, which has a barrier of its own: not 0, which is __syncthreads.
-__device__ __forceinline__ void group_sync(int barrier) { asm volatile("bar.sync %0, 128;" ::"r"(barrier) : "memory"); }
+// Waits for the other warps of a group of so many threads, which has a barrier of its own: not 0, which is __syncthreads.
+template <int THREADS = 128>
+__device__ __forceinline__ void group_sync(int barrier) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(THREADS) : "memory");
+}
 
 // Stores four 8 x 8 matrices of 16-bit numbers, the way load_matrices loads them.
 __device__ __forceinline__ void store_matrices(SharedAddress row, const uint32_t (&r)[4]) {
@@ -139,13 +160,11 @@ __device__ __forceinline__ uint4 load_coherent(const void* from) {
   return v;
 }
 
-// An operand of a product: rows of 64 16-bit numbers, 128 bytes each in the copy engine's 128-byte swizzle, at an
-// address that is a multiple of 128; each 8 rows begin `group` bytes behind those before. 16 numbers further along the
-// rows are 2 more.
-__device__ __forceinline__ uint64_t operand(SharedAddress rows, int group = 1024) {
-  constexpr uint64_t kSwizzle128 = 1;
-  return (static_cast<uint64_t>(rows & 0x3ffff) >> 4) | (1ull << 16) | (static_cast<uint64_t>(group >> 4) << 32) |
-         (kSwizzle128 << 62);
+// The same of one number.
+__device__ __forceinline__ float load_coherent_float(const float* from) {
+  float x;
+  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(x) : "l"(from) : "memory");
+  return x;
 }
 
 __device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -238,6 +257,6 @@ __device__ __forceinline__ void multiply_held(float (&sums)[32], const uint32_t 
 #undef FM_R64
 #undef FM_R128
 
-#endif
-
 }  // namespace fm
+
+#endif

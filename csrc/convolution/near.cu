@@ -1,21 +1,10 @@
 // 3 x 3 convolutions of convolution_native with one copy of the pixels for all taps. The kernel is in near.cuh.
-#include <algorithm>
-
 #include "near.cuh"
 #include "operands.h"
 
 namespace {
 
 using namespace fm_convolution;
-
-// Rows of the tallest box that a tile needs.
-int box_rows(int height, int pitch) {
-  int rows = 0;
-  for (int position = 0; position < height * pitch; position += kRows) {
-    rows = std::max(rows, (position + kRows) / pitch + 1 - near_first_row(position, pitch) + 1);
-  }
-  return rows;
-}
 
 template <typename T, int COLUMNS>
 void launch(const Near<T>& near, int64_t images, bool early, cudaStream_t stream) {
@@ -38,7 +27,7 @@ void run_near(const Arguments& arguments, Tensor& out, const std::vector<int64_t
   const Geometry g = geometry(x, weight, stride, padding, "weight");
   STD_TORCH_CHECK(g.taps_down == 3 && g.taps_across == 3 && stride == 1 && padding == 1 && scale == 1 && !second.has_value(),
                   "convolution_native: once needs a 3 x 3 convolution of stride 1 and padding 1 alone");
-  const int pitch = int(g.width) + 1, rows = box_rows(int(g.height), pitch);
+  const int pitch = int(g.width) + 1, rows = near_box_rows(int(g.height), pitch);
   STD_TORCH_CHECK(pitch <= 256 && rows <= 256, "convolution_native: images of up to 255 columns");
   const auto call = [&]<typename T>(T*) {
     Near<T> problem{};

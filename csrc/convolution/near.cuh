@@ -7,6 +7,8 @@
 // it may begin anywhere. The im2col mode (forward.cuh) would bring the same pixels nine times.
 #pragma once
 
+#include <algorithm>
+
 #include "tile.cuh"
 
 namespace fm_convolution {
@@ -39,7 +41,16 @@ __host__ __device__ constexpr int near_first_row(int position, int pitch) {
   return (position == 0 ? -1 : (position - 1) / pitch) - 1;
 }
 
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+// Rows of the tallest box that a tile needs.
+inline int near_box_rows(int height, int pitch) {
+  int rows = 0;
+  for (int position = 0; position < height * pitch; position += kRows) {
+    rows = std::max(rows, (position + kRows) / pitch + 1 - near_first_row(position, pitch) + 1);
+  }
+  return rows;
+}
+
+#ifdef FM_HOPPER
 
 template <int COLUMNS>
 struct NearTile {
@@ -111,7 +122,7 @@ __device__ __forceinline__ void multiply_near(const NearTile<COLUMNS>& tile, flo
 
 template <typename T, int COLUMNS, bool SHARED>
 __global__ void __launch_bounds__(kWarpgroup + 32) near_kernel(const __grid_constant__ Near<T> p) {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#ifdef FM_HOPPER
   using Mine = Share<T, COLUMNS, SHARED>;
   const fm::SharedAddress begin = (fm::shared_address(fm::dynamic_shared()) + 1023) & ~1023u;
   const int stage_bytes = near_stage_bytes(COLUMNS, p.box_bytes);
@@ -179,9 +190,9 @@ __global__ void __launch_bounds__(kWarpgroup + 32) near_kernel(const __grid_cons
       exchange<COLUMNS>(sums, parts, arrived, own);
     } else {
       rows = begin;  // the chunks are read no more
-      asm volatile("bar.sync 1, 128;" ::: "memory");
+      fm::group_sync(1);
       lay_out_rows<COLUMNS>(sums, rows);
-      asm volatile("bar.sync 1, 128;" ::: "memory");
+      fm::group_sync(1);
     }
 #pragma unroll
     for (int turn = 0; turn < Mine::kTurns; turn++) {

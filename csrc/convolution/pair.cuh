@@ -27,7 +27,7 @@ constexpr int pair_shared_bytes(int narrow, int stages) {
   return ring + kept + weights + kRows * (narrow + 8) * 4 + (2 * kMaxStages + 2) * 8 + 1024;
 }
 
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#ifdef FM_HOPPER
 
 // Where eight channels of a row lie in the copy engine's swizzle: chunks of 64 channels, rows of 128 bytes.
 __device__ __forceinline__ int swizzled(int row, int eighth) {
@@ -55,7 +55,7 @@ __device__ __forceinline__ void multiply_kept(fm::SharedAddress kept, fm::Shared
 
 template <typename T, int NARROW>
 __global__ void __launch_bounds__(kWarpgroup + 32) pair_kernel(const __grid_constant__ Pair<T> p) {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#ifdef FM_HOPPER
   using MyTile = Tile<kWide, 1>;
   const fm::SharedAddress begin = (fm::shared_address(fm::dynamic_shared()) + 1023) & ~1023u;
   const fm::SharedAddress weights = begin + p.inputs.stages * MyTile::kPixels;
@@ -100,16 +100,16 @@ __global__ void __launch_bounds__(kWarpgroup + 32) pair_kernel(const __grid_cons
     {
       float sums[kWide / 2];
       multiply_chunks<T>(tile, 0, sums);
-      asm volatile("bar.sync 1, 128;" ::: "memory");  // the ring is read no more: rows are put together there
+      fm::group_sync(1);  // the ring is read no more: rows are put together there
       lay_out_rows<kWide>(sums, begin);
-      asm volatile("bar.sync 1, 128;" ::: "memory");
+      fm::group_sync(1);
     }
     const int eighth = threadIdx.x % (kWide / 8);
     wide.finish(p.wide, begin, kRows, 1, [&](int row, const uint4& result) {
       fm::store_shared(kept + swizzled(row, eighth), result);
     });
     fm::shared_stores_ready();  // for the products, which read as the copy engine does
-    asm volatile("bar.sync 1, 128;" ::: "memory");
+    fm::group_sync(1);
     float sums[NARROW / 2];
     fm::barrier_wait(ready, 0);
     multiply_kept<T, NARROW>(kept, next, sums);

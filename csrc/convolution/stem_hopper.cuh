@@ -25,7 +25,7 @@ struct GroupTile : Tile<HEIGHT, WIDTH, 2, 1> {
   static __device__ __forceinline__ int thread() { return threadIdx.x % Base::kThreads; }
 };
 
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#ifdef FM_HOPPER
 
 // The weights as rows of a product's right operand, a row per column of the sums, in the swizzle of the copy engine:
 // packed for lanes (see _order in stem.py), a lane's 16 bytes are four words of two of the eight columns that it shares.
@@ -105,7 +105,7 @@ __device__ __forceinline__ void multiply_groups(const Problem<T, Source>& p, con
 template <typename T, typename Cut, typename Source>
 __global__ void __launch_bounds__(Cut::kBlockThreads, 1)
     stem_groups_kernel(const __grid_constant__ Problem<T, Source> p) {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#ifdef FM_HOPPER
   unsigned char* const weights = fm::dynamic_shared();  // at a multiple of 1024
   const int group = threadIdx.x / Cut::kThreads, step = gridDim.x * Cut::kGroups;
   unsigned char* const pixels = weights + kWeightBytes + group * Cut::kGroupBytes;

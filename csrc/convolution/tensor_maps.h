@@ -4,7 +4,11 @@
 
 #include <cuda.h>
 
+#ifdef FM_EMULATED
+#include "tensor_maps_emulation.h"
+#else
 #include "common/cuda.h"
+#endif
 #include "tile.cuh"
 
 namespace fm_convolution {
@@ -20,6 +24,7 @@ struct Geometry {
   int64_t out_width() const { return (width + 2 * padding - taps_across) / stride + 1; }
 };
 
+#ifndef FM_EMULATED
 template <typename Function>
 Function driver_function(const char* name) {
   void* found = nullptr;
@@ -28,6 +33,7 @@ Function driver_function(const char* name) {
   STD_TORCH_CHECK(result == cudaDriverEntryPointSuccess, "convolution: the driver has no ", name);
   return reinterpret_cast<Function>(found);
 }
+#endif
 
 inline CUtensorMap& opaque(fm::TensorMap& map) { return reinterpret_cast<CUtensorMap&>(map); }
 

@@ -17,7 +17,7 @@ struct Divisor {
   static Divisor of(uint32_t number) {
     return {number, number > 1 ? static_cast<uint32_t>((1ull << 32) / number + 1) : 0};
   }
-#ifdef __CUDACC__
+#if defined(__CUDACC__) || defined(FM_EMULATED)
   __device__ __forceinline__ int quotient(int x) const { return reciprocal != 0 ? __umulhi(x, reciprocal) : x; }
 #endif
 };
@@ -50,7 +50,7 @@ struct Output {
 // What a block notes of itself, in clocks of its multiprocessor; the last is which one that is.
 enum Stamp { kStarted, kPrepared, kWaited, kAsked, kMultiplied, kExchanged, kStored, kMultiprocessor, kStamps };
 
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL  // what follows exists on 9.0 only, not on chips after it
+#ifdef FM_HOPPER
 
 struct Ring {
   fm::SharedAddress pixels, weights, full, empty;

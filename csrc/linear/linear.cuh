@@ -50,7 +50,7 @@ constexpr int shared_bytes(int columns, int split, int stages) {
   return ring + sums + (2 * kMaxStages + 1) * 8 + 1024;
 }
 
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#ifdef FM_HOPPER
 
 template <int COLUMNS>
 using Tile = fm_convolution::Tile<COLUMNS, 1>;
@@ -75,13 +75,6 @@ __device__ __forceinline__ void ask_for_chunks(const Tile<COLUMNS>& tile, int le
     copy_rows(tile, i, stage, leads);
     if (++stage == tile.p.stages) stage = 0, phase ^= 1;
   }
-}
-
-// A number that the kernel in front wrote, here and now.
-__device__ __forceinline__ float load_number(const float* from) {
-  float x;
-  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(x) : "l"(from) : "memory");
-  return x;
 }
 
 // The sum over the LANES lanes that finish a row.
@@ -152,9 +145,9 @@ struct Share {
     for (int i = 0; i < kPartsOfLane; i++) {
       const int part = lane + i * kEighths;
       const bool counts = real && part < p.parts;
-      count[i] = counts ? load_number(moments + 3 * part) : 0.f;
-      middle[i] = counts ? load_number(moments + 3 * part + 1) : 0.f;
-      squares += counts ? load_number(moments + 3 * part + 2) : 0.f;
+      count[i] = counts ? fm::load_coherent_float(moments + 3 * part) : 0.f;
+      middle[i] = counts ? fm::load_coherent_float(moments + 3 * part + 1) : 0.f;
+      squares += counts ? fm::load_coherent_float(moments + 3 * part + 2) : 0.f;
       total += count[i] * middle[i];
     }
     mean[turn] = sum_of_row<kEighths>(total) / p.width;
@@ -221,7 +214,7 @@ struct Share {
 // SHARED: the blocks of a cluster share the depth; else a block is alone.
 template <typename T, int COLUMNS, bool SHARED>
 __global__ void __launch_bounds__(kWarpgroup + 32) linear_kernel(const __grid_constant__ Problem<T> p) {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#ifdef FM_HOPPER
   using MyTile = Tile<COLUMNS>;
   const fm::SharedAddress begin = (fm::shared_address(fm::dynamic_shared()) + 1023) & ~1023u;
   const fm::SharedAddress weights = begin + p.inputs.stages * MyTile::kPixels;
@@ -262,9 +255,9 @@ __global__ void __launch_bounds__(kWarpgroup + 32) linear_kernel(const __grid_co
       fm_convolution::exchange<COLUMNS>(sums, parts, arrived, own);
     } else {
       rows = begin;  // the ring is read no more: rows are put together there
-      asm volatile("bar.sync 1, 128;" ::: "memory");
+      fm::group_sync(1);
       fm_convolution::lay_out_rows<COLUMNS>(sums, rows);
-      asm volatile("bar.sync 1, 128;" ::: "memory");
+      fm::group_sync(1);
     }
     mine.finish(rows, split, column);
   }

@@ -57,7 +57,18 @@ INSTRUMENTED = [
 ]
 """Of harnesses: accesses and undefined arithmetic are announced (see hooks.cpp), and variables that were never set hold
 nonsense instead of what happened to be there."""
-RUNTIME = ("emulator.cpp", "fibers.cpp", "warp.cpp", "shared_memory.cpp", "global_memory.cpp", "hooks.cpp")
+RUNTIME = (
+    "launch.cpp",
+    "emulator.cpp",
+    "fibers.cpp",
+    "warp.cpp",
+    "products.cpp",
+    "barriers.cpp",
+    "shared_memory.cpp",
+    "global_memory.cpp",
+    "copy_engine.cpp",
+    "hooks.cpp",
+)
 EXPORTS = HERE / "exports.map"
 OLDEST_COMPILER = 12
 MARGIN = 1024

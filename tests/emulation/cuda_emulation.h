@@ -57,6 +57,8 @@ void check_prefetch(const void* pointer, const Place& place);
 uint32_t cluster_rank();
 uint32_t cluster_size();
 void cluster_sync(const Place& place);
+void cluster_arrive(const Place& place);
+void cluster_wait(const Place& place);
 void load_cluster(void* to, uint32_t bytes, uint32_t address, uint32_t rank, const Place& place);
 
 template <typename T>
@@ -316,10 +318,9 @@ inline void prefetch_l2(const void* pointer, Place place = Place::current()) {
 inline uint32_t cluster_rank() { return fm_emulation::cluster_rank(); }
 inline uint32_t cluster_size() { return fm_emulation::cluster_size(); }
 inline void cluster_sync(Place place = Place::current()) { fm_emulation::cluster_sync(place); }
-// The two halves of it are one here.
 template <bool WRITES>
-inline void cluster_arrive() {}
-inline void cluster_wait(Place place = Place::current()) { fm_emulation::cluster_sync(place); }
+inline void cluster_arrive(Place place = Place::current()) { fm_emulation::cluster_arrive(place); }
+inline void cluster_wait(Place place = Place::current()) { fm_emulation::cluster_wait(place); }
 inline float4 load_cluster_float4(SharedAddress address, uint32_t rank, Place place = Place::current()) {
   float4 v;
   fm_emulation::load_cluster(&v, sizeof v, address, rank, place);

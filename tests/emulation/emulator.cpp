@@ -1,9 +1,6 @@
-// Launches: which thread of which block runs when, and barriers.
-#include <dlfcn.h>
-
+// Which thread of which block runs when, and barriers of the block and the cluster.
 #include <algorithm>
 #include <array>
-#include <cstdio>
 #include <cstring>
 #include <utility>
 
@@ -21,16 +18,6 @@ namespace {
 void (*kernel_call)(void*) = nullptr;
 void* kernel_object = nullptr;
 uint64_t random_state = 0;
-Statistics totals;
-bool launched = false;
-std::string last_error;
-
-uint32_t random_below(uint32_t limit) {  // splitmix64
-  uint64_t x = random_state += 0x9E3779B97F4A7C15u;
-  x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9u;
-  x = (x ^ x >> 27) * 0x94D049BB133111EBu;
-  return static_cast<uint32_t>((x ^ x >> 31) % limit);
-}
 
 // A warp of the block that can go on, or -1.
 int pick_warp(const Block& block) {
@@ -61,7 +48,10 @@ void run_warp(Block& block, int index) {
   }
 }
 
-const char* name_of(State state) { return state == State::at_barrier ? "__syncthreads" : "cluster_sync"; }
+// Whether it waits for something that only others can bring about, whoever these are.
+bool waits_for_others(const Lane& lane) {
+  return lane.state == State::at_group_barrier || lane.state == State::at_phase || lane.state == State::at_arrivals;
+}
 
 // All threads that have not returned must wait at one barrier, the same for all.
 void check_same_barrier(const Lane& first, const Lane& lane) {
@@ -88,6 +78,9 @@ void release(Block& block, State from, int64_t value) {
 // Opens the barrier of a block none of whose threads can go on; false when nobody is left, or when they wait for the
 // rest of the cluster.
 bool open_barrier(Block& block) {
+  for (const Lane& lane : block.lanes) {
+    if (waits_for_others(lane)) return false;
+  }
   const Lane* first = nullptr;
   int64_t count = 0;
   for (const Lane& lane : block.lanes) {
@@ -123,10 +116,20 @@ bool open_cluster_barrier() {
   return true;
 }
 
-// Lets one warp of the cluster go on, or opens a barrier; false when all threads have returned.
+// Nobody can go on, and some wait for what others should have brought about: the launch has failed.
+void check_deadlock() {
+  for (const Block& block : current.cluster) {
+    for (const Lane& lane : block.lanes) {
+      if (waits_for_others(lane)) fail("waits for ever in " + describe_wait(lane), &lane);
+    }
+  }
+}
+
+// Lets one warp of the cluster go on, performs a transfer or opens a barrier; false when all threads have returned.
 bool step() {
   const uint32_t count = static_cast<uint32_t>(current.cluster.size());
   const Schedule schedule = current.options.schedule;
+  if (schedule == Schedule::random && random_below(4) == 0 && perform_transfer()) return true;
   const uint32_t first = schedule == Schedule::random && count > 1 ? random_below(count) : 0;
   for (uint32_t i = 0; i < count; ++i) {
     Block& block = current.cluster[schedule == Schedule::reverse ? count - 1 - i : (first + i) % count];
@@ -138,6 +141,8 @@ bool step() {
     }
     if (open_barrier(block)) return true;
   }
+  if (perform_transfer()) return true;
+  check_deadlock();
   return open_cluster_barrier();
 }
 
@@ -154,14 +159,21 @@ void start_block(Block& block, uint32_t number) {
     warp.epoch = 1;
     warp.ready = std::popcount(warp.lanes);
     warp.gatherings.clear();
+    warp.products_begun = false;
+    warp.products = 1;
+    warp.accumulators.clear();
   }
   for (Lane& lane : block.lanes) {
     lane.state = State::fresh;
     lane.copies.clear();
     lane.groups.clear();
     lane.open_copies = 0;
+    lane.arrived = 0;
+    lane.fences = 1;
+    lane.stores = 1;
   }
   start_block_memory(block);
+  start_block_barriers(block);
 }
 
 void make_threads(Block& block, dim3 threads) {
@@ -189,27 +201,6 @@ void make_cluster(uint32_t size, dim3 threads) {
   prepare_stacks(static_cast<size_t>(size) * threads.x * threads.y * threads.z);
 }
 
-// "file.cuh:12" of an instruction, by way of addr2line; the innermost place that is not in the emulator.
-std::string text_of_instruction(const void* address) {
-  Dl_info info{};
-  if (!dladdr(address, &info)) return "an unknown place";
-  const uintptr_t offset = reinterpret_cast<uintptr_t>(address) - reinterpret_cast<uintptr_t>(info.dli_fbase) - 1;
-  char command[1024], line[1024];
-  std::snprintf(command, sizeof command, "addr2line -i -e '%s' 0x%zx 2>/dev/null", info.dli_fname,
-                static_cast<size_t>(offset));
-  std::string found;
-  if (FILE* pipe = popen(command, "r")) {
-    while (std::fgets(line, sizeof line, pipe)) {
-      std::string text(line, std::strcspn(line, "\n "));
-      if (found.empty() && text.find("cuda_emulation.h") == std::string::npos && text[0] != '?') found = text;
-    }
-    pclose(pipe);
-  }
-  if (!found.empty()) return found.substr(found.rfind('/') + 1);
-  std::snprintf(line, sizeof line, "%s+0x%zx", info.dli_fname, static_cast<size_t>(offset));
-  return line;
-}
-
 void run_clusters(uint32_t count) {
   std::vector<uint32_t> order(count);
   for (uint32_t i = 0; i < count; ++i) {
@@ -220,30 +211,13 @@ void run_clusters(uint32_t count) {
   }
   const auto size = static_cast<uint32_t>(current.cluster.size());
   for (const uint32_t cluster : order) {
-    current.cluster_epoch = 1;
+    current.cluster_epoch = current.arrival_phase = 1;
+    current.arrivals = 0;
+    start_transfers();
     for (Block& block : current.cluster) start_block(block, cluster * size + block.rank);
     while (step()) {
       if (!current.failure.empty()) return;
     }
-  }
-}
-
-void check_launch(dim3 grid, dim3 threads, size_t shared_bytes, const Options& options) {
-  const uint64_t count = static_cast<uint64_t>(threads.x) * threads.y * threads.z;
-  if (count == 0 || count > kMaxThreads) throw Error("a block has 1 to 1024 threads, not " + std::to_string(count));
-  if (grid.x == 0 || grid.y == 0 || grid.z == 0) throw Error("the grid is empty, which a GPU refuses too");
-  if (grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) throw Error("the grid is larger than a GPU allows");
-  if (static_cast<uint64_t>(grid.x) * grid.y * grid.z > 0xffffffffu) throw Error("the grid is too large to emulate");
-  if (options.cluster_size < 1 || options.cluster_size > kMaxCluster) {
-    throw Error("a cluster has 1 to 8 blocks, not " + std::to_string(options.cluster_size));
-  }
-  if (grid.x % options.cluster_size != 0) {
-    throw Error("the grid has " + std::to_string(grid.x) + " blocks along x, no multiple of the " +
-                std::to_string(options.cluster_size) + " of a cluster");
-  }
-  if (shared_bytes > static_cast<size_t>(options.shared_limit)) {
-    throw Error("a block asks for " + std::to_string(shared_bytes) + " bytes of shared memory; there are " +
-                std::to_string(options.shared_limit));
   }
 }
 
@@ -252,30 +226,46 @@ void wait_at(Lane& self, State barrier, int64_t value, const Place& place) {
   if (!warp.gatherings.empty()) {
     check_nobody_waits_for(self, std::string("enters ") + name_of(barrier) + " at " + text_of(place));
   }
-  self.state = barrier;
-  self.place = place;
   self.value = value;
-  warp.at_barrier |= 1u << self.lane;
-  --warp.ready;
-  switch_to_scheduler(self);
-}
-
-void add(Statistics& to, const Statistics& more) {
-  to.blocks += more.blocks;
-  to.barriers += more.barriers;
-  to.shuffles += more.shuffles;
-  to.matrix_loads += more.matrix_loads;
-  to.matrix_wavefronts += more.matrix_wavefronts;
-  to.multiply_adds += more.multiply_adds;
-  to.copies += more.copies;
-  to.zero_fills += more.zero_fills;
-  to.global_read_bytes += more.global_read_bytes;
-  to.global_write_bytes += more.global_write_bytes;
-  to.cluster_barriers += more.cluster_barriers;
-  to.cluster_reads += more.cluster_reads;
+  wait_in(self, barrier, true, place);
 }
 
 }  // namespace
+
+const char* name_of(State state) {
+  switch (state) {
+    case State::at_barrier: return "__syncthreads";
+    case State::at_cluster_barrier: return "cluster_sync";
+    case State::at_group_barrier: return "group_sync";
+    case State::at_phase: return "barrier_wait";
+    case State::at_arrivals: return "cluster_wait";
+    default: return "a function";
+  }
+}
+
+uint32_t random_below(uint32_t limit) {  // splitmix64
+  uint64_t x = random_state += 0x9E3779B97F4A7C15u;
+  x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9u;
+  x = (x ^ x >> 27) * 0x94D049BB133111EBu;
+  return static_cast<uint32_t>((x ^ x >> 31) % limit);
+}
+
+void wake(Lane& lane) {
+  Warp& warp = lane.block->warps[lane.warp];
+  lane.state = State::ready;
+  warp.at_barrier &= ~(1u << lane.lane);
+  ++warp.ready;
+  lane.block->parked = false;
+}
+
+void wait_in(Lane& self, State state, bool together, const Place& place) {
+  Warp& warp = self.block->warps[self.warp];
+  self.state = state;
+  self.place = place;
+  if (together) warp.at_barrier |= 1u << self.lane;
+  --warp.ready;
+  switch_to_scheduler(self);
+}
 
 bool same(const Place& a, const Place& b) {
   return a.line() == b.line() && a.column() == b.column() && std::strcmp(a.file_name(), b.file_name()) == 0;
@@ -303,45 +293,17 @@ void fail_at(const std::string& what, const Lane* lane, const Place& place) {
   fail(what + " (" + text_of(place) + ")", lane);
 }
 
-Options& default_options() {
-  static Options options;
-  return options;
-}
-
-Options with_clusters(int32_t cluster_size) {
-  Options options = default_options();
-  options.cluster_size = cluster_size;
-  return options;
-}
-
-Statistics launch(void (*call)(void*), void* kernel, dim3 grid, dim3 threads, size_t shared_bytes,
-                  const Options& options) {
-  if (launched) throw Error("a kernel is being emulated already");
-  check_launch(grid, threads, shared_bytes, options);
-  launched = true;
-  struct AtEnd {
-    ~AtEnd() { launched = false, current.running = nullptr; }
-  } at_end;
+void run_grid(void (*call)(void*), void* kernel, dim3 grid, dim3 threads) {
   kernel_call = call;
   kernel_object = kernel;
-  random_state = options.seed;
+  random_state = current.options.seed;
   gridDim = grid;
   blockDim = threads;
-  current.options = options;
-  current.shared_bytes = static_cast<uint32_t>(shared_bytes);
-  current.statistics = {};
-  current.failure.clear();
-  current.failure_address = nullptr;
-  make_cluster(static_cast<uint32_t>(options.cluster_size), threads);
+  const auto cluster_size = static_cast<uint32_t>(current.options.cluster_size);
+  make_cluster(cluster_size, threads);
   start_shared_memory();
   start_global_memory();
-  run_clusters(grid.x * grid.y * grid.z / options.cluster_size);
-  if (!current.failure.empty()) {
-    if (current.failure_address) current.failure += " (" + text_of_instruction(current.failure_address) + ")";
-    throw Error(current.failure);
-  }
-  add(totals, current.statistics);
-  return current.statistics;
+  run_clusters(grid.x * grid.y * grid.z / cluster_size);
 }
 
 void trap(const char* what, const Place& place) { fail_at(what, current.running, place); }
@@ -349,11 +311,14 @@ void trap(const char* what, const Place& place) { fail_at(what, current.running,
 void leave_kernel(Lane& self) {
   check_nobody_waits_for(self, "returns from the kernel");
   Block& block = *self.block;
+  check_products_at_exit(self);
   if (++block.exited == block.lanes.size()) check_nobody_reads(self);
+  check_transfers_at_exit(self);
   self.state = State::exited;
   Warp& warp = block.warps[self.warp];
   warp.exited |= 1u << self.lane;
   --warp.ready;
+  open_arrivals();
 }
 
 void sync_threads(const Place& place) { sync_threads_count(false, place); }
@@ -370,17 +335,4 @@ uint32_t cluster_rank() { return current.running->block->rank; }
 
 uint32_t cluster_size() { return static_cast<uint32_t>(current.cluster.size()); }
 
-void set_last_error(const char* message) { last_error = message; }
-
 }  // namespace fm_emulation
-
-FM_EMULATION_EXPORT const char* fm_emulation_last_error() { return fm_emulation::last_error.c_str(); }
-
-FM_EMULATION_EXPORT void fm_emulation_configure(int32_t schedule, int32_t races, uint64_t seed, int64_t shared_limit,
-                                                int32_t cluster_size) {
-  fm_emulation::default_options() = {static_cast<fm_emulation::Schedule>(schedule),
-                                     static_cast<fm_emulation::Races>(races), seed, shared_limit, cluster_size};
-  fm_emulation::totals = {};
-}
-
-FM_EMULATION_EXPORT void fm_emulation_totals(fm_emulation::Statistics* to) { *to = fm_emulation::totals; }

@@ -6,11 +6,16 @@
 // between threads are reported at the access, and orders of execution can be varied); accesses outside of the block's
 // shared memory and outside of the registered buffers; lanes that miss a collective; bank conflicts of matrix loads;
 // blocks of a cluster that read each other's shared memory too early, too late or after its end; how many instructions
-// of each kind and how many bytes a kernel asks for.
+// of each kind and how many bytes a kernel asks for. Of compute capability 9.0: sums that are used and operands that are
+// overwritten before the wait for their product; copies of the copy engine and stores to other blocks that are not waited
+// for, or that nobody can have room for yet; stores to shared memory that were not made ready for both; barriers that
+// nobody ends, as deadlocks; blocks that return while others still write to them.
 //
 // What it cannot show: time, registers, occupancy, caches; how a GPU rounds inside a matrix product or an approximate
 // exponential (here: IEEE float32, in order); reordering of accesses by the memory system beyond what the race check
-// finds; anything about streams and launches.
+// finds; anything about streams and launches. The race check knows barriers of whole blocks and clusters only: kernels
+// whose warps wait for each other by group_sync or barriers in shared memory run with Races::ignored, and what these do
+// not order shows in the orders of execution alone.
 #pragma once
 
 #include <vector_types.h>
@@ -30,7 +35,8 @@ struct Error : std::runtime_error {
 };
 
 // Which of the threads that could go on does so: of the warps, of the lanes between two collectives, of the blocks of a
-// cluster, of the clusters.
+// cluster, of the clusters. What the copy engine is asked for comes at once (forward), when nobody can go on without it
+// (reverse), or at any time.
 enum class Schedule : int32_t { forward, reverse, random };
 
 // Which unordered accesses are reported. Warps are ordered by __syncthreads, lanes of a warp also by __syncwarp, blocks

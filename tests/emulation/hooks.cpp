@@ -41,6 +41,8 @@ void __tsan_vptr_update(void*, void*) {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
 void __tsan_init() {}
+// Of the guards of static variables.
+uint8_t __tsan_atomic8_load(const volatile uint8_t* p, int) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
 
 void __ubsan_handle_out_of_bounds(const Where* where, uintptr_t) { report(where, "index past the end of an array"); }
 void __ubsan_handle_shift_out_of_bounds(const Where* where, uintptr_t, uintptr_t) {

@@ -132,12 +132,42 @@ void perform(Lane& lane, const Copy& copy, const Place& place) {
   }
 }
 
+std::string at_offset(size_t cell) { return "offset " + std::to_string(cell * kGranule) + " of shared memory"; }
+
+void check_readings(const Lane& lane, const Block& block, uint32_t offset, uint32_t bytes, const Origin& origin) {
+  for (const Reading& reading : block.readings) {
+    if (reading.end <= offset || offset + bytes <= reading.begin) continue;
+    fail_from("writes offset " + std::to_string(std::max(offset, reading.begin)) + " of shared memory, which " +
+                  (reading.product ? "a product of warp " + std::to_string(reading.owner)
+                                   : "a store of a box by " + name_of_thread(reading.owner)) +
+                  " reads (" + text_of(reading.place) + "): it has not been waited for",
+              lane, origin);
+  }
+}
+
+// What holds between threads and what goes on beside them, whatever is ordered.
+void check_transfers(const Lane& lane, uint32_t offset, uint32_t bytes, bool write, const Origin& origin) {
+  Block& block = *lane.block;
+  if (write && !block.readings.empty()) check_readings(lane, block, offset, bytes, origin);
+  for (size_t i = offset / kGranule; i <= (offset + bytes - 1) / kGranule; ++i) {
+    Cell& cell = block.cells[i];
+    if (cell.pending == kTransfer) {
+      fail_from(std::string(write ? "writes " : "reads ") + at_offset(i) + ", where what was asked for has not arrived",
+                lane, origin);
+    }
+    if (!write) continue;
+    cell.storer = lane.thread + 1;
+    cell.storer_fences = lane.fences;
+  }
+}
+
 }  // namespace
 
 const Region shared_arenas{reinterpret_cast<uintptr_t>(arenas), reinterpret_cast<uintptr_t>(arenas) + sizeof arenas};
 
 void access_shared(const Lane& lane, int64_t offset, uint32_t bytes, bool write, const Origin& origin) {
   check_bounds(lane, offset, bytes, write, origin);
+  check_transfers(lane, static_cast<uint32_t>(offset), bytes, write, origin);
   if (current.options.races == Races::ignored) return;
   Block& block = *lane.block;
   const uint32_t warp_epoch = block.warps[lane.warp].epoch;
@@ -198,6 +228,58 @@ const unsigned char* read_matrix_row(const Lane& lane, uint32_t address, const P
   const int64_t offset = static_cast<int64_t>(address) - kSharedStart;
   access_shared(lane, offset, 16, false, Origin{&place, nullptr});
   return lane.block->shared + offset;
+}
+
+unsigned char* write_matrix_row(const Lane& lane, uint32_t address, const Place& place) {
+  if (address % 16 != 0) fail_at("a matrix row at an address that is no multiple of 16", &lane, place);
+  const int64_t offset = static_cast<int64_t>(address) - kSharedStart;
+  access_shared(lane, offset, 16, true, Origin{&place, nullptr});
+  return lane.block->shared + offset;
+}
+
+uint32_t checked_offset(const Lane& lane, uint32_t address, uint32_t bytes, const char* doing, const Place& place) {
+  const int64_t offset = static_cast<int64_t>(address) - kSharedStart;
+  if (offset < 0 || offset + bytes > current.shared_bytes) {
+    fail_at(std::string(doing) + " " + std::to_string(bytes) + " bytes at offset " + std::to_string(offset) +
+                " of shared memory; the block has " + std::to_string(current.shared_bytes),
+            &lane, place);
+  }
+  return static_cast<uint32_t>(offset);
+}
+
+void check_asynchronous_read(const Lane& lane, uint32_t offset, uint32_t bytes, const Place& place) {
+  const Block& block = *lane.block;
+  for (size_t i = offset / kGranule; i <= (offset + bytes - 1) / kGranule; ++i) {
+    const Cell& cell = block.cells[i];
+    if (cell.pending) fail_at("reads " + at_offset(i) + ", where what was asked for has not arrived", &lane, place);
+    if (cell.storer && block.lanes[cell.storer - 1].fences == cell.storer_fences) {
+      fail_at("reads " + at_offset(i) + ", which " + name_of_thread(cell.storer - 1) +
+                  " has written without shared_stores_ready",
+              &lane, place);
+    }
+  }
+}
+
+void begin_transfer(const Lane& asker, Block& to, uint32_t offset, uint32_t bytes, const Place& place) {
+  check_readings(asker, to, offset, bytes, Origin{&place, nullptr});
+  for (size_t i = offset / kGranule; i < (offset + bytes) / kGranule; ++i) {
+    if (to.cells[i].pending) {
+      fail_at("asks for a copy to " + at_offset(i) + ", where another is under way", &asker, place);
+    }
+    to.cells[i].pending = kTransfer;
+  }
+  poison(to, to.shared + offset, bytes);
+}
+
+void end_transfer(Block& to, uint32_t offset, const void* data, uint32_t bytes) {
+  std::memcpy(to.shared + offset, data, bytes);
+  for (size_t i = offset / kGranule; i < (offset + bytes) / kGranule; ++i) to.cells[i].pending = to.cells[i].storer = 0;
+}
+
+void forget_readings(Block& block, uint16_t owner, bool product, uint64_t before) {
+  std::erase_if(block.readings, [&](const Reading& reading) {
+    return reading.owner == owner && reading.product == product && reading.group < before;
+  });
 }
 
 void load_cluster(void* to, uint32_t bytes, uint32_t address, uint32_t rank, const Place& place) {

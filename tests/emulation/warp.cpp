@@ -6,6 +6,7 @@
 
 #include "block.h"
 #include "cuda_emulation.h"
+#include "numbers.h"
 
 namespace fm_emulation {
 namespace {
@@ -18,6 +19,12 @@ const char* name_of(Call call) {
     case Call::load_matrices: return "load_matrices";
     case Call::load_matrices_transposed: return "load_matrices_transposed";
     case Call::multiply_add: return "multiply_add_16x8x16";
+    case Call::store_matrices: return "store_matrices";
+    case Call::products_begin: return "products_begin";
+    case Call::multiply: return "multiply";
+    case Call::multiply_held: return "multiply_held";
+    case Call::products_commit: return "products_commit";
+    case Call::products_wait: return "products_wait";
   }
   return "?";
 }
@@ -36,8 +43,6 @@ std::string lanes_in(uint32_t mask) {
   }
   return text;
 }
-
-Lane& lane_of(const Lane& self, int lane) { return self.block->lanes[self.warp * kWarp + lane]; }
 
 void do_shuffle(const Lane& self, uint32_t mask, const Place& place) {
   ++current.statistics.shuffles;
@@ -116,16 +121,14 @@ void do_load_matrices(const Lane& self, bool transposed, const Place& place) {
   }
 }
 
-float half_to_float(uint16_t bits) {
-  const uint32_t magnitude = static_cast<uint32_t>(bits & 0x7FFFu) << 13;
-  const float scaled = __builtin_bit_cast(float, magnitude) * 0x1p112f;
-  const uint32_t wide = magnitude >= 0x0F800000u ? magnitude | 0x7F800000u : __builtin_bit_cast(uint32_t, scaled);
-  return __builtin_bit_cast(float, wide | static_cast<uint32_t>(bits & 0x8000u) << 16);
-}
-
-float number(uint32_t word, int half, bool bfloat) {
-  const auto bits = static_cast<uint16_t>(word >> 16 * half);
-  return bfloat ? __builtin_bit_cast(float, static_cast<uint32_t>(bits) << 16) : half_to_float(bits);
+// The way do_load_matrices loads them.
+void do_store_matrices(const Lane& self, const Place& place) {
+  for (int row = 0; row < kWarp; ++row) {
+    const Lane& supplier = lane_of(self, row);
+    uint32_t words[4];
+    for (int i = 0; i < 4; ++i) words[i] = lane_of(self, row % 8 * 4 + i).a[row / 8];
+    std::memcpy(write_matrix_row(supplier, supplier.row, place), words, 16);
+  }
 }
 
 // Fragments as in the PTX manual, "Matrix fragments for mma.m16n8k16 with floating point type".
@@ -172,10 +175,15 @@ void perform(const Lane& self, const Gathering& group) {
     case Call::load_matrices: do_load_matrices(self, false, group.place); break;
     case Call::load_matrices_transposed: do_load_matrices(self, true, group.place); break;
     case Call::multiply_add: do_multiply_add(self); break;
+    case Call::store_matrices: do_store_matrices(self, group.place); break;
+    default: do_products(self, group.call, group.place); break;
   }
 }
 
-// Waits until all lanes of the mask are here; the last one does the work.
+}  // namespace
+
+Lane& lane_of(const Lane& self, int lane) { return self.block->lanes[self.warp * kWarp + lane]; }
+
 void meet(Lane& self, Call call, uint32_t mask, const Place& place) {
   Warp& warp = self.block->warps[self.warp];
   if (mask == kFullMask) mask = warp.lanes;
@@ -196,8 +204,7 @@ void meet(Lane& self, Call call, uint32_t mask, const Place& place) {
     if (mask & warp.exited) complain("lanes " + lanes_in(mask & warp.exited) + " have returned from the kernel");
     if (const uint32_t away = mask & warp.at_barrier) {
       const Lane& other = lane_of(self, std::countr_zero(away));
-      const char* barrier = other.state == State::at_barrier ? "__syncthreads" : "cluster_sync";
-      complain("lanes " + lanes_in(away) + " wait in " + barrier + " at " + text_of(other.place));
+      complain("lanes " + lanes_in(away) + " wait in " + name_of(other.state) + " at " + text_of(other.place));
     }
     group = warp.gatherings.insert(group, Gathering{call, mask, 0, place});
   }
@@ -217,8 +224,6 @@ void meet(Lane& self, Call call, uint32_t mask, const Place& place) {
   --warp.ready;
   switch_to_scheduler(self);
 }
-
-}  // namespace
 
 void check_nobody_waits_for(const Lane& self, const std::string& doing) {
   for (const Gathering& group : self.block->warps[self.warp].gatherings) {
@@ -264,6 +269,13 @@ void multiply_add(float* c, const uint32_t* a, uint32_t b0, uint32_t b1, bool bf
   self.b[1] = b1;
   self.kind = bfloat;
   meet(self, Call::multiply_add, kFullMask, place);
+}
+
+void store_matrices(uint32_t row, const uint32_t* r, const Place& place) {
+  Lane& self = *current.running;
+  self.a = r;
+  self.row = row;
+  meet(self, Call::store_matrices, kFullMask, place);
 }
 
 }  // namespace fm_emulation

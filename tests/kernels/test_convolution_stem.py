@@ -59,22 +59,33 @@ def emulate(
     harness.run(
         "run_stem",
         *(*read.values(), out, len(x), height, width, config.height, config.width, most_blocks),
-        *(source_of(x), dtype == torch.bfloat16),
+        *(config.warpgroups, source_of(x), dtype == torch.bfloat16),
         reads={name: tensor for name, tensor in read.items() if tensor is not None},
         writes={"out": out},
+        **({"races": "ignored"} if config.warpgroups else {}),  # groups wait for themselves, which is no __syncthreads
         **options,
     )
     return out.permute(0, 3, 1, 2)
 
 
 @EMULATOR
-@pytest.mark.parametrize("config", stem_configs(), ids=str)
+@pytest.mark.parametrize("config", stem_configs(True), ids=str)
 @pytest.mark.parametrize("size", [(1, 1), (7, 5), (31, 33), (30, 40)], ids=str)
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_emulated(config: StemConfig, size: tuple[int, int], dtype: torch.dtype) -> None:
     """A width of 40 takes the copies of 16 bytes, the others single numbers; two blocks go through several tiles."""
     x, weights = make(2, *size, dtype=dtype)
     check(emulate(x, weights, config, most_blocks=2, schedule="random"), exact(x, weights))
+
+
+@EMULATOR
+@pytest.mark.parametrize("schedule", build.SCHEDULES)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_emulated_groups_of_one_block(dtype: torch.dtype, schedule: str) -> None:
+    """Each goes through several tiles."""
+    x, weights = make(2, 65, 70, dtype=dtype)
+    config = StemConfig(7, 8, warpgroups=True)
+    check(emulate(x, weights, config, most_blocks=1, schedule=schedule, seed=1), exact(x, weights))
 
 
 @EMULATOR

@@ -38,6 +38,7 @@ STEMS = {
     "double": Case(convolution_double_stem, double_stem_configs(), double.make, double.emulate),
 }
 TILES = [(name, config) for name, case in STEMS.items() for config in case.configs]
+EMULATED = [("stem", stem_configs(True)[0]), *TILES]  # the tile of warpgroups, too
 SIZES = [(1, 1), (7, 5), (31, 33), (9, 12), (30, 40)]
 """Widths of which none, none, none, planes and bytes only, and all are read in words."""
 
@@ -48,7 +49,7 @@ def same(got: Tensor, want: Tensor) -> bool:
 
 
 @EMULATOR
-@pytest.mark.parametrize(("name", "config"), TILES, ids=str)
+@pytest.mark.parametrize(("name", "config"), EMULATED, ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_emulated(name: str, config: Any, size: tuple[int, int], kind: str) -> None:
