@@ -170,7 +170,7 @@ class PairConfig(NamedTuple):
     """How a pair is cut.
 
     Attributes:
-        stages: chunks of 64 of the first depth under way at a time; for many positions a group's buffers of 64 channels.
+        stages: chunks of 64 of the first depth under way at a time; for many positions buffers of a group.
         early: whether to start before the kernel in front has ended.
         many: whether by the kernel for many positions, whose blocks share nothing and go from tile to tile.
     """
