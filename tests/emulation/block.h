@@ -271,8 +271,8 @@ void open_arrivals();
 
 // copy_engine.cpp
 void start_transfers();
-// Performs one of the transfers that are under way; false if there is none.
-bool perform_transfer();
+// Performs one of the transfers that are under way, one that may come late only if it is `needed`; false if there is none.
+bool perform_transfer(bool needed);
 // At the end of a thread, which may be the last of its block.
 void check_transfers_at_exit(const Lane& self);
 

@@ -5,7 +5,6 @@
 // be written to.
 #include <algorithm>
 #include <cstring>
-#include <functional>
 
 #include "block.h"
 #include "cuda_emulation.h"
@@ -25,6 +24,7 @@ struct Transfer {
   std::vector<const unsigned char*> rows;  // null where there are only zeros
   uint32_t valid;                          // bytes of each row; zeros behind
   float4 four;
+  bool late = false;  // it comes when nobody can go on without it
 };
 
 std::vector<Transfer> transfers;
@@ -103,8 +103,9 @@ void perform(const Transfer& transfer) {
 }
 
 void ask(Transfer transfer) {
-  if (current.options.schedule == Schedule::forward) perform(transfer);
-  else transfers.push_back(std::move(transfer));
+  if (current.options.schedule == Schedule::forward) return perform(transfer);
+  transfer.late = current.options.schedule == Schedule::reverse || random_below(2) == 0;
+  transfers.push_back(std::move(transfer));
 }
 
 void ask_for_rows(uint32_t to, uint32_t barrier, std::vector<unsigned char*> rows, uint32_t valid, const Place& place) {
@@ -127,12 +128,16 @@ void ask_for_rows(uint32_t to, uint32_t barrier, std::vector<unsigned char*> row
 
 void start_transfers() { transfers.clear(); }
 
-bool perform_transfer() {
-  if (transfers.empty()) return false;
-  const auto count = static_cast<uint32_t>(transfers.size());
-  const uint32_t chosen = current.options.schedule == Schedule::random ? random_below(count) : 0;
+bool perform_transfer(bool needed) {
+  std::vector<size_t> possible;
+  for (size_t i = 0; i < transfers.size(); ++i) {
+    if (needed || !transfers[i].late) possible.push_back(i);
+  }
+  if (possible.empty()) return false;
+  const bool random = current.options.schedule == Schedule::random;
+  const size_t chosen = possible[random ? random_below(static_cast<uint32_t>(possible.size())) : 0];
   const Transfer transfer = std::move(transfers[chosen]);
-  transfers.erase(transfers.begin() + chosen);
+  transfers.erase(transfers.begin() + static_cast<ptrdiff_t>(chosen));
   perform(transfer);
   return true;
 }
