@@ -87,19 +87,20 @@ uint32_t valid_bytes(const Lane& self, const Description& d, int channel, const 
 }
 
 void perform(const Transfer& transfer) {
+  Barrier& barrier = *find_barrier(*transfer.to, transfer.barrier);
   if (transfer.rows.empty()) {
-    end_transfer(*transfer.to, transfer.offset, &transfer.four, 16);
-    bytes_arrived(*transfer.to, transfer.barrier, 16);
+    end_transfer(*transfer.to, barrier, transfer.offset, &transfer.four, 16);
+    bytes_arrived(*transfer.to, barrier, 16);
     return;
   }
   uint32_t row_offset = transfer.offset;
   for (const unsigned char* from : transfer.rows) {
     unsigned char row[kRow] = {};
     if (from) std::memcpy(row, from, transfer.valid);
-    for (uint32_t i = 0; i < kRow; i += 16) end_transfer(*transfer.to, swizzled(row_offset + i), row + i, 16);
+    for (uint32_t i = 0; i < kRow; i += 16) end_transfer(*transfer.to, barrier, swizzled(row_offset + i), row + i, 16);
     row_offset += kRow;
   }
-  bytes_arrived(*transfer.to, transfer.barrier, static_cast<uint32_t>(transfer.rows.size()) * kRow);
+  bytes_arrived(*transfer.to, barrier, static_cast<uint32_t>(transfer.rows.size()) * kRow);
 }
 
 void ask(Transfer transfer) {
@@ -184,7 +185,7 @@ void store_box(const TensorDescription& map, uint32_t from, int channel, const i
       rows[i][byte] = self.block->shared[swizzled(offset + static_cast<uint32_t>(i) * kRow + byte)];
     }
   }
-  self.block->readings.push_back({offset, offset + bytes, self.thread, false, self.stores, place});
+  self.block->readings.push_back({offset, offset + bytes, offset, offset + bytes, self.thread, false, self.stores, place});
 }
 
 void stores_commit() { ++current.running->stores; }
@@ -192,7 +193,7 @@ void stores_commit() { ++current.running->stores; }
 void stores_wait(int pending) {
   Lane& self = *current.running;
   const auto left = static_cast<uint64_t>(pending);
-  forget_readings(*self.block, self.thread, false, self.stores > left ? self.stores - left : 0);
+  forget_readings(self, false, self.stores > left ? self.stores - left : 0);
 }
 
 uint32_t cluster_address(uint32_t address, uint32_t rank, const Place& place) {

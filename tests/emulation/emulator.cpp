@@ -65,6 +65,7 @@ void check_same_barrier(const Lane& first, const Lane& lane) {
 
 void release(Block& block, State from, int64_t value) {
   ++block.epoch;
+  join_clocks(block);
   block.parked = false;
   for (Lane& lane : block.lanes) {
     if (lane.state != from) continue;

@@ -63,5 +63,5 @@ def linear(
         epsilon=epsilon,
     )
     harness = build.build_harness(Path(build.__file__).with_name("linear_harness.cpp"))
-    harness.run("run_linear", given, reads=there, writes=outputs, **{"races": "ignored", **options})
+    harness.run("run_linear", given, reads=there, writes=outputs, **{"races": "by_barriers", **options})
     return out, made

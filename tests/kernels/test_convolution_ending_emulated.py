@@ -29,7 +29,7 @@ def emulate(call: Call, mode: str, most_blocks: int, **options: object) -> tuple
         *(*given, wide, narrow, *rows.shape[:3], ENDINGS[mode], most_blocks, rows.dtype == torch.bfloat16),
         reads={f"argument {i}": one for i, one in enumerate(given) if one is not None},
         writes={"wide": wide, "narrow": narrow},
-        **{"races": "ignored", **options},
+        **{"races": "by_barriers", **options},
     )
     made = wide.permute(0, 3, 1, 2), narrow.permute(0, 3, 1, 2)
     return (made[0], None) if call.following is None else made
