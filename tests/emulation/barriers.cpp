@@ -12,11 +12,6 @@ namespace {
 // Of a barrier as PTX allows it.
 constexpr uint32_t kMostArrivals = (1u << 20) - 1;
 
-Barrier* find_barrier(Block& block, uint32_t offset) {
-  const auto found = std::ranges::find(block.barriers, offset, &Barrier::offset);
-  return found == block.barriers.end() ? nullptr : &*found;
-}
-
 // The barrier of the running thread's block at this address.
 Barrier& barrier_at(uint32_t address, const Place& place) {
   const Lane& self = *current.running;
@@ -31,6 +26,7 @@ void settle(Block& block, Barrier& barrier) {
   if (barrier.arrivals > 0 || barrier.bytes != 0) return;
   ++barrier.phase;
   barrier.arrivals = barrier.count;
+  barrier.passed = barrier.arriving;
   for (Lane& lane : block.lanes) {
     if (lane.state == State::at_phase && lane.waits_for == barrier.offset) wake(lane);
   }
@@ -42,12 +38,18 @@ void arrive(uint32_t address, uint32_t bytes, const Place& place) {
   if (barrier.arrivals == 0) fail_at("arrives more often than the barrier's phase waits for", &self, place);
   --barrier.arrivals;
   barrier.bytes += bytes;
+  give_clock(self, barrier.arriving);
   settle(*self.block, barrier);
 }
 
 bool has_arrived(const Lane& lane) { return lane.state == State::exited || lane.arrived == current.arrival_phase; }
 
 }  // namespace
+
+Barrier* find_barrier(Block& block, uint32_t offset) {
+  const auto found = std::ranges::find(block.barriers, offset, &Barrier::offset);
+  return found == block.barriers.end() ? nullptr : &*found;
+}
 
 void start_block_barriers(Block& block) {
   block.barriers.clear();
@@ -62,7 +64,7 @@ void barrier_init(uint32_t address, uint32_t arrivals, const Place& place) {
   if (arrivals == 0 || arrivals > kMostArrivals) fail_at("a barrier of too few or too many arrivals", &self, place);
   if (find_barrier(*self.block, offset)) fail_at("makes a barrier where there is one", &self, place);
   access_shared(self, offset, 8, true, Origin{&place, nullptr});
-  self.block->barriers.push_back({offset, arrivals, arrivals, 0, 0, self.thread, false});
+  self.block->barriers.push_back({offset, arrivals, arrivals, 0, 0, self.thread, false, {}, {}});
 }
 
 void barriers_ready() {
@@ -84,10 +86,11 @@ void barrier_wait(uint32_t address, uint32_t parity, const Place& place) {
   self.value = parity;
   // As on a GPU: who comes too late, when the phase after the awaited one has ended too, waits on.
   while (barrier_at(address, place).phase % 2 == parity) wait_in(self, State::at_phase, false, place);
+  take_clock(self, barrier_at(address, place).passed);
 }
 
-void bytes_arrived(Block& block, uint32_t offset, uint32_t bytes) {
-  Barrier& barrier = *find_barrier(block, offset);
+void bytes_arrived(Block& block, Barrier& barrier, uint32_t bytes) {
+  count_arrival(block, barrier);
   barrier.bytes -= bytes;
   settle(block, barrier);
 }
@@ -107,20 +110,27 @@ void group_sync(int barrier, int threads, const Place& place) {
   if (barrier < 1 || barrier > 15) fail_at("group_sync has barriers 1 to 15, not " + std::to_string(barrier), &self, place);
   if (threads <= 0 || threads % kWarp != 0) fail_at("a group is of whole warps", &self, place);
   uint32_t& arrivals = block.group_arrivals[barrier];
-  if (arrivals == 0) block.group_threads[barrier] = threads;
+  if (arrivals == 0) {
+    block.group_threads[barrier] = threads;
+    block.together[barrier] = {};
+  }
   if (block.group_threads[barrier] != static_cast<uint32_t>(threads)) {
     fail_at("group_sync for " + std::to_string(threads) + " threads, where others wait for " +
                 std::to_string(block.group_threads[barrier]),
             &self, place);
   }
+  give_clock(self, block.together[barrier]);
   if (++arrivals < block.group_threads[barrier]) {
     self.waits_for = barrier;
     wait_in(self, State::at_group_barrier, true, place);
     return;
   }
   arrivals = 0;
+  take_clock(self, block.together[barrier]);
   for (Lane& lane : block.lanes) {
-    if (lane.state == State::at_group_barrier && lane.waits_for == static_cast<uint32_t>(barrier)) wake(lane);
+    if (lane.state != State::at_group_barrier || lane.waits_for != static_cast<uint32_t>(barrier)) continue;
+    take_clock(lane, block.together[barrier]);
+    wake(lane);
   }
 }
 
@@ -146,6 +156,7 @@ void cluster_arrive(const Place& place) {
   if (self.arrived != 0) fail_at("cluster_arrive twice without cluster_wait", &self, place);
   self.arrived = current.arrival_phase;
   ++current.arrivals;
+  give_clock(self, self.block->arrived);
   open_arrivals();
 }
 
@@ -154,6 +165,7 @@ void cluster_wait(const Place& place) {
   check_nobody_waits_for(self, "enters cluster_wait at " + text_of(place));
   if (self.arrived == 0) fail_at("cluster_wait without cluster_arrive", &self, place);
   if (self.arrived == current.arrival_phase) wait_in(self, State::at_arrivals, true, place);
+  take_clock(self, self.block->arrived);
   self.arrived = 0;
 }
 

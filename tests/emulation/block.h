@@ -132,6 +132,16 @@ struct Cell {
   uint8_t reading_warp;
 };
 
+// Times of the warps of a block, of Races::by_barriers.
+using Clock = std::array<uint32_t, kWarp>;
+
+// When two bytes of shared memory were touched last, by which warp; when each read them is in Block::read_times.
+struct Stamp {
+  uint32_t written = 0;  // in the writer's time
+  uint32_t readers = 0;  // warps, since then
+  uint8_t writer = 0;
+};
+
 inline constexpr uint16_t kTransfer = 0xffff;  // pending: of the copy engine, or from another block
 
 // A barrier of barrier_init.
@@ -141,11 +151,14 @@ struct Barrier {
   uint32_t phase;
   uint16_t maker;  // thread
   bool ready;      // for the copy engine
+  Clock arriving{}, passed{};  // of those who have arrived, and who had when the last phase ended
 };
 
-// A part of shared memory that products or stores of boxes read until they have been waited for.
+// A part of shared memory that products or stores of boxes read until they have been waited for; of a left operand the
+// warp itself reads less.
 struct Reading {
   uint32_t begin, end;
+  uint32_t own_begin, own_end;
   uint16_t owner;  // warp of products, thread of stores
   bool product;
   uint64_t group;
@@ -170,6 +183,13 @@ struct Block {
   std::vector<Barrier> barriers;
   std::vector<Reading> readings;
   std::array<uint32_t, 16> group_arrivals{}, group_threads{};  // of group_sync
+  std::array<Clock, 16> together{};
+
+  // Of Races::by_barriers.
+  std::vector<Clock> clocks;  // of each warp
+  std::vector<Stamp> stamps;  // of each cell
+  std::vector<uint32_t> read_times;  // [cells, warps]
+  Clock arrived{};                   // of those who have arrived at the cluster's barrier
 };
 
 struct Launch {
@@ -254,25 +274,40 @@ uint32_t checked_offset(const Lane& lane, uint32_t address, uint32_t bytes, cons
 void check_asynchronous_read(const Lane& lane, uint32_t offset, uint32_t bytes, const Place& place);
 // The copy engine or another block will write there, by way of `asker`, and has written there.
 void begin_transfer(const Lane& asker, Block& to, uint32_t offset, uint32_t bytes, const Place& place);
-void end_transfer(Block& to, uint32_t offset, const void* data, uint32_t bytes);
-void forget_readings(Block& block, uint16_t owner, bool product, uint64_t before);
+void end_transfer(Block& to, const Barrier& barrier, uint32_t offset, const void* data, uint32_t bytes);
+void forget_readings(const Lane& lane, bool product, uint64_t before);
 // A block of a cluster may not return while another may still read its shared memory.
 void check_nobody_reads(const Lane& last);
 
 // barriers.cpp
 void start_block_barriers(Block& block);
 // A copy or store has brought so many bytes to the barrier at this offset.
-void bytes_arrived(Block& block, uint32_t barrier, uint32_t bytes);
+void bytes_arrived(Block& block, Barrier& barrier, uint32_t bytes);
+Barrier* find_barrier(Block& block, uint32_t offset);
 void check_barrier_for_transfers(const Lane& asker, const Block& block, uint32_t barrier, const Place& place);
 // Why a thread that waits may wait for ever.
 std::string describe_wait(const Lane& lane);
 // Opens the barrier of cluster_arrive if everybody has arrived or returned.
 void open_arrivals();
 
+// clocks.cpp: all but the first do nothing without Races::by_barriers.
+bool clocks_run();
+void start_clocks(Block& block);
+void check_order(const Lane& lane, uint32_t offset, uint32_t bytes, bool write, const Origin& origin);
+// Reads that have gone on until now.
+void note_reads(const Lane& lane, uint32_t offset, uint32_t bytes);
+// What a transfer has brought there is seen by those who wait for its barrier; and one more has come for the barrier.
+void note_arrival(Block& block, const Barrier& barrier, uint32_t offset, uint32_t bytes);
+void count_arrival(const Block& block, Barrier& barrier);
+// The warp passes on what it has seen, or learns what others had seen.
+void give_clock(const Lane& lane, Clock& to);
+void take_clock(const Lane& lane, const Clock& from);
+void join_clocks(Block& block);
+
 // copy_engine.cpp
 void start_transfers();
-// Performs one of the transfers that are under way; false if there is none.
-bool perform_transfer();
+// Performs one of the transfers that are under way, one that may come late only if it is `needed`; false if there is none.
+bool perform_transfer(bool needed);
 // At the end of a thread, which may be the last of its block.
 void check_transfers_at_exit(const Lane& self);
 

@@ -64,6 +64,7 @@ RUNTIME = (
     "warp.cpp",
     "products.cpp",
     "barriers.cpp",
+    "clocks.cpp",
     "shared_memory.cpp",
     "global_memory.cpp",
     "copy_engine.cpp",
@@ -73,7 +74,7 @@ EXPORTS = HERE / "exports.map"
 OLDEST_COMPILER = 12
 MARGIN = 1024
 SCHEDULES = ("forward", "reverse", "random")
-RACES = ("ignored", "between_warps", "between_lanes")
+RACES = ("ignored", "between_warps", "between_lanes", "by_barriers")
 
 
 class EmulationError(RuntimeError):

@@ -42,7 +42,7 @@ def run(
         given,
         reads={name: one for name, one in tensors.items() if one is not None and name not in outputs},
         writes={name: one for name, one in tensors.items() if one is not None and name in outputs},
-        **{"races": "ignored", **options},
+        **{"races": "by_barriers", **options},
     )
 
 

@@ -5,7 +5,6 @@
 // be written to.
 #include <algorithm>
 #include <cstring>
-#include <functional>
 
 #include "block.h"
 #include "cuda_emulation.h"
@@ -25,6 +24,7 @@ struct Transfer {
   std::vector<const unsigned char*> rows;  // null where there are only zeros
   uint32_t valid;                          // bytes of each row; zeros behind
   float4 four;
+  bool late = false;  // it comes when nobody can go on without it
 };
 
 std::vector<Transfer> transfers;
@@ -87,24 +87,26 @@ uint32_t valid_bytes(const Lane& self, const Description& d, int channel, const 
 }
 
 void perform(const Transfer& transfer) {
+  Barrier& barrier = *find_barrier(*transfer.to, transfer.barrier);
   if (transfer.rows.empty()) {
-    end_transfer(*transfer.to, transfer.offset, &transfer.four, 16);
-    bytes_arrived(*transfer.to, transfer.barrier, 16);
+    end_transfer(*transfer.to, barrier, transfer.offset, &transfer.four, 16);
+    bytes_arrived(*transfer.to, barrier, 16);
     return;
   }
   uint32_t row_offset = transfer.offset;
   for (const unsigned char* from : transfer.rows) {
     unsigned char row[kRow] = {};
     if (from) std::memcpy(row, from, transfer.valid);
-    for (uint32_t i = 0; i < kRow; i += 16) end_transfer(*transfer.to, swizzled(row_offset + i), row + i, 16);
+    for (uint32_t i = 0; i < kRow; i += 16) end_transfer(*transfer.to, barrier, swizzled(row_offset + i), row + i, 16);
     row_offset += kRow;
   }
-  bytes_arrived(*transfer.to, transfer.barrier, static_cast<uint32_t>(transfer.rows.size()) * kRow);
+  bytes_arrived(*transfer.to, barrier, static_cast<uint32_t>(transfer.rows.size()) * kRow);
 }
 
 void ask(Transfer transfer) {
-  if (current.options.schedule == Schedule::forward) perform(transfer);
-  else transfers.push_back(std::move(transfer));
+  if (current.options.schedule == Schedule::forward) return perform(transfer);
+  transfer.late = current.options.schedule == Schedule::reverse || random_below(2) == 0;
+  transfers.push_back(std::move(transfer));
 }
 
 void ask_for_rows(uint32_t to, uint32_t barrier, std::vector<unsigned char*> rows, uint32_t valid, const Place& place) {
@@ -127,12 +129,16 @@ void ask_for_rows(uint32_t to, uint32_t barrier, std::vector<unsigned char*> row
 
 void start_transfers() { transfers.clear(); }
 
-bool perform_transfer() {
-  if (transfers.empty()) return false;
-  const auto count = static_cast<uint32_t>(transfers.size());
-  const uint32_t chosen = current.options.schedule == Schedule::random ? random_below(count) : 0;
+bool perform_transfer(bool needed) {
+  std::vector<size_t> possible;
+  for (size_t i = 0; i < transfers.size(); ++i) {
+    if (needed || !transfers[i].late) possible.push_back(i);
+  }
+  if (possible.empty()) return false;
+  const bool random = current.options.schedule == Schedule::random;
+  const size_t chosen = possible[random ? random_below(static_cast<uint32_t>(possible.size())) : 0];
   const Transfer transfer = std::move(transfers[chosen]);
-  transfers.erase(transfers.begin() + chosen);
+  transfers.erase(transfers.begin() + static_cast<ptrdiff_t>(chosen));
   perform(transfer);
   return true;
 }
@@ -179,7 +185,7 @@ void store_box(const TensorDescription& map, uint32_t from, int channel, const i
       rows[i][byte] = self.block->shared[swizzled(offset + static_cast<uint32_t>(i) * kRow + byte)];
     }
   }
-  self.block->readings.push_back({offset, offset + bytes, self.thread, false, self.stores, place});
+  self.block->readings.push_back({offset, offset + bytes, offset, offset + bytes, self.thread, false, self.stores, place});
 }
 
 void stores_commit() { ++current.running->stores; }
@@ -187,7 +193,7 @@ void stores_commit() { ++current.running->stores; }
 void stores_wait(int pending) {
   Lane& self = *current.running;
   const auto left = static_cast<uint64_t>(pending);
-  forget_readings(*self.block, self.thread, false, self.stores > left ? self.stores - left : 0);
+  forget_readings(self, false, self.stores > left ? self.stores - left : 0);
 }
 
 uint32_t cluster_address(uint32_t address, uint32_t rank, const Place& place) {

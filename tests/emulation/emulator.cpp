@@ -65,6 +65,7 @@ void check_same_barrier(const Lane& first, const Lane& lane) {
 
 void release(Block& block, State from, int64_t value) {
   ++block.epoch;
+  join_clocks(block);
   block.parked = false;
   for (Lane& lane : block.lanes) {
     if (lane.state != from) continue;
@@ -129,7 +130,7 @@ void check_deadlock() {
 bool step() {
   const uint32_t count = static_cast<uint32_t>(current.cluster.size());
   const Schedule schedule = current.options.schedule;
-  if (schedule == Schedule::random && random_below(4) == 0 && perform_transfer()) return true;
+  if (schedule == Schedule::random && random_below(4) == 0 && perform_transfer(false)) return true;
   const uint32_t first = schedule == Schedule::random && count > 1 ? random_below(count) : 0;
   for (uint32_t i = 0; i < count; ++i) {
     Block& block = current.cluster[schedule == Schedule::reverse ? count - 1 - i : (first + i) % count];
@@ -141,7 +142,7 @@ bool step() {
     }
     if (open_barrier(block)) return true;
   }
-  if (perform_transfer()) return true;
+  if (perform_transfer(true)) return true;
   check_deadlock();
   return open_cluster_barrier();
 }

@@ -13,9 +13,7 @@
 //
 // What it cannot show: time, registers, occupancy, caches; how a GPU rounds inside a matrix product or an approximate
 // exponential (here: IEEE float32, in order); reordering of accesses by the memory system beyond what the race check
-// finds; anything about streams and launches. The race check knows barriers of whole blocks and clusters only: kernels
-// whose warps wait for each other by group_sync or barriers in shared memory run with Races::ignored, and what these do
-// not order shows in the orders of execution alone.
+// finds; anything about streams and launches.
 #pragma once
 
 #include <vector_types.h>
@@ -40,8 +38,10 @@ struct Error : std::runtime_error {
 enum class Schedule : int32_t { forward, reverse, random };
 
 // Which unordered accesses are reported. Warps are ordered by __syncthreads, lanes of a warp also by __syncwarp, blocks
-// of a cluster by cluster_sync alone; as on a GPU, shuffles and matrix instructions order nothing.
-enum class Races : int32_t { ignored, between_warps, between_lanes };
+// of a cluster by cluster_sync alone; as on a GPU, shuffles and matrix instructions order nothing. Kernels whose warps
+// wait for each other at other barriers too (group_sync, those in shared memory) need by_barriers, which knows all kinds,
+// but neither lanes nor global memory.
+enum class Races : int32_t { ignored, between_warps, between_lanes, by_barriers };
 
 struct Options {
   Schedule schedule = Schedule::forward;

@@ -61,7 +61,7 @@ bool before_cluster_sync(const Block& block, uint64_t writer) {
 
 void note_global(const Lane& lane, Buffer& buffer, uintptr_t address, uint32_t bytes, bool write,
                  const Origin& origin) {
-  if (!buffer.writable || current.options.races == Races::ignored) return;
+  if (!buffer.writable || current.options.races == Races::ignored || clocks_run()) return;
   const Block& block = *lane.block;
   const uint64_t me = static_cast<uint64_t>(block.number + 1) << 32 | (block.epoch & kEpochs) << 10 | lane.thread;
   const size_t first = (address - buffer.start) / kGranule, last = (address - buffer.start + bytes - 1) / kGranule;

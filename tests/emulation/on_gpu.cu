@@ -4,6 +4,11 @@
 #include "checks.cuh"
 #include "clusters.cuh"
 #include "example.cuh"
+#include "warpgroups.cuh"
+
+// Compiled only: its tensors would have to be described by the driver.
+template __global__ void fm_warpgroups::product_kernel<fm_warpgroups::Mistake::none>(const __grid_constant__
+                                                                                     fm_warpgroups::Product);
 
 namespace {
 

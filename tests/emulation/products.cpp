@@ -48,12 +48,13 @@ void read_rows(const Lane& self, const Operand& operand, int first, int rows, bo
   }
 }
 
-// The whole operand, which the other warps read too.
-void note_reading(const Lane& self, const Operand& operand, int rows, const Place& place) {
+// The whole operand, which the other warps read too; `first` and `own`: rows of this warp.
+void note_reading(const Lane& self, const Operand& operand, int rows, int first, int own, const Place& place) {
   const uint32_t begin = checked_offset(self, operand.address & ~127u, 0, "a product reads", place);
-  const uint32_t bytes = (rows / 8 - 1) * operand.group + 1024;
+  const auto place_of_row = [&](int row) { return begin + row / 8 * operand.group; };
   const uint64_t group = self.block->warps[self.warp].products;
-  self.block->readings.push_back({begin, begin + bytes, self.warp, true, group, place});
+  self.block->readings.push_back({begin, place_of_row(rows - 8) + 1024, place_of_row(first),
+                                  place_of_row(first + own - 8) + 1024, self.warp, true, group, place});
 }
 
 // The place of a lane's i-th sum in [16, columns].
@@ -130,11 +131,12 @@ void do_multiply(const Lane& self, bool held, const Place& place) {
     gather_held(self, bfloat, a);
   } else {
     const Operand left = operand_of(self, self.left, place);
-    read_rows(self, left, self.warp % kGroupWarps * 16, 16, bfloat, a, place);
-    note_reading(self, left, 64, place);
+    const int first = self.warp % kGroupWarps * 16;
+    read_rows(self, left, first, 16, bfloat, a, place);
+    note_reading(self, left, 64, first, 16, place);
   }
   read_rows(self, right, 0, self.columns, bfloat, b.data(), place);
-  note_reading(self, right, self.columns, place);
+  note_reading(self, right, self.columns, 0, self.columns, place);
   Accumulator& sums = begin_sums(self, self.argument != 0, place);
   if (sums.columns != self.columns) fail_at("the same sums are of products of different widths", &self, place);
   if (self.argument == 0) std::ranges::fill(sums.values, 0.0f);
@@ -161,7 +163,7 @@ void do_wait(const Lane& self) {
     if (sums.group < done) finish_sums(self, sums);
   }
   std::erase_if(warp.accumulators, [&](const Accumulator& sums) { return sums.group < done; });
-  forget_readings(*self.block, self.warp, true, done);
+  forget_readings(self, true, done);
 }
 
 }  // namespace

@@ -21,6 +21,11 @@ constexpr uint32_t kGranule = 2;  // bytes; smaller accesses are taken for whole
 
 alignas(1024) unsigned char arenas[kMaxCluster * kArena];  // pages that no launch asks for never become real
 
+// Whether barriers of whole blocks and clusters are all there are.
+bool checks_epochs() {
+  return current.options.races == Races::between_warps || current.options.races == Races::between_lanes;
+}
+
 [[noreturn]] void fail_race(const Lane& lane, int64_t offset, bool write, const char* done, const std::string& by,
                             bool same_warp, const Origin& origin) {
   fail_from(std::string("race: ") + (write ? "writes" : "reads") + " offset " + std::to_string(offset) +
@@ -99,7 +104,7 @@ void check_cluster_read(const Lane& lane, Block& owner, int64_t offset, uint32_t
   if (owner.exited == owner.lanes.size()) {
     fail_from("reads " + there() + ", which has returned from the kernel", lane, origin);
   }
-  if (current.options.races == Races::ignored) return;
+  if (!checks_epochs()) return;
   owner.last_cluster_read = cluster_read_by(lane.block->rank);
   for (size_t i = offset / kGranule; i <= (offset + bytes - 1) / kGranule; ++i) {
     const Cell& cell = owner.cells[i];
@@ -168,7 +173,8 @@ const Region shared_arenas{reinterpret_cast<uintptr_t>(arenas), reinterpret_cast
 void access_shared(const Lane& lane, int64_t offset, uint32_t bytes, bool write, const Origin& origin) {
   check_bounds(lane, offset, bytes, write, origin);
   check_transfers(lane, static_cast<uint32_t>(offset), bytes, write, origin);
-  if (current.options.races == Races::ignored) return;
+  check_order(lane, static_cast<uint32_t>(offset), bytes, write, origin);
+  if (!checks_epochs()) return;
   Block& block = *lane.block;
   const uint32_t warp_epoch = block.warps[lane.warp].epoch;
   const auto first = static_cast<size_t>(offset) / kGranule, last = static_cast<size_t>(offset + bytes - 1) / kGranule;
@@ -203,6 +209,7 @@ void start_block_memory(Block& block) {
   std::fill(block.cells.begin(), block.cells.end(), Cell{});
   std::fill(block.cluster_reads.begin(), block.cluster_reads.end(), 0);
   block.last_cluster_read = 0;
+  start_clocks(block);
 }
 
 void check_nobody_reads(const Lane& last) {
@@ -258,6 +265,7 @@ void check_asynchronous_read(const Lane& lane, uint32_t offset, uint32_t bytes, 
               &lane, place);
     }
   }
+  check_order(lane, offset, bytes, false, Origin{&place, nullptr});
 }
 
 void begin_transfer(const Lane& asker, Block& to, uint32_t offset, uint32_t bytes, const Place& place) {
@@ -268,17 +276,22 @@ void begin_transfer(const Lane& asker, Block& to, uint32_t offset, uint32_t byte
     }
     to.cells[i].pending = kTransfer;
   }
+  if (&to == asker.block) check_order(asker, offset, bytes, true, Origin{&place, nullptr});
   poison(to, to.shared + offset, bytes);
 }
 
-void end_transfer(Block& to, uint32_t offset, const void* data, uint32_t bytes) {
+void end_transfer(Block& to, const Barrier& barrier, uint32_t offset, const void* data, uint32_t bytes) {
   std::memcpy(to.shared + offset, data, bytes);
   for (size_t i = offset / kGranule; i < (offset + bytes) / kGranule; ++i) to.cells[i].pending = to.cells[i].storer = 0;
+  note_arrival(to, barrier, offset, bytes);
 }
 
-void forget_readings(Block& block, uint16_t owner, bool product, uint64_t before) {
-  std::erase_if(block.readings, [&](const Reading& reading) {
-    return reading.owner == owner && reading.product == product && reading.group < before;
+void forget_readings(const Lane& lane, bool product, uint64_t before) {
+  const uint16_t owner = product ? lane.warp : lane.thread;
+  std::erase_if(lane.block->readings, [&](const Reading& reading) {
+    const bool done = reading.owner == owner && reading.product == product && reading.group < before;
+    if (done) note_reads(lane, reading.own_begin, reading.own_end - reading.own_begin);
+    return done;
   });
 }
 

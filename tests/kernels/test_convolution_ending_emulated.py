@@ -29,7 +29,7 @@ def emulate(call: Call, mode: str, most_blocks: int, **options: object) -> tuple
         *(*given, wide, narrow, *rows.shape[:3], ENDINGS[mode], most_blocks, rows.dtype == torch.bfloat16),
         reads={f"argument {i}": one for i, one in enumerate(given) if one is not None},
         writes={"wide": wide, "narrow": narrow},
-        **{"races": "ignored", **options},
+        **{"races": "by_barriers", **options},
     )
     made = wide.permute(0, 3, 1, 2), narrow.permute(0, 3, 1, 2)
     return (made[0], None) if call.following is None else made
@@ -44,11 +44,11 @@ def test_emulated(mode: str, dtype: torch.dtype, size: tuple[int, int, int]) -> 
     check(emulate(call, mode, 1, schedule="random", seed=sum(size)), call)
 
 
-@pytest.mark.parametrize("schedule", build.SCHEDULES)
+@pytest.mark.parametrize("schedule", ["reverse", "random"])
 @pytest.mark.parametrize("mode", MODES)
 def test_any_order(mode: str, schedule: str) -> None:
     """The same bits, whatever comes first: threads, blocks or copies."""
-    call = make((2, 9, 17), mode, "cpu", torch.float16)
-    want, got = emulate(call, mode, 2), emulate(call, mode, 3, schedule=schedule, seed=7)
+    call = make((1, 9, 17), mode, "cpu", torch.float16)
+    want, got = emulate(call, mode, 1), emulate(call, mode, 2, schedule=schedule, seed=7)
     assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True) if a is not None and b is not None)
     check(got, call)

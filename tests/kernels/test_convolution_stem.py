@@ -62,7 +62,7 @@ def emulate(
         *(config.warpgroups, source_of(x), dtype == torch.bfloat16),
         reads={name: tensor for name, tensor in read.items() if tensor is not None},
         writes={"out": out},
-        **({"races": "ignored"} if config.warpgroups else {}),  # groups wait for themselves, which is no __syncthreads
+        **({"races": "by_barriers"} if config.warpgroups else {}),  # groups wait for themselves
         **options,
     )
     return out.permute(0, 3, 1, 2)
