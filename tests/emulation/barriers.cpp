@@ -64,7 +64,7 @@ void barrier_init(uint32_t address, uint32_t arrivals, const Place& place) {
   if (arrivals == 0 || arrivals > kMostArrivals) fail_at("a barrier of too few or too many arrivals", &self, place);
   if (find_barrier(*self.block, offset)) fail_at("makes a barrier where there is one", &self, place);
   access_shared(self, offset, 8, true, Origin{&place, nullptr});
-  self.block->barriers.push_back({offset, arrivals, arrivals, 0, 0, self.thread, false, {}, {}});
+  self.block->barriers.push_back({offset, arrivals, arrivals, 0, 0, self.thread, false, current.cluster_epoch, {}, {}});
 }
 
 void barriers_ready() {
@@ -99,6 +99,9 @@ void check_barrier_for_transfers(const Lane& asker, const Block& block, uint32_t
   const auto found = std::ranges::find(block.barriers, offset, &Barrier::offset);
   if (found == block.barriers.end()) {
     fail_at("there is no barrier at offset " + std::to_string(offset) + " of the shared memory written to", &asker, place);
+  }
+  if (&block != asker.block && asker.cluster_seen <= found->made) {
+    fail_at("names a barrier of another block, which may not be there: no barrier of the cluster is between", &asker, place);
   }
   if (!found->ready) fail_at("names a barrier that barriers_ready has not made visible", &asker, place);
 }
@@ -167,6 +170,7 @@ void cluster_wait(const Place& place) {
   if (self.arrived == current.arrival_phase) wait_in(self, State::at_arrivals, true, place);
   take_clock(self, self.block->arrived);
   self.arrived = 0;
+  self.cluster_seen = current.cluster_epoch;
 }
 
 std::string describe_wait(const Lane& lane) {

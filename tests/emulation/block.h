@@ -82,6 +82,7 @@ struct Lane {
   // What it waits for: the number of a group's barrier, the offset of one that counts bytes, arrivals of the cluster.
   uint32_t waits_for = 0;
   uint64_t arrived = 0;  // the phase of the cluster's barrier at which it arrived last; 0 is none
+  uint64_t cluster_seen = 0;  // the epoch of the cluster that began with its last barrier
   uint32_t fences = 1;   // how often it has made its stores ready, and 1
   uint64_t stores = 1;   // the group of stores that is open
 
@@ -151,6 +152,7 @@ struct Barrier {
   uint32_t phase;
   uint16_t maker;  // thread
   bool ready;      // for the copy engine
+  uint64_t made;   // in which epoch of the cluster
   Clock arriving{}, passed{};  // of those who have arrived, and who had when the last phase ended
 };
 

@@ -71,6 +71,7 @@ void release(Block& block, State from, int64_t value) {
     if (lane.state != from) continue;
     lane.state = State::ready;
     lane.value = value;
+    if (from == State::at_cluster_barrier) lane.cluster_seen = current.cluster_epoch;
     ++block.warps[lane.warp].ready;
   }
   for (Warp& warp : block.warps) warp.at_barrier = 0;
@@ -170,6 +171,7 @@ void start_block(Block& block, uint32_t number) {
     lane.groups.clear();
     lane.open_copies = 0;
     lane.arrived = 0;
+    lane.cluster_seen = 0;
     lane.fences = 1;
     lane.stores = 1;
   }
