@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from bench.convolution.measure import Timer, take_in_turn
 from fastmetro.inference.engine.backbones import fold_backbone
-from fastmetro.inference.engine.folded_backbone import FoldedBackbone
 from fastmetro.inference.engine.weights import AUTO, LIBRARY
 from fastmetro.models.backbones import create_backbone
 from fastmetro.profiling.latency import tensor_float_32
@@ -74,11 +73,10 @@ def make_trunk(trunk: str, images: int, side: int, device: torch.device) -> tupl
 def compare(trunk: str, images: int, side: int, dtype: torch.dtype, device: torch.device, rounds: int) -> Outcome:
     """Times both in turn, after each was held against the plain float32 trunk without TF32."""
     backbone, pixels = make_trunk(trunk, images, side, device)
-    with tensor_float_32(False):
-        truth = backbone(pixels[:CHECKED]).double()
+    truth = truth_of(backbone, pixels)
     x = pixels.to(dtype, memory_format=torch.channels_last)
     folded = [fold_backbone(backbone, dtype, convolutions) for convolutions in (LIBRARY, AUTO)]
-    errors = [_error(one, x, truth) for one in folded]
+    errors = [trunk_error(one(x), truth) for one in folded]
     timers = [Timer([functools.partial(one, x)], device) for one in folded]
     take_in_turn(timers, rounds)
     library, ours = timers
@@ -86,9 +84,18 @@ def compare(trunk: str, images: int, side: int, dtype: torch.dtype, device: torc
     return Outcome(trunk, images, library.median, ours.median, statistics.median(ratios), *errors)
 
 
-def _error(folded: FoldedBackbone, x: Tensor, truth: Tensor) -> float:
-    got = folded(x)[:CHECKED].double()
-    return float((got - truth).norm() / truth.norm())
+@torch.no_grad()
+def truth_of(backbone: nn.Module, pixels: Tensor) -> Tensor:
+    """Features of the images that are checked, by the plain trunk in float32 without TF32; as float64."""
+    with tensor_float_32(False):
+        return backbone(pixels[:CHECKED]).double()
+
+
+def trunk_error(features: Tensor, truth: Tensor) -> float:
+    """Relative L2 distance of the images that are checked; NaN where any feature of any image is not finite."""
+    if not bool(features.isfinite().all()):
+        return float("nan")
+    return float((features[:CHECKED].double() - truth).norm() / truth.norm())
 
 
 def line(outcome: Outcome) -> str:

@@ -30,6 +30,12 @@ inline bool has_warpgroups(int device) {
   return major == 9 && minor == 0;
 }
 
+inline int multiprocessors(int device) {
+  int count = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
+}
+
 // Launches a kernel that may need more shared memory than a block gets without asking.
 //
 // `cluster_size`: so many consecutive blocks of grid.x, which it must divide, form a cluster; at most 8, which every

@@ -28,12 +28,6 @@ void check(const Tensor& tensor, const char* name, const Tensor& x, ScalarType t
                   " numbers, got ", tensor.numel());
 }
 
-int multiprocessors(int device) {
-  int count = 0;
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-  return count;
-}
-
 // `x` [N, H, W, 3] of the type of the weights; or float32 [N, 3, H, W]; or uint8 [N, H, W, 3] with `mean` and `scale`,
 // float32 [3]. Weights as lay_out_double_stem packs them, biases float32 [64]; `config`: height of a tile, whether to start
 // before the kernel in front has ended (where the device can). Returns [N, P, Q, 64].
@@ -60,7 +54,7 @@ Tensor double_stem(Tensor x, Tensor first, Tensor first_bias, Tensor second, Ten
                                static_cast<T*>(out.mutable_data_ptr())};
     const bool known = choose_tile(config[0], [&]<typename Cut>(Cut) {
       measure<Cut>(problem, int(sizes.images));
-      const unsigned blocks = std::min(problem.tiles, multiprocessors(device));
+      const unsigned blocks = std::min(problem.tiles, fm::multiprocessors(device));
       fm::launch_kernel(double_stem_kernel<T, Cut, Source>, dim3(blocks), Cut::kThreads, Cut::kSharedBytes, 1,
                         config[1] != 0 && fm::has_clusters(device), fm::current_stream(x), problem);
     });

@@ -13,9 +13,7 @@ constexpr int kWideChannels = kParts * kDepth;
 
 template <typename T, Ending ENDING>
 void launch(const EndingProblem& problem, bool early, const Tensor& x) {
-  int multiprocessors = 0;
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, x.get_device_index()));
-  const int blocks = std::min(multiprocessors, problem.tiles);
+  const int blocks = std::min(fm::multiprocessors(x.get_device_index()), problem.tiles);
   fm::launch_kernel(ending_kernel<T, ENDING>, dim3(blocks), kEndingGroups * kWarpgroup, ending_shared_bytes(ENDING), 1,
                     early, fm::current_stream(x), problem);
 }

@@ -27,10 +27,8 @@ void launch(const ManyPair<T>& pair, bool early, const Tensor& x) {
   const int bytes = many_pair_shared_bytes(CHUNKS, NARROW, pair.buffers);
   STD_TORCH_CHECK(bytes <= 227 * 1024, "convolution_pair_native: ", pair.buffers, " buffers take ", bytes,
                   " bytes of shared memory");
-  int multiprocessors = 0;
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, x.get_device_index()));
   const auto kernel = pair.adds ? many_pair_kernel<T, CHUNKS, NARROW, true> : many_pair_kernel<T, CHUNKS, NARROW, false>;
-  fm::launch_kernel(kernel, dim3(std::min(multiprocessors, pair.tiles)), kManyThreads, bytes, 1, early,
+  fm::launch_kernel(kernel, dim3(std::min(fm::multiprocessors(x.get_device_index()), pair.tiles)), kManyThreads, bytes, 1, early,
                     fm::current_stream(x), pair);
 }
 

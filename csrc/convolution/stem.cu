@@ -39,12 +39,6 @@ void check_weights(const Tensor& weight, const Tensor& bias, const Tensor& x) {
                   "]");
 }
 
-int multiprocessors(int device) {
-  int count = 0;
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-  return count;
-}
-
 template <typename T, typename Source>
 void run(const Source& source, int images, const Tensor& weight, const Tensor& bias, Tensor& out,
          const std::vector<int64_t>& config) {
@@ -53,7 +47,7 @@ void run(const Source& source, int images, const Tensor& weight, const Tensor& b
     const auto problem =
         fm_stem::make_problem<Cut>(source, static_cast<const T*>(weight.const_data_ptr()), bias.const_data_ptr<float>(),
                                    static_cast<T*>(out.mutable_data_ptr()), images);
-    const int blocks = std::min(problem.tiles, multiprocessors(device) * Cut::kResident);
+    const int blocks = std::min(problem.tiles, fm::multiprocessors(device) * Cut::kResident);
     fm::launch_kernel(kernel, dim3(static_cast<unsigned>(blocks)), Cut::kBlockThreads,
                       Cut::kSharedBytes, 1, config[2] != 0 && fm::has_clusters(device), fm::current_stream(weight),
                       problem);

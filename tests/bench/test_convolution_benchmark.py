@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,12 +12,24 @@ import numpy as np
 import pytest
 import torch
 
-from bench.convolution import command, endings, join, measure, place, report, stems, timeline, trunks, tune
+from bench.convolution import (
+    command,
+    ending_trunks,
+    endings,
+    join,
+    measure,
+    place,
+    report,
+    stems,
+    timeline,
+    trunks,
+    tune,
+)
 from bench.convolution.layers import Used, used_layers, used_pairs
 from bench.convolution.measure import Case
 from fastmetro_kernels.convolution import ConvolutionConfig, PairConfig, choice, table
 from fastmetro_kernels.convolution.configs import pinned, problem, usable
-from fastmetro_kernels.convolution.ending_configs import ALONE, FOLLOWED, FOLLOWING, JOINED, MODES, WIDENED
+from fastmetro_kernels.convolution.ending_configs import ALONE, FOLLOWED, FOLLOWING, JOINED, MEASURED, MODES, WIDENED
 from fastmetro_kernels.convolution.table import Layer
 from fastmetro_kernels.tuning import reader
 
@@ -370,3 +383,31 @@ def test_the_command_for_ends_of_bottlenecks(
     monkeypatch.setattr(endings, "ours", lambda inputs: [one + 1 for one in endings.others(inputs, "library")])
     with pytest.raises(SystemExit, match=f"wrong for {2 * len(MODES)} ends of blocks"):
         command.main([*arguments.split(), str(path)])
+
+
+def test_what_ends_of_bottlenecks_bring_to_a_trunk(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the kernel its table is empty, and is as it was behind it; a wrong trunk fails."""
+    seen: list[bool] = []
+    monkeypatch.setattr(ending_trunks, "without_endings", _watched(ending_trunks.without_endings, seen))
+    table = dict(MEASURED)
+    arguments = ["--trunk", "resnet50", "--batch", "2", "--side", "32", "--rounds", "1", "--device", "cpu"]
+    ending_trunks.main(arguments)
+    assert "resnet50 2: with " in capsys.readouterr().out and seen and not any(seen) and table == MEASURED
+    monkeypatch.setattr(ending_trunks, "without_endings", lambda folded, x: 1.1 * folded(x))
+    with pytest.raises(SystemExit, match="1 trunks are off by more than"):
+        ending_trunks.main(arguments)
+
+
+def _watched(run: Callable[..., torch.Tensor], seen: list[bool]) -> Callable[..., torch.Tensor]:
+    """Notes for each call whether the table held anything when the trunk ran."""
+
+    def watched(folded: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        def noted(images: torch.Tensor) -> torch.Tensor:
+            seen.append(bool(MEASURED))
+            return folded(images)
+
+        return run(noted, x)
+
+    return watched

@@ -13,18 +13,18 @@ case $LIMIT in '' | *[!0-9]*) echo "LIMIT must be whole seconds, got '$LIMIT'" >
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 2
 
 PY=${PY:-python3}
-OUT=${OUT:-/tmp/out}
-LOGS=/tmp/o
-R=out/o # a link to it: command lines are written into results, where no place of a machine belongs
+OUT=${OUT:-$PWD/out}
+R=out/gpu_run # relative: command lines are written into results, where no place of a machine belongs
+LOGS=$PWD/$R
+CACHE=$PWD/out/cache
 DRY=${DRY:-}
 FAILED=0
 JOB= # process id of the step that runs
 DONE=' ' # names of steps: $ONLY may name one that is not there
 export FASTMETRO_COMMIT=$COMMIT PYTHONUNBUFFERED=1
-export TORCHINDUCTOR_CACHE_DIR=/tmp/cache/inductor TRITON_CACHE_DIR=/tmp/cache/triton
+export TORCHINDUCTOR_CACHE_DIR=$CACHE/inductor TRITON_CACHE_DIR=$CACHE/triton
 rm -rf "$LOGS"
-mkdir -p "$LOGS" "$OUT" /tmp/cache out
-ln -sfn "$LOGS" "$R"
+mkdir -p "$LOGS" "$OUT" "$CACHE"
 
 left() { echo $((LIMIT - SECONDS)); }
 
@@ -78,7 +78,7 @@ finish() {
     [[ $DONE == *" $name "* ]] || { echo "there is no step '$name'; there are:$DONE"; FAILED=$((FAILED + 1)); }
   done
   rm -f "$OUT"/o.tgz*
-  tar -C /tmp -czf "$OUT/o.tgz" o
+  tar -C "$PWD/out" -czf "$OUT/o.tgz" gpu_run
   size=$(stat -c %s "$OUT/o.tgz")
   if ((size > 15 << 20)); then # what comes back is at most 8 files of 16 MiB
     split -d -b 15M "$OUT/o.tgz" "$OUT/o.tgz." && rm "$OUT/o.tgz"
@@ -88,7 +88,7 @@ finish() {
   cat "$LOGS/steps.txt" 2>/dev/null
   # A cache of compiled code, for .carry/cache.tgz: last, because it may take longer than is left.
   [[ ${KEEP_CACHE:-} && $(left) -gt 3 ]] && {
-    timeout -k 1 "$(($(left) - 2))" tar -C /tmp -cf - cache | gzip -1 >"$OUT/cache.tgz" || rm -f "$OUT/cache.tgz"
+    timeout -k 1 "$(($(left) - 2))" tar -C "$PWD/out" -cf - cache | gzip -1 >"$OUT/cache.tgz" || rm -f "$OUT/cache.tgz"
     (($(stat -c %s "$OUT/cache.tgz" 2>/dev/null || echo 0) < 16 << 20)) || rm -f "$OUT/cache.tgz"
   }
   ((FAILED && code != 2 && code < 129)) && code=1 # not that of the last step
@@ -98,13 +98,13 @@ trap finish EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
-if [[ -f .carry/cache.tgz ]]; then tar -C /tmp -xzf .carry/cache.tgz || exit 2; fi
+if [[ -f .carry/cache.tgz ]]; then tar -C "$PWD/out" -xzf .carry/cache.tgz || exit 2; fi
 if [[ -z $DRY && -f .carry/native.tgz ]]; then tar -xzf .carry/native.tgz || exit 2; fi
 if compgen -G '.whl/*.whl' >/dev/null; then
   if [[ -z $DRY ]]; then
-    "$PY" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target /tmp/site .whl/*.whl \
+    "$PY" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$PWD/out/site" .whl/*.whl \
       || { echo "the wheels do not install"; exit 2; }
-    export PYTHONPATH=/tmp/site${PYTHONPATH:+:$PYTHONPATH}
+    export PYTHONPATH=$PWD/out/site${PYTHONPATH:+:$PYTHONPATH}
   fi
 elif [[ ${NEEDS_WHEELS:-} ]]; then
   echo "no .whl/*.whl: run tools/gpu_runs/wheels.sh, and carry .whl"

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Issue 6: the convolutions: figures, tests, sanitizer. convolutions.sh COMMIT [LIMIT [STEP...]]
+# The convolutions: figures, tests, sanitizer. convolutions.sh COMMIT [LIMIT [STEP...]]
 source "$(dirname "$0")/common.sh"
 bench=("$PY" -m bench convolution)
 tests=("$PY" -m pytest -v -p no:cacheprovider)
@@ -8,6 +8,7 @@ step trunks 170 "${bench[@]}" --only trunks --batch 1 8 32 256 --csv "$R/convolu
 step layers 120 "${bench[@]}" --only layers --batch 1 --csv "$R/convolution_layers.csv"
 step stems 120 "${bench[@]}" --only stems --batch 1 2 4 8 32 --csv "$R/convolution_stems.csv"
 step endings 60 "${bench[@]}" --only endings --batch 1 2 4 8 16 32 64 256 --csv "$R/convolution_endings.csv"
+step ending_trunks 60 "$PY" -m bench.convolution.ending_trunks
 step timeline 60 "$PY" -m bench.convolution.timeline --trunk resnet50 --batch 1 \
   --json "$R/convolution_timeline.json" --picture "$R/convolution_timeline.png"
 step tests 200 "${tests[@]}" -n 6 tests/kernels/test_convolution*.py tests/kernels/test_fused_linear*.py \

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Issue 4: whole networks against published and tuned, then equality. inference.sh COMMIT [LIMIT [STEP...]]
+# Whole networks against published and tuned, then equality. inference.sh COMMIT [LIMIT [STEP...]]
 source "$(dirname "$0")/common.sh"
 
 fps() { # CASE MAXSECONDS: one case in a process of its own, rows in a file of its own

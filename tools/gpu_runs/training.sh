@@ -1,5 +1,5 @@
 #!/bin/bash
-# Issue 5: training steps, training from files, tests of steps and of interrupted runs. training.sh COMMIT [LIMIT [STEP...]]
+# Training steps, training from files, tests of steps and of interrupted runs. training.sh COMMIT [LIMIT [STEP...]]
 NEEDS_WHEELS=1
 source "$(dirname "$0")/common.sh"
 
