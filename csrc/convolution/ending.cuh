@@ -13,7 +13,7 @@
 // next one's pixels and shortcut. Positions outside the image are zeros when read, and are not stored.
 #pragma once
 
-#include "parts.cuh"
+#include "tile.cuh"
 
 namespace fm_convolution {
 
@@ -24,6 +24,7 @@ enum Ending { kResidual, kResidualNext, kResidualTwice, kSecondNext };
 constexpr int kSide = 8, kHalo = kSide + 2;  // positions of a tile down and across, and with their neighbours
 constexpr int kParts = 4;                    // of 64 wide channels
 constexpr int kEndingTaps = 9, kEndingGroups = 2;
+constexpr int kMatrix = kRows * kDepth * 2;  // bytes of the weights of a tap or part, or of a tile's 64 channels
 constexpr int kHaloRow = kHalo * kDepth * 2, kHaloBytes = kHalo * kHaloRow;
 constexpr int kHaloPlace = (kHaloBytes + 1023) / 1024 * 1024;  // a group's barriers lie in what is left
 
@@ -102,9 +103,29 @@ __device__ __forceinline__ void copy_all_weights(const EndingProblem& p, fm::Sha
   __syncwarp();
 }
 
+// Sums begin with their column's bias.
+template <int COUNT>
+__device__ __forceinline__ void begin_with(float (&sums)[COUNT], const float* bias) {
+#pragma unroll
+  for (int j = 0; j < COUNT / 4; j++) {
+    const float2 two = *reinterpret_cast<const float2*>(bias + 8 * j + threadIdx.x % 4 * 2);
+    sums[4 * j] = sums[4 * j + 2] = two.x;
+    sums[4 * j + 1] = sums[4 * j + 3] = two.y;
+  }
+}
+
+// Sums of 64 or 128 channels += rows of 64 numbers in shared memory, 8 of them every `group` bytes, times weights.
+template <typename T, int COUNT>
+__device__ __forceinline__ void multiply_rows(float (&sums)[COUNT], fm::SharedAddress rows, int group,
+                                              fm::SharedAddress weights) {
+  const uint64_t a = fm::operand(rows, group), b = fm::operand(weights);
+#pragma unroll
+  for (int k = 0; k < kDepth / 16; k++) fm::multiply<T, 2 * COUNT>(sums, a + 2 * k, b + 2 * k, 1);
+}
+
 // The 3 x 3 convolution with ReLU, rounded, as the left operand of a product.
 template <typename T>
-__device__ __forceinline__ void make_middle(Held& middle, const EndingProblem& p,
+__device__ __forceinline__ void make_middle(uint32_t (&middle)[kDepth / 16][4], const EndingProblem& p,
                                             const EndingPlaces& places, fm::SharedAddress weights) {
   float sums[kDepth / 2];
   begin_with(sums, p.bias);
@@ -123,6 +144,48 @@ __device__ __forceinline__ void make_middle(Held& middle, const EndingProblem& p
       middle[k][i] = larger<T>(fm::pack<T>(sums[8 * k + 2 * i], sums[8 * k + 2 * i + 1]), 0);
     }
   }
+}
+
+// Where this thread's row of the 8 x 8 matrices lies in a buffer, in the copy engine's swizzle; for the k-th 16 channels
+// bits 5 and 6 are flipped by k.
+__device__ __forceinline__ uint32_t matrix_row() {
+  const int lane = threadIdx.x % 32, row = threadIdx.x % kWarpgroup / 32 * 16 + lane % 16;
+  return row * kDepth * 2 + ((lane / 16) ^ (row % 8)) * 16;
+}
+
+// A thread's numbers of 64 channels of the tile: of the k-th 16 those of its rows t and t + 8 of the 16 of its warp, t its
+// lane / 4, columns 2 (lane % 4) and the next, and the same of columns 8 further. So a product takes its left operand.
+using Held = uint32_t[kDepth / 16][4];
+
+__device__ __forceinline__ void hold_rows(Held& held, fm::SharedAddress buffer) {
+  const fm::SharedAddress row = buffer + matrix_row();
+#pragma unroll
+  for (int k = 0; k < kDepth / 16; k++) fm::load_matrices(held[k], row ^ (32 * k));
+}
+
+// 64 channels of a tile: the sums (from the `from`-th of a thread's on), with what is held added, ReLU, rounded, to a buffer.
+template <typename T, int COUNT>
+__device__ __forceinline__ void finish_channels(const float (&sums)[COUNT], const Held* held, fm::SharedAddress buffer,
+                                                int from = 0) {
+  const fm::SharedAddress row = buffer + matrix_row();
+#pragma unroll
+  for (int k = 0; k < kDepth / 16; k++) {
+    uint32_t packed[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const float2 more = held != nullptr ? fm::unpack<T>((*held)[k][i]) : float2{};
+      const float *const two = sums + from + 8 * k + 2 * i;
+      packed[i] = larger<T>(held != nullptr ? fm::pack<T>(two[0] + more.x, two[1] + more.y) : fm::pack<T>(two[0], two[1]), 0);
+    }
+    fm::store_matrices(row ^ (32 * k), packed);
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ void multiply_held_rows(float (&sums)[kDepth / 2], const Held& held,
+                                                   fm::SharedAddress weights) {
+#pragma unroll
+  for (int k = 0; k < kDepth / 16; k++) fm::multiply_held<T>(sums, held[k], fm::operand(weights) + 2 * k);
 }
 
 // The residual of kResidualTwice passes registers on its way to a buffer, which is free only just before: a thread's 16

@@ -1,9 +1,5 @@
 // convolution_pair_native: a pointwise convolution with shortcut and ReLU, and the pointwise convolution with ReLU that
-// follows it, of channels_last images in half precision, on compute capability 9.0. The kernels are in pair.cuh and
-// many_pair.cuh.
-#include <algorithm>
-
-#include "many_pair.cuh"
+// follows it, of channels_last images in half precision, on compute capability 9.0. The kernel is in pair.cuh.
 #include "operands.h"
 #include "pair.cuh"
 
@@ -22,49 +18,15 @@ void launch(const Pair<T>& pair, bool early, cudaStream_t stream) {
                     pair);
 }
 
-template <typename T, int CHUNKS, int NARROW>
-void launch(const ManyPair<T>& pair, bool early, const Tensor& x) {
-  const int bytes = many_pair_shared_bytes(CHUNKS, NARROW, pair.buffers);
-  STD_TORCH_CHECK(bytes <= 227 * 1024, "convolution_pair_native: ", pair.buffers, " buffers take ", bytes,
-                  " bytes of shared memory");
-  const auto kernel = pair.adds ? many_pair_kernel<T, CHUNKS, NARROW, true> : many_pair_kernel<T, CHUNKS, NARROW, false>;
-  fm::launch_kernel(kernel, dim3(std::min(fm::multiprocessors(x.get_device_index()), pair.tiles)), kManyThreads, bytes, 1, early,
-                    fm::current_stream(x), pair);
-}
-
-template <typename T>
-void run_many(const Arguments& a, const Tensor& next_weight, const Tensor& next_bias, Tensor& wide, Tensor& narrow,
-              int buffers, bool early) {
-  STD_TORCH_CHECK(buffers >= 2 && buffers <= kMaxBuffers, "convolution_pair_native: buffers must be 2 to ", kMaxBuffers,
-                  ", got ", buffers);
-  const int64_t rows = wide.size(0) * wide.size(1) * wide.size(2), channels = wide.size(3), outputs = narrow.size(3);
-  const auto type = map_type(a.x);
-  ManyPair<T> pair{};
-  pair.inputs = make_inputs(a, kDepth, 2);
-  pair.adds = a.residual.has_value();
-  if (pair.adds) encode_rows(pair.residual, type, a.residual->const_data_ptr(), rows, channels);
-  encode_rows(pair.wide, type, wide.mutable_data_ptr(), rows, channels);
-  encode_rows(pair.narrow, type, narrow.mutable_data_ptr(), rows, outputs);
-  encode_weights(pair.next, type, next_weight.const_data_ptr(), {1, 1, 1, channels, 1, 1, 1, 0}, outputs, int(outputs));
-  pair.bias = a.bias.const_data_ptr<float>(), pair.next_bias = next_bias.const_data_ptr<float>();
-  pair.tiles = int((rows + kManyRows - 1) / kManyRows), pair.parts = int(channels / kDepth), pair.buffers = buffers;
-  const int chunks = pair.inputs.first.depth + pair.inputs.second.depth;
-  if (chunks == 2 && outputs == 128) return launch<T, 2, 128>(pair, early, a.x);
-  if (chunks == 4 && outputs == 256) return launch<T, 4, 256>(pair, early, a.x);
-  STD_TORCH_CHECK(false, "convolution_pair_native: for many positions 128 channels and 128 outputs, or 256 and 256, got ",
-                  64 * chunks, " and ", outputs);
-}
-
 // `x` [N, P, Q, C], `weight` [K, 1, 1, C], `bias` float32 [K], `residual` [N, P, Q, K], `second` [N, H2, W2, C2] under
 // `second_weight` [K, 1, 1, C2] with its stride; `next_weight` [M, 1, 1, K], `next_bias` float32 [M]. K is 256, 512 or
-// 1024; M is 64, 128 or 256. `config`: stages of the ring, whether to start before the kernel in front has ended, whether
-// by the kernel for many positions, whose stages are buffers.
+// 1024; M is 64, 128 or 256. `config`: stages of the ring, whether to start before the kernel in front has ended.
 // Returns the outputs of both, [N, P, Q, K] and [N, P, Q, M].
 std::tuple<Tensor, Tensor> pair(Tensor x, Tensor weight, Tensor bias, std::optional<Tensor> residual,
                                 std::optional<Tensor> second, std::optional<Tensor> second_weight,
                                 int64_t second_stride, Tensor next_weight, Tensor next_bias, std::vector<int64_t> config) {
   STD_TORCH_CHECK(x.is_cuda(), "convolution_pair_native: x must be on a CUDA device");
-  STD_TORCH_CHECK(config.size() == 3, "convolution_pair_native: config must hold stages, early, many");
+  STD_TORCH_CHECK(config.size() == 2, "convolution_pair_native: config must hold stages, early");
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const Arguments arguments{x, weight, bias, residual, second, second_weight, 1, 0, second_stride, true, false, 1};
   Tensor wide = make_out(arguments);
@@ -82,9 +44,6 @@ std::tuple<Tensor, Tensor> pair(Tensor x, Tensor weight, Tensor bias, std::optio
   Tensor out = torch::stable::new_empty(x, {wide.size(0), wide.size(1), wide.size(2), narrow});
   if (wide.numel() == 0) return {wide, out};
   const auto call = [&]<typename T>(T*) {
-    if (config[2] != 0) {
-      return run_many<T>(arguments, next_weight, next_bias, wide, out, int(config[0]), config[1] != 0);
-    }
     Pair<T> problem{};
     problem.inputs = make_inputs(arguments, kWide, int(config[0]));
     problem.wide = make_output<T>(bias, residual, wide, true);

@@ -81,11 +81,6 @@ inline void encode_box(fm::TensorMap& map, CUtensorMapDataType type, const void*
   STD_TORCH_CHECK(result == CUDA_SUCCESS, "convolution: images cannot be described to the copy engine, error ", result);
 }
 
-// A matrix [positions, channels] in boxes of 64 by 64.
-inline void encode_rows(fm::TensorMap& map, CUtensorMapDataType type, const void* data, int64_t rows, int64_t channels) {
-  encode_box(map, type, data, {1, 1, rows, channels, 1, 1, 1, 0}, kRows, 1);
-}
-
 inline Input make_input(CUtensorMapDataType type, const void* pixels, const void* weights, const Geometry& g,
                         int64_t outputs, int columns) {
   Input input{};

@@ -161,23 +161,16 @@ WIDE, NARROW = (256, 512, 1024), (64, 128, 256)
 """Outputs of the first: 128 for each block of a cluster of 2, 4 or 8; and of the second."""
 
 
-MANY, MOST_BUFFERS = ((2, 128), (4, 256)), 4
-"""Of the kernel for many positions (``csrc/convolution/many_pair.cuh``): chunks of the first depth and outputs of the
-second, and most buffers of 64 channels."""
-
-
 class PairConfig(NamedTuple):
     """How a pair is cut.
 
     Attributes:
-        stages: chunks of 64 of the first depth under way at a time; for many positions buffers of a group.
+        stages: chunks of 64 of the first depth under way at a time.
         early: whether to start before the kernel in front has ended.
-        many: whether by the kernel for many positions, whose blocks share nothing and go from tile to tile.
     """
 
     stages: int
     early: bool = True
-    many: bool = False
 
 
 def pair_bytes(narrow: int, stages: int) -> int:
@@ -186,24 +179,8 @@ def pair_bytes(narrow: int, stages: int) -> int:
     return ring + ROWS * BLOCK * 2 + narrow * BLOCK * 2 + ROWS * (narrow + 8) * 4 + (2 * MAX_STAGES + 2) * 8 + 1024
 
 
-def many_pair_bytes(chunks: int, narrow: int, buffers: int) -> int:
-    """Shared memory of a block, as in ``csrc/convolution/many_pair.cuh``."""
-    matrix, groups, slots = ROWS * DEPTH * 2, 2, 2
-    weights = slots * (chunks * matrix + narrow * DEPTH * 2)
-    return groups * (chunks + buffers) * matrix + weights + (groups * (1 + MOST_BUFFERS) + 4 * slots) * 8
-
-
-def pair_fits(config: PairConfig, chunks: int, narrow: int) -> bool:
-    """Whether the kernel can be cut so, for a first depth of so many chunks and so many outputs of the second."""
-    if config.many:
-        known = (chunks, narrow) in MANY and 2 <= config.stages <= MOST_BUFFERS
-        return known and many_pair_bytes(chunks, narrow, config.stages) <= SHARED_BYTES
-    return 2 <= config.stages <= MAX_STAGES and pair_bytes(narrow, config.stages) <= SHARED_BYTES
-
-
 def pair_configs(chunks: int, narrow: int) -> list[PairConfig]:
-    """All that make sense for a depth of so many chunks; those for many positions first."""
-    many = [PairConfig(buffers, many=True) for buffers in range(2, MOST_BUFFERS + 1)]
+    """All that make sense for a depth of so many chunks."""
     counts = sorted({2, 3, 4, 6, 8, max(2, min(chunks, MAX_STAGES))})
-    few = [PairConfig(count) for count in counts if count <= max(chunks, 2)]
-    return [config for config in (*many, *few) if pair_fits(config, chunks, narrow)]
+    fitting = [count for count in counts if count <= max(chunks, 2) and pair_bytes(narrow, count) <= SHARED_BYTES]
+    return [PairConfig(count) for count in fitting]

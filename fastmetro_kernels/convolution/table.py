@@ -11,13 +11,15 @@ from typing import Any, NamedTuple
 
 from fastmetro_kernels.convolution.configs import (
     DEPTH,
+    MAX_STAGES,
     NARROW,
+    SHARED_BYTES,
     WIDE,
     ConvolutionConfig,
     PairConfig,
     Shape,
     box_bytes,
-    pair_fits,
+    pair_bytes,
     problem,
 )
 from fastmetro_kernels.tuning.reader import Reader, dump_families, parse_families, read_text, write_text
@@ -136,16 +138,14 @@ def _config(read: Reader, where: str, value: Any, layer: Layer) -> ConvolutionCo
     if value == "library":
         return None
     kind = PairConfig if layer.following else ConvolutionConfig
-    if layer.following and isinstance(value, dict):
-        value = {"many": False, **value}  # older files do not know of it
     listed = dict(read.table(where, value, kind._fields))
-    flags = {name: listed.pop(name) for name in ("early", "once", "many") if name in listed}
+    flags = {name: listed.pop(name) for name in ("early", "once") if name in listed}
     for name, flag in flags.items():
         if not isinstance(flag, bool):
             raise read.fail(f"{where}.{name}", flag, "true or false")
     numbers = {name: read.number(f"{where}.{name}", number) for name, number in listed.items()}
     if layer.following:
-        return _pair(read, where, value, layer, PairConfig(numbers["stages"], **flags))
+        return _pair(read, where, value, layer, PairConfig(numbers["stages"], flags["early"]))
     config = ConvolutionConfig(**numbers, early=flags["early"], once=flags["once"])
     if wrong := problem(config, layer.shape.chunks, layer.scale, layer.shape.box):
         raise read.fail(where, value, f'"library" or a configuration of the kernel: {wrong}')
@@ -154,7 +154,7 @@ def _config(read: Reader, where: str, value: Any, layer: Layer) -> ConvolutionCo
 
 def _pair(read: Reader, where: str, value: Any, layer: Layer, config: PairConfig) -> PairConfig:
     fits = layer.outputs in WIDE and layer.following in NARROW and (layer.down, layer.across, layer.stride) == (1, 1, 1)
-    if not fits or not pair_fits(config, layer.shape.chunks, layer.following):
+    if not fits or not 2 <= config.stages <= MAX_STAGES or pair_bytes(layer.following, config.stages) > SHARED_BYTES:
         raise read.fail(where, value, '"library" or a pair of the kernel')
     return config
 

@@ -103,24 +103,3 @@ def test_pair(dtype: torch.dtype, shape: tuple[int, ...], schedule: str) -> None
     got = convolution(x, weights, config, kept, branch, following=following, schedule=schedule, seed=1)
     for mine, want in zip(got, double.exact(*call, got[0]), strict=True):
         check(mine, want)
-
-
-@pytest.mark.parametrize("schedule", build.SCHEDULES)
-@pytest.mark.parametrize(
-    ("shape", "buffers"),
-    [
-        ((3, 9, 11, 128, 512, 128, 0, 1), 2),
-        ((3, 9, 11, 128, 512, 128, 0, 1), 4),
-        ((1, 5, 3, 256, 1024, 256, 0, 1), 2),
-        ((5, 8, 9, 64, 256, 128, 64, 2), 3),
-    ],
-    ids=str,
-)
-@halves
-def test_pair_of_many_positions(dtype: torch.dtype, shape: tuple[int, ...], buffers: int, schedule: str) -> None:
-    call: tuple[Any, ConvolutionWeights, ConvolutionWeights, Any, Any] = double.make(shape, dtype=dtype)
-    x, weights, following, kept, branch = call
-    config = ConvolutionConfig(64, 1, buffers, groups=2)
-    got = convolution(x, weights, config, kept, branch, following=following, schedule=schedule, seed=1)
-    for mine, want in zip(got, double.exact(*call, got[0]), strict=True):
-        check(mine, want)
