@@ -19,7 +19,7 @@ class LinearConfig(NamedTuple):
         shares: parts of the depth of a step that different warps multiply at a time, 1 to 8. They shorten the chain of
             products that wait for each other, and what is multiplied in a step is depth * shares.
         warps: 1 to 16.
-        stages: steps that are loaded ahead.
+        stages: steps that are loaded ahead, 1 to 16.
     """
 
     rows: int
@@ -36,7 +36,7 @@ _ACCEPTED = {
     "depth": (16, 32, 64, 128, 256, 512),
     "shares": (1, 2, 4, 8),
     "warps": (1, 2, 4, 8, 16),
-    "stages": (1, 2, 3, 4, 5, 6),
+    "stages": tuple(range(1, 17)),
 }
 
 TILES: dict[int, tuple[LinearConfig, ...]] = {
@@ -82,7 +82,7 @@ MEASURED: dict[tuple[int, int, int], tuple[tuple[int, LinearConfig], ...]] = {
     ),
     (2, 128, 512): (
         (50, LinearConfig(16, 16, 128, 4, 4, 2)),
-        (445, LinearConfig(64, 16, 128, 1, 4, 4)),
+        (445, LinearConfig(64, 32, 128, 1, 4, 5)),
         (1600, LinearConfig(64, 64, 64, 1, 4, 4)),
         (113920, LinearConfig(64, 128, 64, 1, 4, 4)),
     ),
@@ -105,20 +105,20 @@ MEASURED: dict[tuple[int, int, int], tuple[tuple[int, LinearConfig], ...]] = {
     ),
     (2, 512, 512): (
         (50, LinearConfig(16, 16, 128, 4, 4, 2)),
-        (445, LinearConfig(64, 32, 64, 1, 4, 6)),
+        (445, LinearConfig(64, 64, 128, 1, 4, 4)),
         (12800, LinearConfig(64, 128, 64, 1, 4, 4)),
         (113920, LinearConfig(128, 256, 64, 1, 8, 3)),
     ),
-    (2, 512, 2048): ((445, LinearConfig(64, 32, 64, 1, 4, 6)),),
+    (2, 512, 2048): ((445, LinearConfig(64, 64, 64, 1, 4, 8)),),
     (2, 768, 128): (
         (49, LinearConfig(16, 64, 128, 1, 8, 2)),
         (1568, LinearConfig(32, 64, 128, 1, 8, 3)),
         (12544, LinearConfig(128, 256, 64, 1, 8, 3)),
     ),
     (2, 1152, 512): ((49, LinearConfig(64, 32, 64, 1, 4, 6)),),
-    (2, 1536, 512): ((50, LinearConfig(64, 32, 64, 1, 4, 6)), (445, LinearConfig(64, 128, 64, 1, 4, 4))),
-    (2, 2048, 512): ((50, LinearConfig(64, 32, 64, 1, 4, 6)), (445, LinearConfig(64, 128, 64, 1, 4, 4))),
-    (2, 3200, 512): ((49, LinearConfig(32, 64, 128, 1, 4, 4)),),
+    (2, 1536, 512): ((50, LinearConfig(64, 32, 128, 1, 4, 5)), (445, LinearConfig(64, 128, 64, 1, 4, 5))),
+    (2, 2048, 512): ((50, LinearConfig(64, 64, 128, 1, 4, 3)), (445, LinearConfig(64, 128, 64, 1, 4, 5))),
+    (2, 3200, 512): ((49, LinearConfig(64, 64, 64, 1, 4, 8)),),
     (4, 3, 128): ((445, LinearConfig(16, 4, 128, 1, 4, 2)), (14240, LinearConfig(16, 4, 128, 1, 2, 2))),
 }
 """(bytes per element, N, K) -> (most rows, configuration), rising: the fastest of a measurement on an H200."""
