@@ -26,7 +26,7 @@ from bench.convolution.layers import TRUNKS
 from bench.convolution.trunks import make_trunk
 from fastmetro.inference.engine.backbones import fold_backbone
 from fastmetro_kernels import convolution as kernels
-from fastmetro_kernels.convolution import ops
+from fastmetro_kernels.convolution import ConvolutionConfig, ops
 from fastmetro_kernels.convolution.ops import STAMPS
 
 STEPS = {
@@ -70,7 +70,7 @@ def record(trunk: str, images: int, device: torch.device) -> tuple[list[str], li
 
     def noted(*arguments: object) -> Tensor:
         *others, scale, config = arguments
-        if scale != 1 or config[-1]:
+        if scale != 1 or ConvolutionConfig(*config).once:
             return convolution_native(*arguments)
         out, times = ops.convolution_timeline_native(*others, config)
         names.append(_name(*arguments))

@@ -12,6 +12,7 @@ struct Config {
   int columns, split, stages;
   bool early;
   int groups;  // of 64 rows
+  bool alone;  // on a multiprocessor, among the blocks of its kernel
 };
 
 void check_config(const Config& config) {
@@ -37,7 +38,8 @@ Grid grid_of(const Problem<T>& problem, const Config& config) {
   check_rows(problem.output.rows, rows);
   return {dim3(config.split, (problem.output.rows + rows - 1) / rows,
                (problem.output.channels + config.columns - 1) / config.columns),
-          config.groups * kWarpgroup + 32, shared_bytes(config.columns, config.groups, config.split, config.stages)};
+          config.groups * kWarpgroup + 32,
+          bytes_of_block(shared_bytes(config.columns, config.groups, config.split, config.stages), config.alone)};
 }
 
 template <typename T, int COLUMNS, Kind KIND>
@@ -70,9 +72,9 @@ void run(const Problem<T>& problem, const Config& config, cudaStream_t stream) {
 }
 
 Config make_config(const std::vector<int64_t>& config) {
-  STD_TORCH_CHECK(config.size() == 6 && config[5] == 0,
-                  "convolution_native: config must hold columns, split, stages, early, groups, once");
-  const Config chosen{int(config[0]), int(config[1]), int(config[2]), config[3] != 0, int(config[4])};
+  STD_TORCH_CHECK(config.size() == 7 && config[5] == 0,
+                  "convolution_native: config must hold columns, split, stages, early, groups, once, alone");
+  const Config chosen{int(config[0]), int(config[1]), int(config[2]), config[3] != 0, int(config[4]), config[6] != 0};
   check_config(chosen);
   return chosen;
 }
@@ -94,14 +96,15 @@ Problem<T> make_problem(const Arguments& arguments, Tensor& out, const Config& c
 // [N, H2, W2, C2] under `second_weight` [K, 1, 1, C2] with its own stride is added to the sums. `late`: the residual is
 // added behind the ReLU. `scale`: results are repeated so often down and across, [N, P scale, Q scale, K], before the
 // residual is added. `config`: columns and split of a tile, stages of the ring, whether to start before the kernel in
-// front has ended, groups of 64 rows, whether one copy of the pixels serves all taps.
+// front has ended, groups of 64 rows, whether one copy of the pixels serves all taps, whether a multiprocessor gets one
+// block at most.
 Tensor convolution(Tensor x, Tensor weight, Tensor bias, std::optional<Tensor> residual, std::optional<Tensor> second,
                    std::optional<Tensor> second_weight, int64_t stride, int64_t padding, int64_t second_stride, bool relu,
                    bool late, int64_t scale, std::vector<int64_t> config) {
   const Arguments arguments{x,      weight,  bias,          residual, second, second_weight,
                             stride, padding, second_stride, relu,     late,   scale};
   STD_TORCH_CHECK(x.is_cuda(), "convolution_native: x must be on a CUDA device");
-  if (config.size() == 6 && config[5] != 0) {
+  if (config.size() == 7 && config[5] != 0) {
     const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
     Tensor out = make_out(arguments);
     if (out.numel() > 0) run_near(arguments, out, config, fm::current_stream(x));

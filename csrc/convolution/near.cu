@@ -7,8 +7,8 @@ namespace {
 using namespace fm_convolution;
 
 template <typename T, int COLUMNS>
-void launch(const Near<T>& near, int64_t images, bool early, cudaStream_t stream) {
-  const int bytes = near_shared_bytes(COLUMNS, near.box_bytes, near.split, near.stages);
+void launch(const Near<T>& near, int64_t images, bool early, bool alone, cudaStream_t stream) {
+  const int bytes = bytes_of_block(near_shared_bytes(COLUMNS, near.box_bytes, near.split, near.stages), alone);
   STD_TORCH_CHECK(bytes <= 227 * 1024, "convolution_native: ", near.stages, " stages take ", bytes,
                   " bytes of shared memory");
   const auto kernel = near.split > 1 ? near_kernel<T, COLUMNS, true> : near_kernel<T, COLUMNS, false>;
@@ -47,8 +47,8 @@ void run_near(const Arguments& arguments, Tensor& out, const std::vector<int64_t
     STD_TORCH_CHECK(problem.stages > 1 || problem.chunks <= problem.split,
                     "convolution_native: one stage needs a block for each of the ", problem.chunks, " chunks of channels");
     switch (config[0]) {
-      case 32: return launch<T, 32>(problem, g.images, config[3] != 0, stream);
-      case 64: return launch<T, 64>(problem, g.images, config[3] != 0, stream);
+      case 32: return launch<T, 32>(problem, g.images, config[3] != 0, config[6] != 0, stream);
+      case 64: return launch<T, 64>(problem, g.images, config[3] != 0, config[6] != 0, stream);
       default: STD_TORCH_CHECK(false, "convolution_native: columns must be 32 or 64, got ", config[0]);
     }
   };

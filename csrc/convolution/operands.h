@@ -46,6 +46,11 @@ inline Geometry geometry(const Tensor& x, const Tensor& weight, int64_t stride, 
   return g;
 }
 
+// Shared memory of which a multiprocessor has room for one block, with the kilobyte that each block takes beside it.
+constexpr int kAloneBytes = 115 * 1024;
+
+inline int bytes_of_block(int needed, bool alone) { return alone && needed < kAloneBytes ? kAloneBytes : needed; }
+
 // A grid has at most 65535 blocks down.
 inline void check_rows(int rows, int per_block) {
   STD_TORCH_CHECK(rows <= int64_t(65535) * per_block, "convolution_native: at most ", int64_t(65535) * per_block,

@@ -29,6 +29,9 @@ class ConvolutionConfig(NamedTuple):
         groups: of 64 positions of a tile; two without a split only.
         once: whether one copy of the pixels serves all nine taps of a 3 x 3 kernel (`near.cuh`); then a stage is a
             chunk of 64 channels under all taps.
+        alone: whether a block takes so much shared memory that a multiprocessor has room for no second one of the
+            kernel. Blocks that start early settle where the kernel in front leaves room, several together while
+            other multiprocessors get none; these are spread.
     """
 
     columns: int
@@ -37,6 +40,7 @@ class ConvolutionConfig(NamedTuple):
     early: bool = True
     groups: int = 1
     once: bool = False
+    alone: bool = False
 
 
 class Shape(NamedTuple):

@@ -139,14 +139,14 @@ def _config(read: Reader, where: str, value: Any, layer: Layer) -> ConvolutionCo
         return None
     kind = PairConfig if layer.following else ConvolutionConfig
     listed = dict(read.table(where, value, kind._fields))
-    flags = {name: listed.pop(name) for name in ("early", "once") if name in listed}
+    flags = {name: listed.pop(name) for name in ("early", "once", "alone") if name in listed}
     for name, flag in flags.items():
         if not isinstance(flag, bool):
             raise read.fail(f"{where}.{name}", flag, "true or false")
     numbers = {name: read.number(f"{where}.{name}", number) for name, number in listed.items()}
     if layer.following:
         return _pair(read, where, value, layer, PairConfig(numbers["stages"], flags["early"]))
-    config = ConvolutionConfig(**numbers, early=flags["early"], once=flags["once"])
+    config = ConvolutionConfig(**numbers, early=flags["early"], once=flags["once"], alone=flags["alone"])
     if wrong := problem(config, layer.shape.chunks, layer.scale, layer.shape.box):
         raise read.fail(where, value, f'"library" or a configuration of the kernel: {wrong}')
     return config

@@ -167,6 +167,44 @@ def test_what_is_faster_in_the_trunk_stays(monkeypatch: pytest.MonkeyPatch) -> N
     assert "with 2 others" in said[0]
 
 
+def test_which_blocks_are_alone_is_settled_in_the_trunk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """From all or from none on, whichever ends better; other layers and times stay, and the next trunk changes nothing
+    that one has settled."""
+    layers = [
+        PLAIN.layer,
+        PRODUCT.layer._replace(images=2),
+        PLAIN.layer._replace(height=30),
+        PLAIN.layer._replace(images=9),
+    ]
+    tile = ConvolutionConfig(32, 1, 2)
+    before = [table.Entry(layer, tile, 2.0 + number, 9.0) for number, layer in enumerate(layers)]
+    path = tmp_path / "table.json"
+    table.write_file(path, {"9.0": table.Family(dict.fromkeys(reader.RECORD, "x"), tuple(before))})
+    wanted = {layers[0]: True, layers[1]: True, layers[2]: False}
+
+    def taken(folded: object, x: object, chosen: choice.Tiles) -> float:
+        alone = {layer: isinstance(found, ConvolutionConfig) and found.alone for layer, found in chosen.items()}
+        right = sum(alone.get(layer) == best for layer, best in wanted.items())
+        return 100 - right - 10 * (alone.get(layers[0], False) and alone.get(layers[1], False))
+
+    monkeypatch.setattr(place, "microseconds", taken)
+    monkeypatch.setattr(tune, "family_of", lambda device: "9.0")
+    monkeypatch.setattr(tune.command, "record", lambda device: dict.fromkeys(reader.RECORD, "y"))
+    counts = Counter({Used(layer, False, True, (0, 0, 0), False): 1 for layer in layers[:3]})
+    tune.spread({"resnet50": counts}, 32, torch.float32, CPU, path, lambda text: None)
+    found = {entry.layer: entry for entry in table.read_file(path)["9.0"].entries}
+    assert {layer: found[layer].config == tile._replace(alone=best) for layer, best in wanted.items()} == dict.fromkeys(
+        wanted, True
+    )
+    assert found[layers[3]] == before[3] and all(found[one.layer].native_us == one.native_us for one in before)
+    monkeypatch.setattr(tune, "_settle_alone", lambda trunk, *given: (tried.append(trunk) or dict(given[4]), 1.0))
+    tried: list[str] = []
+    tune.spread({"resnet50": counts, "hrnet-w64": counts}, 32, torch.float32, CPU, path, lambda text: None)
+    assert set(tried) == {"resnet50"}
+    with pytest.raises(SystemExit):
+        command.main(["--only", "spreading", "--device", "cpu"])
+
+
 def test_timeline(tmp_path: Path) -> None:
     """Two kernels of two blocks; the second runs on one multiprocessor of the first."""
     first = np.array([[0, 100, 1000, 1100, 2000, 2500, 3000, 7], [0, 100, 1000, 1300, 2200, 2700, 3500, 8]])
@@ -381,7 +419,7 @@ def test_the_command_for_ends_of_bottlenecks(
     assert all(float(row["us"]) > 0 and float(row["error"]) < 1e-5 and row["commit"] for row in rows)
     assert "share" in capsys.readouterr().out
     monkeypatch.setattr(endings, "ours", lambda inputs: [one + 1 for one in endings.others(inputs, "library")])
-    with pytest.raises(SystemExit, match="wrong for 6 ends of blocks"):
+    with pytest.raises(SystemExit, match=f"wrong for {2 * len(MODES)} ends of blocks"):
         command.main([*arguments.split(), str(path)])
 
 

@@ -45,7 +45,7 @@ def test_a_trial_goes_before_both_tables_and_leaves_them_alone() -> None:
         assert place.chosen(size) == tile and place.chosen(other) == small
         assert configs.pinned(445, 512, 2048, 2) == dict(before[0][2, 512, 2048])[445]
         assert configs.pinned(446, 512, 512, 2) == dict(before[0][2, 512, 512])[12800]
-    assert (configs.MEASURED, native.MEASURED) == before
+    assert before == (configs.MEASURED, native.MEASURED)
 
 
 @pytest.mark.parametrize("size", [Size(445, 512, 2048), Size(50, 1536, 512), Size(445, 128, 128)])

@@ -160,6 +160,22 @@ def test_every_tile(shape) -> None:
 
 
 @GPU
+@pytest.mark.parametrize("config", [ConvolutionConfig(64, 1, 2), ConvolutionConfig(32, 4, 2, once=True)], ids=str)
+def test_blocks_alone_on_a_multiprocessor_give_the_same_bits(config: ConvolutionConfig) -> None:
+    """In a chain, where kernels start beside the one in front; also with more blocks than there is room for at a time."""
+    for images in (1, 40):
+        x, weights, _, _, _ = make((images, 14, 14, 256, 256, 3, 1), "cuda", torch.float16)
+        chains = []
+        for alone in (False, True):
+            got = x
+            for _ in range(6):
+                torch.full(got.shape, torch.nan, dtype=torch.float16, device="cuda")
+                got = convolution(got, weights, backend="native", config=config._replace(alone=alone))
+            chains.append(got)
+        assert torch.equal(*chains) and bool(chains[0].isfinite().all())
+
+
+@GPU
 def test_the_same_bits_a_thousand_times_and_in_a_chain() -> None:
     """Kernels that start early wait for the one in front; every output is poisoned before."""
     shape = (1, 14, 14, 256, 256, 3, 1)

@@ -85,11 +85,11 @@ def test_random_sizes(runner: Runner) -> None:
 
 
 IN_USE = tuple(tile for key, bands in MEASURED.items() if key[0] == 2 for _, tile in bands)
-HALF = tuple(dict.fromkeys((*TILES[2], *IN_USE)))
+OF_HALF = tuple(dict.fromkeys((*TILES[2], *IN_USE)))
 """Of half precision: those to choose from, and those that layers get."""
 
 
-@pytest.mark.parametrize("tile", [*HALF, *TILES[4], *NARROW], ids=lambda tile: "x".join(map(str, tile)))
+@pytest.mark.parametrize("tile", [*OF_HALF, *TILES[4], *NARROW], ids=lambda tile: "x".join(map(str, tile)))
 @on_triton
 def test_every_tile(runner: Runner, tile: LinearConfig) -> None:
     """More than one program each way, the last tiles incomplete; a step that is all, and several of them."""
@@ -101,7 +101,7 @@ def test_every_tile(runner: Runner, tile: LinearConfig) -> None:
         check(runner, x, weight, bias, normalize=normalize, residual=residual, config=tile)
 
 
-@pytest.mark.parametrize("tile", HALF, ids=lambda tile: "x".join(map(str, tile)))
+@pytest.mark.parametrize("tile", OF_HALF, ids=lambda tile: "x".join(map(str, tile)))
 @on_cuda
 def test_every_tile_under_load(runner: Runner, tile: LinearConfig) -> None:
     """The layers of FastMETRO that keep all multiprocessors busy, where a race shows that small cases hide."""

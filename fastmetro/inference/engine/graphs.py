@@ -20,7 +20,7 @@ Work = Callable[[Tensor], Outputs]
 _capturing = threading.Lock()  # one capture at a time in the whole process
 _MOST_SIGNATURES = 1000
 _raw_stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
-"""Of a device, what Triton and Inductor use: the address of the current stream, in a fifth of the public call's time."""
+"""Of a device: the address of the current stream, as Triton and Inductor ask for it."""
 _ALIGNMENT = 32  # bytes; PyTorch tells cuDNN how its operands are aligned, up to that, and Triton's kernels rely on 16
 _DEFAULT_STREAM = 0
 _WARM_UPS = 3  # libraries choose algorithms and allocate workspaces in their first calls
@@ -202,7 +202,7 @@ class Graphs:
             return outputs
 
     def _follow(self) -> None:
-        """Lets the current stream wait for the work before; costs nothing on the default stream, if that has it, too."""
+        """Lets the current stream wait for the work before, which the default stream does if it has that, too."""
         before, self.stream = self.stream, None if _raw_stream is None else _raw_stream(self.device.index)
         if before == self.stream == _DEFAULT_STREAM:  # others may have ended, and their addresses be another's by now
             return
