@@ -162,7 +162,7 @@ def test_every_tile(shape) -> None:
 @GPU
 @pytest.mark.parametrize("config", [ConvolutionConfig(64, 1, 2), ConvolutionConfig(32, 4, 2, once=True)], ids=str)
 def test_blocks_alone_on_a_multiprocessor_give_the_same_bits(config: ConvolutionConfig) -> None:
-    """In a chain, where kernels start beside the one in front; also with more blocks than there is room for at a time."""
+    """In a chain, where kernels start beside the one in front; also of more blocks than there is room for at a time."""
     for images in (1, 40):
         x, weights, _, _, _ = make((images, 14, 14, 256, 256, 3, 1), "cuda", torch.float16)
         chains = []
@@ -329,7 +329,7 @@ def test_ops_keep_their_schemas() -> None:
     x, weights, kept, branch, _ = make((2, 6, 6, 16, 32, 3, 1), "cuda", torch.float16, True, True)
     rows = [one.permute(0, 2, 3, 1).contiguous() for one in (x, kept, branch)]
     arguments = (rows[0], weights.weight, weights.bias, rows[1], rows[2], weights.second_weight, 1, 1, 2, True, False)
-    config = [32, 2, 2, 1, 1, 0]
+    config = [32, 2, 2, 1, 1, 0, 0]
     torch.library.opcheck(torch.ops.fastmetro_kernels.convolution_native, (*arguments, 1, config))
     compiled = torch.compile(lambda x: convolution(x, weights, residual=kept, second=branch, backend="native") + 1)
     want = convolution(x, weights, residual=kept, second=branch, backend="native") + 1
