@@ -15,12 +15,12 @@ the command fails at its end. Then whole trunks, and the figures that must be sh
 
 `--tune FILE` first times every usable tile of every layer, then the best of them in whole trunks, and writes the table
 by which `auto` goes; the rest of the run uses it. To use it elsewhere, name it in FASTMETRO_KERNELS_CONVOLUTIONS, or
-put it in the place of fastmetro_kernels/convolution/measured.json. `--only spreading` with it settles nothing but which
-layers' blocks are alone on a multiprocessor, which only whole trunks can tell. `--only join` instead times the kernel
-with large tiles for the ends of stages' first blocks, and prints the entries of its table: see join.py; `--only stems`
-the kernels of the trunks' beginnings; `--only endings` the kernel for all that is behind a bottleneck's first
-convolution, against what the engine takes without it, and prints the entries of its table: see endings.py. On a CPU the
-kernels' ops run on their references, and nothing is written without `--csv`: a check of this command.
+put it in the place of fastmetro_kernels/convolution/measured.json. With it `--only spreading` and `--only placing` go
+on from a table in whole trunks alone: see resettle.py. `--only join` instead times the kernel with large tiles for the
+ends of stages' first blocks, and prints the entries of its table: see join.py; `--only stems` the kernels of the
+trunks' beginnings; `--only endings` the kernel for all that is behind a bottleneck's first convolution, against what
+the engine takes without it, and prints the entries of its table: see endings.py. On a CPU the kernels' ops run on their
+references, and nothing is written without `--csv`: a check of this command.
 """
 
 from __future__ import annotations
@@ -35,13 +35,15 @@ from pathlib import Path
 import torch
 
 from bench import common
-from bench.convolution import endings, join, report, stems, trunks
+from bench.convolution import endings, join, report, resettle, stems, trunks
 from bench.convolution.layers import TRUNKS, Used, used_layers
 from bench.convolution.measure import Case
-from bench.convolution.tune import spread, tune
+from bench.convolution.tune import tune
 from fastmetro_kernels.convolution import choice, native
 from fastmetro_kernels.convolution.ending import ending_reasons
 from fastmetro_kernels.tuning import TuningFileError
+
+RESETTLING = {"spreading": resettle.spread, "placing": resettle.place_tiles}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -60,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
     add("--tune", type=Path, metavar="FILE", help="measure and write the table of tiles first")
     add(
         "--only",
-        choices=["layers", "trunks", "tuning", "spreading", "join", "stems", "endings"],
+        choices=["layers", "trunks", "tuning", *RESETTLING, "join", "stems", "endings"],
         help="default: layers, then trunks",
     )
     add(
@@ -77,8 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     if options.side % 32 or options.side < 32:
         made.error(f"--side must be a multiple of 32, got {options.side}")
-    if options.only == "spreading" and options.tune is None:
-        made.error("--only spreading writes a table: name it with --tune FILE")
+    if options.only in RESETTLING and options.tune is None:
+        made.error(f"--only {options.only} writes a table: name it with --tune FILE")
     if device.type == "cuda" and (why := native.reasons(device, dtype)):
         made.error(f"the kernel cannot run: {'; '.join(why)}")
     if options.tune is not None and device.type != "cuda":
@@ -93,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with torch.no_grad():
         if options.tune is not None:
             try:
-                _tune(spread if options.only == "spreading" else tune, options.tune, uses, options.side, dtype, device)
+                _tune(RESETTLING.get(options.only, tune), options.tune, uses, options.side, dtype, device)
             except TuningFileError as error:
                 made.error(str(error))
         if options.only == "join":

@@ -1,10 +1,11 @@
 """When the kernels of a trunk do what: blocks' own clocks, as a table, a picture and numbers.
 
-    python -m bench.convolution.timeline [--trunk resnet50] [--batch 1] [--json FILE] [--picture FILE]
+    python -m bench.convolution.timeline [--trunk resnet50] [--batch 1] [--together] [--json FILE] [--picture FILE]
 
 The trunk runs as one CUDA graph with a variant of the kernel that notes the clock of its multiprocessor at every step.
 Clocks of different multiprocessors have nothing to do with one another, so spans are taken within a block, and the time
-from one kernel to the next on multiprocessors that ran both. Pairs run as two kernels here, and kernels that repeat
+from one kernel to the next on multiprocessors that ran both. `--together`: with tiles that leave room for other blocks
+of their kernel, to see where these settle. Pairs run as two kernels here, and kernels that repeat
 their results, or take one copy for all taps, note nothing.
 """
 
@@ -45,6 +46,8 @@ class Kernel:
     Attributes:
         layer: what it computes.
         blocks: how many.
+        multiprocessors: how many of them had a block.
+        most: blocks that one of them had.
         early: from its start to the end of its wait for the kernel in front, median of its blocks.
         steps: `STEPS`, medians of its blocks.
         longest: from the end of the wait to the last store, of the slowest block.
@@ -54,13 +57,15 @@ class Kernel:
 
     layer: str
     blocks: int
+    multiprocessors: int
+    most: int
     early: float
     steps: dict[str, float]
     longest: float
     next: float | None
 
 
-def record(trunk: str, images: int, device: torch.device) -> tuple[list[str], list[np.ndarray]]:
+def record(trunk: str, images: int, device: torch.device, together: bool = False) -> tuple[list[str], list[np.ndarray]]:
     """Names of the kernels, and the stamps [blocks, `STAMPS`] of each, of the last of some replays."""
     backbone, pixels = make_trunk(trunk, images, 224, device)
     folded, x = fold_backbone(backbone, torch.float16), pixels.to(torch.float16, memory_format=torch.channels_last)
@@ -70,10 +75,12 @@ def record(trunk: str, images: int, device: torch.device) -> tuple[list[str], li
 
     def noted(*arguments: object) -> Tensor:
         *others, scale, config = arguments
+        if together:
+            config = list(map(int, ConvolutionConfig(*config)._replace(alone=False)))
         if scale != 1 or ConvolutionConfig(*config).once:
-            return convolution_native(*arguments)
+            return convolution_native(*others, scale, config)
         out, times = ops.convolution_timeline_native(*others, config)
-        names.append(_name(*arguments))
+        names.append(_name(*others, config))
         stamps.append(times)
         return out
 
@@ -116,7 +123,9 @@ def summarize(names: Sequence[str], stamps: Sequence[np.ndarray], clocks_per_us:
         gap = _gap(own, stamps[number + 1]) if number + 1 < len(names) else None
         following = None if gap is None else gap / clocks_per_us
         early, longest = np.median(at["waited"] - at["started"]), np.max(at["stored"] - at["waited"])
-        found.append(Kernel(name, len(own), float(early), steps, float(longest), following))
+        _, shares = np.unique(own[:, STAMPS.index("multiprocessor")], return_counts=True)
+        spread = len(own), len(shares), int(shares.max())
+        found.append(Kernel(name, *spread, float(early), steps, float(longest), following))
     return found
 
 
@@ -167,19 +176,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--trunk", choices=TRUNKS, default="resnet50")
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--together", action="store_true", help="no blocks alone on a multiprocessor")
     parser.add_argument("--json", type=Path, help="default: bench/results/convolution_timeline_<device>.json")
     parser.add_argument("--picture", type=Path, help="draws all kernels of the trunk")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         parser.error("needs a GPU of compute capability 9.0")
     device = torch.device("cuda")
-    names, stamps = record(options.trunk, options.batch, device)
+    names, stamps = record(options.trunk, options.batch, device, options.together)
     megahertz = common.clocks(device)[0] or torch.cuda.clock_rate(device)
     found = summarize(names, stamps, float(megahertz))
     for kernel in found:
         steps = "  ".join(f"{step} {value:.2f}" for step, value in kernel.steps.items())
         rest = f"longest {kernel.longest:.2f}" + ("" if kernel.next is None else f"  next {kernel.next:.2f}")
-        print(f"{kernel.layer:48} {kernel.blocks:4} blocks  {steps}  {rest}")
+        where = f"{kernel.blocks:4} blocks on {kernel.multiprocessors:3}, at most {kernel.most}"
+        print(f"{kernel.layer:48} {where}  {steps}  {rest}")
     print(f"sum of the longest {sum(kernel.longest for kernel in found):.1f} us")
     target = options.json or common.results_csv("convolution_timeline", device).with_suffix(".json")
     rows = [asdict(kernel) for kernel in found]

@@ -14,7 +14,7 @@ from bench import common
 from bench.convolution import place
 from bench.convolution.layers import Used, used_pairs
 from bench.convolution.measure import GRAPH_CALLS, Case, Timer, take_in_turn
-from fastmetro_kernels.convolution import ConvolutionConfig, choice, pair_configs, table
+from fastmetro_kernels.convolution import ConvolutionConfig, pair_configs, table
 from fastmetro_kernels.convolution.configs import usable
 from fastmetro_kernels.convolution.table import Entry, Layer
 from fastmetro_kernels.tuning import command
@@ -95,55 +95,6 @@ def settle_trunk(
         one = settled[layer]
         found[layer] = Entry(layer, one.tile, round(one.best_us, 3), round(one.before_us, 3)), ()
     return [found[layer][0] for layer in (*order, *pairs)]
-
-
-def spread(uses: Uses, side: int, dtype: torch.dtype, device: torch.device, path: Path, say: Say = print) -> None:
-    """Settles only which layers' blocks are alone on a multiprocessor, in whole trunks; all else stays as in the file,
-    or as shipped. What one trunk has settled stays for those that follow.
-
-    Raises:
-        TuningFileError: the file is there and is no table of convolutions.
-    """
-    family = family_of(device)
-    assert family is not None  # the command looked
-    kept = table.read_file(path) if path.exists() else dict(choice.families())
-    record = command.record(device) | {"command": common.command_line()[:1000]}
-    done: set[Layer] = set()
-    for trunk, counts in uses.items():
-        for images in sorted({used.layer.images for used in counts}):
-            entries = {entry.layer: entry for entry in kept.get(family, table.Family()).entries}
-            layers = dict.fromkeys(used.layer for used in counts if used.layer.images == images)
-            tiles = {layer: entries[layer].config for layer in layers if layer in entries and layer not in done}
-            cut = {layer: tile for layer, tile in tiles.items() if isinstance(tile, ConvolutionConfig)}
-            if not cut:
-                continue
-            found = min(
-                (_settle_alone(trunk, images, side, dtype, device, cut, start, say) for start in (False, True)),
-                key=lambda one: one[1],
-            )[0]
-            kept = table.merged(
-                kept, family, record, [replace(entries[layer], config=tile) for layer, tile in found.items()]
-            )
-            table.write_file(path, kept)
-            done |= set(cut)
-
-
-def _settle_alone(
-    trunk: str,
-    images: int,
-    side: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    cut: Mapping[Layer, ConvolutionConfig],
-    start: bool,
-    say: Say,
-) -> tuple[dict[Layer, place.Tile], float]:
-    """Tiles, and microseconds of the trunk with them, from all alone or none on."""
-    chosen = {layer: tile._replace(alone=start) for layer, tile in cut.items()}
-    rivals = {layer: (tile._replace(alone=not start),) for layer, tile in chosen.items()}
-    settled = place.settle(trunk, images, side, dtype, device, chosen, rivals, say)
-    tiles = {layer: one.tile for layer, one in settled.items()}
-    return tiles, min(min(one.before_us, one.best_us) for one in settled.values())
 
 
 def measure_layer(layer: Layer, cases: Sequence[Case]) -> tuple[Entry, Rivals]:

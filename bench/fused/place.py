@@ -52,6 +52,8 @@ MANY_ROWS, ROWS_OF_MANY = 256, 32
 NATIVE_STAGES = (4, 8)
 
 Tile = LinearConfig | NativeLinearConfig
+Trial = tuple[int, int, int, str, float, bool]
+"""Rows, features and width of a layer, the tile, microseconds of the whole, and whether the tile stayed."""
 
 
 class Size(NamedTuple):
@@ -146,8 +148,9 @@ def settle(
     best: float,
     say: Callable[[str], None],
     until: float = math.inf,
-) -> float:
-    """Goes once through the layers, `tiles` gets what is faster; microseconds with it. Ends at `time.monotonic()`."""
+) -> list[Trial]:
+    """Goes once through the layers until then; `tiles` gets what is faster than `best` microseconds."""
+    trials: list[Trial] = []
     work_of = Counter({size: size.rows * size.features * size.width * len(made) for size, made in calls.items()})
     for size, _ in work_of.most_common():
         for tile in candidates(size, calls[size]):
@@ -160,9 +163,10 @@ def settle(
                 continue
             better = taken < best * (1 - GAIN)
             say(f"  {tuple(size)} {name(tile):34} {taken:8.2f} us{'  <' if better else ''}")
+            trials.append((*size, name(tile), round(taken, 2), better))
             if better:
                 tiles[size], best = tile, taken
-    return best
+    return trials
 
 
 def name(tile: Tile) -> str:
@@ -207,14 +211,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     number, seconds = common.precompile(jobs, device)
     print(f"{number} tiles compiled in {seconds:.1f} s", flush=True)
     tiles: dict[Size, Tile] = {}
-    first = best = microseconds(work, tiles)
+    first = microseconds(work, tiles)
     until = time.monotonic() + options.seconds
-    best = settle(work, calls, tiles, best, lambda text: print(text, flush=True), until)
+    trials = settle(work, calls, tiles, first, lambda text: print(text, flush=True), until)
+    best = min([first, *(taken for *_, taken, better in trials if better)])
     print(f"{options.model}, {options.batch} images: {first:.2f} us before, {best:.2f} after\n{entries(tiles)}")
     if options.json is not None:
         record = common.environment(device) | common.versions() | {"command": common.command_line()}
-        found = [{"layer": size, "kind": type(tile).__name__, "tile": tile} for size, tile in tiles.items()]
-        options.json.write_text(json.dumps(record | {"before_us": first, "after_us": best, "tiles": found}, indent=1))
+        lines = ",\n".join(json.dumps(trial) for trial in trials)
+        head = json.dumps(
+            record | {"model": options.model, "batch": options.batch, "before_us": round(first, 2)}, indent=1
+        )
+        options.json.write_text(f'{head[:-2]},\n "trials": [\n{lines}\n]}}\n')
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 ROWS, DEPTH = 64, 64
 SHARED_BYTES = 227 * 1024
+ALONE_BYTES = 115 * 1024
+"""Of which a multiprocessor has room for one block; as in ``csrc/convolution/operands.h``."""
 MAX_STAGES = 16
 COLUMNS, SPLITS, GROUPS = (32, 64, 128), (1, 2, 4, 8), (1, 2)
 MOST_SCALE, REPEATED_COLUMNS, TAPS = 32, 64, 9

@@ -167,44 +167,6 @@ def test_what_is_faster_in_the_trunk_stays(monkeypatch: pytest.MonkeyPatch) -> N
     assert "with 2 others" in said[0]
 
 
-def test_which_blocks_are_alone_is_settled_in_the_trunk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """From all or from none on, whichever ends better; other layers and times stay, and the next trunk changes nothing
-    that one has settled."""
-    layers = [
-        PLAIN.layer,
-        PRODUCT.layer._replace(images=2),
-        PLAIN.layer._replace(height=30),
-        PLAIN.layer._replace(images=9),
-    ]
-    tile = ConvolutionConfig(32, 1, 2)
-    before = [table.Entry(layer, tile, 2.0 + number, 9.0) for number, layer in enumerate(layers)]
-    path = tmp_path / "table.json"
-    table.write_file(path, {"9.0": table.Family(dict.fromkeys(reader.RECORD, "x"), tuple(before))})
-    wanted = {layers[0]: True, layers[1]: True, layers[2]: False}
-
-    def taken(folded: object, x: object, chosen: choice.Tiles) -> float:
-        alone = {layer: isinstance(found, ConvolutionConfig) and found.alone for layer, found in chosen.items()}
-        right = sum(alone.get(layer) == best for layer, best in wanted.items())
-        return 100 - right - 10 * (alone.get(layers[0], False) and alone.get(layers[1], False))
-
-    monkeypatch.setattr(place, "microseconds", taken)
-    monkeypatch.setattr(tune, "family_of", lambda device: "9.0")
-    monkeypatch.setattr(tune.command, "record", lambda device: dict.fromkeys(reader.RECORD, "y"))
-    counts = Counter({Used(layer, False, True, (0, 0, 0), False): 1 for layer in layers[:3]})
-    tune.spread({"resnet50": counts}, 32, torch.float32, CPU, path, lambda text: None)
-    found = {entry.layer: entry for entry in table.read_file(path)["9.0"].entries}
-    assert {layer: found[layer].config == tile._replace(alone=best) for layer, best in wanted.items()} == dict.fromkeys(
-        wanted, True
-    )
-    assert found[layers[3]] == before[3] and all(found[one.layer].native_us == one.native_us for one in before)
-    monkeypatch.setattr(tune, "_settle_alone", lambda trunk, *given: (tried.append(trunk) or dict(given[4]), 1.0))
-    tried: list[str] = []
-    tune.spread({"resnet50": counts, "hrnet-w64": counts}, 32, torch.float32, CPU, path, lambda text: None)
-    assert set(tried) == {"resnet50"}
-    with pytest.raises(SystemExit):
-        command.main(["--only", "spreading", "--device", "cpu"])
-
-
 def test_timeline(tmp_path: Path) -> None:
     """Two kernels of two blocks; the second runs on one multiprocessor of the first."""
     first = np.array([[0, 100, 1000, 1100, 2000, 2500, 3000, 7], [0, 100, 1000, 1300, 2200, 2700, 3500, 8]])
@@ -212,7 +174,9 @@ def test_timeline(tmp_path: Path) -> None:
     one, two = timeline.summarize(["a", "b"], [first, second], 1000.0)
     assert one.blocks == 2 and one.early == 1.0 and one.longest == 2.5 and one.next == 0.5
     assert one.steps == pytest.approx({"asks": 0.2, "fetches and multiplies": 0.9, "exchanges": 0.5, "stores": 0.65})
-    assert two.next is None
+    assert two.next is None and (one.multiprocessors, one.most) == (2, 1)
+    (crowded,) = timeline.summarize(["c"], [np.array([*first, first[0]])], 1000.0)
+    assert (crowded.blocks, crowded.multiprocessors, crowded.most) == (3, 2, 2)
     timeline.draw([one, two], tmp_path / "timeline.png")
     assert (tmp_path / "timeline.png").stat().st_size > 1000
 

@@ -78,7 +78,8 @@ def test_what_makes_the_whole_faster_stays(monkeypatch: pytest.MonkeyPatch) -> N
     calls: dict[Size, list[Call]] = {small: [PLAIN], large: [PLAIN]}
     tiles: dict[Size, Any] = {}
     said: list[str] = []
-    assert place.settle(lambda: None, calls, tiles, 100.0, said.append) == 80.0
+    trials = place.settle(lambda: None, calls, tiles, 100.0, said.append)
+    assert [taken for *_, taken, better in trials if better] == [90.0, 80.0] and len(trials) < len(tried)
     assert tiles == gains
     assert [size for size, _ in tried] == sorted((size for size, _ in tried), key=[large, small].index)
     assert place.chosen(large) not in [tile for size, tile in tried if size == large]
@@ -87,4 +88,4 @@ def test_what_makes_the_whole_faster_stays(monkeypatch: pytest.MonkeyPatch) -> N
     named = {"LinearConfig": LinearConfig, "NativeLinearConfig": NativeLinearConfig}
     assert eval(lines, named) == {tuple(size): tile for size, tile in gains.items()}
     tried.clear()
-    assert place.settle(lambda: None, calls, {}, 100.0, said.append, until=0.0) == 100.0 and not tried
+    assert not place.settle(lambda: None, calls, {}, 100.0, said.append, until=0.0) and not tried
