@@ -72,7 +72,7 @@ def place_tiles(uses: Uses, side: int, dtype: torch.dtype, device: torch.device,
 
 
 def rivals_of(layer: Layer) -> tuple[place.Tile, ...]:
-    """What is worth a trial for a layer or a pair: tiles with some depths of the ring, also alone where that differs."""
+    """What is worth a trial for a layer or a pair: tiles with some depths of a ring, also alone where that differs."""
     if layer.following:
         return (None, *pair_configs(layer.shape.chunks, layer.following))
     found: list[place.Tile] = []

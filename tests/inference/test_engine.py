@@ -13,8 +13,9 @@ from torch import Tensor
 
 import fastmetro
 from fastmetro.inference.engine import Engine
+from fastmetro.inference.engine.products import Tokens
 from fastmetro.inference.images import to_input
-from fastmetro.models import FastMETRO
+from fastmetro.models import FastMETRO, create_model
 
 BATCH = 2
 
@@ -92,6 +93,21 @@ def test_half_precision_is_near(
     assert ours < 2 * theirs, f"{1e3 * ours:.3f} mm, plain {1e3 * theirs:.3f} mm"
 
 
+@pytest.mark.parametrize("upsampling", ["fixed", "learned"])
+def test_one_image_gets_both_fine_meshes_of_one_product(upsampling: str, device: torch.device) -> None:
+    """Where they are fixed; the same meshes as among several images, in one piece each."""
+    network = create_model("fastmetro-s", mesh="anny-body", upsampling=upsampling).to(device).eval()
+    folded = fastmetro.compile(network, 1, torch.float32)._transformers
+    assert (folded.to_both is None) == (upsampling == "learned")
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(3, folded.num_joints + folded.num_vertices, network.config.widths[1], generator=generator)
+    few, several = (folded.place(Tokens(part)) for part in (values[:1].to(device), values.to(device)))
+    assert list(few) == list(several)
+    for name, mesh in few.items():
+        torch.testing.assert_close(mesh, several[name][:1])
+        assert mesh.is_contiguous()
+
+
 def test_other_sizes_are_resized(float32_engine: Engine) -> None:
     """With antialiasing, before they are normalised, and not rounded in between."""
     large = pixels(2, 448)
@@ -116,9 +132,7 @@ def test_no_image(float32_engine: Engine) -> None:
 
 
 @torch.no_grad()
-def test_weights_are_replaced_in_place(
-    model: FastMETRO, float32_engine: Engine, device: torch.device
-) -> None:
+def test_weights_are_replaced_in_place(model: FastMETRO, float32_engine: Engine, device: torch.device) -> None:
     changed = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(1)
     for parameter in changed.parameters():
@@ -235,9 +249,7 @@ def test_smpl_head() -> None:
         (np.zeros((1, 0, 0, 3), np.uint8), ValueError, "square crops"),
     ],
 )
-def test_bad_images(
-    float32_engine: Engine, images: Tensor | np.ndarray, error: type[Exception], message: str
-) -> None:
+def test_bad_images(float32_engine: Engine, images: Tensor | np.ndarray, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         float32_engine(images)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import scipy.sparse
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from fastmetro.inference.engine.products import Tokens, joined, read, update
 from fastmetro.inference.engine.streams import ParallelStreams
 from fastmetro.models.network import FastMETRO
 from fastmetro.models.transformer import DecoderLayer, EncoderLayer, Transformer
+from fastmetro.models.upsampling import FixedUpsampling
 
 
 class FoldedStage(Folded):
@@ -94,6 +96,8 @@ class FoldedTransformers(Folded):
         self.to_intermediate = _moved(model.coarse2intermediate_upsample, device, self.heads_dtype)
         self.to_fine = _moved(model.intermediate2fine_upsample, device, self.heads_dtype)
         self.direct = _moved(model.coarse2fine_upsample, device, self.heads_dtype)
+        self.to_both = _stacked(model.coarse2intermediate_upsample, model.coarse2fine_upsample, device)
+        self.num_intermediate = 0 if self.to_both is None else model.mesh.upsampling[0].shape[0]
         self.streams = ParallelStreams()
         self.fold(model)
 
@@ -176,6 +180,11 @@ class FoldedTransformers(Folded):
         coordinates = read(tokens, self.affine("xyz"), self.stage_2.decoder_epsilon)
         coarse = coordinates[:, self.num_joints :]
         out = {"pred_3d_joints": coordinates[:, : self.num_joints], "pred_3d_vertices_coarse": coarse}
+        if self.to_both is not None and len(coarse) == 1:  # of more images the parts would not be in one piece
+            both = self.to_both(coarse)
+            out["pred_3d_vertices_intermediate"] = both[:, : self.num_intermediate]
+            out["pred_3d_vertices_fine"] = both[:, self.num_intermediate :]
+            return out
         if self.to_intermediate is not None:
             out["pred_3d_vertices_intermediate"] = self.to_intermediate(coarse)
         if self.direct is not None:
@@ -194,6 +203,14 @@ _UPSAMPLINGS = {
 
 def _moved(module: nn.Module | None, device: torch.device, dtype: torch.dtype) -> nn.Module | None:
     return None if module is None else copy.deepcopy(module).to(device=device, dtype=dtype).requires_grad_(False)
+
+
+def _stacked(first: nn.Module | None, second: nn.Module | None, device: torch.device) -> FixedUpsampling | None:
+    """Both in one product: a launch less, where the two do not wait for one another. None where they are not fixed."""
+    if not (isinstance(first, FixedUpsampling) and isinstance(second, FixedUpsampling)):
+        return None
+    rows = scipy.sparse.vstack([first.matrix.to_scipy(), second.matrix.to_scipy()], format="csr")
+    return FixedUpsampling(rows, first.backend).to(device)
 
 
 def _refresh(module: nn.Module | None, source: nn.Module | None) -> None:
