@@ -13,8 +13,9 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
@@ -24,6 +25,7 @@ BUILD_COMMAND = "pip install ."
 _PACKAGE = Path(__file__).resolve().parent
 _CPU_LIBRARY = "_native_cpu.abi3.so"
 _CUDA_LIBRARY = "_native_cuda.abi3.so"
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class BackendUnavailable(RuntimeError):
@@ -103,7 +105,13 @@ def _driver_problem() -> str | None:
     )
 
 
-@torch.compiler.assume_constant_result
+def assumed_constant(function: _Function) -> _Function:
+    """``torch.compiler.assume_constant_result``, but for loading all of Dynamo: a second of every import."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@assumed_constant
 def native_reasons(operator: str, device: torch.device) -> list[str]:
     """Reasons why the extension cannot run ``operator`` on tensors of ``device``; empty when it can.
 
@@ -161,7 +169,7 @@ def triton_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in {"1", "true", "yes", "on"}
 
 
-@torch.compiler.assume_constant_result
+@assumed_constant
 def triton_reasons(device: torch.device) -> list[str]:
     """Reasons why Triton kernels cannot run on tensors of ``device``; empty when they can."""
     problem = _triton_import_problem()

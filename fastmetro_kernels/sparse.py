@@ -211,8 +211,10 @@ class SparseMatrix(nn.Module):
 def _canonical_csr(matrix: Any) -> sp.csr_array:
     """Check everything that is promised about a matrix; return float64 CSR, sorted, with duplicates summed."""
     if not sp.issparse(matrix):
-        raise TypeError(f"matrix: expected a scipy.sparse matrix or array, got {type(matrix).__name__}; "
-                        "see also SparseMatrix.from_dense and SparseMatrix.from_torch")
+        raise TypeError(
+            f"matrix: expected a scipy.sparse matrix or array, got {type(matrix).__name__}; "
+            "see also SparseMatrix.from_dense and SparseMatrix.from_torch"
+        )
     if matrix.ndim != 2:
         raise ValueError(f"matrix: expected 2 dimensions, got shape {tuple(matrix.shape)}")
     _check_real(matrix.dtype)
@@ -229,8 +231,10 @@ def _canonical_csr(matrix: Any) -> sp.csr_array:
     with np.errstate(over="ignore"):
         bad = ~np.isfinite(csr.data.astype(np.float32))
     if bad.any():
-        raise ValueError(f"matrix: values must be finite in float32, got {csr.data[bad][0]} "
-                         f"({int(bad.sum())} of {bad.size} values are not)")
+        raise ValueError(
+            f"matrix: values must be finite in float32, got {csr.data[bad][0]} "
+            f"({int(bad.sum())} of {bad.size} values are not)"
+        )
     return csr
 
 

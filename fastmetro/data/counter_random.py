@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastmetro_kernels.backends import assumed_constant
+
 _MASK = 0xFFFFFFFF
 
 
@@ -76,7 +78,7 @@ class StreamPlan:
         return self._ranges[count, device]
 
 
-@torch.compiler.assume_constant_result  # Dynamo cannot look into zlib
+@assumed_constant  # Dynamo cannot look into zlib
 def _stream(name: str) -> int:
     return zlib.crc32(name.encode())
 

@@ -12,6 +12,7 @@ from fastmetro_kernels.attention import dispatch, reference
 from fastmetro_kernels.attention.dispatch import Choice
 from fastmetro_kernels.attention.ops import lse_dtype
 from fastmetro_kernels.attention.weights import SparseAttentionWeights, attention_weights
+from fastmetro_kernels.backends import assumed_constant
 from fastmetro_kernels.topology import TokenTopology
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -197,7 +198,7 @@ def _check_inputs(q: Tensor, k: Tensor, v: Tensor, topology: TokenTopology) -> N
         )
 
 
-@torch.compiler.assume_constant_result  # older versions of Dynamo cannot trace the query
+@assumed_constant  # older versions of Dynamo cannot trace the query
 def _knows_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device)
 

@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from fastmetro_kernels import backends
 from fastmetro_kernels.attention import ops  # noqa: F401  (declares the ops)
+from fastmetro_kernels.backends import assumed_constant
 from fastmetro_kernels.packing import PackedPlan
 from fastmetro_kernels.schedule import WINDOW_ROWS
 from fastmetro_kernels.topology import TokenTopology
@@ -72,13 +73,13 @@ def shared_memory(plan: PackedPlan, tensors: int, dim: int, narrow: bool = False
     return slots + -(-8 * heads * plan.slots // 16) * 16 + 2 * table
 
 
-@torch.compiler.assume_constant_result
+@assumed_constant
 def _shared_memory(device: torch.device) -> int:
     capability = torch.cuda.get_device_capability(device)
     return 1024 * _SHARED_MEMORY.get(capability, _SMALLEST_SHARED_MEMORY)
 
 
-@torch.compiler.assume_constant_result
+@assumed_constant
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 

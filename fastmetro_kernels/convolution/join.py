@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastmetro_kernels import backends
+from fastmetro_kernels.backends import assumed_constant
 from fastmetro_kernels.convolution import reference
 from fastmetro_kernels.convolution.api import channels_last_rows, layer_of
 from fastmetro_kernels.convolution.join_configs import MEASURED, JoinConfig, problem
@@ -98,7 +99,7 @@ def join_problem(weights: ConvolutionWeights) -> str | None:
     return None if weights.second_weight is not None else "weights must have a second convolution, got none"
 
 
-@torch.compiler.assume_constant_result
+@assumed_constant
 def join_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
     """Why the kernel cannot take inputs of this device and dtype; empty when it can."""
     found = list(backends.triton_reasons(device))

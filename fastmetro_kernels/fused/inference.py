@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastmetro_kernels import backends
+from fastmetro_kernels.backends import assumed_constant
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 """Accepted dtypes; float64 runs on the reference alone."""
@@ -73,7 +74,7 @@ def check_config(config: Any, kind: type, problem: Callable[[Any], str | None]) 
         raise ValueError(f"config: {found}")
 
 
-@torch.compiler.assume_constant_result
+@assumed_constant
 def choose_backend(op: str, requested: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend that runs a call; see :func:`fastmetro_kernels.backends.select`.
 

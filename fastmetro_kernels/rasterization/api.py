@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastmetro_kernels import backends
+from fastmetro_kernels.backends import assumed_constant
 from fastmetro_kernels.rasterization.native import rasterize_native
 from fastmetro_kernels.rasterization.reference import rasterize_reference
 
@@ -115,7 +116,7 @@ def interpolate(attributes: Tensor, faces: Tensor, raster: RasterOutput) -> Tens
     return torch.where(covered, result, 0.0).view(batch, height, width, channels)
 
 
-@torch.compiler.assume_constant_result
+@assumed_constant
 def _select(requested: str, device: torch.device) -> str:
     reasons = {"native": backends.native_reasons("rasterize_native", device), "reference": []}
     return backends.select("rasterize", requested, reasons, ("native", "reference"))

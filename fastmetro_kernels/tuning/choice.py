@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from fastmetro_kernels.attention.configs import PADDED_DIMS, Config, TritonConfig, padded_dim
+from fastmetro_kernels.backends import assumed_constant
 from fastmetro_kernels.tuning.reader import shipped_and_own
 from fastmetro_kernels.tuning.table import SELECTABLE, Configuration, Family, Point, read_file
 
@@ -90,7 +91,7 @@ def _as_tuple(configuration: Configuration) -> Any:
     return tuple(map(tuple, configuration.tiles)), configuration.precision, configuration.share
 
 
-@torch.compiler.assume_constant_result
+@assumed_constant
 def _ladder(device: torch.device, pass_name: str, element_size: int, dim: int, vertices: int) -> _Ladder:
     return _cached_ladder(family_of(device), pass_name, element_size, dim, vertices)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmetro_kernels import backends
+from fastmetro_kernels.backends import assumed_constant
 from fastmetro_kernels.sparse import SparseMatrix
 from fastmetro_kernels.upsampling import native, ops, reference
 
@@ -95,7 +96,7 @@ class _Product(torch.autograd.Function):
         return grad_x, *[None] * 15
 
 
-@torch.compiler.assume_constant_result
+@assumed_constant
 def _choose(requested: str, device: torch.device, dtype: torch.dtype) -> str:
     triton = list(backends.triton_reasons(device))
     if dtype == torch.float64:

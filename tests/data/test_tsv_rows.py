@@ -111,7 +111,7 @@ def test_images_that_claim_too_many_pixels_are_not_decoded(monkeypatch: pytest.M
 
 def test_sizes_come_in_two_forms() -> None:
     assert parse_size(b'[{"height": 40, "width": 30}]') == parse_size(b"40 30") == (40, 30)
-    for text in (b"40", b"40 30 20", b"a b", b"[{}]", b"[]", b"[{\"height\": null, \"width\": 1}]"):
+    for text in (b"40", b"40 30 20", b"a b", b"[{}]", b"[]", b'[{"height": null, "width": 1}]'):
         with pytest.raises(BadRow, match="expected height and width"):
             parse_size(text)
     with pytest.raises(BadRow, match="must be positive, got 0 and 3"):

@@ -59,9 +59,7 @@ def slow_scores(joints: Tensor, vertices: Tensor, true_joints: Tensor, true_vert
                 for label, threshold in (("5", 0.005), ("15", 0.015)):
                     values = []
                     for p, t in pairs:
-                        precision, recall = (
-                            (cKDTree(b).query(a)[0] < threshold).mean() for a, b in ((p, t), (t, p))
-                        )
+                        precision, recall = ((cKDTree(b).query(a)[0] < threshold).mean() for a, b in ((p, t), (t, p)))
                         both = precision + recall
                         values.append(2 * precision * recall / both if both else 0.0)
                     found[f"f{infix}_score_{label}"] = float(np.mean(values))

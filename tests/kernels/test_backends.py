@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,3 +68,16 @@ def test_a_driver_older_than_the_build_is_a_reason(
 def test_an_interpreter_that_numpy_broke_is_a_reason(triton: str, numpy: str, works: bool) -> None:
     problem = backends._interpreter_problem(triton, numpy)
     assert problem is None if works else "numpy<2.4" in (problem or "")
+
+
+def test_what_dynamo_takes_for_constant() -> None:
+    """It is marked as PyTorch marks it."""
+    ours, theirs = (mark(lambda: 1) for mark in (backends.assumed_constant, torch.compiler.assume_constant_result))
+    assert vars(ours) == vars(theirs) != {}
+
+
+def test_importing_loads_no_compiler() -> None:
+    """Dynamo alone would take longer than all else beside PyTorch."""
+    code = "import fastmetro, fastmetro_kernels, sys; fastmetro.compile; print('torch._dynamo' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False"

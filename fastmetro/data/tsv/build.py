@@ -122,18 +122,21 @@ def _labels(arrays: dict[str, np.ndarray], kind: Kind) -> Iterator[tuple[str, di
         return found
 
     for row, name in enumerate(arrays["imgname"]):
-        yield str(name), {
-            "center": arrays["center"][row].tolist(),
-            "scale": float(arrays["scale"][row]),
-            "2d_joints": value("part", row),
-            "3d_joints": value("S", row),
-            "pose": value("pose", row),
-            "betas": value("shape", row),
-            "has_2d_joints": int("part" in arrays),
-            "has_3d_joints": int("S" in arrays),
-            "has_smpl": int(arrays["has_smpl"][row]) if "has_smpl" in arrays else int("pose" in arrays),
-            "gender": str(arrays["gender"][row]) if "gender" in arrays else "none",
-        }
+        yield (
+            str(name),
+            {
+                "center": arrays["center"][row].tolist(),
+                "scale": float(arrays["scale"][row]),
+                "2d_joints": value("part", row),
+                "3d_joints": value("S", row),
+                "pose": value("pose", row),
+                "betas": value("shape", row),
+                "has_2d_joints": int("part" in arrays),
+                "has_3d_joints": int("S" in arrays),
+                "has_smpl": int(arrays["has_smpl"][row]) if "has_smpl" in arrays else int("pose" in arrays),
+                "gender": str(arrays["gender"][row]) if "gender" in arrays else "none",
+            },
+        )
 
 
 def _image(folder: Path, key: str) -> tuple[bytes, dict[str, int]]:

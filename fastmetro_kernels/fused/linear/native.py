@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastmetro_kernels import backends
+from fastmetro_kernels.backends import assumed_constant
 from fastmetro_kernels.fused.linear.ops import NAMESPACE
 from fastmetro_kernels.tuning.choice import family_of
 
@@ -131,7 +132,7 @@ def reasons(given: Given, config: NativeLinearConfig | None = None) -> list[str]
     return found
 
 
-@torch.compiler.assume_constant_result
+@assumed_constant
 def _device_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
     return backends.hopper_reasons(OPERATOR, device, dtype)
 
