@@ -1,12 +1,13 @@
 """Training steps on random tensors on the device: time, peak memory, and the targets.
 
     python -m bench training [--cases s-r50 l-r50 l-r50-full] [--contenders ours compiled ...] [--seconds 3]
-                             [--rounds 5] [--batch 32] [--device cuda] [--csv FILE]
+                             [--rounds 5] [--batch 32] [--device cuda] [--csv FILE] [--profile FILE]
 
 A time is that of one synchronised step; contenders take turns. Before they do, the first loss of each and the norm of
 its gradient, eager and without dropout, are held against those of the first contender, and so is its loss after the
 first steps as it is timed, which dropout blurs. Rows go to bench/results/training_<device>.csv, and replace those of
-the same case.
+the same case. `--profile FILE` writes the kernels of a step of every contender and their time, also by what they do, as
+JSON: device time, without what is between them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import json
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -25,8 +27,10 @@ import torch
 from torch import Tensor
 
 from bench import common
+from bench.training import profile
 from bench.training.cases import CASES, Case, build_model, random_batch
 from bench.training.contenders import NAMES, OURS, Contender, build
+from fastmetro.files import replacing
 from fastmetro.models import FastMETRO
 from fastmetro.profiling.latency import alternate, median_ratio, tensor_float_32
 from fastmetro.profiling.record import read_rows
@@ -142,7 +146,20 @@ def run_case(case: Case, names: Sequence[str], options: argparse.Namespace) -> l
             images_per_second=f"{1e3 * case.batch / statistics.median(times):.5g}",
             times_ours=f"{median_ratio(sample, ours):.4g}" if ours else "",
         )  # fmt: skip
+    if options.profile is not None:
+        for row, contender in warm:
+            _profile(options.profile, f"{case.name}, {row['contender']}", contender, device)
     return [{**{name: row.get(name, "") for name in COLUMNS}, **_where(device)} for row in rows]
+
+
+def _profile(path: Path, name: str, contender: Contender, device: torch.device) -> None:
+    """Adds a contender to the file."""
+    found = profile.summary(profile.spent(_call(contender), device))
+    print(f"  {name}: {found['total_us']:.0f} us in kernels: {found['by_kind_us']}", flush=True)
+    kept = json.loads(path.read_text()) if path.is_file() else {}
+    kept[name] = _where(device) | found
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(kept, indent=1) + "\n")
 
 
 COLUMNS = ("case", "batch", "contender", "status", "reason", "step_ms", "fastest_ms", "steps", "images_per_second",
@@ -188,6 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, help="another number of images")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--csv", type=Path)
+    parser.add_argument("--profile", type=Path, metavar="FILE", help="also where the time of a step goes, as JSON")
     options = parser.parse_args(arguments)
     path = options.csv or common.results_csv("training", torch.device(options.device))
     rows: list[dict[str, Any]] = []

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench.training import cases, command, contenders
+from bench.training import cases, command, contenders, profile
 from fastmetro.models import FastMETRO
 
 
@@ -37,6 +38,36 @@ def test_rows(small: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert [(row["contender"], row["status"]) for row in rows] == [("published", "ok"), ("ours, not compiled", "ok")]
     assert all(float(row["step_ms"]) > 0 for row in rows)
     assert "published: ready after" in capsys.readouterr().out
+
+
+def test_where_a_step_spends_its_time(small: None, tmp_path: Path) -> None:
+    path, kernels = tmp_path / "training.csv", tmp_path / "kernels.json"
+    for name in ("published", "ours, not compiled"):
+        command.main([*OPTIONS, "--csv", str(path), "--contenders", name, "--profile", str(kernels)])
+    found = json.loads(kernels.read_text())
+    assert list(found) == ["s-r50, published", "s-r50, ours, not compiled"]
+    for one in found.values():
+        assert one["commit"] and one["by_kind_us"]["convolutions"] > 0 and "aten::" in one["kernels"][0][0]
+        assert sum(one["by_kind_us"].values()) == pytest.approx(one["total_us"], abs=1)
+        assert sum(time for *_, time in one["kernels"]) == pytest.approx(one["total_us"], abs=5)
+        times = [time for *_, time in one["kernels"][:-1]]
+        assert times == sorted(times, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("sm90_xmma_dgrad_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc_tilesize128x64x64", "convolutions"),
+        ("void cudnn::bn_fw_tr_1C11_kernel_NCHW<float>", "batch norms"),
+        ("nvjet_tst_128x256_64x4_2x1_v_bz_coopA_NTN", "products"),
+        ("triton_red_fused_add_native_layer_norm_12", "compiled, fused"),
+        ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "update"),
+        ("void fm::attention::backward_kernel<64>", "attention"),
+        ("void at::native::vectorized_elementwise_kernel<4>", "others"),
+    ],
+)
+def test_what_kernels_do(name: str, kind: str) -> None:
+    assert profile.kind_of(name) == kind
 
 
 def test_a_wrong_contender_is_refused(

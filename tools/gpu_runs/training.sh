@@ -4,7 +4,7 @@ NEEDS_WHEELS=1
 source "$(dirname "$0")/common.sh"
 
 training() { # CASE MAXSECONDS: one case in a process of its own, rows in a file of its own
-  step "training_$1" "$2" "$PY" -m bench training --cases "$1" --csv "$R/training_$1.csv"
+  step "training_$1" "$2" "$PY" -m bench training --cases "$1" --csv "$R/training_$1.csv" --profile "$R/kernels_$1.json"
 }
 
 training s-r50 200
