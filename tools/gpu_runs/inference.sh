@@ -13,7 +13,7 @@ fps l-h64-1 170 --library
 fps s-r50-32 120
 fps s-r50-256 150
 fps l-r50-256 160
-step equality 180 "$PY" -m bench equality --count 1000 --dtype float32 float16 --csv "$R/equality.csv"
+step equality 180 "$PY" -m bench equality --csv "$R/equality.csv"
 
 # All rows in one file beside the single ones, and the targets on the screen.
 collect() {
