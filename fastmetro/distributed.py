@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -111,6 +112,9 @@ def open_world(device: str = "auto") -> Iterator[tuple[World, torch.device]]:
         torch.cuda.set_device(chosen)
     owner = not dist.is_initialized()
     if owner:
+        # The first optimizer imports Dynamo, which keeps a group that it finds for ever: the group's threads would go
+        # on after its end, and what they let go of while Python ends aborts the process.
+        importlib.import_module("torch._dynamo")
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
         yield World(dist.get_rank(), dist.get_world_size()), chosen

@@ -38,6 +38,8 @@ def _in_process(rank: int, work, count: int, port: int, arguments) -> None:
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in names.items()})
     work(rank, *arguments)
+    threads = {name.read_text().strip() for name in Path("/proc/self/task").glob("*/comm")}
+    assert not any("gloo" in name for name in threads), f"a group's threads outlive it: {threads}"
 
 
 def train(output: Path, world: World, device: torch.device, dropout: float = 0.0, stop: int = 99, **options) -> Trainer:
