@@ -17,6 +17,7 @@ from fastmetro.inference.engine.folding import (
     linear,
     projection,
 )
+from fastmetro.inference.engine.onednn import WeightPacks
 from fastmetro.inference.engine.products import (
     PLACES,
     Layer,
@@ -38,6 +39,7 @@ class Folded(nn.Module):
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.dtype, self.device = dtype, device
+        self.packs: dict[str, WeightPacks] = {}
 
     def put(self, name: str, value: Tensor, dtype: torch.dtype | None = None) -> None:
         """Store a float64 tensor as buffer `name`, in `dtype` or the engine's."""
@@ -54,6 +56,7 @@ class Folded(nn.Module):
 
         `behind_norm`: also `name`_sums of its rows and, with a bias per token, `name`_marked; see ``products.Layer``.
         """
+        self.packs.setdefault(name, WeightPacks()).clear()
         self.put(f"{name}_weight", layer.weight, dtype)
         self.put(f"{name}_bias", layer.bias, dtype)
         if behind_norm:  # of the weight as it is stored, so that they fit what is multiplied
@@ -65,7 +68,8 @@ class Folded(nn.Module):
     def affine(self, name: str) -> Layer:
         """A stored linear layer."""
         weight, bias = self.get_buffer(f"{name}_weight"), self.get_buffer(f"{name}_bias")
-        return Layer(weight, bias, self._buffers.get(f"{name}_sums"), self._buffers.get(f"{name}_marked"))
+        behind_norm = self._buffers.get(f"{name}_sums"), self._buffers.get(f"{name}_marked")
+        return Layer(weight, bias, *behind_norm, self.packs.get(name))
 
 
 class _FoldedLayer(Folded):

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastmetro.inference.engine import onednn
+from fastmetro.inference.engine.onednn import WeightPacks
 from fastmetro.models.attention import dense_attention
 from fastmetro_kernels import fused
 from fastmetro_kernels.fused.short_attention.configs import MAX_KEYS
@@ -32,6 +34,9 @@ output."""
 TAIL_ROWS = 14_000
 """Rows from which a narrow decoder layer is one kernel behind its self-attention: 31 microseconds instead of 44 with
 separate ones at 14,240 rows, 212 instead of 326 at 113,920, 23 instead of 11 at 445."""
+PACKED = 32_768
+"""Numbers of a weight from which oneDNN's products of packed weights win on a CPU: from 128 x 384 on they take 0.63 to
+0.95 of the time with 445 and 50 rows; with 128 x 128 as much."""
 PLACES = 64
 """Tokens, at most, whose biases are columns of the weight: with many rows the norm then writes a 1 at the token's place
 behind each row, and the product adds the bias. A tensor of biases for every row would be written and read instead."""
@@ -47,12 +52,14 @@ class Layer(NamedTuple):
         bias: [N] or, per token, [S, N].
         sums: float32 [N], of the rows of the weight, where it stands behind a layer norm; else None.
         marked: [N, K + PLACES], the weight and behind it the bias per token, where that stands behind a layer norm.
+        packs: the weight in oneDNN's layouts, for the CPU.
     """
 
     weight: Tensor
     bias: Tensor
     sums: Tensor | None = None
     marked: Tensor | None = None
+    packs: WeightPacks | None = None
 
 
 class Tokens(NamedTuple):
@@ -122,7 +129,7 @@ def read(tokens: Tokens, layer: Layer, epsilon: float, relu: bool = False) -> Te
         epsilon: of the layer norm, which has neither gain nor bias.
         relu: whether act is ReLU.
     """
-    x, (weight, bias, sums, _) = tokens.values, layer
+    x, (weight, bias, sums, *_) = tokens.values, layer
     if _fuses_read(tokens, layer):
         late = tokens.moments is not None
         return fused.fused_linear(
@@ -134,7 +141,7 @@ def read(tokens: Tokens, layer: Layer, epsilon: float, relu: bool = False) -> Te
             fused.normalize_rows(x.to(weight.dtype), epsilon, shift=tokens.lacking, marks=PLACES), layer.marked
         )
         return y.relu_() if relu else y
-    return _library_product(_normalized(x.to(weight.dtype), epsilon, tokens.lacking), weight, bias, relu)
+    return _library_product(_normalized(x.to(weight.dtype), epsilon, tokens.lacking), layer, relu)
 
 
 def update(x: Tensor, layer: Layer, residual: Tokens | None = None, leading: Tensor | None = None) -> Tokens:
@@ -156,9 +163,7 @@ def update(x: Tensor, layer: Layer, residual: Tokens | None = None, leading: Ten
                 *fused.fused_linear_moments(x, weight, bias, residual=added, leading=leading, constant_weights=True)
             )
         return Tokens(fused.fused_linear(x, weight, bias, residual=added, leading=leading, constant_weights=True))
-    y = _library_product(x, weight, bias, relu=False)
-    if added is not None:
-        y = y.add_(added)
+    y = _library_product(x, layer, relu=False, residual=added)
     return Tokens(y if leading is None else joined(leading, y))
 
 
@@ -202,8 +207,12 @@ def _normalized(x: Tensor, epsilon: float, lacking: Tensor | None) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=epsilon)
 
 
-def _library_product(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
-    """act(x W^T + b). On a GPU bias and ReLU are the product's epilogue; a bias per token is there first."""
+def _library_product(x: Tensor, layer: Layer, relu: bool, residual: Tensor | None = None) -> Tensor:
+    """act(x W^T + b), or x W^T + b + residual. On a GPU bias and ReLU are the product's epilogue; a bias per token is
+    there first."""
+    weight, bias = layer[:2]
+    if layer.packs is not None and weight.numel() >= PACKED and onednn.usable(x) and x.dtype == weight.dtype:
+        return _packed_product(x, layer, layer.packs, relu, residual)
     if relu and x.is_cuda and bias.dim() == 1 and x.dtype.itemsize == 2:
         return torch._addmm_activation(bias, x.flatten(0, -2), weight.T).unflatten(0, x.shape[:-1])
     if bias.dim() == 1:
@@ -211,7 +220,21 @@ def _library_product(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Ten
     else:
         y = _repeated(bias[None], len(x))  # a copy even of one image's: the sum goes where it lies
         y.view(-1, len(weight)).addmm_(x.reshape(-1, x.shape[-1]), weight.T)
+    if residual is not None:
+        y = y.add_(residual)
     return y.relu_() if relu else y
+
+
+def _packed_product(x: Tensor, layer: Layer, packs: WeightPacks, relu: bool, residual: Tensor | None) -> Tensor:
+    """The same by oneDNN, which adds one tensor: a bias per token, or the residual."""
+    weight, bias = layer[:2]
+    packed = packs.linear(weight, x.shape[0] * x.shape[1])
+    if bias.dim() == 2:
+        y = onednn.linear(x, packed, None, relu, bias[None] if len(x) == 1 else _repeated(bias[None], len(x)))
+        return y if residual is None else y.add_(residual)
+    whole = residual is not None and residual.is_contiguous() and len(residual) == len(x)
+    y = onednn.linear(x, packed, bias, relu, residual if whole else None)
+    return y if residual is None or whole else y.add_(residual)
 
 
 def short_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
