@@ -11,8 +11,9 @@ step endings 60 "${bench[@]}" --only endings --batch 1 2 4 8 16 32 64 256 --csv 
 step ending_trunks 60 "$PY" -m bench.convolution.ending_trunks
 step timeline 60 "$PY" -m bench.convolution.timeline --trunk resnet50 --batch 1 \
   --json "$R/convolution_timeline.json" --picture "$R/convolution_timeline.png"
-step tests 200 "${tests[@]}" -n 6 tests/kernels/test_convolution*.py tests/kernels/test_fused_linear*.py \
-  tests/inference/test_engine*.py
+step tests 300 "${tests[@]}" -n 10 tests/kernels/test_convolution*.py tests/kernels/test_fused_linear*.py \
+  tests/inference/test_engine*.py tests/data/test_synthetic_images.py tests/training/test_step.py
+step fused 90 "$PY" -m bench fused --batch 1 --only 512 --all-configs --seconds 0.03 --csv "$R/fused.csv"
 step replays 60 "${tests[@]}" -n 0 tests/kernels/test_convolution.py -k thousand
 step past_2_31 120 "${tests[@]}" -n 1 tests/kernels/test_gpu_determinism.py -k 2_31
 step sanitize 240 "$PY" tools/sanitize.py --groups convolution-native convolution-cluster-native --jobs 5 \
