@@ -95,6 +95,7 @@ ENTRY: tuple[str | int, ...] = ("families", "9.0", "entries", 0)
         (change(*ENTRY, "library_us", to=float("nan")), "library_us is nan"),
         (change(*ENTRY, "config", to="cudnn"), "config is 'cudnn'; accepted: an object"),
         (change(*ENTRY, "config", "early", to=1), "config.early is 1; accepted: true or false"),
+        (change(*ENTRY, "config", "alone", to=0), "config.alone is 0; accepted: true or false"),
         (change(*ENTRY, "config", "columns", to=48), '"library" or a configuration of the kernel: columns must be'),
         (change(*ENTRY, "config", "stages", to=16), "fit 232448 bytes of shared memory"),
     ],
