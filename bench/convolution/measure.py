@@ -27,7 +27,7 @@ LARGEST_BYTES = 1 << 30
 """Of all sets together: large batches get fewer sets, at least two, which are beyond the caches all the same."""
 GRAPH_CALLS = 16
 
-Call = Callable[[], Tensor | Sequence[Tensor]]
+Call = Callable[[], object]
 
 
 class Inputs(NamedTuple):

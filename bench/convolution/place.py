@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from bench.convolution.measure import Timer
-from bench.convolution.trunks import make_trunk
+from bench.convolution.trunks import make_trunk, trunk_error, truth_of
 from fastmetro.inference.engine.backbones import fold_backbone
 from fastmetro.inference.engine.folded_backbone import FoldedBackbone
 from fastmetro_kernels.convolution import ConvolutionConfig, PairConfig, choice
 from fastmetro_kernels.convolution.table import Layer
 
 ROUNDS = 9
+ERROR_FACTOR = 2
 GAIN = 1e-3
 """A tile takes the place of another where the trunk's time is less by this part."""
 
@@ -57,6 +58,9 @@ def settle(
 
     Returns:
         What takes the layers with rivals.
+
+    Raises:
+        RuntimeError: the trunk with them is off by more than `ERROR_FACTOR` times what it was before.
     """
     backbone, pixels = make_trunk(trunk, images, side, device)
     folded, x = fold_backbone(backbone, dtype), pixels.to(dtype, memory_format=torch.channels_last)
@@ -72,9 +76,18 @@ def settle(
             if times[-1] < best * (1 - GAIN):
                 tiles[layer], best = tile, times[-1]
         found[layer] = Settled(tiles[layer], before, min(times[1:], default=before))
+    truth = truth_of(backbone, pixels)
+    allowed, error = (_error(folded, x, tried, truth) for tried in (chosen, tiles))
+    if not error <= ERROR_FACTOR * allowed + torch.finfo(dtype).eps:
+        raise RuntimeError(f"{trunk}, {images} images: off by {error:.2e} with these tiles, by {allowed:.2e} before")
     changed = sum(one.tile != chosen[layer] for layer, one in found.items())
     say(f"  {trunk}, {images} images: {first:.1f} us with the tiles of single layers, {best:.1f} with {changed} others")
     return found
+
+
+def _error(folded: FoldedBackbone, x: Tensor, tiles: choice.Tiles, truth: Tensor) -> float:
+    with choice.trial(tiles):
+        return trunk_error(folded(x), truth)
 
 
 def microseconds(folded: FoldedBackbone, x: Tensor, tiles: choice.Tiles) -> float:

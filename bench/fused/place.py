@@ -6,7 +6,8 @@ A layer by itself is not what it is in the chain: there its blocks are launched 
 run, and settle where these left room, several on a multiprocessor while others stand still. So layer by layer, the one
 with the most work first, other tiles take the place of the chosen one, and what makes the whole faster stays. Prints a
 line for every trial, and at the end the entries for `MEASURED` in fastmetro_kernels/fused/linear/configs.py and
-native.py. Whether a tile gives the right result is for the tests to show (tests/kernels/test_fused_linear*.py).
+native.py. What is computed is held against what it was with the tiles before; tests/kernels/test_fused_linear*.py hold
+every tile that is in use against float64.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from unittest import mock
 
 import torch
+from torch import Tensor
 
 import fastmetro
 from bench import common
@@ -38,6 +40,8 @@ from fastmetro_kernels.fused.linear.native import NativeLinearConfig
 GRAPH_CALLS, ROUNDS = 4, 9
 GAIN = 1e-3
 """A tile takes the place of another where the time of the whole is less by this part."""
+LARGEST_DISTANCE = 1e-2
+"""Relative L2 distance of outputs that roundings in half precision may make; a wrong tile makes one of about 1."""
 BYTES = 2
 """Of an element: half precision."""
 SHARED_BYTES = 220 * 1024
@@ -51,6 +55,7 @@ TILES = tuple(
 MANY_ROWS, ROWS_OF_MANY = 256, 32
 NATIVE_STAGES = (4, 8)
 
+Work = Callable[[], Mapping[str, Tensor]]
 Tile = LinearConfig | NativeLinearConfig
 Trial = tuple[int, int, int, str, float, bool]
 """Rows, features and width of a layer, the tile, microseconds of the whole, and whether the tile stayed."""
@@ -134,15 +139,29 @@ def candidates(size: Size, calls: Sequence[Call]) -> list[Tile]:
     return found + [tile for tile in native.usable(*size) if takes and tile.stages in NATIVE_STAGES]
 
 
-def microseconds(work: Callable[[], object], tiles: Mapping[Size, Tile]) -> float:
-    """The fastest of some replays with these tiles."""
+def microseconds(work: Work, tiles: Mapping[Size, Tile], expected: Mapping[str, Tensor]) -> float:
+    """The fastest of some replays with these tiles.
+
+    Raises:
+        ValueError: the outputs are not as expected.
+    """
     with trial(tiles):
-        timer = Timer([work] * GRAPH_CALLS, torch.device("cuda"))  # type: ignore[list-item]
+        check(work(), expected)
+        timer = Timer([work] * GRAPH_CALLS, torch.device("cuda"))
     return min(timer.take() for _ in range(ROUNDS))
 
 
+def check(outputs: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Raises a ValueError where an output is further from the expected one than another order of additions explains."""
+    for name, value in expected.items():
+        distance = float((outputs[name].double() - value.double()).norm() / value.double().norm())
+        if not distance <= LARGEST_DISTANCE:
+            raise ValueError(f"{name} is off by {distance:.2e} of its norm")
+
+
 def settle(
-    work: Callable[[], object],
+    work: Work,
+    expected: Mapping[str, Tensor],
     calls: Mapping[Size, Sequence[Call]],
     tiles: dict[Size, Tile],
     best: float,
@@ -157,9 +176,9 @@ def settle(
             if tile == chosen(size) or time.monotonic() > until:
                 continue
             try:
-                taken = microseconds(work, {**tiles, size: tile})
-            except Exception as problem:  # out of shared memory, say: the others go on
-                say(f"  {tuple(size)} {name(tile)}: {type(problem).__name__}")
+                taken = microseconds(work, {**tiles, size: tile}, expected)
+            except Exception as problem:  # out of shared memory, say, or wrong: the others go on
+                say(f"  {tuple(size)} {name(tile)}: {type(problem).__name__} {str(problem).splitlines()[:1]}")
                 continue
             better = taken < best * (1 - GAIN)
             say(f"  {tuple(size)} {name(tile):34} {taken:8.2f} us{'  <' if better else ''}")
@@ -197,7 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit("bench.fused.place measures GPU kernels, and no CUDA device is visible")
     device = torch.device("cuda")
     model, _ = build_model(FpsSettings(model=options.model, backbone="resnet50"))
-    work = fastmetro.compile(model.to(device), options.batch, torch.float16).parts()[WHOLE]
+    work = cast("Work", fastmetro.compile(model.to(device), options.batch, torch.float16).parts()[WHOLE])
     calls = {size: of_size for size, of_size in recorded(work).items() if size.width >= options.least_width}
     for size, of_size in calls.items():
         print(f"{tuple(size)}: {len(of_size)} calls, {name(chosen(size))}, {len(candidates(size, of_size))} tiles")
@@ -211,9 +230,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     number, seconds = common.precompile(jobs, device)
     print(f"{number} tiles compiled in {seconds:.1f} s", flush=True)
     tiles: dict[Size, Tile] = {}
-    first = microseconds(work, tiles)
+    expected = {name: value.clone() for name, value in work().items()}
+    first = microseconds(work, tiles, expected)
     until = time.monotonic() + options.seconds
-    trials = settle(work, calls, tiles, first, lambda text: print(text, flush=True), until)
+    trials = settle(work, expected, calls, tiles, first, lambda text: print(text, flush=True), until)
     best = min([first, *(taken for *_, taken, better in trials if better)])
     print(f"{options.model}, {options.batch} images: {first:.2f} us before, {best:.2f} after\n{entries(tiles)}")
     if options.json is not None:

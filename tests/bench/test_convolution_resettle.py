@@ -94,6 +94,18 @@ def test_how_layers_are_cut_and_which_pairs_are_one(written: Write, monkeypatch:
     assert {one: entry.config for one, entry in entries_of(path).items()} == wanted
 
 
+def test_a_trunk_that_is_off_with_its_tiles_is_refused(written: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is written then."""
+    monkeypatch.setattr(place, "microseconds", lambda folded, x, chosen: 1.0)
+    errors = iter((1e-3, 3e-3))
+    monkeypatch.setattr(place, "trunk_error", lambda features, truth: next(errors))
+    path = written(PLAIN, OTHER)
+    before = path.read_text()
+    with pytest.raises(RuntimeError, match="resnet50, 2 images: off by 3"):
+        resettle.spread({"resnet50": used(PLAIN, OTHER)}, 32, torch.float32, CPU, path, lambda text: None)
+    assert path.read_text() == before
+
+
 @pytest.mark.parametrize("layer", [Layer(1, 14, 14, 256, 256, 3, 3, 1, 1), Layer(1, 14, 14, 1024, 256, 1, 1, 1, 0)])
 def test_what_is_worth_a_trial(layer: Layer) -> None:
     """Tiles that can run, of some blocks, together and alone where their own memory leaves room for two."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -67,7 +67,7 @@ def test_what_makes_the_whole_faster_stays(monkeypatch: pytest.MonkeyPatch) -> N
     tried: list[tuple[Size, Tile]] = []
     gains = {large: LinearConfig(64, 128, 64, 1, 4, 5), small: NativeLinearConfig(32, 2, 4)}
 
-    def timed(work: Callable[[], object], tiles: Mapping[Size, Tile]) -> float:
+    def timed(work: place.Work, tiles: Mapping[Size, Tile], expected: Mapping[str, torch.Tensor]) -> float:
         size, tile = list(tiles.items())[-1] if len(tiles) < 2 else (small, tiles[small])
         tried.append((size, tile))
         if isinstance(tile, LinearConfig) and tile.rows == 128:
@@ -78,7 +78,7 @@ def test_what_makes_the_whole_faster_stays(monkeypatch: pytest.MonkeyPatch) -> N
     calls: dict[Size, list[Call]] = {small: [PLAIN], large: [PLAIN]}
     tiles: dict[Size, Any] = {}
     said: list[str] = []
-    trials = place.settle(lambda: None, calls, tiles, 100.0, said.append)
+    trials = place.settle(dict, {}, calls, tiles, 100.0, said.append)
     assert [taken for *_, taken, better in trials if better] == [90.0, 80.0] and len(trials) < len(tried)
     assert tiles == gains
     assert [size for size, _ in tried] == sorted((size for size, _ in tried), key=[large, small].index)
@@ -88,4 +88,13 @@ def test_what_makes_the_whole_faster_stays(monkeypatch: pytest.MonkeyPatch) -> N
     named = {"LinearConfig": LinearConfig, "NativeLinearConfig": NativeLinearConfig}
     assert eval(lines, named) == {tuple(size): tile for size, tile in gains.items()}
     tried.clear()
-    assert not place.settle(lambda: None, calls, {}, 100.0, said.append, until=0.0) and not tried
+    assert not place.settle(dict, {}, calls, {}, 100.0, said.append, until=0.0) and not tried
+
+
+def test_outputs_are_held_against_those_before() -> None:
+    """To within other roundings; NaN is wrong, too."""
+    expected = {"vertices": torch.linspace(-1, 1, 30), "camera": torch.ones(3)}
+    place.check({name: value * (1 + 1e-3) for name, value in expected.items()}, expected)
+    for wrong in (expected["camera"] * 1.1, torch.full((3,), torch.nan)):
+        with pytest.raises(ValueError, match="camera is off by"):
+            place.check(expected | {"camera": wrong}, expected)

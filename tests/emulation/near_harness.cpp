@@ -1,6 +1,7 @@
 // Runs the kernel of near.cuh in the emulator, for test_convolution_emulated.py.
 #include "convolution/near.cuh"
 #include "convolution_given.h"
+#include "tiles.h"
 
 namespace {
 
@@ -34,10 +35,8 @@ void launch(const Given& given) {
 
 template <typename T>
 void run(const Given& given) {
-  const bool shared = given.split > 1;
-  if (given.columns == 32) return shared ? launch<T, 32, true>(given) : launch<T, 32, false>(given);
-  if (given.columns == 64) return shared ? launch<T, 64, true>(given) : launch<T, 64, false>(given);
-  throw fm_emulation::Error("there is no such kernel here");
+  fm_emulation::by_columns_and_split(given.columns, given.split,
+                                     [&]<int COLUMNS, bool SHARED> { launch<T, COLUMNS, SHARED>(given); });
 }
 
 }  // namespace
