@@ -33,14 +33,8 @@ void launch(const Given& given) {
                        fm_emulation::with_clusters(problem.split));
 }
 
-template <typename T>
-void run(const Given& given) {
-  fm_emulation::by_columns_and_split(given.columns, given.split,
-                                     [&]<int COLUMNS, bool SHARED> { launch<T, COLUMNS, SHARED>(given); });
-}
-
 }  // namespace
 
 FM_EMULATION_EXPORT int32_t run_near(const fm_convolution::Given* given) {
-  return fm_emulation::reported([&] { (given->bfloat ? run<__nv_bfloat16> : run<__half>)(*given); });
+  return fm_emulation::run_by_tile(*given, [=]<typename T, int C, bool SHARED> { launch<T, C, SHARED>(*given); });
 }
