@@ -4,7 +4,8 @@
                                               [--rounds 15] [--device cuda]
 
 The engine's trunk with the kernel's table and with an empty one, each one CUDA graph, timed in turn after both were
-held against the plain trunk in float32. Microseconds of the median; fails where either is off by more than the limit.
+held against the plain trunk in float32. Microseconds of the median; fails where the trunk with it is off by more than
+the limit of 0.001 and by more than without it (HRNet's of many images is beyond it on the library's convolutions, too).
 """
 
 from __future__ import annotations
@@ -63,11 +64,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for trunk in options.trunk:
         for images in options.batch:
             times, errors = compare(trunk, images, options.side, torch.device(options.device), options.rounds)
-            wrong += not all(error <= LARGEST_ERROR for error in errors)
+            wrong += not errors[0] <= max(LARGEST_ERROR, 1.02 * errors[1])
             print(f"{trunk} {images}: with {times[0]:.1f} us, without {times[1]:.1f}, "
                   f"errors {errors[0]:.1e} and {errors[1]:.1e}", flush=True)  # fmt: skip
     if wrong:
-        raise SystemExit(f"{wrong} trunks are off by more than {LARGEST_ERROR:g}")
+        raise SystemExit(f"{wrong} trunks are off by more than {LARGEST_ERROR:g} and more than without the kernel")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 # The convolutions: figures, tests, sanitizer. convolutions.sh COMMIT [LIMIT [STEP...]]
 source "$(dirname "$0")/common.sh"
 bench=("$PY" -m bench convolution)
-tests=("$PY" -m pytest -v -p no:cacheprovider)
+tests=("$PY" -m pytest -vv -p no:cacheprovider)
 
 step trunks 170 "${bench[@]}" --only trunks --batch 1 8 32 256 --csv "$R/convolution_trunks.csv"
 step layers 120 "${bench[@]}" --only layers --batch 1 --csv "$R/convolution_layers.csv"
@@ -11,8 +11,9 @@ step endings 60 "${bench[@]}" --only endings --batch 1 2 4 8 16 32 64 256 --csv 
 step ending_trunks 60 "$PY" -m bench.convolution.ending_trunks
 step timeline 60 "$PY" -m bench.convolution.timeline --trunk resnet50 --batch 1 \
   --json "$R/convolution_timeline.json" --picture "$R/convolution_timeline.png"
-step tests 300 "${tests[@]}" -n 10 tests/kernels/test_convolution*.py tests/kernels/test_fused_linear*.py \
-  tests/inference/test_engine*.py tests/data/test_synthetic_images.py tests/training/test_step.py
+step tests 330 "${tests[@]}" -n 10 tests/kernels/test_convolution*.py tests/kernels/test_fused_linear*.py
+step engine_tests 180 "${tests[@]}" -n 8 tests/inference/test_engine*.py tests/data/test_synthetic_images.py \
+  tests/training/test_step.py
 step fused 90 "$PY" -m bench fused --batch 1 --only 512 --all-configs --seconds 0.03 --csv "$R/fused.csv"
 step replays 60 "${tests[@]}" -n 0 tests/kernels/test_convolution.py -k thousand
 step past_2_31 120 "${tests[@]}" -n 1 tests/kernels/test_gpu_determinism.py -k 2_31
@@ -21,7 +22,7 @@ step sanitize 240 "$PY" tools/sanitize.py --groups convolution-native convolutio
 
 collect() {
   grep -hE 'reached$|MISSED' "$LOGS/trunks.log" 2>/dev/null
-  grep -HE '[0-9]+ (passed|failed)' "$LOGS"/{tests,replays,past_2_31}.log 2>/dev/null
+  grep -HE '[0-9]+ (passed|failed)' "$LOGS"/{tests,engine_tests,replays,past_2_31}.log 2>/dev/null
   grep -hE 'nothing was found|NOT CLEAN|cannot sanitize' "$LOGS/sanitize.log" 2>/dev/null
   return 0
 }
