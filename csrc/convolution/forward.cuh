@@ -11,7 +11,7 @@
 // other block the rows that that one finishes, in a fixed order of addition.
 #pragma once
 
-#include "tile.cuh"
+#include "repeats.cuh"
 
 namespace fm_convolution {
 
@@ -80,13 +80,16 @@ __global__ void __launch_bounds__(GROUPS* kWarpgroup + 32) convolution_kernel(co
     }
   } else {
     const int group = GROUPS > 1 ? threadIdx.x / kWarpgroup : 0;
-    Share<T, COLUMNS, SHARED> mine(p.output, tile.row + group * kRows + rank * own, tile.column, own);
+    const int first = tile.row + group * kRows + rank * own;
+    Share<T, COLUMNS, SHARED> mine(p.output, first, tile.column, own, KIND == kRepeats);
+    Repeats<T, COLUMNS, SHARED> repeats(mine, p.output, p.inputs, first, own);
     const int3 position = tile.position(group);
     if constexpr (SHARED) fm::cluster_wait();  // all barriers of the cluster are there
     fm::wait_for_previous_grid();
     stamp<KIND>(p, kWaited);
     ask_for_first_pixels(tile, group, position);
-    if constexpr (KIND != kRepeats) mine.load_residual(p.output);
+    if constexpr (KIND == kRepeats) repeats.load_residual();
+    else mine.load_residual(p.output);
     stamp<KIND>(p, kAsked);
     float sums[COLUMNS / 2];
     multiply_chunks<T>(tile, group, sums);
@@ -102,7 +105,7 @@ __global__ void __launch_bounds__(GROUPS* kWarpgroup + 32) convolution_kernel(co
       fm::group_sync(2 + group);
     }
     stamp<KIND>(p, kExchanged);
-    if constexpr (KIND == kRepeats) mine.finish_repeated(p.output, p.inputs, rows, own, split, tile.row + rank * own);
+    if constexpr (KIND == kRepeats) repeats.finish(rows, split);
     else mine.finish(p.output, rows, own, split);
     stamp<KIND>(p, kStored);
   }

@@ -235,9 +235,11 @@ struct Share {
   float bias[8];
   uint4 kept[kTurns];  // of the residual
 
-  // The bias does not depend on kernels in front.
-  __device__ __forceinline__ Share(const Output<T>& p, int row, int column, int own)
-      : first(threadIdx.x % kWarpgroup / kEighths), step(static_cast<int64_t>(kStep) * p.channels) {
+  // The bias does not depend on kernels in front. `shared`: where the block has fewer rows than a turn, several threads
+  // share one.
+  __device__ __forceinline__ Share(const Output<T>& p, int row, int column, int own, bool shared = false)
+      : first(threadIdx.x % kWarpgroup / kEighths % (shared ? min(own, kStep) : kStep)),
+        step(static_cast<int64_t>(kStep) * p.channels) {
     const int channel = column + threadIdx.x % kEighths * 8;
     const int left = channel < p.channels ? min(own, p.rows - row) - first : 0;
     turns = left > 0 ? (left + kStep - 1) / kStep : 0;
@@ -277,26 +279,6 @@ struct Share {
       if (p.relu) packed[i] = larger<T>(packed[i], p.late ? words[i] : 0);
     }
     return {packed[0], packed[1], packed[2], packed[3]};
-  }
-
-  // Stores each result to the scale x scale positions that it is repeated to, with the residual of each added.
-  __device__ __forceinline__ void finish_repeated(const Output<T>& p, const Inputs& in, fm::SharedAddress parts, int own,
-                                                  int split, int row) const {
-    const int channel = static_cast<int>(offset % p.channels), scale = p.scale;
-    const int64_t across = static_cast<int64_t>(in.width) * scale;
-#pragma unroll 1
-    for (int turn = 0; turn < turns; turn++) {
-      float total[8];
-      add_parts(total, parts, own, split, turn);
-      const unsigned position = row + first + turn * kStep, down = position / in.width, x = position - down * in.width;
-      const int64_t corner = (down * scale * across + x * scale) * p.channels + channel;
-#pragma unroll 4
-      for (int i = 0; i < scale * scale; i++) {
-        const int64_t at = corner + (i / scale * across + i % scale) * p.channels;
-        const uint4 more = p.residual != nullptr ? fm::load_coherent(p.residual + at) : uint4{};
-        *reinterpret_cast<uint4*>(p.out + at) = result(total, more, p);
-      }
-    }
   }
 
   // Adds the parts of `split` blocks in their order, bias and residual, applies ReLU and stores. `also` gets the results

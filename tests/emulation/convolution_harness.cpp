@@ -31,6 +31,7 @@ void run(const Given& given) {
   if (is(128, 2, false, false)) return launch<T, 128, 2, false, kOrdinary>(given);
   if (is(32, 1, true, true)) return launch<T, 32, 1, true, kRepeats>(given);
   if (is(64, 1, false, true)) return launch<T, 64, 1, false, kRepeats>(given);
+  if (is(64, 1, true, true)) return launch<T, 64, 1, true, kRepeats>(given);
   throw fm_emulation::Error("there is no such kernel here");
 }
 

@@ -30,7 +30,13 @@ SHAPES = [  # images, height, width, channels in and out, kernel, stride
     (2, 13, 9, 128, 144, 3, 2),
     (1, 16, 24, 272, 48, 1, 2),
 ]
-REPEATED = [ConvolutionConfig(32, 2, 2), ConvolutionConfig(64, 1, 2)]
+REPEATED = [
+    (ConvolutionConfig(32, 2, 2), 3),
+    (ConvolutionConfig(64, 1, 2), 3),
+    (ConvolutionConfig(32, 4, 2), 4),
+    (ConvolutionConfig(64, 4, 2), 4),
+    (ConvolutionConfig(32, 8, 2), 8),
+]
 ONCE = [
     ConvolutionConfig(32, 1, 2),
     ConvolutionConfig(64, 1, 2),
@@ -65,14 +71,15 @@ def test_forward_in_any_order(config: ConvolutionConfig, schedule: str) -> None:
 
 
 @pytest.mark.parametrize("late", [False, True])
-@pytest.mark.parametrize("config", REPEATED, ids=str)
+@pytest.mark.parametrize(("config", "scale"), REPEATED, ids=str)
 @halves
-def test_repeated_results(dtype: torch.dtype, config: ConvolutionConfig, late: bool) -> None:
+def test_repeated_results(dtype: torch.dtype, config: ConvolutionConfig, scale: int, late: bool) -> None:
     x, weights, _, branch, exact = single.make((2, 5, 9, 48, 80, 3, 1), "cpu", dtype, second=True)
-    exact = exact.repeat_interleave(3, 2).repeat_interleave(3, 3)
+    exact = exact.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     kept = torch.randn(exact.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-    got = convolution(x, weights, config, kept, branch, late=late, scale=3, schedule="random")
+    got = convolution(x, weights, config, kept, branch, late=late, scale=scale, schedule="random")
     check(got[0], exact.relu() + kept.double() if late else (exact + kept.double()).relu())
+    check(convolution(x, weights, config, second=branch, scale=scale)[0], exact.relu())
 
 
 @pytest.mark.parametrize("residual", [False, True])
