@@ -29,6 +29,7 @@ OPS = {
     "normalize_rows": ("", ("reference", "triton")),
     "decoder_tail": ("", ("reference", "triton")),
     "normalize_pixels": ("", ("reference", "triton")),
+    "render_crops": ("", ("reference", "triton")),
     "to_channels_last": ("", ("reference", "triton")),
     "convolution": (convolution_native.OPERATOR, ("reference", "native")),
     "convolution_join": ("", ("reference", "triton")),

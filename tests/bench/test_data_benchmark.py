@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import curves, data
+from bench import crops, curves, data
 
 
 def test_rows(tmp_path: Path) -> None:
@@ -43,3 +43,14 @@ def test_logs_of_several_runs_are_one_file(tmp_path: Path) -> None:
                  "--csv", str(kept)])  # fmt: skip
     found = curves.read_curves(str(kept))
     assert [(name, len(rows)) for name, rows in found] == [("a", 2), ("b", 2), ("a", 2)]
+
+
+def test_crops(tmp_path: Path) -> None:
+    path = tmp_path / "crops.csv"
+    crops.main(["--batch", "2", "--rounds", "1", "--device", "cpu", "--csv", str(path)])
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["compat"], row["contender"]) for row in rows] == [
+        (compat, name) for compat in ("", "published") for name in ("pytorch", "ours")
+    ]
+    assert all(float(row["us"]) > 0 and float(row["largest_difference"]) < 1e-4 for row in rows)

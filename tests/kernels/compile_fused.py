@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastmetro_kernels.fused.channels_last import triton as order
+from fastmetro_kernels.fused.crops import triton as crops
 from fastmetro_kernels.fused.decoder_tail import triton as tail
 from fastmetro_kernels.fused.decoder_tail.configs import TILES as TAIL_TILES
 from fastmetro_kernels.fused.decoder_tail.configs import TailConfig
@@ -41,6 +42,9 @@ TENSORS = {"x", "weight", "bias", "residual", "weight_sums", "moments", "out", "
 TENSORS |= {"attended", "shift", "pixels", "mean", *TailWeights._fields}
 INPUTS = {"normalize_pixels_kernel": {"pixels": "*u8", "mean": "*fp32", "scale": "*fp32"}}
 INPUTS |= {"to_channels_last_kernel": {"x": "*fp32", "pixels": "i32"}}
+CROPS = dict.fromkeys(("matrix", "columns", "rows", "origin"), "*fp64") | {"pixels": "*u8"}
+CROPS |= dict.fromkeys(("offsets", "sizes"), "*i64") | dict.fromkeys(("factor", "mean", "deviation"), "*fp32")
+INPUTS["render_crops_kernel"] = CROPS | dict.fromkeys(("column_weights", "row_weights", "out"), "*fp32")
 """Types of arguments that are not as their names say elsewhere."""
 
 
@@ -118,7 +122,7 @@ def norm_constants(tile: NormalizeConfig, width: int, shifted: bool, early: bool
 
 
 def image_jobs(early: bool) -> list[tuple[str, Any, dict[str, Any], int, int]]:
-    """What makes the network's input of uint8 pixels and of float32 images, for 1 and 256 of them."""
+    """What makes the network's input of uint8 pixels and float32 images, for 1 and 256 of them, and of photographs."""
     found: list[tuple[str, Any, dict[str, Any], int, int]] = []
     for tile in dict.fromkeys(pinned_pixels(images * 224 * 224 * 3) for images in (1, 256)):
         constants = {"BLOCK": tile.block, "EARLY": early}
@@ -126,6 +130,9 @@ def image_jobs(early: bool) -> list[tuple[str, Any, dict[str, Any], int, int]]:
     for block in order.BLOCKS:
         constants = {"CHANNELS": 3, "BLOCK": block, "EARLY": early}
         found.append((f"order {block}", order.to_channels_last_kernel, constants, block // 256, 1))
+    for fixed in (False, True):
+        constants = {"FIXED": fixed, "FINE": crops.FINE, "BLOCK": crops.BLOCK}
+        found.append((f"crops {'fixed' * fixed}", crops.render_crops_kernel, constants, crops.WARPS, 1))
     return found
 
 
@@ -172,7 +179,9 @@ def main() -> None:
     jobs += image_jobs(early) if width == 128 else []
     found = {}
     for name, kernel, constants, warps, stages in jobs:
-        options = {"num_warps": warps, "num_stages": stages} | ({"launch_pdl": True} if early else {})
+        alone = kernel is crops.render_crops_kernel  # launched like any other, and rounds each product
+        options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": not alone}
+        options |= {"launch_pdl": True} if early and not alone else {}
         target = GPUTarget("cuda", capability, 32)
         compiled = triton.compile(source(kernel, dtype, constants), target=target, options=options)
         found[name] = report(compiled.asm["ptx"], compiled)

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastmetro.data.augmentation.cut import Cut, Grid, empty_cut
+from fastmetro.data.augmentation.cut import Cut, empty_cut
 from fastmetro.data.augmentation.draw import Draw
+from fastmetro_kernels.fused import CropMap
 
 
 def crop_matrix(center: np.ndarray, scale: float, draw: Draw, size: int) -> np.ndarray:
@@ -90,18 +91,12 @@ def render_affine(cut: Cut, size: int) -> np.ndarray:
     return cv2.resize(samples, (size, size), interpolation=cv2.INTER_AREA)
 
 
-def grid_affine(geometry: Tensor, size: int) -> Grid:
+def map_affine(geometry: Tensor, size: int) -> CropMap:
     """The samples of :func:`render_affine` for geometries [B, 6], on their device."""
-    matrix = geometry.view(-1, 2, 3)
     middle = torch.arange(2 * size, device=geometry.device, dtype=geometry.dtype) / 2 + 0.25
     # Float64 up to here: the numbers of pixels are exact to 1e-10, so that borders fall as in the worker.
-    place = (
-        matrix[:, :, 0, None, None] * middle
-        + matrix[:, :, 1, None, None] * middle[:, None]
-        + (matrix[:, :, 2, None, None] - 0.5)
-    )
-    whole = place.floor()
-    share = (place - whole).float()
-    index = whole.long()
-    weights = share.new_full((geometry.shape[0], 2 * size), 0.5)
-    return Grid(index[:, 0], index[:, 1], share[:, 0], share[:, 1], weights, weights)
+    matrix = geometry.view(-1, 2, 3).clone()
+    matrix[:, :, 2] -= 0.5
+    middles = middle.expand(len(geometry), -1)
+    weights = middles.new_full(middles.shape, 0.5, dtype=torch.float32)
+    return CropMap(matrix.flatten(1), middles, middles, weights, weights, geometry.new_zeros(len(geometry), 2))

@@ -72,24 +72,6 @@ class PackedCuts:
         return PackedCuts(**{field.name: getattr(self, field.name).pin_memory() for field in fields(self)})
 
 
-@dataclass(frozen=True)
-class Grid:
-    """Where the pixels of square crops come from: 2 x 2 bilinear samples each, which are weighed and summed.
-
-    Attributes:
-        x, y: int64 [B, 2S, 2S], column and row of the upper left of the four pixels of a sample; those outside are 0.
-        right, lower: float [B, 2S, 2S], shares of the right and of the lower pixels.
-        columns, rows: float [B, 2S], weights of the samples.
-    """
-
-    x: Tensor
-    y: Tensor
-    right: Tensor
-    lower: Tensor
-    columns: Tensor
-    rows: Tensor
-
-
 def empty_cut(geometry: np.ndarray) -> Cut:
     """A cut without pixels: a black crop."""
     return Cut(np.zeros((0, 0, 3), np.uint8), geometry)

@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastmetro.data.augmentation.cut import Cut, Grid, empty_cut
+from fastmetro.data.augmentation.cut import Cut, empty_cut
 from fastmetro.data.augmentation.draw import Draw
+from fastmetro_kernels.fused import CropMap
 
 MAX_SIDE = 1 << 20
 """Pixels of the photograph. Positions in boxes up to here, times 1024, fit the 32-bit integers of OpenCV."""
@@ -130,23 +131,17 @@ def render_published(cut: Cut, size: int) -> np.ndarray:
     return cv2.resize(box, (size, size), interpolation=cv2.INTER_LINEAR)
 
 
-def grid_published(geometry: Tensor, flip: Tensor, size: int) -> Grid:
+def map_published(geometry: Tensor, flip: Tensor, size: int) -> CropMap:
     """The samples of :func:`render_published` for geometries [B, 11], flipped where ``flip`` [B] holds.
 
-    Positions of the turned box are rounded to 1/32 of a pixel as by OpenCV, in the same integers.
+    Positions of the turned box are to be rounded to 1/32 of a pixel as by OpenCV, in the same integers (``fixed``).
     """
-    width, height, pad, left, top = geometry[:, :5].unbind(1)
+    width, height, pad = geometry[:, :3].unbind(1)
     number = torch.arange(size, device=geometry.device, dtype=geometry.dtype)
     columns, column_weights = _taps(torch.where(flip[:, None], size - 1 - number, number), width, size)
     rows, row_weights = _taps(number.expand(len(geometry), size), height, size)
-    matrix = geometry[:, 5:].view(-1, 2, 3, 1, 1)
-    x, y = (columns + pad[:, None])[:, None, None], (rows + pad[:, None])[:, None, :, None]
-    fixed = (matrix[:, :, 0] * x * 1024).round() + ((matrix[:, :, 1] * y + matrix[:, :, 2]) * 1024).round() + 16
-    steps = (fixed / 32).floor()
-    whole = (steps / 32).floor()
-    share = ((steps - 32 * whole) / 32).float()
-    index = (whole - torch.stack([left, top], 1)[:, :, None, None]).long()
-    return Grid(index[:, 0], index[:, 1], share[:, 0], share[:, 1], column_weights, row_weights)
+    pad = pad[:, None]
+    return CropMap(geometry[:, 5:], columns + pad, rows + pad, column_weights, row_weights, geometry[:, 3:5])
 
 
 def _taps(number: Tensor, side: Tensor, size: int) -> tuple[Tensor, Tensor]:
