@@ -48,7 +48,13 @@ def finish_image(cut: Cut, draw: Draw, size: int = 224, compat: Compat | None = 
     crop = render_published(cut, size)
     if draw.flip:
         crop = crop[:, ::-1]
-    return np.ascontiguousarray(_normalised(crop * np.array(draw.noise)).transpose(2, 0, 1))
+    found = np.empty((3, size, size), np.float32)
+    for channel, plane in enumerate(found):  # whole planes: numbers beside each other, one constant for all
+        plane[:] = np.clip(crop[:, :, channel] * draw.noise[channel], 0, 255)
+        plane /= np.float32(255)
+        plane -= np.float32(IMAGE_MEAN[channel])
+        plane /= np.float32(IMAGE_DEVIATION[channel])
+    return found
 
 
 def _normalised(values: np.ndarray) -> np.ndarray:

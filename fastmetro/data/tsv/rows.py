@@ -140,7 +140,8 @@ def decode_image(text: bytes) -> np.ndarray:
             with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as opened:
                 if opened.width * opened.height > MAX_PIXELS:
                     raise BadRow("image too large", f"{opened.width} x {opened.height} pixels")
-                return np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
+                ImageOps.exif_transpose(opened, in_place=True)
+                return np.asarray(opened if opened.mode == "RGB" else opened.convert("RGB"))
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise BadRow("broken image", str(error)) from None
 
