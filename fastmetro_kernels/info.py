@@ -18,6 +18,7 @@ from fastmetro_kernels.convolution import native as convolution_native
 from fastmetro_kernels.convolution.join import FAMILY as JOIN_FAMILY
 from fastmetro_kernels.convolution.join_configs import MEASURED as MEASURED_JOINS
 from fastmetro_kernels.convolution.table import Family as ConvolutionFamily
+from fastmetro_kernels.fused.decoder_tail import native as tail_native
 from fastmetro_kernels.fused.linear import native as linear_native
 
 OPS = {
@@ -27,7 +28,7 @@ OPS = {
     "fused_linear": (linear_native.OPERATOR, ("reference", "native", "triton")),
     "short_attention": ("", ("reference", "triton")),
     "normalize_rows": ("", ("reference", "triton")),
-    "decoder_tail": ("", ("reference", "triton")),
+    "decoder_tail": (tail_native.OPERATOR, ("reference", "native", "triton")),
     "normalize_pixels": ("", ("reference", "triton")),
     "render_crops": ("", ("reference", "triton")),
     "to_channels_last": ("", ("reference", "triton")),
@@ -57,7 +58,7 @@ def backend_reasons(op: str, backend: str, device: torch.device) -> list[str]:
     """
     if backend == "triton":
         return backends.triton_reasons(device)
-    if op in ("convolution", "fused_linear") and backend == "native":
+    if op in ("convolution", "fused_linear", "decoder_tail") and backend == "native":
         return backends.hopper_reasons(OPS[op][0], device, torch.float16)
     if backend == "native":
         return backends.native_reasons(OPS[op][0], device)

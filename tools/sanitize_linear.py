@@ -1,4 +1,4 @@
-"""The native linear layer's cases of `sanitize_cases.py`. There is no kernel for CPUs, where the reference runs."""
+"""`sanitize_cases.py`: the native linear layer and decoder tail. On CPUs, which have neither, the reference runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmetro_kernels.fused import NativeLinearConfig, fused_linear, fused_linear_moments
+from fastmetro_kernels.fused import (
+    NativeLinearConfig,
+    TailWeights,
+    decoder_tail,
+    fused_linear,
+    fused_linear_moments,
+)
 from fastmetro_kernels.fused.linear.native import COLUMNS, SPLITS
 from tools.sanitize_common import BFLOAT, FLOAT, HALF, TOLERANCE, compare
 
@@ -48,9 +54,38 @@ class Linear:
         return [out.cpu(), behind.cpu(), led.cpu()]
 
 
-def linear_native() -> Iterator[Linear]:
+@dataclass(frozen=True)
+class Tail:
+    """One call of `decoder_tail` with more samples than a group of warps takes at a time."""
+
+    samples: int
+    queries: int
+    keys: int
+    dtype: torch.dtype = HALF
+
+    def run(self, backend: str, device: str) -> None:
+        native = device == "cuda" and backend == "native"
+        got = self._result(self.dtype, device, "native" if native else "reference")
+        compare("out", got, self._result(FLOAT, "cpu", "reference"), TOLERANCE[self.dtype])
+
+    def _result(self, dtype: torch.dtype, device: str, backend: str) -> Tensor:
+        generator = torch.Generator().manual_seed(self.queries)
+
+        def normal(*size: int, scale: float = 1.0) -> Tensor:
+            return (scale * torch.randn(size, generator=generator)).to(self.dtype).to(device, dtype)
+
+        sizes = [(128, 128)] * 3 + [(192, 128), (128, 192)]
+        weights = [one for n, k in sizes for one in (normal(n, k, scale=k**-0.5), normal(n))]
+        rows = (self.samples, self.queries, 128)
+        k, v = normal(self.samples, self.keys, 2, 8, 16).unbind(2)
+        return decoder_tail(normal(*rows), normal(*rows), k, v, TailWeights(*weights), backend=backend).cpu()
+
+
+def linear_native() -> Iterator[Linear | Tail]:
     """The cases whose blocks keep to themselves, with rings that wrap around, at sizes that fill no tile."""
-    return (case for case in _cases() if case.config.split == 1)
+    yield from (case for case in _cases() if case.config.split == 1)
+    yield Tail(3, 70, 49)
+    yield Tail(1, 9, 64, BFLOAT)
 
 
 def linear_cluster_native() -> Iterator[Linear]:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from bench.fused.basis import EPSILON, LATE, OURS, SEPARATE, Rows, Run, floor, native_name, randn, tile_name
 from bench.fused.heads import Head
 from bench.fused.pixels import Pixels
+from fastmetro_kernels.backends import hopper_reasons
 from fastmetro_kernels.fused import (
     LinearConfig,
     NativeLinearConfig,
@@ -30,6 +31,7 @@ from fastmetro_kernels.fused import (
     short_attention,
 )
 from fastmetro_kernels.fused.decoder_tail.configs import TILES as TAIL_TILES
+from fastmetro_kernels.fused.decoder_tail.native import OPERATOR as TAIL_OPERATOR
 from fastmetro_kernels.fused.linear import native
 from fastmetro_kernels.fused.linear.configs import TILES, fitted
 from fastmetro_kernels.fused.normalize.configs import tiles as norm_tiles
@@ -268,9 +270,10 @@ class Tail:
         hidden = torch._addmm_activation(expand[1], normed.flatten(0, 1), expand[0].T).unflatten(0, x.shape[:2])
         return x + F.linear(hidden, *contract)
 
-    def _fused(self, config: TailConfig | None) -> Run:
+    def _fused(self, config: TailConfig | None, backend: str = "auto") -> Run:
         def run(*tensors: Tensor) -> Tensor:
-            return decoder_tail(*tensors[:4], TailWeights(*tensors[4:]), constant_weights=True, config=config)
+            weights = TailWeights(*tensors[4:])
+            return decoder_tail(*tensors[:4], weights, constant_weights=True, config=config, backend=backend)
 
         return run
 
@@ -289,8 +292,11 @@ class Tail:
         return {OURS: self._fused(None), SEPARATE: separate}
 
     def tiles(self) -> dict[str, Run]:
-        """The fused layer with every tile of its table."""
-        return {tile_name(tile): self._fused(tile) for tile in TAIL_TILES[self.dtype.itemsize]}
+        """The fused layer with every tile of its table, and by the native kernel where it runs."""
+        found = {tile_name(tile): self._fused(tile) for tile in TAIL_TILES[self.dtype.itemsize]}
+        if torch.cuda.is_available() and not hopper_reasons(TAIL_OPERATOR, torch.device("cuda"), self.dtype):
+            found["native"] = self._fused(None, "native")
+        return found
 
 
 @dataclass(frozen=True)

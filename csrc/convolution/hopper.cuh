@@ -143,6 +143,17 @@ __device__ __forceinline__ void store_cluster(uint32_t to, const float4& v, uint
                : "memory");
 }
 
+// All warps of a warpgroup have so many registers a thread from here on, a multiple of 8; what some give up others may
+// take, who wait for it.
+template <int COUNT>
+__device__ __forceinline__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+template <int COUNT>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+
 // Which multiprocessor this is.
 __device__ __forceinline__ unsigned multiprocessor() {
   unsigned number;

@@ -103,6 +103,10 @@ inline uint32_t cluster_address(SharedAddress address, uint32_t rank, Place plac
 inline void store_cluster(uint32_t to, const float4& v, uint32_t barrier, Place place = Place::current()) {
   fm_emulation::store_cluster(to, v, barrier, place);
 }
+template <int COUNT>
+inline void give_registers() {}
+template <int COUNT>
+inline void take_registers() {}
 inline unsigned multiprocessor() { return 0; }
 inline uint4 load_coherent(const void* from) { return *static_cast<const uint4*>(from); }
 inline float load_coherent_float(const float* from) { return *from; }

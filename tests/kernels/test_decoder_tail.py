@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from decoder_tail_cases import Inputs, exact_and_plain, inputs
 from fused_cases import (
     BFLOAT,
     DOUBLE,
@@ -30,24 +31,6 @@ from fastmetro_kernels.fused import TailConfig, TailWeights, decoder_tail, fused
 from fastmetro_kernels.fused.decoder_tail import ops
 from fastmetro_kernels.fused.decoder_tail.configs import TILES, pinned, problem
 
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor, TailWeights]
-
-
-def plain(tokens: Tensor, attended: Tensor, k: Tensor, v: Tensor, weights: TailWeights, scale: float | None) -> Tensor:
-    """The same in plain PyTorch, in the dtype of tokens."""
-    w = weights
-    heads, dim = k.shape[2:]
-    factor = dim**-0.5 if scale is None else scale
-    tokens = tokens + F.linear(attended, w.out_weight, w.out_bias)
-    normed = F.layer_norm(tokens, tokens.shape[-1:], eps=1e-5)
-    q = F.linear(normed, w.query_weight, w.query_bias).unflatten(-1, (heads, dim))
-    scores = torch.einsum("blhd,bshd->bhls", q, k) * factor
-    values = torch.einsum("bhls,bshd->blhd", scores.softmax(-1), v).flatten(2)
-    tokens = tokens + F.linear(values, w.cross_weight, w.cross_bias)
-    normed = F.layer_norm(tokens, tokens.shape[-1:], eps=1e-3)
-    hidden = F.linear(normed, w.expand_weight, w.expand_bias).relu()
-    return tokens + F.linear(hidden, w.contract_weight, w.contract_bias)
-
 
 def run(runner: Runner, x: Inputs, **options: Any) -> Tensor:
     return decoder_tail(*x, feed_forward_epsilon=1e-3, backend=runner.backend, **options)
@@ -58,34 +41,16 @@ def check(runner: Runner, x: Inputs, **options: Any) -> Tensor:
     with poisoned_memory():
         got = run(runner, x, **options)
     assert got.dtype == x[0].dtype
-    tensors, weights = x[:4], x[4]
-    scale = options.get("scale")
-    wide_tensors = [tensor.to(DOUBLE) for tensor in tensors]
-    wide_weights = TailWeights(*(w.to(DOUBLE) for w in weights))
-    wide = plain(*wide_tensors, wide_weights, scale)
+    wide, narrow = exact_and_plain(x, options.get("scale"))
     # Four products in a row, each of rounded operands: as plain PyTorch, and a rounding of what is stored.
     stored = wide.abs()
     if runner.backend == "triton":  # the stream, too, while heads attend
-        stored = stored + (wide_tensors[0] + F.linear(wide_tensors[1], *wide_weights[:2])).abs()
+        tokens, attended, weight, bias = (one.to(DOUBLE) for one in (*x[:2], *x[4][:2]))
+        stored = stored + (tokens + F.linear(attended, weight, bias)).abs()
     single = torch.finfo(DOUBLE if runner.dtype == DOUBLE else FLOAT).eps
     rounding = torch.finfo(runner.dtype).eps / 2 * stored + 64 * single * (1 + wide.abs())
-    assert_within_budget(got, wide, plain(*tensors, weights, scale), rounding)
+    assert_within_budget(got, wide, narrow, rounding)
     return got
-
-
-def inputs(runner: Runner, batch: int, tokens: int, keys: int, heads: int, dim: int, hidden: int) -> Inputs:
-    """k and v are slices of one wide projection."""
-    width = heads * dim
-    k, v = randn(runner, batch, keys, 2, heads, dim, seed=1).unbind(2)
-    sizes = [(width, width)] * 3 + [(hidden, width), (width, hidden)]
-    weights: list[Tensor] = []
-    for number, (features, inner) in enumerate(sizes):
-        weights += [
-            randn(runner, features, inner, seed=2 + number) * max(inner, 1) ** -0.5,
-            randn(runner, features, seed=9 + number),
-        ]
-    stream = 2 * randn(runner, batch, tokens, width) + 1
-    return stream, randn(runner, batch, tokens, width, seed=8), k, v, TailWeights(*weights)
 
 
 # batch, tokens, keys, heads, dim, hidden

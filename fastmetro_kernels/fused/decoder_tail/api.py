@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmetro_kernels.fused.decoder_tail import ops, reference
+from fastmetro_kernels import backends
+from fastmetro_kernels.fused.decoder_tail import native, ops, reference
 from fastmetro_kernels.fused.decoder_tail.configs import MAX_FEATURES, TailConfig, problem
 from fastmetro_kernels.fused.decoder_tail.weights import TailWeights
 from fastmetro_kernels.fused.inference import (
     DTYPES,
+    backend_reasons,
     check_config,
     check_epsilon,
     check_tensor,
@@ -57,7 +59,9 @@ def decoder_tail(
         constant_weights: A promise that the kernel launched right before this one in the stream writes no weights. On
             Hopper the first of them are then read while that kernel still runs.
         config: The tile of the Triton kernel instead of the pinned one, for measurements.
-        backend: ``"auto"`` (Triton where it can run on a GPU, in half precision), ``"triton"`` or ``"reference"``.
+        backend: ``"auto"`` (Triton where it can run on a GPU, in half precision), ``"triton"``, ``"reference"`` or
+            ``"native"`` (half precision, 8 heads of 16 features, up to 64 keys and hidden features in multiples of 64
+            on compute capability 9.0; not timed yet, so ``"auto"`` does not take it).
 
     Returns:
         ``[B, L, C]`` in the dtype of tokens, contiguous.
@@ -83,6 +87,13 @@ def decoder_tail(
     options = (factor, cross_epsilon, feed_forward_epsilon)
     if backend == "auto" and tokens.dtype == torch.float32 and tokens.is_cuda:
         backend = "reference"  # without tensor cores a program's registers do not suffice: the kernel spills
+    if backend not in ("auto", "triton", "reference"):
+        if config is not None:
+            raise ValueError(f"config is of the Triton kernel, and backend is {backend!r}")
+        reasons = backend_reasons(tokens.device, tokens.dtype)
+        reasons["native"] = native.reasons(tokens, attended, k, v, weights)
+        backends.select("decoder_tail", backend, reasons, ())
+        return native.tail(tokens, attended, k, v, weights, *options, constant_weights)
     if choose_backend("decoder_tail", backend, tokens.device, tokens.dtype) == "reference":
         return reference.tail(tokens, attended, k, v, weights, *options)
     return ops.decoder_tail_triton(tokens, attended, k, v, list(weights), *options, constant_weights, config or ())
