@@ -12,17 +12,20 @@ step ending_trunks 60 "$PY" -m bench.convolution.ending_trunks
 step timeline 60 "$PY" -m bench.convolution.timeline --trunk resnet50 --batch 1 \
   --json "$R/convolution_timeline.json" --picture "$R/convolution_timeline.png"
 step tests 330 "${tests[@]}" -n 10 tests/kernels/test_convolution*.py tests/kernels/test_fused_linear*.py
+step tail_tests 60 "${tests[@]}" -n 6 tests/kernels/test_decoder_tail.py tests/kernels/test_decoder_tail_native.py
+step tail 60 "$PY" -m bench fused --only 'decoder layer' --batch 32 256 --all-configs --csv "$R/tail.csv"
 step engine_tests 180 "${tests[@]}" -n 8 tests/inference/test_engine*.py tests/data/test_synthetic_images.py \
   tests/training/test_step.py
 step fused 90 "$PY" -m bench fused --batch 1 --only 512 --all-configs --seconds 0.03 --csv "$R/fused.csv"
 step replays 60 "${tests[@]}" -n 0 tests/kernels/test_convolution.py -k thousand
 step past_2_31 120 "${tests[@]}" -n 1 tests/kernels/test_gpu_determinism.py -k 2_31
-step sanitize 240 "$PY" tools/sanitize.py --groups convolution-native convolution-cluster-native --jobs 5 \
+step sanitize 240 "$PY" tools/sanitize.py --jobs 6 \
+  --groups convolution-native convolution-cluster-native linear-native linear-cluster-native \
   --out "$R/sanitize"
 
 collect() {
   grep -hE 'reached$|MISSED' "$LOGS/trunks.log" 2>/dev/null
-  grep -HE '[0-9]+ (passed|failed)' "$LOGS"/{tests,engine_tests,replays,past_2_31}.log 2>/dev/null
+  grep -HE '[0-9]+ (passed|failed)' "$LOGS"/{tests,tail_tests,engine_tests,replays,past_2_31}.log 2>/dev/null
   grep -hE 'nothing was found|NOT CLEAN|cannot sanitize' "$LOGS/sanitize.log" 2>/dev/null
   return 0
 }
