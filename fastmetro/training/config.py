@@ -97,7 +97,7 @@ class TrainConfig:
         precision: "bf16" and "fp16" autocast the network's forward pass; "fp16" scales the loss.
         sync_batch_norm: take the moments of batch norms over the whole batch of all processes (GPUs only), so that a
             run with several is the run with one.
-        compile_model: run the network through ``torch.compile``.
+        compile_model: run the network and the losses through ``torch.compile``.
         capture_step: replay the whole step as one CUDA graph (needs a GPU; "bf16" or "fp32").
         compile_images: run the pixel part of the image generator through ``torch.compile``.
         capture_images: record the image generator as one CUDA graph and replay it (needs a GPU).

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from fastmetro.training.objective import Objective
 from fastmetro.training.schedule import learning_rate_factor, make_optimizer, set_learning_rate
 from fastmetro.training.sources import Batch, Batches, SourceFailed
 from fastmetro.training.state import ExponentialAverage, TrainState
-from fastmetro.training.step import CapturedStep, TrainingStep
+from fastmetro.training.step import CapturedStep, Network, TrainingStep
 
 METRICS = ("mpjpe", "pa_mpjpe", "mpvpe")
 _LOGGED = ("step", "samples", "seconds", "images_per_second", "learning_rate", "skipped")
@@ -75,9 +75,12 @@ class Trainer:
             self.model, config.learning_rate, config.weight_decay, decay=config.decay, betas=config.betas,
             capturable=config.capture_step,
         )  # fmt: skip
-        network = torch.compile(self.model) if config.compile_model else self.model
+        network: Network = self.model
+        objective = self.objective
+        if config.compile_model:
+            network, objective = torch.compile(network), cast(Objective, torch.compile(objective))
         self.step = TrainingStep(
-            self.model, network, self.objective, optimizer, clip=config.gradient_clip, precision=config.precision,
+            self.model, network, objective, optimizer, clip=config.gradient_clip, precision=config.precision,
             accumulate=config.accumulate, world=self.world,
         )  # fmt: skip
         average = ExponentialAverage(self.model, config.ema_decay)

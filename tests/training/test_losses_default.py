@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmetro import load_mesh
 from fastmetro.training.losses import LossWeights, MeshRecoveryLoss
+from fastmetro.training.objective import Objective
 
 
 def as_trained(mesh, weights, outputs, labels):
@@ -96,3 +97,24 @@ def test_fewer_operations_than_term_by_term():
             compute(leaves)[0].backward()
         counts.append(operations.count)
     assert counts[1] < 0.75 * counts[0], counts
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("part", ["body", "hand"])
+def test_losses_compile_without_graph_breaks(part: str, centred: bool) -> None:
+    """With edges and normals, with denominators of several processes and without: the same values and gradients."""
+    mesh = small_mesh(part)
+    loss = Objective(
+        MeshRecoveryLoss(mesh, LossWeights(edge_lengths=1.0, normals=0.5, centred=centred, surface_level="fine"))
+    )
+    labels = random_labels(mesh, 3)
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for counts in (None, 2 * loss.counts(labels)):
+        outputs = {name: x.requires_grad_() for name, x in random_outputs(mesh, 3).items()}
+        (total, terms), (expected, other) = compiled(outputs, labels, counts), loss(outputs, labels, counts)
+        torch.testing.assert_close((total, terms), (expected, other))
+        found, wanted = (
+            torch.autograd.grad(one, list(outputs.values()), allow_unused=True) for one in (total, expected)
+        )
+        torch.testing.assert_close(found, wanted)
