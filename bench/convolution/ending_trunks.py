@@ -4,8 +4,7 @@
                                               [--rounds 15] [--device cuda]
 
 The engine's trunk with the kernel's table and with an empty one, each one CUDA graph, timed in turn after both were
-held against the plain trunk in float32. Microseconds of the median; fails where the trunk with it is off by more than
-the limit of 0.001 and by more than without it (HRNet's of many images is beyond it on the library's convolutions, too).
+held against the plain trunk in float32. Microseconds of the median; fails where either is off by more than the limit.
 """
 
 from __future__ import annotations
@@ -24,6 +23,9 @@ from bench.convolution.trunks import LARGEST_ERROR, make_trunk, trunk_error, tru
 from fastmetro.inference.engine.backbones import fold_backbone
 from fastmetro.inference.engine.folded_backbone import FoldedBackbone
 from fastmetro_kernels.convolution.ending_configs import MEASURED
+
+FEW, MANY_ERROR = 16, 1.1e-3
+"""Images up to which the limit is `LARGEST_ERROR`; with HRNet of 32 and 256 cuDNN is off by 1.02e-3 in float16, too."""
 
 
 def without_endings(folded: FoldedBackbone, x: Tensor) -> Tensor:
@@ -64,11 +66,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for trunk in options.trunk:
         for images in options.batch:
             times, errors = compare(trunk, images, options.side, torch.device(options.device), options.rounds)
-            wrong += not errors[0] <= max(LARGEST_ERROR, 1.02 * errors[1])
+            limit = LARGEST_ERROR if images <= FEW else MANY_ERROR
+            wrong += not all(error <= limit for error in errors)
             print(f"{trunk} {images}: with {times[0]:.1f} us, without {times[1]:.1f}, "
                   f"errors {errors[0]:.1e} and {errors[1]:.1e}", flush=True)  # fmt: skip
     if wrong:
-        raise SystemExit(f"{wrong} trunks are off by more than {LARGEST_ERROR:g} and more than without the kernel")
+        raise SystemExit(
+            f"{wrong} trunks are off by more than {LARGEST_ERROR:g} (more than {FEW} images: {MANY_ERROR:g})"
+        )
 
 
 if __name__ == "__main__":
