@@ -19,7 +19,11 @@ def test_rows(tmp_path: Path) -> None:
     with path.open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["pixels"], row["workers"]) for row in rows] == [(p, w) for p in ("worker", "device") for w in "01"]
-    assert all(0 < float(row["busy"]) < 1.5 and float(row["images_per_second_alone"]) > 0 for row in rows)
+    for row in rows:  # not how fast: other processes share this machine
+        alone, whole = float(row["step_without_data_ms"]), float(row["step_ms"])
+        assert float(row["busy"]) == pytest.approx(alone / whole, rel=0.01)
+        assert float(row["images_per_second"]) == pytest.approx(2e3 / whole, rel=0.01)
+        assert float(row["images_per_second_alone"]) > 0
 
 
 def test_curves_are_drawn(tmp_path: Path) -> None:
