@@ -7,8 +7,9 @@ namespace fm_convolution {
 
 #ifdef FM_HOPPER
 
-// What a thread stores of the eight channels of its rows: where a block has fewer rows than a turn, several threads share
-// a row's positions, and each asks for the residual of kAtOnce of them before it stores one. The share must be `shared`.
+// What a thread stores of the eight channels of its rows: where a block has fewer rows than a turn, several threads
+// share a row's positions, and each asks for the residual of kAtOnce of them before it stores one. The share must be of
+// `several`.
 template <typename T, int COLUMNS, bool SHARED>
 class Repeats {
  public:

@@ -235,10 +235,10 @@ struct Share {
   float bias[8];
   uint4 kept[kTurns];  // of the residual
 
-  // The bias does not depend on kernels in front. `shared`: where the block has fewer rows than a turn, several threads
+  // The bias does not depend on kernels in front. `several`: where the block has fewer rows than a turn, several threads
   // share one.
-  __device__ __forceinline__ Share(const Output<T>& p, int row, int column, int own, bool shared = false)
-      : first(threadIdx.x % kWarpgroup / kEighths % (shared ? min(own, kStep) : kStep)),
+  __device__ __forceinline__ Share(const Output<T>& p, int row, int column, int own, bool several = false)
+      : first(threadIdx.x % kWarpgroup / kEighths % (several ? min(own, kStep) : kStep)),
         step(static_cast<int64_t>(kStep) * p.channels) {
     const int channel = column + threadIdx.x % kEighths * 8;
     const int left = channel < p.channels ? min(own, p.rows - row) - first : 0;
