@@ -56,7 +56,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Tail:
-    """One call of `decoder_tail` with more samples than a group of warps takes at a time."""
+    """One call of `decoder_tail`, with three parts of the hidden features."""
 
     samples: int
     queries: int

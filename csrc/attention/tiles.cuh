@@ -91,17 +91,6 @@ __device__ __forceinline__ void as_weights(uint32_t (&a)[4], const float (*score
   a[3] = pack<T>(scores[1][2], scores[1][3]);
 }
 
-// Sum and maximum over the four lanes that share a row.
-__device__ __forceinline__ float quad_sum(float x) {
-  x += __shfl_xor_sync(0xffffffffu, x, 1);
-  return x + __shfl_xor_sync(0xffffffffu, x, 2);
-}
-
-__device__ __forceinline__ float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
-  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
-}
-
 // Transposes a 4 x 4 matrix of which each of four neighbouring lanes holds a row.
 __device__ __forceinline__ void transpose_quad(uint32_t (&r)[4]) {
   const int lane = threadIdx.x;

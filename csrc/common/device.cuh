@@ -269,6 +269,17 @@ namespace fm {
 // would read a kernel argument again and again, where it is used.
 __device__ __forceinline__ float in_register(float x) { return __shfl_sync(0xffffffffu, x, 0); }
 
+// Sum and maximum over the four lanes that share a row of a product's result.
+__device__ __forceinline__ float quad_sum(float x) {
+  x += __shfl_xor_sync(0xffffffffu, x, 1);
+  return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+
+__device__ __forceinline__ float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+
 template <typename T>
 __device__ __forceinline__ float2 unpack(uint32_t pair) {
   if constexpr (std::is_same_v<T, __half>) return __half22float2(*reinterpret_cast<const __half2*>(&pair));

@@ -4,7 +4,7 @@
 // another multiplies. Depth, order of channels and all else are those of stem.cuh.
 #pragma once
 
-#include "hopper.cuh"
+#include "common/hopper.cuh"
 #include "stem.cuh"
 
 namespace fm_stem {

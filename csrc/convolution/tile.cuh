@@ -2,7 +2,7 @@
 // bring its operands, the products, and what becomes of the sums. See forward.cuh.
 #pragma once
 
-#include "hopper.cuh"
+#include "common/hopper.cuh"
 
 namespace fm_convolution {
 

@@ -33,7 +33,7 @@ __device__ __forceinline__ void attend(uint32_t (&out)[4], const uint32_t (&quer
     }
   }
 #pragma unroll
-  for (int row = 0; row < 2; row++) largest[row] = largest_of_row(largest[row]);
+  for (int row = 0; row < 2; row++) largest[row] = fm::quad_max(largest[row]);
 #pragma unroll
   for (int tile = 0; tile < TILES; tile++) {
 #pragma unroll
@@ -57,7 +57,7 @@ __device__ __forceinline__ void attend(uint32_t (&out)[4], const uint32_t (&quer
     fm::multiply_add_16x8x16<T>(found[0], a, b[0], b[1]);
     fm::multiply_add_16x8x16<T>(found[1], a, b[2], b[3]);
   }
-  const float share[2] = {1.f / sum_of_row(sum[0]), 1.f / sum_of_row(sum[1])};
+  const float share[2] = {1.f / fm::quad_sum(sum[0]), 1.f / fm::quad_sum(sum[1])};
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     out[i] = fm::pack<T>(found[i / 2][i % 2 * 2] * share[i % 2], found[i / 2][i % 2 * 2 + 1] * share[i % 2]);

@@ -2,7 +2,7 @@
 // products.
 #pragma once
 
-#include "convolution/hopper.cuh"
+#include "common/hopper.cuh"
 
 namespace fm_tail {
 
@@ -93,16 +93,6 @@ __device__ __forceinline__ void multiply_square(Sums (&sums)[kHalves], const Hel
   for (int half = 0; half < kHalves; half++) fm::keep(sums[half]);
 }
 
-// Of the four threads that share a row.
-__device__ __forceinline__ float sum_of_row(float x) {
-  x += __shfl_xor_sync(0xffffffffu, x, 1);
-  return x + __shfl_xor_sync(0xffffffffu, x, 2);
-}
-__device__ __forceinline__ float largest_of_row(float x) {
-  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
-  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
-}
-
 // The layer norm of the stream, without gain and shift, rounded.
 template <typename T>
 __device__ __forceinline__ void normalize(Held& held, const Sums (&stream)[kHalves], float epsilon) {
@@ -112,13 +102,13 @@ __device__ __forceinline__ void normalize(Held& held, const Sums (&stream)[kHalv
     float sum = 0.f, squares = 0.f;
 #pragma unroll
     for (int i = 0; i < kWidth / 4; i++) sum += stream[i / 16][i % 16 / 2 * 4 + row * 2 + i % 2];
-    mean[row] = sum_of_row(sum) / kWidth;
+    mean[row] = fm::quad_sum(sum) / kWidth;
 #pragma unroll
     for (int i = 0; i < kWidth / 4; i++) {
       const float apart = stream[i / 16][i % 16 / 2 * 4 + row * 2 + i % 2] - mean[row];
       squares += apart * apart;
     }
-    factor[row] = rsqrtf(sum_of_row(squares) / kWidth + epsilon);
+    factor[row] = rsqrtf(fm::quad_sum(squares) / kWidth + epsilon);
   }
 #pragma unroll
   for (int k = 0; k < kSteps; k++) {

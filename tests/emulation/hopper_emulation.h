@@ -1,4 +1,4 @@
-// What csrc/convolution/hopper.cuh gives to kernels, for the emulator, which takes the place of compute capability 9.0.
+// What csrc/common/hopper.cuh gives to kernels, for the emulator, which takes the place of compute capability 9.0.
 #pragma once
 
 #include "cuda_emulation.h"

@@ -32,18 +32,18 @@ class Given(ctypes.Structure):
 
 
 def tail(
-    tokens: Tensor,
-    attended: Tensor,
-    k: Tensor,
-    v: Tensor,
-    weights: TailWeights,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor, TailWeights],
     scale: float,
     blocks: int,
     cross_epsilon: float = 1e-5,
     feed_forward_epsilon: float = 1e-3,
     **options: Any,
 ) -> Tensor:
-    """The result [B, L, 128], by so many blocks; what the kernel leaves out is NaN. k, v [B, S, 8, 16]."""
+    """The result [B, L, 128], by so many blocks; what the kernel leaves out is NaN.
+
+    ``inputs``: tokens, attended [B, L, 128], k, v [B, S, 8, 16], and weights, as of ``decoder_tail``.
+    """
+    tokens, attended, k, v, weights = inputs
     out = torch.full(tokens.shape, torch.nan, dtype=tokens.dtype)
     sizes = {"samples": len(tokens), "queries": tokens.shape[1], "count": k.shape[1], "hidden": len(weights[6])}
     rows = {"tokens": tokens, "attended": attended, "k": k, "v": v}

@@ -4,7 +4,7 @@
 // show that each is caught.
 #pragma once
 
-#include "convolution/hopper.cuh"
+#include "common/hopper.cuh"
 
 namespace fm_warpgroups {
 

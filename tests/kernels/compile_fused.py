@@ -132,7 +132,7 @@ def image_jobs(early: bool) -> list[tuple[str, Any, dict[str, Any], int, int]]:
         found.append((f"order {block}", order.to_channels_last_kernel, constants, block // 256, 1))
     for fixed in (False, True):
         constants = {"FIXED": fixed, "FINE": crops.FINE, "BLOCK": crops.BLOCK}
-        found.append((f"crops {'fixed' * fixed}", crops.render_crops_kernel, constants, crops.WARPS, 1))
+        found.append((f"crops {'fixed' * fixed}", crops.render_crops_kernel, constants, crops.OPTIONS["num_warps"], 1))
     return found
 
 
@@ -179,9 +179,9 @@ def main() -> None:
     jobs += image_jobs(early) if width == 128 else []
     found = {}
     for name, kernel, constants, warps, stages in jobs:
-        alone = kernel is crops.render_crops_kernel  # launched like any other, and rounds each product
-        options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": not alone}
-        options |= {"launch_pdl": True} if early and not alone else {}
+        options = {"num_warps": warps, "num_stages": stages}
+        options |= {"launch_pdl": True} if early and "EARLY" in kernel.arg_names else {}
+        options |= crops.OPTIONS if kernel is crops.render_crops_kernel else {}
         target = GPUTarget("cuda", capability, 32)
         compiled = triton.compile(source(kernel, dtype, constants), target=target, options=options)
         found[name] = report(compiled.asm["ptx"], compiled)

@@ -30,14 +30,14 @@ def check(got: Tensor, x: Inputs, scale: float | None = None) -> None:
 def test_emulated(runner: Runner, size: tuple[int, int, int, int, int]) -> None:
     samples, queries, keys, hidden, blocks = size
     x = inputs(runner, samples, queries, keys, 8, 16, hidden)
-    check(tail(*x, 0.25, blocks, schedule="random", seed=queries), x)
+    check(tail(x, 0.25, blocks, schedule="random", seed=queries), x)
 
 
 @pytest.mark.parametrize("schedule", build.SCHEDULES)
 def test_in_any_order(schedule: str) -> None:
     x = inputs(RUNNERS[0], 2, 130, 49, 8, 16, 128)
-    got = tail(*x, 0.25, 1, schedule=schedule, seed=3)
-    assert torch.equal(got, tail(*x, 0.25, 3))
+    got = tail(x, 0.25, 1, schedule=schedule, seed=3)
+    assert torch.equal(got, tail(x, 0.25, 3))
     check(got, x)
 
 
@@ -47,14 +47,14 @@ def test_any_strides_and_scales() -> None:
     wide = torch.full((2, 30, 400), torch.nan, dtype=HALF)
     wide[:, :, 20:148] = attended
     x = (tokens[:1].expand(2, -1, -1), wide[:, :, 20:148], k, v, weights)
-    check(tail(*x, -0.5, 1), x, -0.5)
+    check(tail(x, -0.5, 1), x, -0.5)
 
 
 def test_what_is_no_number_stays_in_its_row() -> None:
     tokens, attended, k, v, weights = inputs(RUNNERS[0], 1, 20, 9, 8, 16, 64)
-    expected = tail(tokens, attended, k, v, weights, 0.25, 1)
+    expected = tail((tokens, attended, k, v, weights), 0.25, 1)
     tokens[0, 7, 3] = torch.nan
-    got = tail(tokens, attended, k, v, weights, 0.25, 1)
+    got = tail((tokens, attended, k, v, weights), 0.25, 1)
     assert bool(got[0, 7].isnan().all())
     assert torch.equal(got[0, :7], expected[0, :7]) and torch.equal(got[0, 8:], expected[0, 8:])
 
@@ -62,4 +62,4 @@ def test_what_is_no_number_stays_in_its_row() -> None:
 def test_large_scores_keep_their_digits() -> None:
     tokens, attended, k, v, weights = inputs(RUNNERS[0], 1, 9, 11, 8, 16, 64)
     x = (tokens, attended, 30 * k, v, TailWeights(*weights))
-    check(tail(*x, 1.0, 1), x, 1.0)
+    check(tail(x, 1.0, 1), x, 1.0)

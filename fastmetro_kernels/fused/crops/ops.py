@@ -64,8 +64,8 @@ def problem(
     }
     for name, (tensor, dtype, shape) in wanted.items():
         if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-            dims = {-1: "N" if name == "pixels" else "B"}
-            expected = [dims.get(size, size) for size in shape]
+            unknown = "N" if name == "pixels" else "B"
+            expected = [unknown if size == -1 else size for size in shape]
             return f"{name} must be {dtype} {expected}, got {tensor.dtype} {list(tensor.shape)}"
     if side % 2 or pixels.shape[0] == 0:
         return f"columns must be [B, 2S] and pixels not empty, got {list(places.columns.shape)}, {list(pixels.shape)}"

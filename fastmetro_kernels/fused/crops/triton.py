@@ -15,7 +15,9 @@ from torch import Tensor
 from fastmetro_kernels.fused.crops.ops import FINE, CropMap
 from fastmetro_kernels.fused.early_launch import on_device
 
-BLOCK, WARPS = 256, 4
+BLOCK = 256
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+"""Of the launch. No products fused with sums: positions would round to other 32nds of a pixel than the reference's."""
 
 
 @triton.jit
@@ -41,6 +43,7 @@ def _placed(a, b, c, x, y, origin, FIXED: tl.constexpr, FINE: tl.constexpr):
 
 @triton.jit
 def _finished(total, factor, mean, deviation):
+    """A channel as the network takes it."""
     unit = tl.minimum(tl.maximum(total * factor, 0.0), 255.0) / 255
     return (unit - mean) / deviation
 
@@ -50,6 +53,7 @@ def render_crops_kernel(
     pixels, offsets, sizes, matrix, columns, rows, column_weights, row_weights, origin, factor, mean, deviation, out,
     count, size, blocks, FIXED: tl.constexpr, FINE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """BLOCK pixels of one of the crops, `blocks` programs to a crop; `count`: of bytes that there are to read."""
     crop = (tl.program_id(0) // blocks).to(tl.int64)
     number = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     row, column = number // size, number % size
@@ -99,9 +103,8 @@ def render(
     blocks = triton.cdiv(size * size, BLOCK)
     given = [one.contiguous() for one in (pixels, offsets, sizes, *places, *constants)]
     with on_device(pixels):
-        # No products fused with sums: positions would round to other 32nds than the reference's.
         render_crops_kernel[(out.shape[0] * blocks,)](
             *given, out, pixels.numel(), size, blocks,
-            FIXED=fixed, FINE=FINE, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=False,
+            FIXED=fixed, FINE=FINE, BLOCK=BLOCK, **OPTIONS,
         )  # fmt: skip
     return out

@@ -85,18 +85,27 @@ def decoder_tail(
     factor = score_factor(scale, k.shape[3])
     refuse_gradients("decoder_tail", {"tokens": tokens} | given)
     options = (factor, cross_epsilon, feed_forward_epsilon)
-    if backend == "auto" and tokens.dtype == torch.float32 and tokens.is_cuda:
-        backend = "reference"  # without tensor cores a program's registers do not suffice: the kernel spills
-    if backend not in ("auto", "triton", "reference"):
+    chosen = _choose(tokens, attended, k, v, weights, backend)
+    if chosen == "reference":
+        return reference.tail(tokens, attended, k, v, weights, *options)
+    if chosen == "native":
         if config is not None:
             raise ValueError(f"config is of the Triton kernel, and backend is {backend!r}")
-        reasons = backend_reasons(tokens.device, tokens.dtype)
-        reasons["native"] = native.reasons(tokens, attended, k, v, weights)
-        backends.select("decoder_tail", backend, reasons, ())
-        return native.tail(tokens, attended, k, v, weights, *options, constant_weights)
-    if choose_backend("decoder_tail", backend, tokens.device, tokens.dtype) == "reference":
-        return reference.tail(tokens, attended, k, v, weights, *options)
+        early = True  # everything that the kernel runs on starts early
+        return native.decoder_tail_native(tokens, attended, k, v, *weights, *options, constant_weights, early)
     return ops.decoder_tail_triton(tokens, attended, k, v, list(weights), *options, constant_weights, config or ())
+
+
+def _choose(tokens: Tensor, attended: Tensor, k: Tensor, v: Tensor, weights: TailWeights, backend: str) -> str:
+    """The backend that runs a call; errors as of `decoder_tail`."""
+    if backend == "auto" and tokens.dtype == torch.float32 and tokens.is_cuda:
+        return "reference"  # without tensor cores a program's registers do not suffice: the Triton kernel spills
+    if backend in ("auto", "triton", "reference"):
+        return choose_backend("decoder_tail", backend, tokens.device, tokens.dtype)
+    reasons = backend_reasons(tokens.device, tokens.dtype)
+    return backends.select(
+        "decoder_tail", backend, reasons | {"native": native.reasons(tokens, attended, k, v, weights)}, ()
+    )
 
 
 def _check_shapes(tokens: Tensor, attended: Tensor, k: Tensor, v: Tensor, weights: TailWeights) -> None:

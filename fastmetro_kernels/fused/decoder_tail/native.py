@@ -63,19 +63,4 @@ def _device_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
     return backends.hopper_reasons(OPERATOR, device, dtype)
 
 
-def tail(
-    tokens: Tensor,
-    attended: Tensor,
-    k: Tensor,
-    v: Tensor,
-    weights: TailWeights,
-    scale: float,
-    cross_epsilon: float,
-    feed_forward_epsilon: float,
-    constant_weights: bool,
-) -> Tensor:
-    """Run the kernel, for a call without `reasons`; arguments as in ``ops.py``."""
-    found: Tensor = torch.ops.fastmetro_kernels.decoder_tail_native(
-        tokens, attended, k, v, *weights, scale, cross_epsilon, feed_forward_epsilon, constant_weights, True
-    )
-    return found
+decoder_tail_native = torch.ops.fastmetro_kernels.decoder_tail_native.default

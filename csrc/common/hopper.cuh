@@ -1,8 +1,8 @@
-// The instructions of compute capability 9.0 that the convolutions are made of: barriers that count bytes, copies of
+// The instructions of compute capability 9.0 that kernels for it are made of: barriers that count bytes, copies of
 // boxes by the tensor memory accelerator, products of warpgroups, stores to other blocks of the cluster.
 #pragma once
 
-#include "common/device.cuh"
+#include "device.cuh"
 
 namespace fm {
 
