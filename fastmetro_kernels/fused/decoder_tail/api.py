@@ -85,12 +85,12 @@ def decoder_tail(
     factor = score_factor(scale, k.shape[3])
     refuse_gradients("decoder_tail", {"tokens": tokens} | given)
     options = (factor, cross_epsilon, feed_forward_epsilon)
+    if config is not None and backend == "native":
+        raise ValueError("config is of the Triton kernel, and backend is 'native'")
     chosen = _choose(tokens, attended, k, v, weights, backend)
     if chosen == "reference":
         return reference.tail(tokens, attended, k, v, weights, *options)
     if chosen == "native":
-        if config is not None:
-            raise ValueError(f"config is of the Triton kernel, and backend is {backend!r}")
         early = True  # everything that the kernel runs on starts early
         return native.decoder_tail_native(tokens, attended, k, v, *weights, *options, constant_weights, early)
     return ops.decoder_tail_triton(tokens, attended, k, v, list(weights), *options, constant_weights, config or ())
