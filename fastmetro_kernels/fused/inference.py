@@ -74,6 +74,11 @@ def check_config(config: Any, kind: type, problem: Callable[[Any], str | None]) 
         raise ValueError(f"config: {found}")
 
 
+def aligned(tensor: Tensor, multiple: int) -> bool:
+    """Whether a tensor begins at such an address. A traced one has none: native ops look once more when they run."""
+    return torch.compiler.is_compiling() or tensor.data_ptr() % multiple == 0
+
+
 @assumed_constant
 def choose_backend(op: str, requested: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend that runs a call; see :func:`fastmetro_kernels.backends.select`.

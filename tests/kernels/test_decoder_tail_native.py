@@ -127,3 +127,15 @@ def test_what_it_cannot_take_is_named() -> None:
         run((tokens, attended, k, v, weights), config=TailConfig(64, 64, 4, 2))
     with pytest.raises(ValueError, match="backend='apex' is not known"):
         decoder_tail(tokens, attended, k, v, weights, backend="apex")
+
+
+def test_the_choice_is_traced_without_graph_breaks() -> None:
+    """A traced tensor has no address: the op looks at it when it runs."""
+    tokens, attended, k, v, weights = inputs(Runner("cpu", "native", FLOAT), 2, 5, 9, 8, 16, 64)
+    torch._dynamo.reset()
+
+    def count(tokens: Tensor) -> Tensor:
+        return tokens * len(native.reasons(tokens, attended, k, v, weights))
+
+    compiled = torch.compile(count, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(tokens), count(tokens))

@@ -211,3 +211,17 @@ def test_shapes_are_known_without_running() -> None:
         x, weight, bias, None, bias[None], 0.0, None, None, False, True, [32, 1, 2, 1]
     )
     assert out.shape == (6, 80) and moments.shape == (6, 3, 3) and moments.dtype == FLOAT
+
+
+def test_the_choice_is_traced_without_graph_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A traced tensor has no address: the op looks at it when it runs."""
+    monkeypatch.setitem(native.MEASURED, (X.shape[0] * X.shape[1], *W.shape), NativeLinearConfig(32, 1, 4))
+    torch._dynamo.reset()
+
+    def count(x: Tensor) -> Tensor:
+        call = given(x, W, B)
+        assert native.choose(call) is None
+        return x * len(native.reasons(call))
+
+    compiled = torch.compile(count, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(X), count(X))

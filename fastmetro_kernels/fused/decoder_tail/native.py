@@ -9,6 +9,7 @@ from fastmetro_kernels import backends
 from fastmetro_kernels.backends import assumed_constant
 from fastmetro_kernels.fused.decoder_tail.ops import NAMESPACE
 from fastmetro_kernels.fused.decoder_tail.weights import TailWeights
+from fastmetro_kernels.fused.inference import aligned
 
 OPERATOR = "decoder_tail_native"
 WIDTH, HEADS, MAX_KEYS, DEPTH = 128, 8, 64, 64
@@ -45,7 +46,7 @@ def reasons(tokens: Tensor, attended: Tensor, k: Tensor, v: Tensor, weights: Tai
             if not _rows_fit(tensor, words):
                 found.append(f"rows of {name} must lie whole in memory and begin at a multiple of {2 * words} bytes")
     for name, tensor in weights._asdict().items():
-        if tensor.data_ptr() % 16:
+        if not aligned(tensor, 16):
             found.append(f"{name} must be aligned to 16 bytes")
     return found
 
@@ -55,7 +56,7 @@ def _rows_fit(tensor: Tensor, words: int) -> bool:
     strides, sizes = tensor.stride(), tensor.shape
     beside = strides[-1] == 1 and (tensor.dim() == 3 or strides[2] == sizes[3])
     steps = [stride for stride, size in zip(strides[:2], sizes[:2], strict=True) if size > 1]
-    return beside and tensor.data_ptr() % (2 * words) == 0 and all(step % words == 0 for step in steps)
+    return beside and aligned(tensor, 2 * words) and all(step % words == 0 for step in steps)
 
 
 @assumed_constant

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastmetro_kernels import backends
 from fastmetro_kernels.backends import assumed_constant
+from fastmetro_kernels.fused.inference import aligned
 from fastmetro_kernels.fused.linear.ops import NAMESPACE
 from fastmetro_kernels.tuning.choice import family_of
 
@@ -127,7 +128,7 @@ def reasons(given: Given, config: NativeLinearConfig | None = None) -> list[str]
         "x": x, "weight": weight, "bias": bias, "residual": residual, "leading": leading, "moments": moments
     }  # fmt: skip
     for name, tensor in named.items():
-        if tensor is not None and not (tensor.is_contiguous() and tensor.data_ptr() % 16 == 0):
+        if tensor is not None and not (tensor.is_contiguous() and aligned(tensor, 16)):
             found.append(f"{name} must be contiguous and aligned to 16 bytes")
     return found
 
