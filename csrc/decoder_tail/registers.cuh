@@ -84,6 +84,8 @@ __device__ __forceinline__ void multiply_all(Sums& sums, const Held& held, fm::S
 // Both halves of a square weight's outputs.
 template <typename T>
 __device__ __forceinline__ void multiply_square(Sums (&sums)[kHalves], const Held& held, fm::SharedAddress weights) {
+#pragma unroll
+  for (int half = 0; half < kHalves; half++) fm::keep(sums[half]);  // in registers before, not among products
   fm::products_begin();
 #pragma unroll
   for (int half = 0; half < kHalves; half++) multiply_all<T>(sums[half], held, weights + half * kHalves * kMatrix);
