@@ -110,6 +110,26 @@ def test_opcheck_compile_and_graphs() -> None:
     assert torch.equal(captured, run(x))
 
 
+@on_hopper
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT, FLOAT], ids=str)
+def test_auto_takes_it_where_it_can(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    operator = native.decoder_tail_native
+
+    def counted(*given: Any) -> Tensor:
+        calls.append(1)
+        return operator(*given)
+
+    monkeypatch.setattr(native, "decoder_tail_native", counted)
+    runner = Runner("cuda", "native", dtype)
+    tile = TailConfig(16, 16, 4, 1)
+    for heads, config, expected in ((8, None, dtype != FLOAT), (4, None, False), (8, tile, False)):
+        calls.clear()
+        x = inputs(runner, 2, 70, 49, heads, 16, 128)
+        decoder_tail(*x, config=config)
+        assert bool(calls) == expected, (heads, config)
+
+
 def test_what_it_cannot_take_is_named() -> None:
     cpu = Runner("cpu", "native", FLOAT)
     tokens, attended, k, v, weights = inputs(cpu, 1, 5, 70, 4, 16, 40)

@@ -2,7 +2,8 @@
 # The convolutions: figures, tests, sanitizer. convolutions.sh COMMIT [LIMIT [STEP...]]
 source "$(dirname "$0")/common.sh"
 bench=("$PY" -m bench convolution)
-tests=("$PY" -m pytest -vv -p no:cacheprovider)
+# One thread each: with as many workers as cores, more would wait for one another.
+tests=(env OMP_NUM_THREADS=1 "$PY" -m pytest -vv -p no:cacheprovider)
 
 step trunks 170 "${bench[@]}" --only trunks --batch 1 8 32 256 --csv "$R/convolution_trunks.csv"
 step layers 120 "${bench[@]}" --only layers --batch 1 --csv "$R/convolution_layers.csv"
@@ -11,10 +12,10 @@ step endings 60 "${bench[@]}" --only endings --batch 1 2 4 8 16 32 64 256 --csv 
 step ending_trunks 60 "$PY" -m bench.convolution.ending_trunks
 step timeline 60 "$PY" -m bench.convolution.timeline --trunk resnet50 --batch 1 \
   --json "$R/convolution_timeline.json" --picture "$R/convolution_timeline.png"
-step tests 330 "${tests[@]}" -n 10 tests/kernels/test_convolution*.py tests/kernels/test_fused_linear*.py
-step tail_tests 60 "${tests[@]}" -n 6 tests/kernels/test_decoder_tail.py tests/kernels/test_decoder_tail_native.py
-step tail 60 "$PY" -m bench fused --only 'decoder layer' --batch 32 256 --all-configs --csv "$R/tail.csv"
-step engine_tests 180 "${tests[@]}" -n 8 tests/inference/test_engine*.py tests/data/test_synthetic_images.py \
+step tests 330 "${tests[@]}" -n 16 tests/kernels/test_convolution*.py tests/kernels/test_fused_linear*.py
+step tail_tests 60 "${tests[@]}" -n 12 tests/kernels/test_decoder_tail.py tests/kernels/test_decoder_tail_native.py
+step tail 60 "$PY" -m bench fused --only 'decoder layer' --batch 1 4 8 16 32 256 --all-configs --csv "$R/tail.csv"
+step engine_tests 180 "${tests[@]}" -n 16 tests/inference/test_engine*.py tests/data/test_synthetic_images.py \
   tests/training/test_step.py
 step fused 90 "$PY" -m bench fused --batch 1 --only 512 --all-configs --seconds 0.03 --csv "$R/fused.csv"
 step replays 60 "${tests[@]}" -n 0 tests/kernels/test_convolution.py -k thousand

@@ -90,6 +90,8 @@ def convolution_add_relu(
     residual: Tensor,
 ) -> Tensor:
     """ReLU of convolution + bias + ``residual`` [B, O, h, w], which is only read."""
+    if residual.shape[2:].numel() == 1:  # PyTorch 2.11 describes it to oneDNN so that "could not create a memory"
+        return convolution_relu(x, packed, bias, stride, padding, relu=False).add_(residual).relu_()
     return torch.ops.mkldnn._convolution_pointwise.binary(
         x, residual, packed, bias, padding, stride, (1, 1), 1, "add", None, "relu", [], None
     )

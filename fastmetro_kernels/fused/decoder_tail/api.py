@@ -36,7 +36,7 @@ def decoder_tail(
     config: TailConfig | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Everything of a narrow pre-norm decoder layer behind its self-attention, in one launch on Triton::
+    """Everything of a narrow pre-norm decoder layer behind its self-attention, in one launch::
 
         x = tokens + attended @ out_weight.T + out_bias
         q = norm(x) @ query_weight.T + query_bias
@@ -58,10 +58,11 @@ def decoder_tail(
         scale: Factor of the scores, finite; 1 / sqrt(D) by default.
         constant_weights: A promise that the kernel launched right before this one in the stream writes no weights. On
             Hopper the first of them are then read while that kernel still runs.
-        config: The tile of the Triton kernel instead of the pinned one, for measurements.
-        backend: ``"auto"`` (Triton where it can run on a GPU, in half precision), ``"triton"``, ``"reference"`` or
-            ``"native"`` (half precision, 8 heads of 16 features, up to 64 keys and hidden features in multiples of 64
-            on compute capability 9.0; not timed yet, so ``"auto"`` does not take it).
+        config: The tile of the Triton kernel instead of the pinned one, for measurements; ``"auto"`` then leaves out
+            native.
+        backend: ``"native"`` (half precision, 8 heads of 16 features, up to 64 keys and hidden features in multiples of
+            64 on compute capability 9.0), ``"triton"``, ``"reference"`` or ``"auto"``: on a GPU in half precision
+            native where it can take the call, else Triton; else the reference.
 
     Returns:
         ``[B, L, C]`` in the dtype of tokens, contiguous.
@@ -87,7 +88,7 @@ def decoder_tail(
     options = (factor, cross_epsilon, feed_forward_epsilon)
     if config is not None and backend == "native":
         raise ValueError("config is of the Triton kernel, and backend is 'native'")
-    chosen = _choose(tokens, attended, k, v, weights, backend)
+    chosen = _choose(tokens, attended, k, v, weights, backend, tiled=config is not None)
     if chosen == "reference":
         return reference.tail(tokens, attended, k, v, weights, *options)
     if chosen == "native":
@@ -96,10 +97,16 @@ def decoder_tail(
     return ops.decoder_tail_triton(tokens, attended, k, v, list(weights), *options, constant_weights, config or ())
 
 
-def _choose(tokens: Tensor, attended: Tensor, k: Tensor, v: Tensor, weights: TailWeights, backend: str) -> str:
-    """The backend that runs a call; errors as of `decoder_tail`."""
-    if backend == "auto" and tokens.dtype == torch.float32 and tokens.is_cuda:
-        return "reference"  # without tensor cores a program's registers do not suffice: the Triton kernel spills
+def _choose(
+    tokens: Tensor, attended: Tensor, k: Tensor, v: Tensor, weights: TailWeights, backend: str, tiled: bool
+) -> str:
+    """The backend that runs a call, for which a tile of the Triton kernel was given or not; errors as of
+    `decoder_tail`."""
+    if backend == "auto" and tokens.is_cuda:
+        if tokens.dtype == torch.float32:
+            return "reference"  # without tensor cores a program's registers do not suffice: the Triton kernel spills
+        if not tiled and not native.reasons(tokens, attended, k, v, weights):
+            return "native"
     if backend in ("auto", "triton", "reference"):
         return choose_backend("decoder_tail", backend, tokens.device, tokens.dtype)
     reasons = backend_reasons(tokens.device, tokens.dtype)
