@@ -12,7 +12,8 @@ training l-r50 240
 training l-r50-full 260
 step data 260 "$PY" -m bench data --workers 4 8 16 --steps 100 --csv "$R/data.csv"
 step crops 60 "$PY" -m bench crops --csv "$R/crops.csv"
-step tests 150 env OMP_NUM_THREADS=1 "$PY" -m pytest -vv -p no:cacheprovider -n 12 tests/training/test_step.py tests/training/test_interrupted.py \
+step tests 150 env OMP_NUM_THREADS=1 "$PY" -m pytest -vv -p no:cacheprovider -n 12 \
+  tests/training/test_step.py tests/training/test_interrupted.py \
   tests/kernels/test_render_crops.py tests/data
 
 collect() {
