@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from fastmetro.inference.engine.graphs import Captured
 from fastmetro.inference.pretrained import load_pretrained
 from fastmetro.models import create_model
 from fastmetro.profiling.contenders import settle_batch_norms
+from fastmetro_kernels import fused
 from fastmetro_kernels.convolution.stem import stem_reasons
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -223,6 +225,32 @@ def test_products_of_many_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> No
         first, again = made(images)["pred_3d_vertices_fine"], made(images)["pred_3d_vertices_fine"]
         assert torch.equal(first, again)
         errors.append(float((first - expected).norm(dim=-1).mean()))
+    assert errors[0] <= 1.3 * errors[1], errors
+
+
+def test_decoder_layers_in_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are as near to float32 as separate kernels."""
+    torch.manual_seed(0)
+    model = create_model("fastmetro-l", backbone="compact").cuda().eval()
+    images = pixels(4).cuda()
+    with torch.no_grad():
+        expected = fastmetro.compile(model, 1, torch.float32)(images)["pred_3d_vertices_fine"]
+    errors: list[float] = []
+    calls: list[int] = []
+    decoder_tail = fused.decoder_tail
+
+    def counted(*given: Any, **options: Any) -> Tensor:
+        calls.append(1)
+        return decoder_tail(*given, **options)
+
+    monkeypatch.setattr(fused, "decoder_tail", counted)
+    for rows in (1, 1 << 40):
+        monkeypatch.setattr(products, "NATIVE_TAIL_ROWS", rows)
+        monkeypatch.setattr(products, "TAIL_ROWS", rows)
+        calls.clear()
+        made = fastmetro.compile(model, 4, torch.float16)
+        errors.append(float((made(images)["pred_3d_vertices_fine"] - expected).norm(dim=-1).mean()))
+        assert bool(calls) == (rows == 1)
     assert errors[0] <= 1.3 * errors[1], errors
 
 

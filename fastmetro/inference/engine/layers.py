@@ -132,7 +132,7 @@ class FoldedDecoderLayer(_FoldedLayer):
         qkv = read(tokens, self.affine("qkv"), self.epsilon)
         q, k, v = (x.unflatten(-1, (self.heads, -1)) for x in qkv.chunk(3, -1))
         attended = attend(q, k, v, 0.0)
-        if fuses_tail(tokens.values):
+        if fuses_tail(tokens.values, self.heads):
             return decoder_tail(tokens, attended, memory, self.tail_weights(), self.tail_epsilons())
         tokens = update(attended.flatten(-2), self.affine("out"), tokens)
         return self.cross(tokens, read(tokens, self.affine("query"), self.cross_epsilon), memory)

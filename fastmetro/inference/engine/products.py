@@ -20,6 +20,8 @@ from fastmetro.inference.engine import onednn
 from fastmetro.inference.engine.onednn import WeightPacks
 from fastmetro.models.attention import dense_attention
 from fastmetro_kernels import fused
+from fastmetro_kernels.backends import hopper_reasons
+from fastmetro_kernels.fused.decoder_tail import native as tail
 from fastmetro_kernels.fused.short_attention.configs import MAX_KEYS
 
 FEW_ROWS = 512
@@ -32,8 +34,10 @@ MANY_ROWS = 8_000
 """Rows from which the library also takes a layer with a residual, and one behind a norm from a narrow input to a wider
 output."""
 TAIL_ROWS = 14_000
-"""Rows from which a narrow decoder layer is one kernel behind its self-attention: 31 microseconds instead of 44 with
-separate ones at 14,240 rows, 212 instead of 326 at 113,920, 23 instead of 11 at 445."""
+"""Rows from which a narrow decoder layer is one kernel of Triton behind its self-attention: 31 microseconds instead of
+44 with separate ones at 14,240 rows, 212 instead of 326 at 113,920, 23 instead of 11 at 445."""
+NATIVE_TAIL_ROWS = 1_780
+"""The same where the native kernel takes it: 17 instead of 22 microseconds at 1,780 rows, 16 instead of 12 at 445."""
 PACKED = 32_768
 """Numbers of a weight from which oneDNN's products of packed weights win on a CPU: from 128 x 384 on they take 0.63 to
 0.95 of the time with 445 and 50 rows; with 128 x 128 as much."""
@@ -247,11 +251,13 @@ def short_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return dense_attention(q, k, v, 0.0)
 
 
-def fuses_tail(tokens: Tensor) -> bool:
+def fuses_tail(tokens: Tensor, heads: int) -> bool:
     """Whether :func:`decoder_tail` takes a decoder layer of tokens [B, L, C] behind its self-attention."""
     if not tokens.is_cuda or tokens.dtype.itemsize != 2 or tokens.shape[2] > NARROW:
         return False
-    return tokens.shape[0] * tokens.shape[1] >= TAIL_ROWS
+    native = (heads, tokens.shape[2]) == (tail.HEADS, tail.WIDTH)
+    native = native and not hopper_reasons(tail.OPERATOR, tokens.device, tokens.dtype)
+    return tokens.shape[0] * tokens.shape[1] >= (NATIVE_TAIL_ROWS if native else TAIL_ROWS)
 
 
 def decoder_tail(
