@@ -32,6 +32,7 @@ OPS = {
     "normalize_pixels": ("", ("reference", "triton")),
     "render_crops": ("", ("reference", "triton")),
     "to_channels_last": ("", ("reference", "triton")),
+    "batch_norm": ("", ("reference", "triton")),
     "convolution": (convolution_native.OPERATOR, ("reference", "native")),
     "convolution_join": ("", ("reference", "triton")),
 }

@@ -46,6 +46,8 @@ GRADIENT = 0.05
 NEAR = 0.15
 """The same of the loss after the first steps, to which dropout adds."""
 WARM_UPS = 3
+FIRST_SECONDS = 0.3
+"""Of steps that are timed as soon as a contender is ready: a run that is cut short tells something, too."""
 MIB = 2**20
 
 
@@ -134,7 +136,9 @@ def run_case(case: Case, names: Sequence[str], options: argparse.Namespace) -> l
             print(f"  {name}: {row['reason']}", flush=True)
             continue
         row.update(build_s=f"{ready.seconds:.1f}", peak_mib=f"{ready.peak:.0f}")
-        print(f"  {name}: ready after {ready.seconds:.1f} s, at most {ready.peak:.0f} MiB", flush=True)
+        first = alternate([_call(ready.contender)], device, FIRST_SECONDS, 1)[0]
+        took = f"{statistics.median(value for part in first for value in part):.4g} ms a step"
+        print(f"  {name}: ready after {ready.seconds:.1f} s, at most {ready.peak:.0f} MiB, {took}", flush=True)
         warm.append((row, ready.contender))
     calls = [_call(contender) for _, contender in warm]
     samples = alternate(calls, device, options.seconds, options.rounds)

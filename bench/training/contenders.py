@@ -7,6 +7,7 @@ compiled    the strongest plain PyTorch: this network on PyTorch's own operation
             AdamW, and the whole step in one CUDA graph. "compiled, boolean mask" is the same with the mask as it is.
 ours        this network with the kernels of this project, the same around it: torch.compile and one CUDA graph.
 ours, not compiled    without torch.compile.
+ours, fused norms     with `fastmetro_kernels.batch_norm` in the backbone; also "not compiled".
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from fastmetro.data.labels import MeshLabels
 from fastmetro.models import FastMETRO
+from fastmetro.models.backbones.norm import fuse_batch_norms
 from fastmetro.models.baselines import published_network
 from fastmetro.models.baselines.tuned import DenseTokenAttention, DenseUpsampling
 from fastmetro.models.upsampling import FixedUpsampling, check_steps
@@ -54,6 +56,8 @@ def build(name: str, model: FastMETRO, images: Tensor, labels: MeshLabels, eager
     networks: dict[str, tuple[Callable[[], nn.Module], bool]] = {
         OURS: (lambda: copy.deepcopy(model), True),
         "ours, not compiled": (lambda: copy.deepcopy(model), False),
+        "ours, fused norms": (functools.partial(_fused, model), True),
+        "ours, fused norms, not compiled": (functools.partial(_fused, model), False),
         "compiled": (functools.partial(_plain, model, "bias"), True),
         "compiled, boolean mask": (functools.partial(_plain, model, "bool"), True),
     }
@@ -63,7 +67,10 @@ def build(name: str, model: FastMETRO, images: Tensor, labels: MeshLabels, eager
     return Contender(name, _tuned_step(make(), model, images, labels, compiled, eager), tf32=False)
 
 
-NAMES = ("published", "compiled", "compiled, boolean mask", "ours, not compiled", OURS)
+NAMES = (
+    "published", "compiled", "compiled, boolean mask", "ours, not compiled", "ours, fused norms",
+    "ours, fused norms, not compiled", OURS,
+)  # fmt: skip
 
 
 def _objective(model: FastMETRO, device: torch.device) -> Objective:
@@ -83,6 +90,13 @@ def _published(model: FastMETRO, images: Tensor, labels: MeshLabels) -> Callable
         return values
 
     return run
+
+
+def _fused(model: FastMETRO) -> nn.Module:
+    """With the batch norms of its backbone fused with what stands behind them."""
+    fused = copy.deepcopy(model)
+    fuse_batch_norms(fused)
+    return fused
 
 
 def _plain(model: FastMETRO, mask: str) -> nn.Module:

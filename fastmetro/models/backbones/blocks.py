@@ -6,7 +6,11 @@ HRNet uses too.
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import Tensor, nn
+
+from fastmetro.models.backbones.norm import norm_relu
 
 
 def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
@@ -23,6 +27,14 @@ def _projection(in_channels: int, out_channels: int, stride: int) -> nn.Sequenti
     if stride == 1 and in_channels == out_channels:
         return None
     return nn.Sequential(conv1x1(in_channels, out_channels, stride), nn.BatchNorm2d(out_channels))
+
+
+def shortcut(x: Tensor, projection: nn.Sequential | None) -> Tensor:
+    """What a block adds to its result: its input, or that behind a convolution and a batch norm."""
+    if projection is None:
+        return x
+    convolution, norm = projection
+    return norm_relu(cast("nn.BatchNorm2d", norm), convolution(x), relu=False)
 
 
 class BasicBlock(nn.Module):
@@ -47,10 +59,8 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, in_channels, h, w]`` to ``[B, width, h / stride, w / stride]``."""
-        y = self.relu(self.bn1(self.conv1(x)))
-        y = self.bn2(self.conv2(y))
-        shortcut = x if self.downsample is None else self.downsample(x)
-        return self.relu(y + shortcut)
+        y = norm_relu(self.bn1, self.conv1(x))
+        return norm_relu(self.bn2, self.conv2(y), residual=shortcut(x, self.downsample))
 
 
 class Bottleneck(nn.Module):
@@ -80,11 +90,9 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, in_channels, h, w]`` to ``[B, 4 * width, h / stride, w / stride]``."""
-        y = self.relu(self.bn1(self.conv1(x)))
-        y = self.relu(self.bn2(self.conv2(y)))
-        y = self.bn3(self.conv3(y))
-        shortcut = x if self.downsample is None else self.downsample(x)
-        return self.relu(y + shortcut)
+        y = norm_relu(self.bn1, self.conv1(x))
+        y = norm_relu(self.bn2, self.conv2(y))
+        return norm_relu(self.bn3, self.conv3(y), residual=shortcut(x, self.downsample))
 
 
 def residual_stage(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import MutableMapping
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from fastmetro.models.backbones.blocks import Bottleneck, init_convolutions, residual_stage
+from fastmetro.models.backbones.norm import norm_relu
 
 # Position of each child in the Sequential of released FastMETRO checkpoints.
 _RELEASED_NAMES = {"conv1": "0", "bn1": "1", "layer1": "4", "layer2": "5", "layer3": "6", "layer4": "7"}
@@ -37,7 +38,7 @@ class ResNet50(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the feature map of the last stage."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        x = self.maxpool(norm_relu(self.bn1, self.conv1(images)))
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))
 
 
@@ -53,6 +54,14 @@ class ResNet50Trunk(nn.Sequential):
     def __init__(self) -> None:
         super().__init__(*ResNet50().children())
         self.register_load_state_dict_pre_hook(_torchvision_names_hook)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the feature map of the last stage."""
+        convolution, norm, _, *others = self
+        x = norm_relu(cast("nn.BatchNorm2d", norm), convolution(images))
+        for layer in others:
+            x = layer(x)
+        return x
 
 
 def skip_classifier(state_dict: MutableMapping[str, Tensor], prefix: str) -> None:

@@ -1,0 +1,158 @@
+"""Batch norms of ResNet-50 in training with residual and ReLU, forward and backward.
+
+    python -m bench batch_norm [--batch 32] [--dtype bfloat16] [--rounds 9] [--device cuda] [--csv FILE]
+
+PyTorch's operations, the same compiled, and `fastmetro_kernels.batch_norm`, each held against float64 first. On a GPU
+each pass is a CUDA graph; microseconds, timed in turn. "floor" is reading and writing what a pass has to once: x and
+what is added, the result; then the gradient, x, what the ReLU let through where it cannot be made anew, and the
+gradients. The last lines add up all layers of the network, as often as it has them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bench import common
+from bench.convolution.measure import Timer, take_in_turn
+from bench.fused.basis import BYTES_PER_SECOND
+from fastmetro_kernels.batch_norm import batch_norm
+
+OURS = "ours"
+COLUMNS = ("layer", "times", "batch", "dtype", "contender", "forward_us", "both_us", "forward_floor_us",
+           "both_floor_us", "times_ours", "error")  # fmt: skip
+
+
+class Layer(NamedTuple):
+    """Channels, height and width, what stands behind the norm, and how many of these ResNet-50 has."""
+
+    channels: int
+    size: int
+    residual: bool
+    relu: bool
+    times: int
+
+    def __str__(self) -> str:
+        return f"{self.channels} x {self.size}^2{', residual' * self.residual}{', ReLU' * self.relu}"
+
+
+LAYERS = (
+    Layer(64, 112, False, True, 1), Layer(64, 56, False, True, 6), Layer(256, 56, True, True, 3),
+    Layer(256, 56, False, False, 1), Layer(128, 56, False, True, 1), Layer(128, 28, False, True, 7),
+    Layer(512, 28, True, True, 4), Layer(512, 28, False, False, 1), Layer(256, 28, False, True, 1),
+    Layer(256, 14, False, True, 11), Layer(1024, 14, True, True, 6), Layer(1024, 14, False, False, 1),
+    Layer(512, 14, False, True, 1), Layer(512, 7, False, True, 5), Layer(2048, 7, True, True, 3),
+    Layer(2048, 7, False, False, 1),
+)  # fmt: skip
+Norm = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+
+def _plain(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    y = F.batch_norm(x, None, None, weight, bias, training=True)
+    if residual is not None:
+        y = y + residual
+    return y.relu() if relu else y
+
+
+def _ours(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    return batch_norm(x, weight, bias, residual=residual, relu=relu)[0]
+
+
+def contenders(layer: Layer, device: torch.device) -> dict[str, Norm]:
+    """By name."""
+    plain = functools.partial(_plain, relu=layer.relu)
+    found: dict[str, Norm] = {"pytorch": plain}
+    if device.type == "cuda":
+        found["pytorch, compiled"] = torch.compile(plain, dynamic=False)
+    return found | {OURS: functools.partial(_ours, relu=layer.relu)}
+
+
+def floors(layer: Layer, batch: int, dtype: torch.dtype) -> tuple[float, float]:
+    """Microseconds of the forward pass, and of both."""
+    one = 1e6 * batch * layer.channels * layer.size**2 * dtype.itemsize / BYTES_PER_SECOND
+    kept = layer.residual and layer.relu
+    return (2 + layer.residual) * one, (2 + layer.residual + 3 + 2 * kept) * one
+
+
+def _tensors(layer: Layer, batch: int, dtype: torch.dtype, device: torch.device) -> list[Tensor | None]:
+    generator = torch.Generator().manual_seed(0)
+
+    def image() -> Tensor:
+        drawn = torch.randn(batch, layer.size, layer.size, layer.channels, generator=generator)
+        return drawn.to(device, dtype).permute(0, 3, 1, 2).requires_grad_()
+
+    ones = torch.ones(layer.channels, device=device).requires_grad_()
+    return [image(), ones, torch.zeros_like(ones).requires_grad_(), image() if layer.residual else None]
+
+
+def _both(norm: Norm, tensors: Sequence[Tensor | None], grad: Tensor) -> tuple[Tensor, ...]:
+    leaves = [tensor for tensor in tensors if tensor is not None]
+    return torch.autograd.grad(norm(*tensors), leaves, grad)  # type: ignore[arg-type]
+
+
+def measure(layer: Layer, batch: int, dtype: torch.dtype, rounds: int, device: torch.device) -> list[dict[str, Any]]:
+    """A row per contender."""
+    tensors = _tensors(layer, batch, dtype, device)
+    assert tensors[0] is not None
+    grad = torch.randn_like(tensors[0].detach())
+    norms = contenders(layer, device)
+    exact_tensors = [None if one is None else one.detach().double().requires_grad_() for one in tensors]
+    exact = _both(functools.partial(_plain, relu=layer.relu), exact_tensors, grad.double())[0]
+    errors = {}
+    for name, norm in norms.items():
+        found = _both(norm, tensors, grad)[0]
+        errors[name] = float((found.double() - exact).norm() / exact.norm())
+    if not errors[OURS] <= 2 * errors["pytorch"] + torch.finfo(dtype).eps:
+        raise ValueError(f"{layer}: the gradient's errors are {errors}")
+    forward = {name: Timer([functools.partial(norm, *tensors)], device) for name, norm in norms.items()}  # type: ignore[arg-type]
+    both = {name: Timer([functools.partial(_both, norm, tensors, grad)], device) for name, norm in norms.items()}  # type: ignore[list-item]
+    take_in_turn([*forward.values(), *both.values()], rounds)
+    rows = []
+    least = floors(layer, batch, dtype)
+    for name in norms:
+        ratio = both[name].median / both[OURS].median
+        values = (str(layer), layer.times, batch, str(dtype).removeprefix("torch."), name,
+                  *(f"{time:.4g}" for time in (forward[name].median, both[name].median, *least)),
+                  f"{ratio:.4g}", f"{errors[name]:.2e}")  # fmt: skip
+        row = dict(zip(COLUMNS, values, strict=True))
+        print("  ".join(f"{value:>9}" for value in list(row.values())[:1] + list(row.values())[4:]), flush=True)
+        rows.append({**row, **common.environment(device), **common.versions()})
+    return rows
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> str:
+    """All layers of the network together."""
+    lines = []
+    for name in dict.fromkeys(row["contender"] for row in rows):
+        own = [row for row in rows if row["contender"] == name]
+        sums = [sum(int(row["times"]) * float(row[column]) for row in own) for column in COLUMNS[5:9]]
+        times = f"forward {sums[0]:7.0f} us, both {sums[1]:7.0f}"
+        lines.append(f"  {name:<18} {times}; floors {sums[2]:.0f}, {sums[3]:.0f}")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, and write the table."""
+    parser = argparse.ArgumentParser(
+        "python -m bench batch_norm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--layers", type=int, default=len(LAYERS), help="only so many of them")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--csv", type=Path)
+    options = parser.parse_args(arguments)
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    rows = []
+    for layer in LAYERS[-options.layers :]:
+        rows += measure(layer, options.batch, dtype, options.rounds, device)
+    print(summary(rows))
+    common.write_csv(options.csv or common.results_csv("batch_norm", device), rows)

@@ -1,0 +1,85 @@
+"""Schemas and shape rules of the batch norm's ops; ``triton.py``, imported by the first call, implements them.
+
+They carry no autograd formula of their own; ``api.py`` adds it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "fastmetro_kernels"
+
+torch.library.define(
+    f"{NAMESPACE}::batch_norm_triton",
+    "(Tensor x, Tensor? residual, Tensor weight, Tensor bias, float epsilon, bool relu) -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+# `out` is that of the forward pass where the ReLU's input also had a residual, else None: it is then made anew. The
+# last result is empty unless `residual`: whether the gradient behind the ReLU is asked for, too.
+torch.library.define(
+    f"{NAMESPACE}::batch_norm_backward_triton",
+    "(Tensor grad, Tensor x, Tensor? out, Tensor weight, Tensor bias, Tensor mean, Tensor variance, float epsilon, "
+    "bool relu, bool residual) -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def check_arguments(x: Tensor, images: dict[str, Tensor | None], vectors: dict[str, Tensor]) -> None:
+    """Shape, stride and dtype rules of both ops, in a form that tracing understands."""
+    torch._check(x.dim() == 4, lambda: f"x must be [B, C, H, W], got {tuple(x.shape)}")
+    torch._check(x.dtype != torch.float64, lambda: "batch_norm_triton does not take float64")
+    for name, image in ({"x": x} | images).items():
+        if image is None:
+            continue
+        torch._check(image.shape == x.shape, lambda: f"{name} must be {tuple(x.shape)}, got {tuple(image.shape)}")  # noqa: B023
+        torch._check(image.dtype == x.dtype, lambda: f"{name} must be {x.dtype}, got {image.dtype}")  # noqa: B023
+        fits = image.is_contiguous(memory_format=torch.channels_last)
+        torch._check(fits, lambda: f"{name} must be contiguous in channels_last")  # noqa: B023
+    for name, vector in vectors.items():
+        fits = vector.shape == (x.size(1),) and vector.dtype == torch.float32 and vector.is_contiguous()
+        torch._check(fits, lambda: f"{name} must be float32 [{x.size(1)}], contiguous")  # noqa: B023
+
+
+@torch.library.register_fake(f"{NAMESPACE}::batch_norm_triton")
+def _fake(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, epsilon: float, relu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_arguments(x, {"residual": residual}, {"weight": weight, "bias": bias})
+    return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::batch_norm_backward_triton")
+def _fake_backward(
+    grad: Tensor, x: Tensor, out: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor,
+    epsilon: float, relu: bool, residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    vectors = {"weight": weight, "bias": bias, "mean": mean, "variance": variance}
+    check_arguments(x, {"grad": grad, "out": out}, vectors)
+    behind = torch.empty_like(x) if residual else x.new_empty(0)
+    return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight), behind
+
+
+def _forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, epsilon: float, relu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    from fastmetro_kernels.batch_norm import triton
+
+    return triton.forward(x, residual, weight, bias, epsilon, relu)
+
+
+def _backward(
+    grad: Tensor, x: Tensor, out: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor,
+    epsilon: float, relu: bool, residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    from fastmetro_kernels.batch_norm import triton
+
+    return triton.backward(grad, x, out, weight, bias, mean, variance, epsilon, relu, residual)
+
+
+for _device in ("CPU", "CUDA"):
+    torch.library.impl(f"{NAMESPACE}::batch_norm_triton", _device, _forward)
+    torch.library.impl(f"{NAMESPACE}::batch_norm_backward_triton", _device, _backward)
+
+batch_norm_triton = torch.ops.fastmetro_kernels.batch_norm_triton.default
+batch_norm_backward_triton = torch.ops.fastmetro_kernels.batch_norm_backward_triton.default

@@ -1,0 +1,51 @@
+"""`python -m bench batch_norm`: every contender is held against float64, and layers are those of ResNet-50."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from bench import batch_norm
+from fastmetro.models.backbones import ResNet50
+from fastmetro.profiling.record import read_rows
+
+
+def test_the_layers_are_those_of_the_network() -> None:
+    found: Counter[tuple[int, int]] = Counter()
+
+    def note(layer: nn.Module, given: tuple[torch.Tensor, ...], _: object) -> None:
+        found[given[0].shape[1], given[0].shape[2]] += 1
+
+    network = ResNet50().eval()
+    for layer in network.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.register_forward_hook(note)
+    with torch.no_grad():
+        network(torch.zeros(1, 3, 224, 224))
+    told: Counter[tuple[int, int]] = Counter()
+    for one in batch_norm.LAYERS:
+        told[one.channels, one.size] += one.times
+    assert told == found and sum(found.values()) == 53
+
+
+def test_rows_and_floors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "norms.csv"
+    options = {"batch": 2, "layers": 2, "rounds": 1, "dtype": "float32", "device": "cpu", "csv": path}
+    batch_norm.main([text for name, value in options.items() for text in (f"--{name}", str(value))])
+    rows = read_rows(path, batch_norm.COLUMNS)
+    assert [row["contender"] for row in rows] == ["pytorch", "ours"] * 2
+    assert "forward" in capsys.readouterr().out
+    with_residual, without = (batch_norm.floors(layer, 2, torch.bfloat16) for layer in batch_norm.LAYERS[-2:])
+    assert with_residual[0] == pytest.approx(1.5 * without[0])  # x, residual, result
+    assert with_residual[1] == pytest.approx(without[1] * 8 / 5)
+
+
+def test_a_wrong_gradient_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = batch_norm._ours
+    monkeypatch.setattr(batch_norm, "_ours", lambda *given, relu: 1.01 * wrong(*given, relu=relu))
+    with pytest.raises(ValueError, match="the gradient's errors are"):
+        batch_norm.measure(batch_norm.LAYERS[-1], 2, torch.float32, 1, torch.device("cpu"))

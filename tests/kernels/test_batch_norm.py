@@ -1,0 +1,250 @@
+"""batch_norm and its gradients against float64 on every backend, device and dtype; what it refuses; how it compiles."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from compilation import compile_report, needs_triton
+from fused_cases import (
+    DOUBLE,
+    FLOAT,
+    HALF,
+    Runner,
+    everywhere,
+    on_cuda,
+    on_each_backend,
+    on_triton,
+    poisoned_memory,
+    randn,
+)
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastmetro_kernels import BackendUnavailable
+from fastmetro_kernels.batch_norm import batch_norm, ops
+from fastmetro_kernels.batch_norm.plan import PROGRAMS, plan
+
+LAST = torch.channels_last
+Given = dict[str, Tensor]
+# B, C, H, W: two values per channel, odd channels and rows, more channels than a program has, several groups.
+SMALL = [(2, 1, 1, 1), (3, 5, 4, 3), (2, 64, 5, 7), (1, 130, 9, 2), (2, 96, 24, 11)]
+LARGE = [(32, 64, 56, 56), (32, 256, 56, 56), (4, 2048, 7, 7), (32, 512, 28, 28), (3, 24, 61, 67), (32, 1024, 14, 14)]
+KINDS = [(False, False), (False, True), (True, True), (True, False)]
+"""With a residual, with a ReLU."""
+kinds = pytest.mark.parametrize(("residual", "relu"), KINDS, ids=["norm", "relu", "residual-relu", "residual"])
+
+
+def given(runner: Runner, shape: tuple[int, ...], residual: bool, mean: float = 0.5) -> Given:
+    """x, weight, bias, the gradient of the result and perhaps a residual, in channels_last."""
+    wide = torch.promote_types(runner.dtype, FLOAT)
+    channels = shape[1]
+    found = {
+        "x": (randn(runner, *shape) + mean).contiguous(memory_format=LAST),
+        "weight": randn(runner, channels, seed=1).to(wide) + 1,
+        "bias": randn(runner, channels, seed=2).to(wide),
+        "grad": randn(runner, *shape, seed=3).contiguous(memory_format=LAST),
+    }
+    if residual:
+        found["residual"] = randn(runner, *shape, seed=4).contiguous(memory_format=LAST)
+    return found
+
+
+def results(norm: Any, tensors: Given, relu: bool) -> dict[str, Tensor]:
+    """What a batch norm returns, and the gradients of everything that it takes."""
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items() if name != "grad"}
+    out, mean, variance = norm(leaves, relu)
+    out.backward(tensors["grad"].to(out.dtype))
+    gradients = {f"grad_{name}": leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    assert len(gradients) == len(leaves)
+    return {"out": out.detach(), "mean": mean, "variance": variance} | gradients
+
+
+def plain(leaves: Given, relu: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """PyTorch's operations in the dtype of x."""
+    x = leaves["x"]
+    channels = x.shape[1]
+    wide = torch.promote_types(x.dtype, FLOAT)
+    mean, variance = (torch.zeros(channels, dtype=wide, device=x.device) for _ in range(2))
+    y = F.batch_norm(x, mean, variance, leaves["weight"], leaves["bias"], training=True, momentum=1.0)
+    if "residual" in leaves:
+        y = y + leaves["residual"]
+    count = x.numel() // channels
+    return y.relu() if relu else y, mean, variance * ((count - 1) / count)
+
+
+def ours(backend: str) -> Any:
+    def norm(leaves: Given, relu: bool) -> tuple[Tensor, Tensor, Tensor]:
+        named = {name: leaves[name] for name in ("x", "weight", "bias")}
+        return batch_norm(**named, residual=leaves.get("residual"), relu=relu, backend=backend)
+
+    return norm
+
+
+def check(runner: Runner, shape: tuple[int, ...], residual: bool, relu: bool, mean: float = 0.5) -> None:
+    tensors = given(runner, shape, residual, mean)
+    with poisoned_memory():
+        got = results(ours(runner.backend), tensors, relu)
+    assert got["out"].dtype == runner.dtype and got["out"].is_contiguous(memory_format=LAST)
+    exact = results(plain, {name: tensor.to(DOUBLE) for name, tensor in tensors.items()}, relu)
+    near = results(plain, tensors, relu)
+    # Where ReLU's input is nearly 0, rounding may let through what float64 does not: no test of the gradients there.
+    known = torch.ones_like(exact["out"], dtype=torch.bool)
+    if relu:
+        tiny = 16 * torch.finfo(runner.dtype).eps if runner.dtype != DOUBLE else 1e-9
+        before = plain({name: tensor.to(DOUBLE) for name, tensor in tensors.items()}, False)[0]
+        known = before.abs() > tiny * (1 + before.abs())
+    count = exact["out"].numel() // shape[1]
+    for name, value in exact.items():
+        error, allowed = (got[name].to(DOUBLE) - value).abs(), 2 * (near[name].to(DOUBLE) - value).abs().amax()
+        # The mean is rounded to float32; sums are off by the gradients of those few positions.
+        few = float((~known).sum()) / max(count, 1) if relu else 0.0
+        scale = value.abs().amax() + tensors["grad"].double().abs().amax()
+        rounding = 2 * torch.finfo(got[name].dtype).eps * (value.abs() + 4 + abs(mean)) + few * scale
+        if runner.dtype == DOUBLE:  # PyTorch's own result is what is compared with
+            rounding = rounding + 1e-11 * (1 + value.abs())
+        if name in ("grad_weight", "grad_bias"):
+            rounding = rounding + few * count * scale
+        wrong = error > allowed + rounding
+        if wrong.dim() == 4 and name != "out":
+            wrong &= known
+        assert not wrong.any(), f"{name}: {error[wrong].max():.3g}, allowed {float(allowed):.3g}"
+
+
+@everywhere
+@kinds
+def test_against_float64(runner: Runner, residual: bool, relu: bool) -> None:
+    for shape in SMALL + (LARGE if runner.device == "cuda" and not (residual ^ relu) else []):
+        check(runner, shape, residual, relu)
+
+
+@everywhere
+def test_a_mean_far_from_zero_keeps_digits(runner: Runner) -> None:
+    check(runner, (2, 40, 6, 7), False, False, mean=100.0)
+
+
+@on_each_backend
+def test_other_memory_formats_and_strides(runner: Runner) -> None:
+    tensors = given(runner, (2, 6, 4, 5), True)
+    expected = results(ours(runner.backend), tensors, True)
+    other = tensors | {name: tensors[name].contiguous() for name in ("x", "residual", "grad")}
+    other["grad"] = torch.stack([other["grad"], other["grad"]], -1)[..., 1]
+    for name, value in results(ours(runner.backend), other, True).items():
+        assert torch.equal(value, expected[name]), name
+
+
+@on_each_backend
+def test_what_is_no_number_stays_in_its_channel(runner: Runner) -> None:
+    tensors = given(runner, (2, 7, 3, 5), False)
+    expected = results(ours(runner.backend), tensors, True)
+    tensors["x"][1, 4, 2, 2] = torch.nan
+    got = results(ours(runner.backend), tensors, True)
+    others = [channel for channel in range(7) if channel != 4]
+    assert bool(got["out"][:, 4].isnan().all()) and bool(got["mean"][4].isnan()) and bool(got["variance"][4].isnan())
+    for name, value in got.items():
+        axis = 1 if value.dim() == 4 else 0
+        kept = torch.tensor(others, device=value.device)
+        assert torch.equal(value.index_select(axis, kept), expected[name].index_select(axis, kept)), name
+
+
+@on_each_backend
+def test_only_the_gradients_that_are_asked_for(runner: Runner) -> None:
+    tensors = given(runner, (2, 6, 4, 5), True)
+    x, weight, bias, residual = (tensors[name] for name in ("x", "weight", "bias", "residual"))
+    weight = weight.requires_grad_()
+    out, mean, variance = batch_norm(x, weight, bias, residual=residual, relu=True, backend=runner.backend)
+    assert not mean.requires_grad and not variance.requires_grad
+    out.sum().backward()
+    assert weight.grad is not None and x.grad is None and residual.grad is None
+    with torch.no_grad():
+        assert not batch_norm(x, weight, bias, backend=runner.backend)[0].requires_grad
+
+
+@on_cuda
+def test_equal_calls_give_equal_bits(runner: Runner) -> None:
+    tensors = given(runner, (32, 64, 56, 56), True)
+    first = results(ours("triton"), tensors, True)
+    for _ in range(5):
+        again = results(ours("triton"), tensors, True)
+        assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@on_triton
+def test_opcheck_and_compile(runner: Runner) -> None:
+    tensors = given(runner, (2, 6, 4, 5), True)
+    x, weight, bias, residual, grad = (tensors[name] for name in ("x", "weight", "bias", "residual", "grad"))
+    out, mean, variance = batch_norm(x, weight, bias, residual=residual, relu=True, backend="triton")
+    torch.library.opcheck(ops.batch_norm_triton, (x, residual, weight, bias, 1e-5, True))
+    arguments = (grad, x, out, weight, bias, mean, variance, 1e-5, True, True)
+    torch.library.opcheck(ops.batch_norm_backward_triton, arguments)
+    torch._dynamo.reset()
+    expected = results(ours("triton"), tensors, True)
+    compiled = torch.compile(ours("triton"), fullgraph=True, backend="aot_eager")
+    for name, value in results(compiled, tensors, True).items():
+        assert torch.equal(value, expected[name]), name
+
+
+@on_cuda
+def test_in_a_graph(runner: Runner) -> None:
+    tensors = given(runner, (8, 128, 14, 14), True)
+    for _ in range(2):
+        results(ours("triton"), tensors, True)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = results(ours("triton"), tensors, True)
+    tensors["x"].copy_(tensors["x"].flip(0).clone())
+    graph.replay()
+    expected = results(ours("triton"), tensors, True)
+    assert all(torch.equal(captured[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("rows", [2, 31, 33, 1568, 6272, 25088, 100352, 401408])
+@pytest.mark.parametrize("channels", [1, 64, 65, 256, 2048, 40000])
+def test_plans_cover_all_rows_once(rows: int, channels: int) -> None:
+    found = plan(rows, channels)
+    assert found.rows_each % found.rows == 0
+    assert (found.groups - 1) * found.rows_each < rows <= found.groups * found.rows_each
+    assert found.groups == 1 or found.blocks * found.groups <= PROGRAMS
+
+
+@needs_triton
+@pytest.mark.parametrize(("capability", "dtype"), [(90, "bf16"), (80, "fp16")])
+def test_kernels_compile_without_spilling(capability: int, dtype: str) -> None:
+    found = compile_report("compile_batch_norm.py", capability, dtype, 256)
+    assert {name.split()[0] for name in found} == {"moments", "norm", "backward_sums", "backward"}
+    for name, used in found.items():
+        assert used["stack"] == 0 and used["wide"], (name, used)
+        assert used["waits"] == (capability >= 90), (name, used)
+
+
+X, W = torch.zeros(2, 3, 4, 5), torch.zeros(3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        ((X[0], W, W), {}, ValueError, r"x must be \[B, C, H, W\], got \[3, 4, 5\]"),
+        ((X[:1, :, :1, :1], W, W), {}, ValueError, r"at least two values per channel, got \[1, 3, 1, 1\]"),
+        ((X[:0], W, W), {}, ValueError, "at least two values per channel"),
+        ((X, W[:2], W), {}, ValueError, r"weight must be \[3\], got \[2\]"),
+        ((X, W, W.half()), {}, TypeError, "bias"),
+        ((X.int(), W, W), {}, TypeError, "x"),
+        ((X, W, W), {"residual": X[:1]}, ValueError, r"residual must be \[2, 3, 4, 5\] like x, got \[1, 3, 4, 5\]"),
+        ((X, W, W), {"residual": X.half()}, TypeError, "residual"),
+        ((X, W, W), {"epsilon": -1.0}, ValueError, "epsilon"),
+        ((X, W, W), {"backend": "cudnn"}, ValueError, "backend='cudnn' is not known"),
+        ((X.double(), W.double(), W.double()), {"backend": "triton"}, BackendUnavailable, "float64"),
+    ],
+)  # fmt: skip
+def test_refused(arguments: tuple[Any, ...], options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        batch_norm(*arguments, **options)
+
+
+def test_half_of_a_batch_norm_is_not_half_precision() -> None:
+    """The moments of half-precision tensors are float32."""
+    x = torch.randn(2, 3, 4, 5).to(HALF)
+    _, mean, variance = batch_norm(x, W + 1, W, backend="reference")
+    assert mean.dtype == variance.dtype == FLOAT

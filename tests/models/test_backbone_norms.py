@@ -1,0 +1,106 @@
+"""Batch norms of the backbones in training: one op with what stands behind them, or PyTorch's operations."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from fastmetro.models.backbones import CompactTrunk, HRNetW64, ResNet50, ResNet50Trunk
+from fastmetro.models.backbones.blocks import BasicBlock, Bottleneck
+from fastmetro.models.backbones.norm import fuse_batch_norms, norm_relu
+
+
+def randomized(module: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    for layer in module.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.uniform_(layer.weight, 0.5, 1.5)
+            nn.init.normal_(layer.bias)
+    return module.double().train()
+
+
+def compare(plain: nn.Module, size: int, channels: int) -> None:
+    """Outputs, gradients and buffers after two steps, in float64."""
+    fused = copy.deepcopy(plain)
+    count = fuse_batch_norms(fused)
+    assert count == sum(isinstance(layer, nn.BatchNorm2d) for layer in plain.modules())
+    for step in range(2):
+        x = torch.randn(2, channels, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+        outputs = [module(x) for module in (plain, fused)]
+        torch.testing.assert_close(*outputs, rtol=1e-9, atol=1e-9)
+        for output in outputs:
+            output.square().sum().backward()
+    for (name, one), other in zip(plain.named_parameters(), fused.parameters(), strict=True):
+        assert one.grad is not None and other.grad is not None
+        torch.testing.assert_close(other.grad, one.grad, rtol=1e-6, atol=1e-6 * float(one.grad.abs().max()), msg=name)
+    for (name, one), other in zip(plain.named_buffers(), fused.buffers(), strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-9, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
+@pytest.mark.parametrize(("channels", "stride"), [(8, 1), (24, 2), (32, 1)])
+def test_blocks(block: type[BasicBlock] | type[Bottleneck], channels: int, stride: int) -> None:
+    compare(randomized(block(channels, 8, stride)), 9, channels)
+
+
+@pytest.mark.parametrize("trunk", [ResNet50, ResNet50Trunk, CompactTrunk])
+def test_trunks(trunk: type[nn.Module]) -> None:
+    compare(randomized(trunk()), 64, 3)
+
+
+def test_hrnet_has_fused_blocks() -> None:
+    """Its exchanges are as they were."""
+    trunk = HRNetW64().train()
+    fuse_batch_norms(trunk)
+    x = torch.randn(2, 3, 64, 64)
+    plain = copy.deepcopy(trunk)
+    fuse_batch_norms(plain, False)
+    torch.testing.assert_close(trunk(x), plain(x), rtol=1e-3, atol=1e-3)
+
+
+def test_only_training_is_changed() -> None:
+    block = randomized(Bottleneck(32, 8))
+    plain = copy.deepcopy(block).eval()
+    fuse_batch_norms(block)
+    block.eval()
+    x = torch.randn(1, 32, 1, 1, dtype=torch.float64)  # one value per channel, which training does not take
+    assert torch.equal(block(x), plain(x))
+    assert block.state_dict().keys() == plain.state_dict().keys()
+    with pytest.raises(ValueError, match="at least two values per channel"):
+        block.train()(x)
+
+
+def test_half_precision_under_autocast() -> None:
+    block = randomized(Bottleneck(32, 8)).float()
+    fused = copy.deepcopy(block)
+    fuse_batch_norms(fused)
+    x = torch.randn(2, 32, 6, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, z = block(x.bfloat16()), fused(x.bfloat16())
+    assert y.dtype == z.dtype == torch.bfloat16
+    torch.testing.assert_close(z, y, rtol=0.05, atol=0.05)
+    assert all(buffer.dtype in (torch.float32, torch.int64) for buffer in fused.buffers())
+
+
+@pytest.mark.parametrize("options", [{"affine": False}, {"track_running_stats": False}, {"momentum": None}])
+def test_other_batch_norms_stay_pytorchs(options: dict[str, object]) -> None:
+    norm = nn.BatchNorm2d(6, **options).double()  # type: ignore[arg-type]
+    fused = copy.deepcopy(norm)
+    fuse_batch_norms(fused)
+    x = torch.randn(2, 6, 3, 4, dtype=torch.float64)
+    assert torch.equal(norm_relu(fused, x.clone(), residual=x), (norm(x) + x).relu())
+
+
+def test_compiled() -> None:
+    block = randomized(BasicBlock(8, 8)).float()
+    fuse_batch_norms(block)
+    other = copy.deepcopy(block)
+    torch._dynamo.reset()
+    compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 8, 5, 5)
+    torch.testing.assert_close(compiled(x), block(x))
+    for one, same in zip(other.buffers(), block.buffers(), strict=True):
+        torch.testing.assert_close(one, same)
