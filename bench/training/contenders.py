@@ -8,6 +8,7 @@ compiled    the strongest plain PyTorch: this network on PyTorch's own operation
 ours        this network with the kernels of this project, the same around it: torch.compile and one CUDA graph.
 ours, not compiled    without torch.compile.
 ours, fused norms     with `fastmetro_kernels.batch_norm` in the backbone; also "not compiled".
+ours, two streams     and with the gradients of the backbone's weights on a second stream; the backbone is not compiled.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from fastmetro.data.labels import MeshLabels
 from fastmetro.models import FastMETRO
 from fastmetro.models.backbones.norm import fuse_batch_norms
+from fastmetro.models.backbones.overlap import overlap_weight_gradients
 from fastmetro.models.baselines import published_network
 from fastmetro.models.baselines.tuned import DenseTokenAttention, DenseUpsampling
 from fastmetro.models.upsampling import FixedUpsampling, check_steps
@@ -58,6 +60,8 @@ def build(name: str, model: FastMETRO, images: Tensor, labels: MeshLabels, eager
         "ours, not compiled": (lambda: copy.deepcopy(model), False),
         "ours, fused norms": (functools.partial(_fused, model), True),
         "ours, fused norms, not compiled": (functools.partial(_fused, model), False),
+        "ours, two streams": (functools.partial(_two_streams, model), True),
+        "ours, two streams, not compiled": (functools.partial(_two_streams, model), False),
         "compiled": (functools.partial(_plain, model, "bias"), True),
         "compiled, boolean mask": (functools.partial(_plain, model, "bool"), True),
     }
@@ -69,7 +73,7 @@ def build(name: str, model: FastMETRO, images: Tensor, labels: MeshLabels, eager
 
 NAMES = (
     "published", "compiled", "compiled, boolean mask", "ours, not compiled", "ours, fused norms",
-    "ours, fused norms, not compiled", OURS,
+    "ours, fused norms, not compiled", "ours, two streams", "ours, two streams, not compiled", OURS,
 )  # fmt: skip
 
 
@@ -92,11 +96,19 @@ def _published(model: FastMETRO, images: Tensor, labels: MeshLabels) -> Callable
     return run
 
 
-def _fused(model: FastMETRO) -> nn.Module:
+def _fused(model: FastMETRO) -> FastMETRO:
     """With the batch norms of its backbone fused with what stands behind them."""
     fused = copy.deepcopy(model)
     fuse_batch_norms(fused)
     return fused
+
+
+def _two_streams(model: FastMETRO) -> nn.Module:
+    """The same, and the gradients of the backbone's weights on a second stream, which torch.compile cannot trace."""
+    network = _fused(model)
+    overlap_weight_gradients(network)
+    network.backbone.forward = torch._dynamo.disable(network.backbone.forward)  # type: ignore[method-assign]
+    return network
 
 
 def _plain(model: FastMETRO, mask: str) -> nn.Module:

@@ -10,14 +10,15 @@ training() { # CASE MAXSECONDS CONTENDER...: one case in a process of its own, r
 
 # Compiling takes 50 to 70 s for each contender that is compiled.
 step batch_norm 80 "$PY" -m bench batch_norm --csv "$R/batch_norm.csv"
-training s-r50 280 published compiled 'ours, fused norms, not compiled' 'ours, not compiled' 'ours, fused norms' ours
-training l-r50 300 published compiled 'ours, fused norms, not compiled' 'ours, fused norms' ours
-training l-r50-full 260 compiled 'ours, fused norms, not compiled' ours
+training s-r50 290 published compiled 'ours, two streams, not compiled' 'ours, fused norms, not compiled' \
+  'ours, two streams' ours
+training l-r50 300 published compiled 'ours, two streams, not compiled' 'ours, two streams' ours
+training l-r50-full 260 compiled 'ours, two streams, not compiled' ours
 step data 260 "$PY" -m bench data --workers 4 8 16 --steps 100 --csv "$R/data.csv"
 step crops 60 "$PY" -m bench crops --csv "$R/crops.csv"
 step tests 150 env OMP_NUM_THREADS=1 "$PY" -m pytest -vv -p no:cacheprovider -n 12 \
   tests/training/test_step.py tests/training/test_interrupted.py \
-  tests/kernels/test_render_crops.py tests/kernels/test_batch_norm.py tests/models/test_backbone_norms.py tests/data
+  tests/kernels/test_render_crops.py tests/kernels/test_batch_norm.py tests/models/test_backbone_*.py tests/data
 
 collect() {
   grep -hE 'reached$|MISSED$' "$LOGS"/training_*.log 2>/dev/null

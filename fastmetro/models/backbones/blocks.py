@@ -11,6 +11,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from fastmetro.models.backbones.norm import norm_relu
+from fastmetro.models.backbones.overlap import convolve
 
 
 def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
@@ -34,7 +35,7 @@ def shortcut(x: Tensor, projection: nn.Sequential | None) -> Tensor:
     if projection is None:
         return x
     convolution, norm = projection
-    return norm_relu(cast("nn.BatchNorm2d", norm), convolution(x), relu=False)
+    return norm_relu(cast("nn.BatchNorm2d", norm), convolve(cast("nn.Conv2d", convolution), x), relu=False)
 
 
 class BasicBlock(nn.Module):
@@ -59,8 +60,8 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, in_channels, h, w]`` to ``[B, width, h / stride, w / stride]``."""
-        y = norm_relu(self.bn1, self.conv1(x))
-        return norm_relu(self.bn2, self.conv2(y), residual=shortcut(x, self.downsample))
+        y = norm_relu(self.bn1, convolve(self.conv1, x))
+        return norm_relu(self.bn2, convolve(self.conv2, y), residual=shortcut(x, self.downsample))
 
 
 class Bottleneck(nn.Module):
@@ -90,9 +91,9 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, in_channels, h, w]`` to ``[B, 4 * width, h / stride, w / stride]``."""
-        y = norm_relu(self.bn1, self.conv1(x))
-        y = norm_relu(self.bn2, self.conv2(y))
-        return norm_relu(self.bn3, self.conv3(y), residual=shortcut(x, self.downsample))
+        y = norm_relu(self.bn1, convolve(self.conv1, x))
+        y = norm_relu(self.bn2, convolve(self.conv2, y))
+        return norm_relu(self.bn3, convolve(self.conv3, y), residual=shortcut(x, self.downsample))
 
 
 def residual_stage(

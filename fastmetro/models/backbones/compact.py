@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from fastmetro.models.backbones.blocks import BasicBlock, init_convolutions, residual_stage
 from fastmetro.models.backbones.norm import norm_relu
+from fastmetro.models.backbones.overlap import convolve
 
 
 class CompactTrunk(nn.Module):
@@ -31,5 +32,5 @@ class CompactTrunk(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the feature map of the last stage."""
-        x = self.maxpool(norm_relu(self.bn1, self.conv1(images)))
+        x = self.maxpool(norm_relu(self.bn1, convolve(self.conv1, images)))
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))

@@ -16,6 +16,7 @@ from fastmetro.models.backbones.blocks import (
     residual_stage,
 )
 from fastmetro.models.backbones.norm import norm_relu
+from fastmetro.models.backbones.overlap import convolve
 
 _BRANCH_WIDTHS = (64, 128, 256, 512)
 _HEAD_WIDTHS = (32, 64, 128, 256)
@@ -142,8 +143,8 @@ class HRNetW64(nn.Module):
         height, width = images.shape[-2:]
         if height % 32 or width % 32:
             raise ValueError(f"images must have a height and width that are multiples of 32, got {height} x {width}")
-        x = norm_relu(self.bn1, self.conv1(images))
-        x = self.layer1(norm_relu(self.bn2, self.conv2(x)))
+        x = norm_relu(self.bn1, convolve(self.conv1, images))
+        x = self.layer1(norm_relu(self.bn2, convolve(self.conv2, x)))
         features = self.stage2([transition(x) for transition in self.transition1])
         features = self.stage3([*features, self.transition2[-1](features[-1])])
         features = self.stage4([*features, self.transition3[-1](features[-1])])

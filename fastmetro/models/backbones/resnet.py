@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastmetro.models.backbones.blocks import Bottleneck, init_convolutions, residual_stage
 from fastmetro.models.backbones.norm import norm_relu
+from fastmetro.models.backbones.overlap import convolve
 
 # Position of each child in the Sequential of released FastMETRO checkpoints.
 _RELEASED_NAMES = {"conv1": "0", "bn1": "1", "layer1": "4", "layer2": "5", "layer3": "6", "layer4": "7"}
@@ -38,7 +39,7 @@ class ResNet50(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the feature map of the last stage."""
-        x = self.maxpool(norm_relu(self.bn1, self.conv1(images)))
+        x = self.maxpool(norm_relu(self.bn1, convolve(self.conv1, images)))
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))
 
 
@@ -58,7 +59,7 @@ class ResNet50Trunk(nn.Sequential):
     def forward(self, images: Tensor) -> Tensor:
         """Return the feature map of the last stage."""
         convolution, norm, _, *others = self
-        x = norm_relu(cast("nn.BatchNorm2d", norm), convolution(images))
+        x = norm_relu(cast("nn.BatchNorm2d", norm), convolve(cast("nn.Conv2d", convolution), images))
         for layer in others:
             x = layer(x)
         return x

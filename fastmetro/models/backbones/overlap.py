@@ -1,0 +1,127 @@
+"""Convolutions whose weights' gradients are computed on a second stream, beside the rest of the backward pass.
+
+Nothing in a backward pass waits for them, and many kernels of a backbone's last stages do not fill a GPU. So they may
+run at the same time as the gradients of inputs and of batch norms. Under a CUDA graph they become a branch of it.
+"""
+
+from __future__ import annotations
+
+import collections
+import threading
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+_OVERLAPPED = "gradient_overlaps"
+WINDOW = 8
+"""Convolutions whose inputs and gradients are kept for the second stream: then the first one waits for the oldest."""
+
+
+def overlap_weight_gradients(module: nn.Module, overlapped: bool = True) -> int:
+    """Let the convolutions of residual blocks and stems compute their weights' gradients on a second stream.
+
+    The gradients are the same. They are put into ``weight.grad`` by the convolution: hooks of the parameters are not
+    called, and ``torch.autograd.grad`` does not return them. When ``backward`` returns, the stream that called it waits
+    for them. On a CPU they are computed in turn. Copies of the module keep the choice.
+
+    Returns:
+        How many convolutions the module has.
+    """
+    found = [layer for layer in module.modules() if isinstance(layer, nn.Conv2d)]
+    for layer in found:
+        setattr(layer, _OVERLAPPED, overlapped)
+    return len(found)
+
+
+def convolve(convolution: nn.Conv2d, x: Tensor) -> Tensor:
+    """``convolution(x)``, with the weight's gradient as :func:`overlap_weight_gradients` says."""
+    weight = convolution.weight
+    wanted = getattr(convolution, _OVERLAPPED, False) and convolution.training and convolution.bias is None
+    wanted = wanted and convolution.padding_mode == "zeros" and not isinstance(convolution.padding, str)
+    if wanted and torch.is_grad_enabled() and weight.requires_grad:
+        return cast(Tensor, _Convolution.apply(x, weight, convolution))
+    return cast(Tensor, convolution(x))
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, convolution: nn.Conv2d) -> Tensor:
+        dtype = x.dtype
+        if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(x.device.type)
+        x, used = x.to(dtype), weight.detach().to(dtype)
+        padding = cast("tuple[int, ...]", convolution.padding)
+        options = (convolution.stride, padding, convolution.dilation, convolution.groups)
+        ctx.save_for_backward(x, used)
+        ctx.parameter, ctx.options = weight, options
+        return torch.nn.functional.conv2d(x, used, None, *options)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
+        x, weight = ctx.saved_tensors
+        found = None
+        if ctx.needs_input_grad[0]:  # first: others wait for it
+            found = _gradient(grad, x, weight, ctx.options, 0)
+        if grad.is_cuda:
+            _of(grad.device).add(ctx.parameter, grad, x, weight, ctx.options)
+        else:
+            _accumulate(ctx.parameter, _gradient(grad, x, weight, ctx.options, 1))
+        return found, None, None
+
+
+def _gradient(grad: Tensor, x: Tensor, weight: Tensor, options: tuple[Any, ...], which: int) -> Tensor:
+    """Of the input (0) or of the weight (1)."""
+    stride, padding, dilation, groups = options
+    mask = [number == which for number in range(3)]
+    given = (grad, x, weight, None, stride, padding, dilation, False, [0, 0], groups, mask)
+    return torch.ops.aten.convolution_backward(*given)[which]
+
+
+@torch.no_grad()
+def _accumulate(parameter: Tensor, found: Tensor) -> None:
+    """Adds to the parameter's gradient, which has its layout: optimizers expect that."""
+    if parameter.grad is None:
+        parameter.grad = torch.empty_like(parameter).copy_(found)
+    else:
+        parameter.grad.add_(found)
+
+
+class _SecondStream:
+    """Of a device, with what it still reads."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._kept: collections.deque[tuple[torch.cuda.Event, tuple[Tensor, ...]]] = collections.deque()
+        self._backward = -1  # the pass at whose end the caller's stream will wait
+
+    def add(self, parameter: Tensor, grad: Tensor, x: Tensor, weight: Tensor, options: tuple[Any, ...]) -> None:
+        """Compute a weight's gradient; called in a backward pass, by the one thread that works for the device."""
+        if self._backward != (now := torch._C._current_graph_task_id()):
+            self._backward = now
+            torch.autograd.Variable._execution_engine.queue_callback(self._join)
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            _accumulate(parameter, _gradient(grad, x, weight, options, 1))
+        # Their memory may be used for something else once the current stream has waited for the second one.
+        self._kept.append((self._stream.record_event(), (grad, x, weight)))
+        if len(self._kept) > WINDOW:
+            event, _ = self._kept.popleft()
+            current.wait_event(event)
+
+    def _join(self) -> None:
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        self._kept.clear()
+
+
+_streams: dict[torch.device, _SecondStream] = {}
+_lock = threading.Lock()
+
+
+def _of(device: torch.device) -> _SecondStream:
+    with _lock:
+        if device not in _streams:
+            _streams[device] = _SecondStream(device)
+        return _streams[device]

@@ -1,0 +1,160 @@
+"""Gradients of convolutions' weights on a second stream: the same as PyTorch's, at any number of backward passes."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastmetro.models.backbones import CompactTrunk, ResNet50Trunk
+from fastmetro.models.backbones.blocks import BasicBlock, Bottleneck
+from fastmetro.models.backbones.norm import fuse_batch_norms
+from fastmetro.models.backbones.overlap import WINDOW, convolve, overlap_weight_gradients
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def images(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def check_gradients(one: nn.Module, other: nn.Module, tolerance: float = 1e-9) -> None:
+    for (name, a), b in zip(one.named_parameters(), other.parameters(), strict=True):
+        assert a.grad is not None and b.grad is not None, name
+        assert b.grad.dtype == b.dtype and b.grad.stride() == b.stride(), name
+        torch.testing.assert_close(b.grad, a.grad, rtol=0, atol=tolerance * (1 + float(a.grad.abs().max())), msg=name)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("trunk", [CompactTrunk, ResNet50Trunk])
+def test_gradients_of_trunks(trunk: type[nn.Module], device: str) -> None:
+    """Two backward passes add up, as they do with gradient accumulation; then anew."""
+    torch.manual_seed(0)
+    plain = trunk().double().to(device).to(memory_format=torch.channels_last).train()
+    other = copy.deepcopy(plain)
+    count = overlap_weight_gradients(other)
+    assert count == sum(isinstance(layer, nn.Conv2d) for layer in plain.modules()) > WINDOW
+    for passes in (2, 1):
+        for module in (plain, other):
+            module.zero_grad(set_to_none=True)
+            for seed in range(passes):
+                module(images(2, 3, 64, 64, seed=seed).to(device)).square().mean().backward()
+        check_gradients(plain, other)
+
+
+@pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
+def test_inputs_get_their_gradients(block: type[BasicBlock] | type[Bottleneck]) -> None:
+    plain = block(24, 8, 2).double().train()
+    other = copy.deepcopy(plain)
+    overlap_weight_gradients(other)
+    gradients = []
+    for module in (plain, other):
+        x = images(2, 24, 9, 9).requires_grad_()
+        module(x).square().sum().backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-9)
+    check_gradients(plain, other)
+
+
+def test_the_types_of_autocast() -> None:
+    plain = nn.Conv2d(6, 8, 3, padding=1, bias=False)
+    other = copy.deepcopy(plain)
+    overlap_weight_gradients(other)
+    for x in (images(2, 6, 5, 5).float(), images(2, 6, 5, 5).bfloat16()):
+        found = []
+        for module in (plain, other):
+            module.zero_grad()
+            x = x.detach().requires_grad_()
+            with torch.autocast("cpu", torch.bfloat16):
+                y = convolve(module, x)
+            y.float().square().sum().backward()
+            assert y.dtype == torch.bfloat16 and module.weight.grad is not None and x.grad is not None
+            assert module.weight.grad.dtype == torch.float32 and x.grad.dtype == x.dtype
+            found.append((y.detach(), module.weight.grad, x.grad))
+        for one, same in zip(*found, strict=True):
+            assert torch.equal(one, same)
+
+
+def test_where_nothing_is_to_be_done_elsewhere() -> None:
+    """Evaluation, no gradients, frozen weights, biases, padding by name: PyTorch's own convolution."""
+    x = images(1, 6, 5, 5)
+    for change in ("eval", "no_grad", "frozen", "bias", "same"):
+        layer = nn.Conv2d(6, 8, 3, bias=change == "bias", padding="same" if change == "same" else 1).double()
+        overlap_weight_gradients(layer)
+        if change == "eval":
+            layer.eval()
+        layer.weight.requires_grad_(change != "frozen")
+        with torch.set_grad_enabled(change != "no_grad"):
+            y = convolve(layer, x.requires_grad_(change != "no_grad"))
+        name = type(y.grad_fn).__name__
+        assert "_Convolution" not in name and (change == "no_grad") == (y.grad_fn is None), (change, name)
+
+
+def test_a_failed_backward_pass_spoils_nothing() -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(BasicBlock(8, 8), BasicBlock(8, 8)).double()
+    other = copy.deepcopy(plain)
+    overlap_weight_gradients(other)
+
+    def fail(_: Tensor) -> Tensor:
+        raise RuntimeError("on purpose")
+
+    x = images(2, 8, 5, 5).requires_grad_()
+    y = other[0](x)
+    y.register_hook(fail)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        other[1](y).sum().backward()
+    other.zero_grad()
+    for module in (plain, other):
+        module(x).square().sum().backward()
+    check_gradients(plain, other)
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_in_a_graph_replay_after_replay() -> None:
+    """Bits of one stream; the fused norms beside it."""
+    torch.manual_seed(0)
+    torch.backends.cudnn.deterministic = True
+    try:
+        plain = ResNet50Trunk().cuda().to(memory_format=torch.channels_last).train()
+        fuse_batch_norms(plain)
+        other = copy.deepcopy(plain)
+        overlap_weight_gradients(other)
+        x = images(8, 3, 224, 224).float().cuda().contiguous(memory_format=torch.channels_last)
+        expected = []
+        graphs = []
+        for module in (plain, other):
+
+            def step(module: nn.Module = module) -> None:
+                module.zero_grad(set_to_none=True)
+                with torch.autocast("cuda", torch.bfloat16):
+                    loss = module(x).float().square().mean()
+                loss.backward()
+
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(2):
+                    step()
+            torch.cuda.current_stream().wait_stream(side)
+            module.zero_grad(set_to_none=True)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                step()
+            graphs.append(graph)
+        for seed in range(20):
+            x.copy_(images(8, 3, 224, 224, seed=seed).float())
+            for graph in graphs:
+                graph.replay()
+            torch.cuda.synchronize()
+            for (name, one), same in zip(plain.named_parameters(), other.parameters(), strict=True):
+                assert one.grad is not None and same.grad is not None
+                assert torch.equal(one.grad, same.grad), (seed, name)
+            expected.append(float(next(plain.parameters()).grad.norm()))  # type: ignore[union-attr]
+        assert len(set(expected)) == len(expected)  # each replay computed something else
+    finally:
+        torch.backends.cudnn.deterministic = False
