@@ -62,7 +62,7 @@ def _plain(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, rel
 
 
 def _ours(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-    return batch_norm(x, weight, bias, residual=residual, relu=relu)[0]
+    return batch_norm(x, weight, bias, residual=residual, relu=relu)
 
 
 def contenders(layer: Layer, device: torch.device) -> dict[str, Norm]:

@@ -12,7 +12,8 @@ NAMESPACE = "fastmetro_kernels"
 
 torch.library.define(
     f"{NAMESPACE}::batch_norm_triton",
-    "(Tensor x, Tensor? residual, Tensor weight, Tensor bias, float epsilon, bool relu) -> (Tensor, Tensor, Tensor)",
+    "(Tensor x, Tensor? residual, Tensor weight, Tensor bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+    "Tensor(c!)? batches, float momentum, float epsilon, bool relu) -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 # `out` is that of the forward pass where the ReLU's input also had a residual, else None: it is then made anew. The
@@ -41,11 +42,27 @@ def check_arguments(x: Tensor, images: dict[str, Tensor | None], vectors: dict[s
         torch._check(fits, lambda: f"{name} must be float32 [{x.size(1)}], contiguous")  # noqa: B023
 
 
+def check_forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, running_mean: Tensor | None,
+    running_var: Tensor | None, batches: Tensor | None,
+) -> None:  # fmt: skip
+    """All rules of the forward op."""
+    vectors = {"weight": weight, "bias": bias}
+    torch._check((running_mean is None) == (running_var is None), lambda: "both running averages, or none")
+    if running_mean is not None and running_var is not None:
+        vectors |= {"running_mean": running_mean, "running_var": running_var}
+    check_arguments(x, {"residual": residual}, vectors)
+    if batches is not None:
+        fits = batches.numel() == 1 and batches.dtype == torch.int64
+        torch._check(fits, lambda: "batches must be one int64")
+
+
 @torch.library.register_fake(f"{NAMESPACE}::batch_norm_triton")
 def _fake(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, epsilon: float, relu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    check_arguments(x, {"residual": residual}, {"weight": weight, "bias": bias})
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, running_mean: Tensor | None,
+    running_var: Tensor | None, batches: Tensor | None, momentum: float, epsilon: float, relu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    check_forward(x, residual, weight, bias, running_mean, running_var, batches)
     return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
 
 
@@ -61,11 +78,14 @@ def _fake_backward(
 
 
 def _forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, epsilon: float, relu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, running_mean: Tensor | None,
+    running_var: Tensor | None, batches: Tensor | None, momentum: float, epsilon: float, relu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     from fastmetro_kernels.batch_norm import triton
 
-    return triton.forward(x, residual, weight, bias, epsilon, relu)
+    return triton.forward(
+        x, residual, weight, bias, running_mean, running_var, batches, momentum, epsilon, relu
+    )  # fmt: skip
 
 
 def _backward(

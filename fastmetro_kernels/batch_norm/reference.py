@@ -7,8 +7,9 @@ from torch import Tensor
 
 
 def forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, epsilon: float, relu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, running_mean: Tensor | None,
+    running_var: Tensor | None, batches: Tensor | None, momentum: float, epsilon: float, relu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See ``batch_norm``. In float32 (float64 for float64 x), rounded once; autograd differentiates it."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     variance, mean = torch.var_mean(wide, (0, 2, 3), correction=0, keepdim=True)
@@ -18,4 +19,11 @@ def forward(
     if relu:
         y = y.relu()
     y = y.to(x.dtype).contiguous(memory_format=torch.channels_last)
-    return y, mean.detach().flatten(), variance.detach().flatten()
+    mean, variance = mean.detach().flatten(), variance.detach().flatten()
+    if running_mean is not None and running_var is not None:
+        count = x.numel() // x.shape[1]
+        running_mean.lerp_(mean, momentum)
+        running_var.lerp_(variance * (count / (count - 1)), momentum)
+    if batches is not None:
+        batches.add_(1)
+    return y, mean, variance

@@ -100,11 +100,12 @@ def batch_norm_moments_kernel(
 
 @triton.jit
 def batch_norm_kernel(
-    x, residual, weight, bias, partials, out, mean, variance, rows, channels, groups, tiles_each, epsilon,
+    x, residual, weight, bias, partials, running_mean, running_var, batches, out, mean, variance,
+    rows, channels, groups, tiles_each, epsilon, momentum,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr, PARTS: tl.constexpr,
-    RESIDUAL: tl.constexpr, RELU: tl.constexpr, EARLY: tl.constexpr,
+    RESIDUAL: tl.constexpr, RELU: tl.constexpr, RUNNING: tl.constexpr, COUNTED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """The norm, + residual, and its ReLU."""
+    """The norm, + residual, and its ReLU. Where RUNNING the moments go into the running averages, too."""
     await_earlier_kernels(EARLY)
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     known = c < channels
@@ -112,6 +113,15 @@ def batch_norm_kernel(
     if tl.program_id(1) == 0:
         tl.store(mean + c, middle, mask=known)
         tl.store(variance + c, spread, mask=known)
+        if RUNNING:
+            before = tl.load(running_mean + c, mask=known, other=0.0)
+            tl.store(running_mean + c, before + momentum * (middle - before), mask=known)
+            before = tl.load(running_var + c, mask=known, other=0.0)
+            unbiased = spread * (rows / (rows - 1.0))
+            tl.store(running_var + c, before + momentum * (unbiased - before), mask=known)
+        if COUNTED:  # noqa: SIM102 - one is known when it is compiled
+            if tl.program_id(0) == 0:
+                tl.store(batches, tl.load(batches) + 1)
     scale = tl.load(weight + c, mask=known, other=0.0) * tl.rsqrt(spread + epsilon)
     low = tl.load(bias + c, mask=known, other=0.0)
     for i in range(tiles_each):
@@ -207,18 +217,20 @@ def _shared_out(x: Tensor) -> tuple[Plan, Tensor, tuple[int, ...], dict[str, Any
 
 
 def forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, epsilon: float, relu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, running_mean: Tensor | None,
+    running_var: Tensor | None, batches: Tensor | None, momentum: float, epsilon: float, relu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Run both kernels; arguments as in ``ops.py``."""
-    ops.check_arguments(x, {"residual": residual}, {"weight": weight, "bias": bias})
+    ops.check_forward(x, residual, weight, bias, running_mean, running_var, batches)
     out, mean, variance = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
     found, partials, sizes, options = _shared_out(x)
     grid = (found.blocks, found.groups)
     with on_device(x):
         batch_norm_moments_kernel[grid](x, partials, *sizes, **options)
         batch_norm_kernel[grid](
-            x, residual, weight, bias, partials, out, mean, variance, *sizes, epsilon,
-            PARTS=PARTS, RESIDUAL=residual is not None, RELU=relu, **options,
+            x, residual, weight, bias, partials, running_mean, running_var, batches, out, mean, variance,
+            *sizes, epsilon, momentum, PARTS=PARTS, RESIDUAL=residual is not None, RELU=relu,
+            RUNNING=running_mean is not None, COUNTED=batches is not None, **options,
         )  # fmt: skip
     return out, mean, variance
 

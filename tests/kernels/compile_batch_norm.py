@@ -21,7 +21,7 @@ from fastmetro_kernels.batch_norm import triton as norm
 from fastmetro_kernels.batch_norm.plan import CHANNELS, plan
 
 IMAGES = {"x", "residual", "out", "grad", "grad_x", "grad_residual"}
-VECTORS = {"weight", "bias", "mean", "variance", "partials", "grad_weight", "grad_bias"}
+VECTORS = {"weight", "bias", "mean", "variance", "partials", "running_mean", "running_var", "grad_weight", "grad_bias"}
 ROWS = (401408, 100352, 25088, 6272, 1568)
 """Positions of ResNet-50's layers in 32 images."""
 
@@ -31,7 +31,8 @@ def source(kernel: Any, dtype: str, constants: dict[str, Any]) -> ASTSource:
     signature, attributes = {}, {}
     for position, name in enumerate(kernel.arg_names):
         kind = f"*{dtype}" if name in IMAGES else "*fp32" if name in VECTORS else "i32"
-        signature[name] = "constexpr" if name in constants else "fp32" if name == "epsilon" else kind
+        kind = "*i64" if name == "batches" else "fp32" if name in ("epsilon", "momentum") else kind
+        signature[name] = "constexpr" if name in constants else kind
         if name not in constants and (signature[name].startswith("*") or name == "channels"):
             attributes[(position,)] = [["tt.divisibility", 16]]
     indexed = {(kernel.arg_names.index(name),): value for name, value in constants.items() if name in kernel.arg_names}
@@ -43,7 +44,7 @@ def jobs() -> list[tuple[str, Any, dict[str, Any]]]:
     found: list[tuple[str, Any, dict[str, Any]]] = [("moments", norm.batch_norm_moments_kernel, {})]
     for residual in (False, True):
         absent: dict[str, Any] = {} if residual else {"residual": None}
-        flags = {"RESIDUAL": residual, "RELU": True, **absent}
+        flags = {"RESIDUAL": residual, "RELU": True, "RUNNING": True, "COUNTED": True, **absent}
         found.append((f"norm {'residual' * residual}", norm.batch_norm_kernel, flags))
         absent = {} if residual else {"out": None}
         flags = {"RELU": True, "KEPT": residual, **absent}

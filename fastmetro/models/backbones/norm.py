@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from fastmetro_kernels import batch_norm as kernels
+from fastmetro_kernels.batch_norm import RunningMoments, batch_norm
 
 _FUSED = "fused_in_training"
 
@@ -28,11 +30,10 @@ def fuse_batch_norms(module: nn.Module, fused: bool = True) -> int:
 def norm_relu(norm: nn.BatchNorm2d, x: Tensor, *, residual: Tensor | None = None, relu: bool = True) -> Tensor:
     """``relu(norm(x) + residual)`` of [B, C, H, W], without either if not asked; x may be overwritten."""
     if norm.training and getattr(norm, _FUSED, False) and _ordinary(norm):
-        y, mean, variance = kernels.batch_norm(
-            x, norm.weight, norm.bias, residual=residual, relu=relu, epsilon=norm.eps
-        )  # fmt: skip
-        _update(norm, mean, variance, x.numel() // x.shape[1])
-        return y
+        assert norm.running_mean is not None and norm.running_var is not None and norm.momentum is not None
+        running = RunningMoments(norm.running_mean, norm.running_var, norm.num_batches_tracked, norm.momentum)
+        options: Any = {"residual": residual, "relu": relu, "running": running, "epsilon": norm.eps}
+        return batch_norm(x, norm.weight, norm.bias, **options)
     y = norm(x)
     if residual is not None:
         y = y + residual
@@ -41,13 +42,3 @@ def norm_relu(norm: nn.BatchNorm2d, x: Tensor, *, residual: Tensor | None = None
 
 def _ordinary(norm: nn.BatchNorm2d) -> bool:
     return norm.affine and norm.track_running_stats and norm.momentum is not None
-
-
-@torch.no_grad()
-def _update(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int) -> None:
-    """The running averages, of which that of the variance is unbiased, as PyTorch has them."""
-    assert norm.running_mean is not None and norm.running_var is not None and norm.momentum is not None
-    assert norm.num_batches_tracked is not None
-    norm.running_mean.lerp_(mean, norm.momentum)
-    norm.running_var.lerp_(variance * (count / (count - 1)), norm.momentum)
-    norm.num_batches_tracked.add_(1)
