@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from fastmetro_kernels.backends import assumed_constant
 from fastmetro_kernels.batch_norm import ops, reference
-from fastmetro_kernels.fused.inference import DTYPES, check_epsilon, check_tensor, choose_backend
+from fastmetro_kernels.batch_norm.plan import BatchNormConfig, problem
+from fastmetro_kernels.fused.inference import DTYPES, check_config, check_epsilon, check_tensor, choose_backend
 
 _Running = tuple[Tensor | None, Tensor | None, Tensor | None, float]
 
@@ -39,6 +41,7 @@ def batch_norm(
     relu: bool = False,
     running: RunningMoments | None = None,
     epsilon: float = 1e-5,
+    config: BatchNormConfig | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Batch norm in training (Ioffe and Szegedy 2015, algorithm 1) and what stands behind it in a residual network::
@@ -58,6 +61,7 @@ def batch_norm(
         relu: whether a ReLU follows.
         running: averages over batches that this one goes into, in place.
         epsilon: finite, at least 0.
+        config: the tile of the Triton kernels instead of the pinned one, for measurements.
         backend: ``"auto"`` (Triton where it can run on a GPU), ``"triton"`` or ``"reference"``.
 
     Returns:
@@ -69,13 +73,14 @@ def batch_norm(
         BackendUnavailable: the named backend cannot take this input; the message tells why.
     """
     _check(x, weight, bias, residual, running, epsilon)
+    check_config(config, BatchNormConfig, problem)
     x = x.contiguous(memory_format=torch.channels_last)
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
     into: _Running = (None, None, None, 0.0) if running is None else running
     if _choose(backend, x.device, x.dtype) == "reference":
         return reference.forward(x, residual, weight, bias, *into, epsilon, relu)[0]
-    return _BatchNorm.apply(x, residual, weight.contiguous(), bias.contiguous(), *into, epsilon, relu)
+    return _BatchNorm.apply(x, residual, weight.contiguous(), bias.contiguous(), *into, epsilon, relu, config or ())
 
 
 @assumed_constant
@@ -88,11 +93,12 @@ class _BatchNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, running_mean: Tensor | None,
         running_var: Tensor | None, batches: Tensor | None, momentum: float, epsilon: float, relu: bool,
+        config: Sequence[int],
     ) -> Tensor:  # fmt: skip
         running = running_mean, running_var, batches, momentum
-        out, mean, variance = ops.batch_norm_triton(x, residual, weight, bias, *running, epsilon, relu)
+        out, mean, variance = ops.batch_norm_triton(x, residual, weight, bias, *running, epsilon, relu, config)
         ctx.save_for_backward(x, weight, bias, mean, variance, out if relu and residual is not None else None)
-        ctx.epsilon, ctx.relu, ctx.residual = epsilon, relu, residual is not None
+        ctx.epsilon, ctx.relu, ctx.residual, ctx.config = epsilon, relu, residual is not None, config
         return out
 
     @staticmethod
@@ -101,10 +107,10 @@ class _BatchNorm(torch.autograd.Function):
         grad = grad.to(x.dtype).contiguous(memory_format=torch.channels_last)
         asked = ctx.residual and ctx.relu and ctx.needs_input_grad[1]
         grad_x, grad_weight, grad_bias, behind = ops.batch_norm_backward_triton(
-            grad, x, out, weight, bias, mean, variance, ctx.epsilon, ctx.relu, asked
+            grad, x, out, weight, bias, mean, variance, ctx.epsilon, ctx.relu, asked, ctx.config
         )
         grad_residual = behind if asked else grad if ctx.residual and ctx.needs_input_grad[1] else None
-        return grad_x, grad_residual, grad_weight, grad_bias, *[None] * 6
+        return grad_x, grad_residual, grad_weight, grad_bias, *[None] * 7
 
 
 def _check(

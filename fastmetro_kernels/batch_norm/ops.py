@@ -5,25 +5,37 @@ They carry no autograd formula of their own; ``api.py`` adds it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from fastmetro_kernels.batch_norm.plan import BatchNormConfig, problem
 
 NAMESPACE = "fastmetro_kernels"
 
 torch.library.define(
     f"{NAMESPACE}::batch_norm_triton",
     "(Tensor x, Tensor? residual, Tensor weight, Tensor bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
-    "Tensor(c!)? batches, float momentum, float epsilon, bool relu) -> (Tensor, Tensor, Tensor)",
+    "Tensor(c!)? batches, float momentum, float epsilon, bool relu, int[] config) -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+# `config` is a BatchNormConfig, or empty for the pinned one.
 # `out` is that of the forward pass where the ReLU's input also had a residual, else None: it is then made anew. The
 # last result is empty unless `residual`: whether the gradient behind the ReLU is asked for, too.
 torch.library.define(
     f"{NAMESPACE}::batch_norm_backward_triton",
     "(Tensor grad, Tensor x, Tensor? out, Tensor weight, Tensor bias, Tensor mean, Tensor variance, float epsilon, "
-    "bool relu, bool residual) -> (Tensor, Tensor, Tensor, Tensor)",
+    "bool relu, bool residual, int[] config) -> (Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+
+
+def check_tile(config: Sequence[int]) -> None:
+    """Of both ops."""
+    if config:
+        found = problem(BatchNormConfig(*config)) if len(config) == 3 else f"three numbers, got {list(config)}"
+        torch._check(found is None, lambda: f"config: {found}")
 
 
 def check_arguments(x: Tensor, images: dict[str, Tensor | None], vectors: dict[str, Tensor]) -> None:
@@ -61,16 +73,19 @@ def check_forward(
 def _fake(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, running_mean: Tensor | None,
     running_var: Tensor | None, batches: Tensor | None, momentum: float, epsilon: float, relu: bool,
+    config: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     check_forward(x, residual, weight, bias, running_mean, running_var, batches)
+    check_tile(config)
     return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::batch_norm_backward_triton")
 def _fake_backward(
     grad: Tensor, x: Tensor, out: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor,
-    epsilon: float, relu: bool, residual: bool,
+    epsilon: float, relu: bool, residual: bool, config: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    check_tile(config)
     vectors = {"weight": weight, "bias": bias, "mean": mean, "variance": variance}
     check_arguments(x, {"grad": grad, "out": out}, vectors)
     behind = torch.empty_like(x) if residual else x.new_empty(0)
@@ -80,21 +95,22 @@ def _fake_backward(
 def _forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, running_mean: Tensor | None,
     running_var: Tensor | None, batches: Tensor | None, momentum: float, epsilon: float, relu: bool,
+    config: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     from fastmetro_kernels.batch_norm import triton
 
     return triton.forward(
-        x, residual, weight, bias, running_mean, running_var, batches, momentum, epsilon, relu
+        x, residual, weight, bias, running_mean, running_var, batches, momentum, epsilon, relu, config
     )  # fmt: skip
 
 
 def _backward(
     grad: Tensor, x: Tensor, out: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor,
-    epsilon: float, relu: bool, residual: bool,
+    epsilon: float, relu: bool, residual: bool, config: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     from fastmetro_kernels.batch_norm import triton
 
-    return triton.backward(grad, x, out, weight, bias, mean, variance, epsilon, relu, residual)
+    return triton.backward(grad, x, out, weight, bias, mean, variance, epsilon, relu, residual, config)
 
 
 for _device in ("CPU", "CUDA"):

@@ -6,11 +6,29 @@ from typing import NamedTuple
 
 CHANNELS = 64
 """Of a program: 128 bytes of each row in half precision."""
-PROGRAMS = 132
-"""Of a launch, about: one for each multiprocessor of a large GPU. The same number everywhere, so that sums are taken in
-the same order on every device."""
-_TILES = ((256, 16), (128, 8), (64, 4), (32, 2))
-"""Rows at a time and warps, 32 numbers per lane."""
+
+
+class BatchNormConfig(NamedTuple):
+    """Tile of one program: rows at a time (a power of two from 16 to 256), warps (1 to 16), and programs of a launch.
+
+    Programs: one for each multiprocessor of a large GPU, or a multiple. The same number everywhere, so that sums are
+    taken in the same order on every device.
+    """
+
+    rows: int
+    warps: int
+    programs: int = 132
+
+
+CONFIGS = tuple(
+    BatchNormConfig(rows, warps, programs)
+    for programs in (132, 264)
+    for rows, warps in ((256, 16), (128, 16), (128, 8), (64, 8), (64, 4), (32, 4), (32, 2))
+)
+"""What `python -m bench batch_norm --all-configs` times."""
+_PINNED = tuple(BatchNormConfig(*tile) for tile in ((256, 16), (128, 8), (64, 4), (32, 2)))
+"""32 numbers per lane."""
+_ACCEPTED = {"rows": (16, 32, 64, 128, 256), "warps": (1, 2, 4, 8, 16)}
 
 
 class Plan(NamedTuple):
@@ -23,10 +41,24 @@ class Plan(NamedTuple):
     warps: int
 
 
-def plan(rows: int, channels: int) -> Plan:
+def pinned(rows: int, channels: int) -> BatchNormConfig:
     """The largest tile with which there are enough programs, else the smallest one."""
     blocks = -(-channels // CHANNELS)
-    tile, warps = next((one for one in _TILES if blocks * -(-rows // one[0]) >= PROGRAMS), _TILES[-1])
-    tiles = -(-rows // tile)
-    each = -(-tiles // max(min(PROGRAMS // blocks, tiles), 1))
-    return Plan(blocks, -(-tiles // each), each * tile, tile, warps)
+    return next((one for one in _PINNED if blocks * -(-rows // one.rows) >= one.programs), _PINNED[-1])
+
+
+def plan(rows: int, channels: int, config: BatchNormConfig | None = None) -> Plan:
+    """For so many rows and channels, with a tile other than the pinned one if given."""
+    tile = config or pinned(rows, channels)
+    blocks = -(-channels // CHANNELS)
+    tiles = -(-rows // tile.rows)
+    each = -(-tiles // max(min(tile.programs // blocks, tiles), 1))
+    return Plan(blocks, -(-tiles // each), each * tile.rows, tile.rows, tile.warps)
+
+
+def problem(config: BatchNormConfig) -> str | None:
+    """What makes this configuration impossible, or None."""
+    for name, accepted in _ACCEPTED.items():
+        if (value := getattr(config, name)) not in accepted:
+            return f"{name} must be one of {', '.join(map(str, accepted))}, got {value}"
+    return None if config.programs >= 1 else f"programs must be at least 1, got {config.programs}"

@@ -8,6 +8,7 @@ all groups found of its own channels, and goes through its rows from the last to
 # (kernels are not ordinary Python: their arguments are typed when Triton compiles them)
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,9 +17,11 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmetro_kernels.batch_norm import ops
-from fastmetro_kernels.batch_norm.plan import CHANNELS, Plan, plan
+from fastmetro_kernels.batch_norm.plan import CHANNELS, BatchNormConfig, Plan, plan
 from fastmetro_kernels.fused.early_launch import await_earlier_kernels, launch_options, launches_early, on_device
 
+SIZES = ["rows", "groups", "tiles_each"]
+"""Arguments whose values make no kernels of their own."""
 PARTS = 16
 """Groups whose sums a program adds up at a time."""
 
@@ -70,7 +73,7 @@ def _join_moments(partials, groups, channels, rows, each, c, PARTS: tl.constexpr
     return near + apart, tl.where(variance < 0.0, 0.0, variance)  # not tl.maximum: what is not a number stays so
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def batch_norm_moments_kernel(
     x, partials, rows, channels, groups, tiles_each,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr, EARLY: tl.constexpr,
@@ -98,7 +101,7 @@ def batch_norm_moments_kernel(
     _store_two(partials, near + apart, tl.sum(second, 0) - count * apart * apart, groups, channels, c)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def batch_norm_kernel(
     x, residual, weight, bias, partials, running_mean, running_var, batches, out, mean, variance,
     rows, channels, groups, tiles_each, epsilon, momentum,
@@ -150,7 +153,7 @@ def _before_relu(grad, x, out, offset, inside, middle, scale, low, RELU: tl.cons
     return value, g
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def batch_norm_backward_sums_kernel(
     grad, x, out, weight, bias, mean, variance, partials, rows, channels, groups, tiles_each, epsilon,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr, RELU: tl.constexpr, KEPT: tl.constexpr, EARLY: tl.constexpr,
@@ -173,7 +176,7 @@ def batch_norm_backward_sums_kernel(
     _store_two(partials, tl.sum(first, 0), tl.sum(second, 0), groups, channels, c)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def batch_norm_backward_kernel(
     grad, x, out, weight, bias, mean, variance, partials, grad_x, grad_weight, grad_bias, grad_residual,
     rows, channels, groups, tiles_each, epsilon,
@@ -204,11 +207,11 @@ def batch_norm_backward_kernel(
         tl.store(grad_x + offset, g.to(grad_x.dtype.element_ty), mask=inside)
 
 
-def _shared_out(x: Tensor) -> tuple[Plan, Tensor, tuple[int, ...], dict[str, Any]]:
+def _shared_out(x: Tensor, config: Sequence[int]) -> tuple[Plan, Tensor, tuple[int, ...], dict[str, Any]]:
     """The plan, room for sums, the sizes that kernels take, and the options of their launches."""
     channels = x.shape[1]
     rows = x.numel() // channels
-    found = plan(rows, channels)
+    found = plan(rows, channels, BatchNormConfig(*config) if config else None)
     partials = torch.empty((2, found.groups, channels), dtype=torch.float32, device=x.device)
     sizes = (rows, channels, found.groups, found.rows_each // found.rows)
     early = launches_early(x)
@@ -219,11 +222,13 @@ def _shared_out(x: Tensor) -> tuple[Plan, Tensor, tuple[int, ...], dict[str, Any
 def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, running_mean: Tensor | None,
     running_var: Tensor | None, batches: Tensor | None, momentum: float, epsilon: float, relu: bool,
+    config: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Run both kernels; arguments as in ``ops.py``."""
+    ops.check_tile(config)
     ops.check_forward(x, residual, weight, bias, running_mean, running_var, batches)
     out, mean, variance = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
-    found, partials, sizes, options = _shared_out(x)
+    found, partials, sizes, options = _shared_out(x, config)
     grid = (found.blocks, found.groups)
     with on_device(x):
         batch_norm_moments_kernel[grid](x, partials, *sizes, **options)
@@ -237,14 +242,15 @@ def forward(
 
 def backward(
     grad: Tensor, x: Tensor, out: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor,
-    epsilon: float, relu: bool, residual: bool,
+    epsilon: float, relu: bool, residual: bool, config: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Run both kernels; arguments as in ``ops.py``."""
+    ops.check_tile(config)
     vectors = {"weight": weight, "bias": bias, "mean": mean, "variance": variance}
     ops.check_arguments(x, {"grad": grad, "out": out}, vectors)
     grad_x, grad_weight, grad_bias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
     behind = torch.empty_like(x) if residual else x.new_empty(0)
-    found, partials, sizes, options = _shared_out(x)
+    found, partials, sizes, options = _shared_out(x, config)
     grid, kept = (found.blocks, found.groups), out is not None
     with on_device(x):
         batch_norm_backward_sums_kernel[grid](

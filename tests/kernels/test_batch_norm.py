@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from fastmetro_kernels import BackendUnavailable
 from fastmetro_kernels.batch_norm import RunningMoments, batch_norm, ops, reference
-from fastmetro_kernels.batch_norm.plan import PROGRAMS, plan
+from fastmetro_kernels.batch_norm.plan import CONFIGS, BatchNormConfig, pinned, plan
 
 LAST = torch.channels_last
 MOMENTUM = 0.75
@@ -191,11 +191,11 @@ def test_opcheck_and_compile(runner: Runner) -> None:
     tensors = given(runner, (2, 6, 4, 5), True)
     x, weight, bias, residual, grad = (tensors[name] for name in ("x", "weight", "bias", "residual", "grad"))
     mean, variance = torch.zeros_like(weight), torch.ones_like(weight)
-    out, *_ = ops.batch_norm_triton(x, residual, weight, bias, None, None, None, 0.0, 1e-5, True)
+    out, *_ = ops.batch_norm_triton(x, residual, weight, bias, None, None, None, 0.0, 1e-5, True, ())
     batches = torch.zeros((), dtype=torch.int64, device=x.device)
     for running in ((None, None, None), (mean, variance, batches)):
-        torch.library.opcheck(ops.batch_norm_triton, (x, residual, weight, bias, *running, 0.1, 1e-5, True))
-    arguments = (grad, x, out, weight, bias, mean, variance, 1e-5, True, True)
+        torch.library.opcheck(ops.batch_norm_triton, (x, residual, weight, bias, *running, 0.1, 1e-5, True, ()))
+    arguments = (grad, x, out, weight, bias, mean, variance, 1e-5, True, True, ())
     torch.library.opcheck(ops.batch_norm_backward_triton, arguments)
     torch._dynamo.reset()
     expected = results(ours("triton"), tensors, True)
@@ -222,10 +222,21 @@ def test_in_a_graph(runner: Runner) -> None:
 @pytest.mark.parametrize("rows", [2, 31, 33, 1568, 6272, 25088, 100352, 401408])
 @pytest.mark.parametrize("channels", [1, 64, 65, 256, 2048, 40000])
 def test_plans_cover_all_rows_once(rows: int, channels: int) -> None:
-    found = plan(rows, channels)
-    assert found.rows_each % found.rows == 0
-    assert (found.groups - 1) * found.rows_each < rows <= found.groups * found.rows_each
-    assert found.groups == 1 or found.blocks * found.groups <= PROGRAMS
+    for config in (pinned(rows, channels), *CONFIGS):
+        found = plan(rows, channels, config)
+        assert found.rows_each % found.rows == 0
+        assert (found.groups - 1) * found.rows_each < rows <= found.groups * found.rows_each
+        assert found.groups == 1 or found.blocks * found.groups <= config.programs
+
+
+@on_triton
+def test_every_tile(runner: Runner) -> None:
+    tensors = given(runner, (3, 70, 9, 11), True)
+    leaves = [tensors[name] for name in ("x", "weight", "bias")]
+    pinned_result = batch_norm(*leaves, residual=tensors["residual"], relu=True, backend="triton")
+    for config in CONFIGS:
+        got = batch_norm(*leaves, residual=tensors["residual"], relu=True, config=config, backend="triton")
+        torch.testing.assert_close(got, pinned_result)
 
 
 @needs_triton
@@ -254,6 +265,9 @@ X, W = torch.zeros(2, 3, 4, 5), torch.zeros(3)
         ((X, W, W), {"residual": X[:1]}, ValueError, r"residual must be \[2, 3, 4, 5\] like x, got \[1, 3, 4, 5\]"),
         ((X, W, W), {"residual": X.half()}, TypeError, "residual"),
         ((X, W, W), {"epsilon": -1.0}, ValueError, "epsilon"),
+        ((X, W, W), {"config": (64, 4, 1)}, TypeError, "config must be a BatchNormConfig, got tuple"),
+        ((X, W, W), {"config": BatchNormConfig(48, 4)}, ValueError, "rows must be one of 16, 32, 64, 128, 256, got 48"),
+        ((X, W, W), {"config": BatchNormConfig(64, 4, 0)}, ValueError, "programs must be at least 1, got 0"),
         ((X, W, W), {"running": (W, W)}, TypeError, "running must be RunningMoments, got tuple"),
         ((X, W, W), {"running": RunningMoments(W, W[:1])}, ValueError, r"running.variance must be \[3\], got \[1\]"),
         ((X, W, W), {"running": RunningMoments(W, W, W)}, TypeError, "running.batches"),

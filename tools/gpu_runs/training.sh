@@ -9,7 +9,7 @@ training() { # CASE MAXSECONDS CONTENDER...: one case in a process of its own, r
 }
 
 # Compiling takes 50 to 70 s for each contender that is compiled.
-step batch_norm 80 "$PY" -m bench batch_norm --csv "$R/batch_norm.csv"
+step batch_norm 150 "$PY" -m bench batch_norm --all-configs --csv "$R/batch_norm.csv"
 training s-r50 290 published compiled 'ours, two streams, not compiled' 'ours, fused norms, not compiled' \
   'ours, two streams' ours
 training l-r50 300 published compiled 'ours, two streams, not compiled' 'ours, two streams' ours
