@@ -8,12 +8,12 @@ namespace fm_tail {
 
 constexpr int kRows = 64, kDepth = 64;  // of a matrix in shared memory; 64 16-bit numbers are a swizzled row
 constexpr int kWidth = 128, kHalves = kWidth / kDepth, kSteps = kWidth / 16, kHeads = 8, kKeys = 64;
-constexpr int kWarpgroup = 128, kGroups = 2, kStages = 5;
+constexpr int kWarpgroup = 128, kGroups = 2, kStages = 3;
 constexpr int kThreads = (kGroups + 1) * kWarpgroup;       // a group more, of which one warp brings weights
 constexpr int kFewRegisters = 24, kManyRegisters = 240;
 static_assert(kWarpgroup * (kFewRegisters + kGroups * kManyRegisters) <= 65536);
 constexpr int kMatrix = kRows * kDepth * 2;                // bytes
-constexpr int kSquares = 3;                                // weights of 128 x 128
+constexpr int kSquares = 3, kResident = 2;                 // weights of 128 x 128, and those that stay
 constexpr int kPart = kHalves * kHalves;                   // matrices of one, or of 64 hidden features: W1, then W2
 constexpr int kMemory = 2 * kHalves;                       // matrices of a sample's keys, then of its values
 

@@ -6,9 +6,9 @@
 //   stream += relu(norm(stream) W1 + b1) W2 + b2                       64 hidden features at a time
 //
 // A group of four warps takes 64 rows of a sample through all of it. Rounded results stay in registers as the left
-// operand of the next product; only weights, keys and values are in shared memory. Weights come through a ring, 32 KB at
-// a time, by a warp of its own, and both groups of a block use what comes. That warp's group gives its registers to the
-// others.
+// operand of the next product; only weights, keys and values are in shared memory. Wo and Wq stay there; the others, 32
+// KB at a time, come through a ring by a warp of its own, and both groups of a block use what comes. That warp's group
+// gives its registers to the others.
 // A group goes through tiles that follow one another, mostly of one sample.
 #pragma once
 
@@ -16,7 +16,9 @@
 
 namespace fm_tail {
 
-constexpr int kSharedBytes = (kStages * kPart + kGroups * kMemory) * kMatrix + (kGroups + 2 * kStages) * 8;
+static_assert(kResident + 1 == kSquares, "Wo and Wq stay, Wc comes");
+constexpr int kSharedBytes =
+    ((kResident + kStages) * kPart + kGroups * kMemory) * kMatrix + (1 + kGroups + 2 * kStages) * 8;
 
 template <typename T>
 struct Problem {
@@ -38,11 +40,15 @@ struct Problem {
 struct Places {
   fm::SharedAddress begin;
 
-  __device__ __forceinline__ fm::SharedAddress part(int stage) const { return begin + stage * kPart * kMatrix; }
+  __device__ __forceinline__ fm::SharedAddress square(int which) const { return begin + which * kPart * kMatrix; }
+  __device__ __forceinline__ fm::SharedAddress part(int stage) const { return square(kResident + stage); }
   __device__ __forceinline__ fm::SharedAddress memory(int group) const {
     return part(kStages) + group * kMemory * kMatrix;
   }
-  __device__ __forceinline__ fm::SharedAddress memory_full(int group) const { return memory(kGroups) + group * 8; }
+  __device__ __forceinline__ fm::SharedAddress resident_full() const { return memory(kGroups); }
+  __device__ __forceinline__ fm::SharedAddress memory_full(int group) const {
+    return resident_full() + (1 + group) * 8;
+  }
   __device__ __forceinline__ fm::SharedAddress full(int stage) const { return memory_full(kGroups) + stage * 8; }
   __device__ __forceinline__ fm::SharedAddress empty(int stage) const { return full(kStages) + stage * 8; }
 };
@@ -65,27 +71,43 @@ __device__ __forceinline__ int passes_of(const Problem<T>& p) {
   return most;
 }
 
+// How many parts of the weights come through the ring for a tile: the squares that do not stay, then hidden features.
+template <typename T>
+__device__ __forceinline__ int parts_of(const Problem<T>& p) {
+  return kSquares - kResident + p.chunks;
+}
+
+// Starts the copy of a weight of 128 x 128.
+template <typename T>
+__device__ __forceinline__ void copy_square(const Problem<T>& p, int which, fm::SharedAddress to,
+                                            fm::SharedAddress full) {
+  for (int i = 0; i < kPart; i++) {
+    const int input = i / kHalves, output = i % kHalves;
+    fm::copy_weights(to + i * kMatrix, p.squares[which], full, input * kDepth, 0, output * kDepth);
+  }
+}
+
 // The warp that brings weights.
 template <typename T>
 __device__ __forceinline__ void bring_weights(const Problem<T>& p, const Places& places) {
   const int lane = threadIdx.x % 32, passes = passes_of(p);
   if (!p.constant_weights) fm::wait_for_previous_grid();
   if (lane == 0) {
-    const int parts = kSquares + p.chunks;
+    fm::barrier_expect(places.resident_full(), kResident * kPart * kMatrix);
+    for (int i = 0; i < kResident; i++) copy_square(p, i, places.square(i), places.resident_full());
+    const int parts = parts_of(p);
     for (int number = 0; number < passes * parts; number++) {
-      const int stage = number % kStages, part = number % parts, chunk = part - kSquares;
+      const int stage = number % kStages, square = kResident + number % parts, chunk = square - kSquares;
       const fm::SharedAddress to = places.part(stage), full = places.full(stage);
       if (number >= kStages) fm::barrier_wait(places.empty(stage), (number / kStages - 1) % 2);
       fm::barrier_expect(full, kPart * kMatrix);
-      for (int i = 0; i < kPart; i++) {
-        const int input = i / kHalves, output = i % kHalves;
-        if (chunk < 0) {
-          fm::copy_weights(to + i * kMatrix, p.squares[part], full, input * kDepth, 0, output * kDepth);
-        } else if (i < kHalves) {
-          fm::copy_weights(to + i * kMatrix, p.expand, full, i * kDepth, 0, chunk * kDepth);
-        } else {
-          fm::copy_weights(to + i * kMatrix, p.contract, full, chunk * kDepth, 0, output * kDepth);
-        }
+      if (chunk < 0) {
+        copy_square(p, square, to, full);
+        continue;
+      }
+      for (int half = 0; half < kHalves; half++) {
+        fm::copy_weights(to + half * kMatrix, p.expand, full, half * kDepth, 0, chunk * kDepth);
+        fm::copy_weights(to + (kHalves + half) * kMatrix, p.contract, full, chunk * kDepth, 0, half * kDepth);
       }
     }
   }
@@ -110,7 +132,7 @@ struct Group {
 
   __device__ __forceinline__ int own_row() const { return threadIdx.x % kWarpgroup / 32 * 16 + threadIdx.x % 32 / 4; }
 
-  // This thread's first numbers of its two rows of a tile. Beyond the sample those of its last row, which nobody stores.
+  // This thread's first numbers of its two rows of a tile. Beyond the sample those of its last row: nobody stores them.
   __device__ __forceinline__ void own_rows(const T* (&rows)[2], const T* first, int64_t sample, int64_t row,
                                            const TailTile& tile) const {
 #pragma unroll
@@ -153,19 +175,17 @@ struct Group {
   }
 
   // sums += what is held times a square weight.
-  __device__ __forceinline__ void multiply_square(Stream& sums, const Held& held, int number) const {
-    wait_for(number);
+  __device__ __forceinline__ void multiply_square(Stream& sums, const Held& held, fm::SharedAddress weights) const {
     fm::keep(sums);  // in registers before, not among products
     fm::products_begin();
-    multiply_all<T>(sums, held, part(number));
+    multiply_all<T>(sums, held, weights);
     fm::products_commit();
     fm::products_wait<0>();
     fm::keep(sums);
-    release(number);
   }
 
-  // tokens + attended Wo + bo; `number`: of the weight's part.
-  __device__ __forceinline__ void begin(Stream& stream, const TailTile& tile, int number) const {
+  // tokens + attended Wo + bo.
+  __device__ __forceinline__ void begin(Stream& stream, const TailTile& tile) const {
     Held attended;
     const T* rows[2];
     own_rows(rows, p.attended, p.attended_sample, p.attended_row, tile);
@@ -186,24 +206,28 @@ struct Group {
       }
     }
     add_bias(stream, p.out_bias);
-    multiply_square(stream, attended, number);
+    fm::barrier_wait(places.resident_full(), 0);
+    __syncwarp();
+    multiply_square(stream, attended, places.square(0));
   }
 
-  // Adds the cross-attention; `phase`: of the barrier of keys and values; `number`: of the first of two weights.
+  // Adds the cross-attention; `phase`: of the barrier of keys and values; `number`: of Wc's part.
   __device__ __forceinline__ void cross(Stream& stream, int phase, int number) const {
     Held held;
     normalize<T>(held, stream, p.cross_epsilon);
     {
       Stream query;
       begin_with(query, p.query_bias);
-      multiply_square(query, held, number);
+      multiply_square(query, held, places.square(1));
       round_to<T>(held, query);
     }
     fm::barrier_wait(places.memory_full(group), phase);
     __syncwarp();
     attend_all(held);
     add_bias(stream, p.cross_bias);
-    multiply_square(stream, held, number + 1);
+    wait_for(number);
+    multiply_square(stream, held, part(number));
+    release(number);
   }
 
   // Queries become what their heads attend to. The next head's scores are made beside the weights of this one.
@@ -292,7 +316,7 @@ struct Group {
     fm::launch_dependents();  // not before: what is constant may have been written by any kernel but the last
 #pragma unroll 1
     for (int pass = 0; pass < passes; pass++) {
-      const int parts = kSquares + p.chunks, number = pass * parts;
+      const int parts = parts_of(p), number = pass * parts;
       if (tiles.x + pass >= tiles.y) {  // the other group has one tile more
         for (int i = 0; i < parts; i++) wait_for(number + i), release(number + i);
         continue;
@@ -301,10 +325,10 @@ struct Group {
       const TailTile tile = tile_at(place);
       if (tile.sample != sample) bring_memory(tile.sample), sample = tile.sample, phase ^= 1;
       Stream stream;
-      begin(stream, tile, number);
+      begin(stream, tile);
       if (place + 1 < tiles.y) ask_for(tile_at(place + 1));
-      cross(stream, phase, number + 1);
-      feed_forward(stream, number + kSquares);
+      cross(stream, phase, number);
+      feed_forward(stream, number + 1);
       store(stream, tile);
     }
   }
@@ -319,6 +343,7 @@ __global__ void __launch_bounds__(kThreads, 1) tail_kernel(const __grid_constant
   const Places places{fm::shared_address(fm::dynamic_shared())};
   const int group = threadIdx.x / kWarpgroup;
   if (threadIdx.x == 0) {
+    fm::barrier_init(places.resident_full(), 1);
     for (int i = 0; i < kGroups; i++) fm::barrier_init(places.memory_full(i), 1);
     for (int i = 0; i < kStages; i++) {
       fm::barrier_init(places.full(i), 1);
