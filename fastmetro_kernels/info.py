@@ -108,8 +108,9 @@ def choices() -> list[str]:
         "  sparse_upsample: native, then triton, then reference; its kernels choose by shape in "
         "csrc/upsampling/launch.h",
         "  rasterize: native, then reference",
-        "  fused_linear, short_attention, normalize_rows, decoder_tail (inference only): triton, then reference; by "
-        "shape in fused/*/configs.py",
+        "  fused_linear, short_attention, normalize_rows, decoder_tail (inference only), batch_norm: triton, then "
+        "reference; by shape in fused/*/configs.py and batch_norm/plan.py",
+        "  decoder_tail: native where it can take a call, on compute capability 9.0",
         f"  fused_linear: native for {len(linear_native.MEASURED)} measured sizes on compute capability "
         f"{linear_native.FAMILY}; by size in fused/linear/native.py",
         *convolution_choices(),
