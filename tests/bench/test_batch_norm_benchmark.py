@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,8 +46,24 @@ def test_rows_and_floors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert with_residual[1] == pytest.approx(without[1] * 8 / 5)
 
 
-def test_a_wrong_gradient_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong = batch_norm._ours
-    monkeypatch.setattr(batch_norm, "_ours", lambda *given, relu: 1.01 * wrong(*given, relu=relu))
-    with pytest.raises(ValueError, match="the gradient's errors are"):
+class _Scaled(torch.autograd.Function):
+    """The result is right, its gradient is not."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return 1.01 * grad
+
+
+SPOILED = {"scale": lambda y: 1.01 * y, "shift": lambda y: y + 0.01, "gradient": _Scaled.apply}
+
+
+@pytest.mark.parametrize("spoil", SPOILED.values(), ids=SPOILED)
+def test_what_is_wrong_is_seen(spoil: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    right = batch_norm._ours
+    monkeypatch.setattr(batch_norm, "_ours", lambda *given, relu, config=None: spoil(right(*given, relu=relu)))
+    with pytest.raises(ValueError, match="errors of the result and its gradients are"):
         batch_norm.measure(batch_norm.LAYERS[-1], 2, torch.float32, 1, torch.device("cpu"))

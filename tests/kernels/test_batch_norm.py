@@ -86,31 +86,24 @@ def ours(backend: str) -> Any:
 
 def check(runner: Runner, shape: tuple[int, ...], residual: bool, relu: bool, mean: float = 0.5) -> None:
     tensors = given(runner, shape, residual, mean)
+    doubles = {name: tensor.to(DOUBLE) for name, tensor in tensors.items()}
+    if relu:  # where its input is nearly 0, rounding may let through what float64 does not: no gradient comes there
+        before = plain(doubles, False).abs()
+        tiny = 16 * torch.finfo(runner.dtype).eps if runner.dtype != DOUBLE else 1e-9
+        for some in (tensors, doubles):
+            some["grad"] = some["grad"].masked_fill(before <= tiny * (1 + before), 0.0)
+        assert float((tensors["grad"] == 0).double().mean()) < 0.3
     with poisoned_memory():
         got = results(ours(runner.backend), tensors, relu)
     assert got["out"].dtype == runner.dtype and got["out"].is_contiguous(memory_format=LAST)
-    exact = results(plain, {name: tensor.to(DOUBLE) for name, tensor in tensors.items()}, relu)
+    exact = results(plain, doubles, relu)
     near = results(plain, tensors, relu)
-    # Where ReLU's input is nearly 0, rounding may let through what float64 does not: no test of the gradients there.
-    known = torch.ones_like(exact["out"], dtype=torch.bool)
-    if relu:
-        tiny = 16 * torch.finfo(runner.dtype).eps if runner.dtype != DOUBLE else 1e-9
-        before = plain({name: tensor.to(DOUBLE) for name, tensor in tensors.items()}, False)
-        known = before.abs() > tiny * (1 + before.abs())
-    count = exact["out"].numel() // shape[1]
     for name, value in exact.items():
         error, allowed = (got[name].to(DOUBLE) - value).abs(), 2 * (near[name].to(DOUBLE) - value).abs().amax()
-        # The mean is rounded to float32; sums are off by the gradients of those few positions.
-        few = float((~known).sum()) / max(count, 1) if relu else 0.0
-        scale = value.abs().amax() + tensors["grad"].double().abs().amax()
-        rounding = 2 * torch.finfo(got[name].dtype).eps * (value.abs() + 4 + abs(mean)) + few * scale
+        rounding = 2 * torch.finfo(got[name].dtype).eps * (value.abs() + 4 + abs(mean))
         if runner.dtype == DOUBLE:  # PyTorch's own result is what is compared with
             rounding = rounding + 1e-11 * (1 + value.abs())
-        if name in ("grad_weight", "grad_bias"):
-            rounding = rounding + few * count * scale
         wrong = error > allowed + rounding
-        if wrong.dim() == 4 and name != "out":
-            wrong &= known
         assert not wrong.any(), f"{name}: {error[wrong].max():.3g}, allowed {float(allowed):.3g}"
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fastmetro.models.backbones import CompactTrunk, HRNetW64, ResNet50, ResNet50Trunk
+from fastmetro.models.backbones import CompactTrunk, HRNetW64, ResNet50, ResNet50Trunk, norm
 from fastmetro.models.backbones.blocks import BasicBlock, Bottleneck
 from fastmetro.models.backbones.norm import fuse_batch_norms, norm_relu
+from fastmetro_kernels.batch_norm import batch_norm
 
 
 def randomized(module: nn.Module) -> nn.Module:
@@ -22,8 +24,21 @@ def randomized(module: nn.Module) -> nn.Module:
     return module.double().train()
 
 
-def compare(plain: nn.Module, size: int, channels: int) -> None:
-    """Outputs, gradients and buffers after two steps, in float64."""
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A 1 for each call of the op."""
+    found: list[int] = []
+
+    def counted(*given: Any, **options: Any) -> Tensor:
+        found.append(1)
+        return batch_norm(*given, **options)
+
+    monkeypatch.setattr(norm, "batch_norm", counted)
+    return found
+
+
+def assert_alike(plain: nn.Module, size: int, channels: int, calls: list[int]) -> None:
+    """Outputs, gradients and buffers after two steps, in float64, with every norm by the op."""
     fused = copy.deepcopy(plain)
     count = fuse_batch_norms(fused)
     assert count == sum(isinstance(layer, nn.BatchNorm2d) for layer in plain.modules())
@@ -33,6 +48,7 @@ def compare(plain: nn.Module, size: int, channels: int) -> None:
         torch.testing.assert_close(*outputs, rtol=1e-9, atol=1e-9)
         for output in outputs:
             output.square().sum().backward()
+    assert len(calls) == 2 * count
     for (name, one), other in zip(plain.named_parameters(), fused.parameters(), strict=True):
         assert one.grad is not None and other.grad is not None
         torch.testing.assert_close(other.grad, one.grad, rtol=1e-6, atol=1e-6 * float(one.grad.abs().max()), msg=name)
@@ -42,23 +58,27 @@ def compare(plain: nn.Module, size: int, channels: int) -> None:
 
 @pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
 @pytest.mark.parametrize(("channels", "stride"), [(8, 1), (24, 2), (32, 1)])
-def test_blocks(block: type[BasicBlock] | type[Bottleneck], channels: int, stride: int) -> None:
-    compare(randomized(block(channels, 8, stride)), 9, channels)
+def test_blocks(block: type[BasicBlock] | type[Bottleneck], channels: int, stride: int, calls: list[int]) -> None:
+    assert_alike(randomized(block(channels, 8, stride)), 9, channels, calls)
 
 
 @pytest.mark.parametrize("trunk", [ResNet50, ResNet50Trunk, CompactTrunk])
-def test_trunks(trunk: type[nn.Module]) -> None:
-    compare(randomized(trunk()), 64, 3)
+def test_trunks(trunk: type[nn.Module], calls: list[int]) -> None:
+    assert_alike(randomized(trunk()), 64, 3, calls)
 
 
-def test_hrnet_has_fused_blocks() -> None:
-    """Its exchanges are as they were."""
+def test_hrnet_has_fused_blocks(calls: list[int]) -> None:
+    """And a fused stem; its exchanges, transitions and the layers behind its stages are as they were."""
     trunk = HRNetW64().train()
     fuse_batch_norms(trunk)
     x = torch.randn(2, 3, 64, 64)
     plain = copy.deepcopy(trunk)
     fuse_batch_norms(plain, False)
-    torch.testing.assert_close(trunk(x), plain(x), rtol=1e-3, atol=1e-3)
+    fused = trunk(x)
+    others = ("fuse_layers", "transition", "downsamp_modules", "final_layer")
+    norms = [name for name, layer in trunk.named_modules() if isinstance(layer, nn.BatchNorm2d)]
+    assert len(calls) == sum(not any(part in name for part in others) for name in norms) > len(norms) / 2
+    torch.testing.assert_close(fused, plain(x), rtol=1e-3, atol=1e-3)
 
 
 def test_only_training_is_changed() -> None:
@@ -87,11 +107,11 @@ def test_half_precision_under_autocast() -> None:
 
 @pytest.mark.parametrize("options", [{"affine": False}, {"track_running_stats": False}, {"momentum": None}])
 def test_other_batch_norms_stay_pytorchs(options: dict[str, object]) -> None:
-    norm = nn.BatchNorm2d(6, **options).double()  # type: ignore[arg-type]
-    fused = copy.deepcopy(norm)
+    plain = nn.BatchNorm2d(6, **options).double()  # type: ignore[arg-type]
+    fused = copy.deepcopy(plain)
     fuse_batch_norms(fused)
     x = torch.randn(2, 6, 3, 4, dtype=torch.float64)
-    assert torch.equal(norm_relu(fused, x.clone(), residual=x), (norm(x) + x).relu())
+    assert torch.equal(norm_relu(fused, x.clone(), residual=x), (plain(x) + x).relu())
 
 
 def test_compiled() -> None:

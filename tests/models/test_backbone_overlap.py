@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastmetro.models.backbones import CompactTrunk, ResNet50Trunk
+from fastmetro.models.backbones import CompactTrunk, ResNet50Trunk, overlap
 from fastmetro.models.backbones.blocks import BasicBlock, Bottleneck
 from fastmetro.models.backbones.norm import fuse_batch_norms
 from fastmetro.models.backbones.overlap import WINDOW, convolve, overlap_weight_gradients
@@ -30,8 +30,16 @@ def check_gradients(one: nn.Module, other: nn.Module, tolerance: float = 1e-9) -
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("trunk", [CompactTrunk, ResNet50Trunk])
-def test_gradients_of_trunks(trunk: type[nn.Module], device: str) -> None:
+def test_gradients_of_trunks(trunk: type[nn.Module], device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two backward passes add up, as they do with gradient accumulation; then anew."""
+    calls: list[int] = []
+    accumulate = overlap._accumulate
+
+    def counted(parameter: Tensor, found: Tensor) -> None:
+        calls.append(1)
+        accumulate(parameter, found)
+
+    monkeypatch.setattr(overlap, "_accumulate", counted)
     torch.manual_seed(0)
     plain = trunk().double().to(device).to(memory_format=torch.channels_last).train()
     other = copy.deepcopy(plain)
@@ -43,6 +51,7 @@ def test_gradients_of_trunks(trunk: type[nn.Module], device: str) -> None:
             for seed in range(passes):
                 module(images(2, 3, 64, 64, seed=seed).to(device)).square().mean().backward()
         check_gradients(plain, other)
+    assert len(calls) == 3 * count
 
 
 @pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
