@@ -259,6 +259,15 @@ __device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float low, float high) {
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
+// The same of what ReLU leaves, in one instruction; what is not a number stays so.
+template <typename T>
+__device__ __forceinline__ uint32_t pack_relu(float low, float high) {
+  uint32_t both;
+  if constexpr (std::is_same_v<T, __half>) asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  else asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  return both;
+}
+
 }  // namespace fm
 
 #endif

@@ -248,17 +248,32 @@ __device__ __forceinline__ void multiply(float (&sums)[N / 2], uint64_t a, uint6
   }
 }
 
-// sums += a b, with N = 64 and a in registers: this thread's part of its warp's 16 rows is that of multiply_add_16x8x16.
-template <typename T>
-__device__ __forceinline__ void multiply_held(float (&sums)[32], const uint32_t (&a)[4], uint64_t b) {
-#define FM_HELD(TYPE)                                                                                                  \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {" FM_R32                                 \
-               "}, {%32,%33,%34,%35}, %36, 1, 1, 1, 0;\n"                                                             \
-               : FM_8(sums, 0), FM_8(sums, 8), FM_8(sums, 16), FM_8(sums, 24)                                          \
+// sums += a b, with N = 64 or 128 and a in registers: this thread's part of its warp's 16 rows is that of
+// multiply_add_16x8x16.
+template <typename T, int SUMS>
+__device__ __forceinline__ void multiply_held(float (&sums)[SUMS], const uint32_t (&a)[4], uint64_t b) {
+  static_assert(SUMS == 32 || SUMS == 64);
+#define FM_HELD(SHAPE, TYPE, REGISTERS, A0, A1, A2, A3, B, ...)                                                        \
+  asm volatile("wgmma.mma_async.sync.aligned." SHAPE ".f32." TYPE "." TYPE " {" REGISTERS "}, {%" #A0 ",%" #A1 ",%" #A2 \
+               ",%" #A3 "}, %" #B ", 1, 1, 1, 0;\n"                                                                    \
+               : __VA_ARGS__                                                                                          \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
-  if constexpr (std::is_same_v<T, __half>) FM_HELD("f16");
-  else FM_HELD("bf16");
+#define FM_HELD_64(TYPE)                                                                                               \
+  FM_HELD("m64n64k16", TYPE, FM_R32, 32, 33, 34, 35, 36, FM_8(sums, 0), FM_8(sums, 8), FM_8(sums, 16), FM_8(sums, 24))
+#define FM_HELD_128(TYPE)                                                                                              \
+  FM_HELD("m64n128k16", TYPE, FM_R64, 64, 65, 66, 67, 68, FM_8(sums, 0), FM_8(sums, 8), FM_8(sums, 16), FM_8(sums, 24), \
+          FM_8(sums, 32), FM_8(sums, 40), FM_8(sums, 48), FM_8(sums, 56))
+  constexpr bool kHalf = std::is_same_v<T, __half>;
+  if constexpr (SUMS == 32) {
+    if constexpr (kHalf) FM_HELD_64("f16");
+    else FM_HELD_64("bf16");
+  } else {
+    if constexpr (kHalf) FM_HELD_128("f16");
+    else FM_HELD_128("bf16");
+  }
 #undef FM_HELD
+#undef FM_HELD_64
+#undef FM_HELD_128
 }
 
 #undef FM_8

@@ -1,6 +1,9 @@
 // What the host gives to the kernel of a decoder layer's tail: tensors of one layer, described to the copy engine.
 #pragma once
 
+#include <cmath>
+#include <numbers>
+
 #include "convolution/tensor_maps.h"
 #include "tail.cuh"
 
@@ -62,10 +65,24 @@ Problem<T> make_problem(const Given& given) {
   p.chunks = static_cast<int>(given.hidden / kDepth);
   p.tiles_of_sample = static_cast<int>((given.queries + kRows - 1) / kRows);
   p.tiles = static_cast<int>(given.samples) * p.tiles_of_sample;
-  p.scale = static_cast<float>(given.scale), p.cross_epsilon = static_cast<float>(given.cross_epsilon);
+  p.scale = static_cast<float>(std::abs(given.scale) * std::numbers::log2e);
+  p.opposite = given.scale < 0 ? 0x80008000u : 0;
+  p.cross_epsilon = static_cast<float>(given.cross_epsilon);
   p.feed_forward_epsilon = static_cast<float>(given.feed_forward_epsilon);
   p.constant_weights = given.constant_weights != 0;
   return p;
+}
+
+// Calls `run` with what tail_kernel is to be made for, for so many keys: an image's 7 x 7 have a kernel that masks no
+// more than it must.
+template <typename Run>
+void with_tiles(int64_t count, Run run) {
+  constexpr int kTiles = kKeys / 8;
+  if (count > kKeys - 16 && count <= kKeys - 8) {
+    run(std::integral_constant<int, kTiles - 1>(), std::integral_constant<int, kTiles - 2>());
+  } else {
+    run(std::integral_constant<int, kTiles>(), std::integral_constant<int, 0>());
+  }
 }
 
 }  // namespace fm_tail

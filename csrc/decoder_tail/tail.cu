@@ -47,10 +47,11 @@ Rows rows_of(const Tensor& tensor, const char* name, const Tensor& tokens, std::
 template <typename T>
 void launch(const Given& given, const Tensor& tokens, bool early) {
   const Problem<T> problem = make_problem<T>(given);
-  const auto kernel = given.count <= kKeys - 8 ? tail_kernel<T, kKeys / 8 - 1> : tail_kernel<T, kKeys / 8>;
   const unsigned blocks = std::min(problem.tiles, fm::multiprocessors(tokens.get_device_index()));
-  fm::launch_kernel(kernel, dim3(blocks), kThreads, kSharedBytes, 1, early, fm::current_stream(tokens),
-                    problem);
+  with_tiles(given.count, [&](auto tiles, auto whole) {
+    fm::launch_kernel(tail_kernel<T, tiles(), whole()>, dim3(blocks), kThreads, kSharedBytes, 1, early,
+                      fm::current_stream(tokens), problem);
+  });
 }
 
 // `tokens`, `attended` [B, L, 128]; `k`, `v` [B, S, 8, 16], S from 1 to 64; weights as of TailWeights in Python, with

@@ -6,9 +6,9 @@
 //   stream += relu(norm(stream) W1 + b1) W2 + b2                       64 hidden features at a time
 //
 // A group of four warps takes 64 rows of a sample through all of it. Rounded results stay in registers as the left
-// operand of the next product; only weights, keys and values are in shared memory. The three square weights stay there,
-// those of the feed-forward block come through a ring, by a warp of its own, and both groups of a block use what comes.
-// That warp's group gives its registers to the others.
+// operand of the next product; only weights, keys and values are in shared memory. Wo and Wq stay there; the others, 32
+// KB at a time, come through a ring by a warp of its own, and both groups of a block use what comes. That warp's group
+// gives its registers to the others.
 // A group goes through tiles that follow one another, mostly of one sample.
 #pragma once
 
@@ -16,8 +16,9 @@
 
 namespace fm_tail {
 
-constexpr int kSharedBytes = (kSquares * kSquare + kGroups * kMemory + kStages * kChunk) * kMatrix +
-                             (1 + kGroups + 2 * kStages) * 8;
+static_assert(kResident + 1 == kSquares, "Wo and Wq stay, Wc comes");
+constexpr int kSharedBytes =
+    ((kResident + kStages) * kPart + kGroups * kMemory) * kMatrix + (1 + kGroups + 2 * kStages) * 8;
 
 template <typename T>
 struct Problem {
@@ -28,7 +29,9 @@ struct Problem {
   int64_t tokens_sample, tokens_row, attended_sample, attended_row;  // strides
   int queries, count;                                                // of a sample; count: of keys
   int chunks, tiles_of_sample, tiles;
-  float scale, cross_epsilon, feed_forward_epsilon;
+  float scale;        // of scores, not negative; as exponents of 2
+  uint32_t opposite;  // the signs of two numbers, where scores are to be multiplied with less than 0
+  float cross_epsilon, feed_forward_epsilon;
   bool constant_weights;  // the kernel in front does not write them
 };
 
@@ -37,15 +40,15 @@ struct Problem {
 struct Places {
   fm::SharedAddress begin;
 
-  __device__ __forceinline__ fm::SharedAddress square(int which) const { return begin + which * kSquare * kMatrix; }
+  __device__ __forceinline__ fm::SharedAddress square(int which) const { return begin + which * kPart * kMatrix; }
+  __device__ __forceinline__ fm::SharedAddress part(int stage) const { return square(kResident + stage); }
   __device__ __forceinline__ fm::SharedAddress memory(int group) const {
-    return begin + (kSquares * kSquare + group * kMemory) * kMatrix;
+    return part(kStages) + group * kMemory * kMatrix;
   }
-  __device__ __forceinline__ fm::SharedAddress chunk(int stage) const {
-    return begin + (kSquares * kSquare + kGroups * kMemory + stage * kChunk) * kMatrix;
+  __device__ __forceinline__ fm::SharedAddress resident_full() const { return memory(kGroups); }
+  __device__ __forceinline__ fm::SharedAddress memory_full(int group) const {
+    return resident_full() + (1 + group) * 8;
   }
-  __device__ __forceinline__ fm::SharedAddress weights_full() const { return chunk(kStages); }
-  __device__ __forceinline__ fm::SharedAddress memory_full(int group) const { return weights_full() + (1 + group) * 8; }
   __device__ __forceinline__ fm::SharedAddress full(int stage) const { return memory_full(kGroups) + stage * 8; }
   __device__ __forceinline__ fm::SharedAddress empty(int stage) const { return full(kStages) + stage * 8; }
 };
@@ -57,7 +60,7 @@ __device__ __forceinline__ int2 tiles_of(const Problem<T>& p, int group) {
   return {static_cast<int>(p.tiles * number / all), static_cast<int>(p.tiles * (number + 1) / all)};
 }
 
-// How often a block goes through the feed-forward weights: for the group that has the most tiles.
+// How often a block goes through the weights: for the group that has the most tiles.
 template <typename T>
 __device__ __forceinline__ int passes_of(const Problem<T>& p) {
   int most = 0;
@@ -68,26 +71,43 @@ __device__ __forceinline__ int passes_of(const Problem<T>& p) {
   return most;
 }
 
+// How many parts of the weights come through the ring for a tile: the squares that do not stay, then hidden features.
+template <typename T>
+__device__ __forceinline__ int parts_of(const Problem<T>& p) {
+  return kSquares - kResident + p.chunks;
+}
+
+// Starts the copy of a weight of 128 x 128.
+template <typename T>
+__device__ __forceinline__ void copy_square(const Problem<T>& p, int which, fm::SharedAddress to,
+                                            fm::SharedAddress full) {
+  for (int i = 0; i < kPart; i++) {
+    const int input = i / kHalves, output = i % kHalves;
+    fm::copy_weights(to + i * kMatrix, p.squares[which], full, input * kDepth, 0, output * kDepth);
+  }
+}
+
 // The warp that brings weights.
 template <typename T>
 __device__ __forceinline__ void bring_weights(const Problem<T>& p, const Places& places) {
   const int lane = threadIdx.x % 32, passes = passes_of(p);
   if (!p.constant_weights) fm::wait_for_previous_grid();
   if (lane == 0) {
-    fm::barrier_expect(places.weights_full(), kSquares * kSquare * kMatrix);
-    for (int i = 0; i < kSquares * kSquare; i++) {
-      const int which = i / kSquare, output = i % kSquare / kHalves, input = i % kHalves;
-      fm::copy_weights(places.square(0) + i * kMatrix, p.squares[which], places.weights_full(), input * kDepth, 0,
-                       output * kDepth);
-    }
-    for (int number = 0; number < passes * p.chunks; number++) {
-      const int stage = number % kStages, chunk = number % p.chunks;
+    fm::barrier_expect(places.resident_full(), kResident * kPart * kMatrix);
+    for (int i = 0; i < kResident; i++) copy_square(p, i, places.square(i), places.resident_full());
+    const int parts = parts_of(p);
+    for (int number = 0; number < passes * parts; number++) {
+      const int stage = number % kStages, square = kResident + number % parts, chunk = square - kSquares;
+      const fm::SharedAddress to = places.part(stage), full = places.full(stage);
       if (number >= kStages) fm::barrier_wait(places.empty(stage), (number / kStages - 1) % 2);
-      fm::barrier_expect(places.full(stage), kChunk * kMatrix);
+      fm::barrier_expect(full, kPart * kMatrix);
+      if (chunk < 0) {
+        copy_square(p, square, to, full);
+        continue;
+      }
       for (int half = 0; half < kHalves; half++) {
-        const fm::SharedAddress to = places.chunk(stage) + half * kMatrix;
-        fm::copy_weights(to, p.expand, places.full(stage), half * kDepth, 0, chunk * kDepth);
-        fm::copy_weights(to + kHalves * kMatrix, p.contract, places.full(stage), chunk * kDepth, 0, half * kDepth);
+        fm::copy_weights(to + half * kMatrix, p.expand, full, half * kDepth, 0, chunk * kDepth);
+        fm::copy_weights(to + (kHalves + half) * kMatrix, p.contract, full, chunk * kDepth, 0, half * kDepth);
       }
     }
   }
@@ -99,20 +119,34 @@ struct TailTile {
   int sample, row;
 };
 
-template <typename T, int TILES>
+template <typename T, int TILES, int WHOLE>
 struct Group {
   const Problem<T>& p;
   Places places;
   int group;
 
+  __device__ __forceinline__ TailTile tile_at(int place) const {
+    const int sample = place / p.tiles_of_sample;
+    return {sample, (place - sample * p.tiles_of_sample) * kRows};
+  }
+
   __device__ __forceinline__ int own_row() const { return threadIdx.x % kWarpgroup / 32 * 16 + threadIdx.x % 32 / 4; }
 
-  // Two numbers of this thread's row (or the one 8 further) of a tile; 0 beyond the sample.
-  __device__ __forceinline__ uint32_t two(const T* sample, int64_t stride, const TailTile& tile, bool later,
-                                          int column) const {
-    const int row = tile.row + own_row() + (later ? 8 : 0);
-    if (row >= p.queries) return 0;
-    return *reinterpret_cast<const uint32_t*>(sample + row * stride + column + own_column());
+  // This thread's first numbers of its two rows of a tile. Beyond the sample those of its last row: nobody stores them.
+  __device__ __forceinline__ void own_rows(const T* (&rows)[2], const T* first, int64_t sample, int64_t row,
+                                           const TailTile& tile) const {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      rows[i] = first + tile.sample * sample + min(tile.row + own_row() + 8 * i, p.queries - 1) * row + own_column();
+    }
+  }
+
+  // Asks for a tile's rows, which the group will need next, to come to L2: two lines a thread.
+  __device__ __forceinline__ void ask_for(const TailTile& tile) const {
+    const int row = tile.row + threadIdx.x % kWarpgroup / 2, column = threadIdx.x % 2 * kDepth;
+    if (row >= p.queries) return;
+    fm::prefetch_l2(p.tokens + tile.sample * p.tokens_sample + row * p.tokens_row + column);
+    fm::prefetch_l2(p.attended + tile.sample * p.attended_sample + row * p.attended_row + column);
   }
 
   // Keys and values of another sample; all warps have read those before.
@@ -129,88 +163,111 @@ struct Group {
     __syncwarp();
   }
 
-  // tokens + attended Wo + bo.
-  __device__ __forceinline__ void begin(Sums (&stream)[kHalves], const TailTile& tile) const {
-    Held attended;
-    const T* from = p.attended + tile.sample * p.attended_sample;
-#pragma unroll
-    for (int k = 0; k < kSteps; k++) {
-#pragma unroll
-      for (int i = 0; i < 4; i++) attended[k][i] = two(from, p.attended_row, tile, i % 2, 16 * k + i / 2 * 8);
-    }
-    from = p.tokens + tile.sample * p.tokens_sample;
-#pragma unroll
-    for (int half = 0; half < kHalves; half++) {
-#pragma unroll
-      for (int i = 0; i < kDepth / 4; i++) {  // pairs: columns 8 (i / 2), row t or t + 8
-        const float2 x = fm::unpack<T>(two(from, p.tokens_row, tile, i % 2, half * kDepth + i / 2 * 8));
-        stream[half][2 * i] = x.x, stream[half][2 * i + 1] = x.y;
-      }
-    }
-    add_bias(stream, p.out_bias);
-    multiply_square<T>(stream, attended, places.square(0));
-  }
-
-  // Adds the cross-attention; `phase`: of the barrier of keys and values.
-  __device__ __forceinline__ void cross(Sums (&stream)[kHalves], int phase) const {
-    Held held;
-    normalize<T>(held, stream, p.cross_epsilon);
-    {
-      Sums query[kHalves];
-#pragma unroll
-      for (int half = 0; half < kHalves; half++) begin_with(query[half], p.query_bias + half * kDepth);
-      multiply_square<T>(query, held, places.square(1));
-#pragma unroll
-      for (int half = 0; half < kHalves; half++) round_to<T>(held + half * (kDepth / 16), query[half]);
-    }
-    fm::barrier_wait(places.memory_full(group), phase);
+  // Parts of the weights have numbers in the order in which they come, over all passes.
+  __device__ __forceinline__ fm::SharedAddress part(int number) const { return places.part(number % kStages); }
+  __device__ __forceinline__ void wait_for(int number) const {
+    fm::barrier_wait(places.full(number % kStages), number / kStages % 2);
     __syncwarp();
-#pragma unroll
-    for (int head = 0; head < kHeads; head++) {
-      const fm::SharedAddress keys = places.memory(group) + head / 4 * kMatrix;
-      uint32_t found[4];
-      attend<T, TILES>(found, held[head], keys, keys + kHalves * kMatrix, head % 4 * 2, p.count, p.scale);
-#pragma unroll
-      for (int i = 0; i < 4; i++) held[head][i] = found[i];
-    }
-    add_bias(stream, p.cross_bias);
-    multiply_square<T>(stream, held, places.square(2));
   }
-
   __device__ __forceinline__ void release(int number) const {
     __syncwarp();
     if (threadIdx.x % 32 == 0) fm::barrier_arrive(places.empty(number % kStages));
   }
 
-  __device__ __forceinline__ void wait_for_chunk(int number) const {
-    fm::barrier_wait(places.full(number % kStages), number / kStages % 2);
+  // sums += what is held times a square weight.
+  __device__ __forceinline__ void multiply_square(Stream& sums, const Held& held, fm::SharedAddress weights) const {
+    fm::keep(sums);  // in registers before, not among products
+    fm::products_begin();
+    multiply_all<T>(sums, held, weights);
+    fm::products_commit();
+    fm::products_wait<0>();
+    fm::keep(sums);
+  }
+
+  // tokens + attended Wo + bo.
+  __device__ __forceinline__ void begin(Stream& stream, const TailTile& tile) const {
+    Held attended;
+    const T* rows[2];
+    own_rows(rows, p.attended, p.attended_sample, p.attended_row, tile);
+#pragma unroll
+    for (int k = 0; k < kSteps; k++) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        attended[k][i] = *reinterpret_cast<const uint32_t*>(rows[i % 2] + 16 * k + i / 2 * 8);
+      }
+    }
+    own_rows(rows, p.tokens, p.tokens_sample, p.tokens_row, tile);
+#pragma unroll
+    for (int j = 0; j < kWidth / 8; j++) {
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        const float2 two = load_two(rows[i] + 8 * j);
+        stream[4 * j + 2 * i] = two.x, stream[4 * j + 2 * i + 1] = two.y;
+      }
+    }
+    add_bias(stream, p.out_bias);
+    fm::barrier_wait(places.resident_full(), 0);
     __syncwarp();
+    multiply_square(stream, attended, places.square(0));
+  }
+
+  // Adds the cross-attention; `phase`: of the barrier of keys and values; `number`: of Wc's part.
+  __device__ __forceinline__ void cross(Stream& stream, int phase, int number) const {
+    Held held;
+    normalize<T>(held, stream, p.cross_epsilon);
+    {
+      Stream query;
+      begin_with(query, p.query_bias);
+      multiply_square(query, held, places.square(1));
+      round_to<T>(held, query);
+    }
+    fm::barrier_wait(places.memory_full(group), phase);
+    __syncwarp();
+    attend_all(held);
+    add_bias(stream, p.cross_bias);
+    wait_for(number);
+    multiply_square(stream, held, part(number));
+    release(number);
+  }
+
+  // Queries become what their heads attend to. The next head's scores are made beside the weights of this one.
+  __device__ __forceinline__ void attend_all(Held& held) const {
+    const fm::SharedAddress keys = own_keys(places.memory(group));
+    const fm::SharedAddress values = own_values(places.memory(group) + kHalves * kMatrix);
+    Scores<TILES> scores[2];
+#pragma unroll
+    for (int head = 0; head <= kHeads; head++) {
+      if (head < kHeads) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) held[head][i] ^= p.opposite;
+        score<T, TILES>(scores[head % 2], held[head], head_at(keys, head));
+      }
+      if (head == 0) continue;
+      const int now = head - 1;
+      attend<T, TILES, WHOLE>(held[now], scores[now % 2], head_at(values, now), p.count, p.scale);
+    }
   }
 
   // Products with W1 of a chunk begin.
   __device__ __forceinline__ void expand(Sums& hidden, const Held& normed, int chunk, int number) const {
-    wait_for_chunk(number);
+    wait_for(number);
     begin_with(hidden, p.expand_bias + chunk * kDepth);
     fm::products_begin();
-    multiply_all<T>(hidden, normed, places.chunk(number % kStages));
+    multiply_all<T>(hidden, normed, part(number));
     fm::products_commit();
   }
 
   // Products of 64 hidden features with W2 begin.
-  __device__ __forceinline__ void contract(Sums (&stream)[kHalves], const uint32_t (&hidden)[kDepth / 16][4],
-                                           int number) const {
+  __device__ __forceinline__ void contract(Stream& stream, const uint32_t (&hidden)[kDepth / 16][4], int number) const {
+    const uint64_t weights = fm::operand(part(number) + kHalves * kMatrix);
     fm::products_begin();
 #pragma unroll
-    for (int half = 0; half < kHalves; half++) {
-      const uint64_t weights = fm::operand(places.chunk(number % kStages) + (kHalves + half) * kMatrix);
-#pragma unroll
-      for (int k = 0; k < kDepth / 16; k++) fm::multiply_held<T>(stream[half], hidden[k], weights + 2 * k);
-    }
+    for (int k = 0; k < kDepth / 16; k++) fm::multiply_held<T>(stream, hidden[k], weights + 2 * k);
     fm::products_commit();
   }
 
-  // Adds the feed-forward block, its bias too; `number`: of the first chunk among all that come through the ring.
-  __device__ __forceinline__ void feed_forward(Sums (&stream)[kHalves], int number) const {
+  // Adds the feed-forward block, its bias too; `number`: of its weights' first part.
+  __device__ __forceinline__ void feed_forward(Stream& stream, int number) const {
     Held normed;
     Sums sums;
     uint32_t hidden[kDepth / 16][4];
@@ -225,8 +282,7 @@ struct Group {
       contract(stream, hidden, number);
       expand(sums, normed, chunk, number + 1);  // beside it
       fm::products_wait<1>();
-#pragma unroll
-      for (int half = 0; half < kHalves; half++) fm::keep(stream[half]);
+      fm::keep(stream);
       release(number);
       fm::products_wait<0>();
       fm::keep(sums);
@@ -234,12 +290,11 @@ struct Group {
     }
     contract(stream, hidden, number);
     fm::products_wait<0>();
-#pragma unroll
-    for (int half = 0; half < kHalves; half++) fm::keep(stream[half]);
+    fm::keep(stream);
     release(number);
   }
 
-  __device__ __forceinline__ void store(const Sums (&stream)[kHalves], const TailTile& tile) const {
+  __device__ __forceinline__ void store(const Stream& stream, const TailTile& tile) const {
 #pragma unroll
     for (int later = 0; later < 2; later++) {
       const int row = tile.row + own_row() + 8 * later;
@@ -247,7 +302,7 @@ struct Group {
       T* const to = p.out + (static_cast<int64_t>(tile.sample) * p.queries + row) * kWidth + own_column();
 #pragma unroll
       for (int j = 0; j < kWidth / 8; j++) {
-        const float* two = stream[j / 8] + j % 8 * 4 + 2 * later;
+        const float* two = stream + 4 * j + 2 * later;
         *reinterpret_cast<uint32_t*>(to + 8 * j) = fm::pack<T>(two[0], two[1]);
       }
     }
@@ -259,22 +314,21 @@ struct Group {
     int sample = -1, phase = 1;
     fm::wait_for_previous_grid();
     fm::launch_dependents();  // not before: what is constant may have been written by any kernel but the last
-    fm::barrier_wait(places.weights_full(), 0);
-    __syncwarp();
 #pragma unroll 1
     for (int pass = 0; pass < passes; pass++) {
-      const int number = pass * p.chunks;
+      const int parts = parts_of(p), number = pass * parts;
       if (tiles.x + pass >= tiles.y) {  // the other group has one tile more
-        for (int chunk = 0; chunk < p.chunks; chunk++) wait_for_chunk(number + chunk), release(number + chunk);
+        for (int i = 0; i < parts; i++) wait_for(number + i), release(number + i);
         continue;
       }
-      const int place = tiles.x + pass, own = place / p.tiles_of_sample;
-      const TailTile tile{own, (place - own * p.tiles_of_sample) * kRows};
-      if (own != sample) bring_memory(own), sample = own, phase ^= 1;
-      Sums stream[kHalves];
+      const int place = tiles.x + pass;
+      const TailTile tile = tile_at(place);
+      if (tile.sample != sample) bring_memory(tile.sample), sample = tile.sample, phase ^= 1;
+      Stream stream;
       begin(stream, tile);
-      cross(stream, phase);
-      feed_forward(stream, number);
+      if (place + 1 < tiles.y) ask_for(tile_at(place + 1));
+      cross(stream, phase, number);
+      feed_forward(stream, number + 1);
       store(stream, tile);
     }
   }
@@ -282,13 +336,14 @@ struct Group {
 
 #endif
 
-template <typename T, int TILES>
+// For up to 8 TILES keys, of which at least 8 WHOLE are there.
+template <typename T, int TILES, int WHOLE>
 __global__ void __launch_bounds__(kThreads, 1) tail_kernel(const __grid_constant__ Problem<T> p) {
 #ifdef FM_HOPPER
   const Places places{fm::shared_address(fm::dynamic_shared())};
   const int group = threadIdx.x / kWarpgroup;
   if (threadIdx.x == 0) {
-    fm::barrier_init(places.weights_full(), 1);
+    fm::barrier_init(places.resident_full(), 1);
     for (int i = 0; i < kGroups; i++) fm::barrier_init(places.memory_full(i), 1);
     for (int i = 0; i < kStages; i++) {
       fm::barrier_init(places.full(i), 1);
@@ -302,7 +357,7 @@ __global__ void __launch_bounds__(kThreads, 1) tail_kernel(const __grid_constant
     if (threadIdx.x % kWarpgroup < 32) bring_weights(p, places);
   } else {
     fm::take_registers<kManyRegisters>();
-    Group<T, TILES>{p, places, group}.run();
+    Group<T, TILES, WHOLE>{p, places, group}.run();
   }
 #endif
 }

@@ -349,4 +349,9 @@ inline uint32_t pack(float low, float high) {
   return both;
 }
 
+template <typename T>
+inline uint32_t pack_relu(float low, float high) {
+  return pack<T>(low < 0.0f ? 0.0f : low, high < 0.0f ? 0.0f : high);
+}
+
 }  // namespace fm

@@ -29,7 +29,7 @@ void products_begin(const Place& place);
 void products_commit(const Place& place);
 void products_wait(int pending, const Place& place);
 void multiply(float* sums, int columns, uint64_t a, uint64_t b, bool add, bool bfloat, const Place& place);
-void multiply_held(float* sums, const uint32_t* a, uint64_t b, bool bfloat, const Place& place);
+void multiply_held(float* sums, int columns, const uint32_t* a, uint64_t b, bool bfloat, const Place& place);
 
 // Where the copy engine and products find what has this place without a swizzle. Of addresses as of offsets: shared
 // memory begins at a multiple of 1024.
@@ -123,9 +123,10 @@ inline void multiply(float (&sums)[N / 2], uint64_t a, uint64_t b, int add, Plac
   static_assert(N == 32 || N == 64 || N == 128 || N == 256);
   fm_emulation::multiply(sums, N, a, b, add != 0, std::is_same_v<T, __nv_bfloat16>, place);
 }
-template <typename T>
-inline void multiply_held(float (&sums)[32], const uint32_t (&a)[4], uint64_t b, Place place = Place::current()) {
-  fm_emulation::multiply_held(sums, a, b, std::is_same_v<T, __nv_bfloat16>, place);
+template <typename T, int SUMS>
+inline void multiply_held(float (&sums)[SUMS], const uint32_t (&a)[4], uint64_t b, Place place = Place::current()) {
+  static_assert(SUMS == 32 || SUMS == 64);
+  fm_emulation::multiply_held(sums, 2 * SUMS, a, b, std::is_same_v<T, __nv_bfloat16>, place);
 }
 
 }  // namespace fm

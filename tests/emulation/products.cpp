@@ -208,10 +208,10 @@ void multiply(float* sums, int columns, uint64_t a, uint64_t b, bool add, bool b
   meet(self, Call::multiply, kFullMask, place);
 }
 
-void multiply_held(float* sums, const uint32_t* a, uint64_t b, bool bfloat, const Place& place) {
+void multiply_held(float* sums, int columns, const uint32_t* a, uint64_t b, bool bfloat, const Place& place) {
   Lane& self = *current.running;
   self.c = sums;
-  self.columns = 64;
+  self.columns = columns;
   self.a = a;
   self.left = 0;
   self.right = b;

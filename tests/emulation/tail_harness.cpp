@@ -5,16 +5,13 @@ namespace {
 
 using namespace fm_tail;
 
-template <typename T, int TILES>
-void launch(const Given& given, int64_t blocks) {
-  const Problem<T> problem = make_problem<T>(given);
-  fm_emulation::launch([&] { tail_kernel<T, TILES>(problem); }, dim3(static_cast<unsigned>(blocks)),
-                       dim3(kThreads), kSharedBytes);
-}
-
 template <typename T>
 void run(const Given& given, int64_t blocks) {
-  given.count <= 56 ? launch<T, 7>(given, blocks) : launch<T, 8>(given, blocks);
+  const Problem<T> problem = make_problem<T>(given);
+  with_tiles(given.count, [&](auto tiles, auto whole) {
+    fm_emulation::launch([&] { tail_kernel<T, tiles(), whole()>(problem); }, dim3(static_cast<unsigned>(blocks)),
+                         dim3(kThreads), kSharedBytes);
+  });
 }
 
 }  // namespace
