@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from bench import common
 from bench.convolution.measure import Timer, take_in_turn
 from bench.fused.basis import BYTES_PER_SECOND
-from fastmetro_kernels.batch_norm import BatchNormConfig, batch_norm
+from fastmetro_kernels.batch_norm import BatchNormConfig, batch_norm, make_counters
 from fastmetro_kernels.batch_norm.plan import CONFIGS
 
 OURS = "ours"
@@ -64,9 +64,10 @@ def _plain(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, rel
 
 
 def _ours(
-    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: bool, config: BatchNormConfig | None = None
-) -> Tensor:
-    return batch_norm(x, weight, bias, residual=residual, relu=relu, config=config)
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: bool, counters: Tensor,
+    config: BatchNormConfig | None = None,
+) -> Tensor:  # fmt: skip
+    return batch_norm(x, weight, bias, residual=residual, relu=relu, counters=counters, config=config)
 
 
 def contenders(layer: Layer, device: torch.device, every: bool = False) -> dict[str, Norm]:
@@ -75,8 +76,9 @@ def contenders(layer: Layer, device: torch.device, every: bool = False) -> dict[
     found: dict[str, Norm] = {"pytorch": plain}
     if device.type == "cuda":
         found["pytorch, compiled"] = torch.compile(plain, dynamic=False)
-    tiles = {"x".join(map(str, one)): functools.partial(_ours, relu=layer.relu, config=one) for one in CONFIGS}
-    return found | {OURS: functools.partial(_ours, relu=layer.relu)} | (tiles if every else {})
+    ours = functools.partial(_ours, relu=layer.relu, counters=make_counters(layer.channels, device))
+    tiles = {"x".join(map(str, one)): functools.partial(ours, config=one) for one in CONFIGS}
+    return found | {OURS: ours} | (tiles if every else {})
 
 
 def floors(layer: Layer, batch: int, dtype: torch.dtype) -> tuple[float, float]:

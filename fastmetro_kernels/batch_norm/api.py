@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from fastmetro_kernels.backends import assumed_constant
 from fastmetro_kernels.batch_norm import ops, reference
-from fastmetro_kernels.batch_norm.plan import BatchNormConfig, problem
+from fastmetro_kernels.batch_norm.plan import CHANNELS, BatchNormConfig, problem
 from fastmetro_kernels.fused.inference import DTYPES, check_config, check_epsilon, check_tensor, choose_backend
 
 _Running = tuple[Tensor | None, Tensor | None, Tensor | None, float]
@@ -41,6 +41,7 @@ def batch_norm(
     relu: bool = False,
     running: RunningMoments | None = None,
     epsilon: float = 1e-5,
+    counters: Tensor | None = None,
     config: BatchNormConfig | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -61,6 +62,8 @@ def batch_norm(
         relu: whether a ReLU follows.
         running: averages over batches that this one goes into, in place.
         epsilon: finite, at least 0.
+        counters: int32, zeros, one for each 64 channels, contiguous; of one call, or of its gradients, at a time, which
+            leave zeros. Made anew where absent, which is a launch.
         config: the tile of the Triton kernels instead of the pinned one, for measurements.
         backend: ``"auto"`` (Triton where it can run on a GPU), ``"triton"`` or ``"reference"``.
 
@@ -72,15 +75,54 @@ def batch_norm(
         ValueError: shapes, devices or values that do not fit, fewer than two values per channel; an unknown backend.
         BackendUnavailable: the named backend cannot take this input; the message tells why.
     """
+    options = (residual, relu, running, epsilon, counters, config, backend)
+    return cast(Tensor, _run(x, weight, bias, *options, twice=False))
+
+
+def batch_norm_twice(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    residual: Tensor | None = None,
+    relu: bool = False,
+    running: RunningMoments | None = None,
+    epsilon: float = 1e-5,
+    counters: Tensor | None = None,
+    config: BatchNormConfig | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """:func:`batch_norm` for two that take its result, as a block of a residual network and its shortcut do.
+
+    Returns:
+        The result two times, on the same memory. The gradients of both are added on the way, without a kernel and a
+        tensor for their sum.
+    """
+    options = (residual, relu, running, epsilon, counters, config, backend)
+    return cast("tuple[Tensor, Tensor]", _run(x, weight, bias, *options, twice=True))
+
+
+def make_counters(channels: int, device: torch.device | str) -> Tensor:
+    """Counters for :func:`batch_norm` of so many channels."""
+    return torch.zeros(-(-channels // CHANNELS), dtype=torch.int32, device=device)
+
+
+def _run(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: bool, running: RunningMoments | None,
+    epsilon: float, counters: Tensor | None, config: BatchNormConfig | None, backend: str, *, twice: bool,
+) -> Any:  # fmt: skip
     _check(x, weight, bias, residual, running, epsilon)
+    _check_counters(x, counters)
     check_config(config, BatchNormConfig, problem)
     x = x.contiguous(memory_format=torch.channels_last)
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
     into: _Running = (None, None, None, 0.0) if running is None else running
     if _choose(backend, x.device, x.dtype) == "reference":
-        return reference.forward(x, residual, weight, bias, *into, epsilon, relu)[0]
-    return _BatchNorm.apply(x, residual, weight.contiguous(), bias.contiguous(), *into, epsilon, relu, config or ())
+        out = reference.forward(x, residual, weight, bias, *into, epsilon, relu)[0]
+        return (out, out.view_as(out)) if twice else out
+    tensors = (x, residual, weight.contiguous(), bias.contiguous())
+    return _BatchNorm.apply(*tensors, *into, counters, epsilon, relu, twice, config or ())
 
 
 @assumed_constant
@@ -92,25 +134,30 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, running_mean: Tensor | None,
-        running_var: Tensor | None, batches: Tensor | None, momentum: float, epsilon: float, relu: bool,
-        config: Sequence[int],
-    ) -> Tensor:  # fmt: skip
-        running = running_mean, running_var, batches, momentum
+        running_var: Tensor | None, batches: Tensor | None, momentum: float, counters: Tensor | None, epsilon: float,
+        relu: bool, twice: bool, config: Sequence[int],
+    ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+        running = running_mean, running_var, batches, counters, momentum
         out, mean, variance = ops.batch_norm_triton(x, residual, weight, bias, *running, epsilon, relu, config)
         ctx.save_for_backward(x, weight, bias, mean, variance, out if relu and residual is not None else None)
-        ctx.epsilon, ctx.relu, ctx.residual, ctx.config = epsilon, relu, residual is not None, config
-        return out
+        ctx.counters, ctx.options, ctx.residual = counters, (epsilon, relu, config), residual is not None
+        ctx.set_materialize_grads(False)
+        return (out, out.detach()) if twice else out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, variance, out = ctx.saved_tensors
-        grad = grad.to(x.dtype).contiguous(memory_format=torch.channels_last)
-        asked = ctx.residual and ctx.relu and ctx.needs_input_grad[1]
-        grad_x, grad_weight, grad_bias, behind = ops.batch_norm_backward_triton(
-            grad, x, out, weight, bias, mean, variance, ctx.epsilon, ctx.relu, asked, ctx.config
+        epsilon, relu, config = ctx.options
+        found = [one.to(x.dtype).contiguous(memory_format=torch.channels_last) for one in given if one is not None]
+        if not found:
+            return (None,) * 13
+        grad, more = found[0], found[1] if len(found) > 1 else None
+        asked = ctx.residual and ctx.needs_input_grad[1]
+        behind = asked and (relu or more is not None)
+        grad_x, grad_weight, grad_bias, before = ops.batch_norm_backward_triton(
+            grad, more, x, out, weight, bias, mean, variance, ctx.counters, epsilon, relu, behind, config
         )
-        grad_residual = behind if asked else grad if ctx.residual and ctx.needs_input_grad[1] else None
-        return grad_x, grad_residual, grad_weight, grad_bias, *[None] * 7
+        return grad_x, before if behind else grad if asked else None, grad_weight, grad_bias, *[None] * 9
 
 
 def _check(
@@ -144,3 +191,11 @@ def _check(
         if residual.shape != x.shape:
             raise ValueError(f"residual must be {list(x.shape)} like x, got {list(residual.shape)}")
     check_epsilon("epsilon", epsilon)
+
+
+def _check_counters(x: Tensor, counters: Tensor | None) -> None:
+    if counters is not None:
+        check_tensor("counters", counters, (torch.int32,), x.device)
+        least = -(-x.shape[1] // CHANNELS)
+        if counters.numel() < least or not counters.is_contiguous():
+            raise ValueError(f"counters must be at least {least} numbers, contiguous, got {list(counters.shape)}")

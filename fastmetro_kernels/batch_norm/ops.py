@@ -10,23 +10,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastmetro_kernels.batch_norm.plan import BatchNormConfig, problem
+from fastmetro_kernels.batch_norm.plan import CHANNELS, BatchNormConfig, problem
 
 NAMESPACE = "fastmetro_kernels"
 
 torch.library.define(
     f"{NAMESPACE}::batch_norm_triton",
     "(Tensor x, Tensor? residual, Tensor weight, Tensor bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
-    "Tensor(c!)? batches, float momentum, float epsilon, bool relu, int[] config) -> (Tensor, Tensor, Tensor)",
+    "Tensor(c!)? batches, Tensor(d!)? counters, float momentum, float epsilon, bool relu, int[] config) -> "
+    "(Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 # `config` is a BatchNormConfig, or empty for the pinned one.
-# `out` is that of the forward pass where the ReLU's input also had a residual, else None: it is then made anew. The
-# last result is empty unless `residual`: whether the gradient behind the ReLU is asked for, too.
+# `counters` are zeros, one for each CHANNELS channels, and zeros again afterwards: they belong to one call at a time.
+# The gradient is grad + more. `out` is that of the forward pass where the ReLU's input also had a residual, else None:
+# it is then made anew. The last result, the gradient in front of the ReLU, is empty unless `behind` asks for it.
 torch.library.define(
     f"{NAMESPACE}::batch_norm_backward_triton",
-    "(Tensor grad, Tensor x, Tensor? out, Tensor weight, Tensor bias, Tensor mean, Tensor variance, float epsilon, "
-    "bool relu, bool residual, int[] config) -> (Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor grad, Tensor? more, Tensor x, Tensor? out, Tensor weight, Tensor bias, Tensor mean, Tensor variance, "
+    "Tensor(a!)? counters, float epsilon, bool relu, bool behind, int[] config) -> (Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -56,7 +58,7 @@ def check_arguments(x: Tensor, images: dict[str, Tensor | None], vectors: dict[s
 
 def check_forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, running_mean: Tensor | None,
-    running_var: Tensor | None, batches: Tensor | None,
+    running_var: Tensor | None, batches: Tensor | None, counters: Tensor | None,
 ) -> None:  # fmt: skip
     """All rules of the forward op."""
     vectors = {"weight": weight, "bias": bias}
@@ -67,50 +69,70 @@ def check_forward(
     if batches is not None:
         fits = batches.numel() == 1 and batches.dtype == torch.int64
         torch._check(fits, lambda: "batches must be one int64")
+    check_counters(x, counters)
+
+
+def check_backward(
+    grad: Tensor, more: Tensor | None, x: Tensor, out: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor,
+    variance: Tensor, counters: Tensor | None,
+) -> None:  # fmt: skip
+    """All rules of the backward op."""
+    vectors = {"weight": weight, "bias": bias, "mean": mean, "variance": variance}
+    check_arguments(x, {"grad": grad, "more": more, "out": out}, vectors)
+    check_counters(x, counters)
+
+
+def check_counters(x: Tensor, counters: Tensor | None) -> None:
+    """Of both ops."""
+    if counters is not None:
+        least = -(-x.size(1) // CHANNELS)
+        fits = counters.dtype == torch.int32 and counters.is_contiguous() and counters.numel() >= least
+        torch._check(fits, lambda: f"counters must be int32, contiguous, at least {least}")
 
 
 @torch.library.register_fake(f"{NAMESPACE}::batch_norm_triton")
 def _fake(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, running_mean: Tensor | None,
-    running_var: Tensor | None, batches: Tensor | None, momentum: float, epsilon: float, relu: bool,
-    config: Sequence[int],
+    running_var: Tensor | None, batches: Tensor | None, counters: Tensor | None, momentum: float, epsilon: float,
+    relu: bool, config: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    check_forward(x, residual, weight, bias, running_mean, running_var, batches)
+    check_forward(x, residual, weight, bias, running_mean, running_var, batches, counters)
     check_tile(config)
     return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::batch_norm_backward_triton")
 def _fake_backward(
-    grad: Tensor, x: Tensor, out: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor,
-    epsilon: float, relu: bool, residual: bool, config: Sequence[int],
+    grad: Tensor, more: Tensor | None, x: Tensor, out: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor,
+    variance: Tensor, counters: Tensor | None, epsilon: float, relu: bool, behind: bool, config: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     check_tile(config)
-    vectors = {"weight": weight, "bias": bias, "mean": mean, "variance": variance}
-    check_arguments(x, {"grad": grad, "out": out}, vectors)
-    behind = torch.empty_like(x) if residual else x.new_empty(0)
-    return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight), behind
+    check_backward(grad, more, x, out, weight, bias, mean, variance, counters)
+    before = torch.empty_like(x) if behind else x.new_empty(0)
+    return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight), before
 
 
 def _forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, running_mean: Tensor | None,
-    running_var: Tensor | None, batches: Tensor | None, momentum: float, epsilon: float, relu: bool,
-    config: Sequence[int],
+    running_var: Tensor | None, batches: Tensor | None, counters: Tensor | None, momentum: float, epsilon: float,
+    relu: bool, config: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     from fastmetro_kernels.batch_norm import triton
 
     return triton.forward(
-        x, residual, weight, bias, running_mean, running_var, batches, momentum, epsilon, relu, config
+        x, residual, weight, bias, running_mean, running_var, batches, counters, momentum, epsilon, relu, config
     )  # fmt: skip
 
 
 def _backward(
-    grad: Tensor, x: Tensor, out: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor,
-    epsilon: float, relu: bool, residual: bool, config: Sequence[int],
+    grad: Tensor, more: Tensor | None, x: Tensor, out: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor,
+    variance: Tensor, counters: Tensor | None, epsilon: float, relu: bool, behind: bool, config: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     from fastmetro_kernels.batch_norm import triton
 
-    return triton.backward(grad, x, out, weight, bias, mean, variance, epsilon, relu, residual, config)
+    return triton.backward(
+        grad, more, x, out, weight, bias, mean, variance, counters, epsilon, relu, behind, config
+    )  # fmt: skip
 
 
 for _device in ("CPU", "CUDA"):

@@ -9,7 +9,7 @@ CHANNELS = 64
 
 
 class BatchNormConfig(NamedTuple):
-    """Tile of one program: rows at a time (a power of two from 16 to 256), warps (1 to 16), and programs of a launch.
+    """Tile of one program: rows at a time (a power of two from 16 to 256), warps (1 to 32), and programs of a launch.
 
     Programs: one for each multiprocessor of a large GPU, or a multiple. The same number everywhere, so that sums are
     taken in the same order on every device.
@@ -20,15 +20,14 @@ class BatchNormConfig(NamedTuple):
     programs: int = 132
 
 
-CONFIGS = tuple(
-    BatchNormConfig(rows, warps, programs)
-    for programs in (132, 264)
-    for rows, warps in ((256, 16), (128, 16), (128, 8), (64, 8), (64, 4), (32, 4), (32, 2))
-)
+_TILES = (BatchNormConfig(64, 16), BatchNormConfig(32, 8), BatchNormConfig(16, 4))
+"""16 bytes per lane in half precision; the kernels take four or eight such tiles at a time."""
+CONFIGS = (
+    *_TILES, BatchNormConfig(128, 16), BatchNormConfig(128, 32), BatchNormConfig(64, 16, 264),
+    BatchNormConfig(32, 8, 264), BatchNormConfig(32, 8, 528), BatchNormConfig(16, 4, 528),
+)  # fmt: skip
 """What `python -m bench batch_norm --all-configs` times."""
-_PINNED = tuple(BatchNormConfig(*tile) for tile in ((256, 16), (128, 8), (64, 4), (32, 2)))
-"""32 numbers per lane."""
-_ACCEPTED = {"rows": (16, 32, 64, 128, 256), "warps": (1, 2, 4, 8, 16)}
+_ACCEPTED = {"rows": (16, 32, 64, 128, 256), "warps": (1, 2, 4, 8, 16, 32)}
 
 
 class Plan(NamedTuple):
@@ -44,7 +43,7 @@ class Plan(NamedTuple):
 def pinned(rows: int, channels: int) -> BatchNormConfig:
     """The largest tile with which there are enough programs, else the smallest one."""
     blocks = -(-channels // CHANNELS)
-    return next((one for one in _PINNED if blocks * -(-rows // one.rows) >= one.programs), _PINNED[-1])
+    return next((one for one in _TILES if blocks * -(-rows // one.rows) >= one.programs), _TILES[-1])
 
 
 def plan(rows: int, channels: int, config: BatchNormConfig | None = None) -> Plan:

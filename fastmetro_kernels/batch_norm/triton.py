@@ -1,7 +1,9 @@
 """The Triton backend of the batch norm: CUDA devices, or CPU tensors in Triton's interpreter.
 
-Two launches to a pass: sums over groups of rows, then what they are for. In the second one every program joins what
-all groups found of its own channels, and goes through its rows from the last to the first, which the caches still have.
+Two launches to a pass: sums over groups of rows, then what they are for. The program that ends last among those of its
+channels joins what all found; a counter per block of channels tells it, and is back at 0 afterwards. The second launch
+goes through each group's rows from the last to the first, which the caches still have. A lane asks for four to eight
+times 16 bytes before it waits for the first: less does not keep the memory busy.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -9,7 +11,7 @@ all groups found of its own channels, and goes through its rows from the last to
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -20,25 +22,55 @@ from fastmetro_kernels.batch_norm import ops
 from fastmetro_kernels.batch_norm.plan import CHANNELS, BatchNormConfig, Plan, plan
 from fastmetro_kernels.fused.early_launch import await_earlier_kernels, launch_options, launches_early, on_device
 
-SIZES = ["rows", "groups", "tiles_each"]
+SIZES = ["rows", "groups", "each"]
 """Arguments whose values make no kernels of their own."""
-PARTS = 16
+PARTS = 64
 """Groups whose sums a program adds up at a time."""
 
 
 @triton.jit
-def _place(number, channels, rows, c, ROWS: tl.constexpr):
-    """Offsets of the number-th tile of rows, and which of them are there."""
-    row = number * ROWS + tl.arange(0, ROWS)
-    return row.to(tl.int64)[:, None] * channels + c[None, :], (row < rows)[:, None] & (c < channels)[None, :]
+def _place(row, end, channels, c, ROWS: tl.constexpr):
+    """Offsets of a tile of rows from `row` on, and which of them are there."""
+    rows = row + tl.arange(0, ROWS)
+    return rows.to(tl.int64)[:, None] * channels + c[None, :], (rows < end)[:, None] & (c < channels)[None, :]
 
 
 @triton.jit
-def _store_two(partials, first, second, groups, channels, c):
-    """Two numbers per channel of this program's group."""
+def _load(base, row, end, channels, c, ROWS: tl.constexpr):
+    offset, inside = _place(row, end, channels, c, ROWS)
+    return tl.load(base + offset, mask=inside, other=0.0)
+
+
+@triton.jit
+def _load_four(base, row, end, channels, c, ROWS: tl.constexpr):
+    """Four tiles, one behind the other."""
+    return (
+        _load(base, row, end, channels, c, ROWS),
+        _load(base, row + ROWS, end, channels, c, ROWS),
+        _load(base, row + 2 * ROWS, end, channels, c, ROWS),
+        _load(base, row + 3 * ROWS, end, channels, c, ROWS),
+    )
+
+
+@triton.jit
+def _last_of_its_channels(counters, partials, first, second, groups, channels, c):
+    """Stores two numbers per channel of this program's group; whether those of all other groups are there, too."""
     to = partials + tl.program_id(1) * channels + c
     tl.store(to, first, mask=c < channels)
     tl.store(to + groups * channels, second, mask=c < channels)
+    tl.debug_barrier()  # the counter is raised by one thread, for what all have stored
+    last = tl.atomic_add(counters + tl.program_id(0), 1, sem="acq_rel") == groups - 1
+    if last:
+        tl.store(counters + tl.program_id(0), 0)
+    return last
+
+
+@triton.jit
+def _load_sums(partials, start, groups, channels, c, PARTS: tl.constexpr):
+    """Both numbers of some groups, not out of a cache that other multiprocessors do not write to."""
+    offset, inside = _place(start, groups, channels, c, PARTS)
+    first = tl.load(partials + offset, mask=inside, other=0.0, cache_modifier=".cg")
+    return first, tl.load(partials + groups * channels + offset, mask=inside, other=0.0, cache_modifier=".cg"), inside
 
 
 @triton.jit
@@ -47,25 +79,23 @@ def _add_sums(partials, groups, channels, c, PARTS: tl.constexpr, CHANNELS: tl.c
     first = tl.zeros([PARTS, CHANNELS], tl.float32)
     second = tl.zeros([PARTS, CHANNELS], tl.float32)
     for start in range(0, groups, PARTS):
-        offset, inside = _place(start // PARTS, channels, groups, c, PARTS)
-        first += tl.load(partials + offset, mask=inside, other=0.0)
-        second += tl.load(partials + groups * channels + offset, mask=inside, other=0.0)
+        one, other, _ = _load_sums(partials, start, groups, channels, c, PARTS)
+        first += one
+        second += other
     return tl.sum(first, 0), tl.sum(second, 0)
 
 
 @triton.jit
 def _join_moments(partials, groups, channels, rows, each, c, PARTS: tl.constexpr, CHANNELS: tl.constexpr):
     """The mean and the variance of all groups' rows: `each` of all groups but the last."""
-    near = tl.load(partials + c, mask=c < channels, other=0.0)  # from which the groups' means are not far
+    near = tl.load(partials + c, mask=c < channels, other=0.0, cache_modifier=".cg")  # other groups' are not far
     first = tl.zeros([PARTS, CHANNELS], tl.float32)
     second = tl.zeros([PARTS, CHANNELS], tl.float32)
     for start in range(0, groups, PARTS):
-        offset, inside = _place(start // PARTS, channels, groups, c, PARTS)
+        mean, squares, inside = _load_sums(partials, start, groups, channels, c, PARTS)
         group = start + tl.arange(0, PARTS)
         count = tl.minimum(rows - group * each, each).to(tl.float32)[:, None]
-        apart = tl.load(partials + offset, mask=inside, other=0.0) - near[None, :]
-        apart = tl.where(inside, apart, 0.0)
-        squares = tl.load(partials + groups * channels + offset, mask=inside, other=0.0)
+        apart = tl.where(inside, mean - near[None, :], 0.0)
         first += count * apart
         second += squares + count * apart * apart
     apart = tl.sum(first, 0) / rows
@@ -75,45 +105,38 @@ def _join_moments(partials, groups, channels, rows, each, c, PARTS: tl.constexpr
 
 @triton.jit(do_not_specialize=SIZES)
 def batch_norm_moments_kernel(
-    x, partials, rows, channels, groups, tiles_each,
-    ROWS: tl.constexpr, CHANNELS: tl.constexpr, EARLY: tl.constexpr,
+    x, partials, counters, mean, variance, running_mean, running_var, batches, rows, channels, groups, each, momentum,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr, PARTS: tl.constexpr,
+    RUNNING: tl.constexpr, COUNTED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """The mean of each group of rows, and the sum of the squares of what its rows are off it.
+    """The mean and the variance of all channels. Where RUNNING they go into the running averages, too.
 
-    Numbers are summed less the mean of the group's first tile, so that their squares keep their digits.
+    Each group of rows has a mean of its own and the sum of the squares of what its rows are off it. Numbers are summed
+    less the mean of the group's first tile, so that their squares keep their digits.
     """
     await_earlier_kernels(EARLY)
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    start = tl.program_id(1) * tiles_each
-    offset, inside = _place(start, channels, rows, c, ROWS)
-    value = tl.load(x + offset, mask=inside, other=0.0).to(tl.float32)
-    near = tl.sum(value, 0) / tl.minimum(rows - start * ROWS, ROWS).to(tl.float32)
-    first = tl.where(inside, value - near[None, :], 0.0)
-    second = first * first
-    for i in range(1, tiles_each):
-        offset, inside = _place(start + i, channels, rows, c, ROWS)
-        value = tl.load(x + offset, mask=inside, other=0.0).to(tl.float32)
-        value = tl.where(inside, value - near[None, :], 0.0)
-        first += value
-        second += value * value
-    count = tl.minimum(rows - start * ROWS, tiles_each * ROWS).to(tl.float32)
+    begin = tl.program_id(1) * each
+    end = tl.minimum(begin + each, rows)
+    value = _load(x, begin, end, channels, c, ROWS).to(tl.float32)
+    near = tl.sum(value, 0) / tl.minimum(end - begin, ROWS).to(tl.float32)
+    first = tl.zeros([ROWS, CHANNELS], tl.float32)
+    second = tl.zeros([ROWS, CHANNELS], tl.float32)
+    for row in range(begin, end, 8 * ROWS):
+        these = _load_four(x, row, end, channels, c, ROWS)
+        those = _load_four(x, row + 4 * ROWS, end, channels, c, ROWS)
+        for i in tl.static_range(8):
+            _, inside = _place(row + i * ROWS, end, channels, c, ROWS)
+            value = these[i] if i < 4 else those[i - 4]
+            value = tl.where(inside, value.to(tl.float32) - near[None, :], 0.0)
+            first += value
+            second += value * value
+    count = (end - begin).to(tl.float32)
     apart = tl.sum(first, 0) / count
-    _store_two(partials, near + apart, tl.sum(second, 0) - count * apart * apart, groups, channels, c)
-
-
-@triton.jit(do_not_specialize=SIZES)
-def batch_norm_kernel(
-    x, residual, weight, bias, partials, running_mean, running_var, batches, out, mean, variance,
-    rows, channels, groups, tiles_each, epsilon, momentum,
-    ROWS: tl.constexpr, CHANNELS: tl.constexpr, PARTS: tl.constexpr,
-    RESIDUAL: tl.constexpr, RELU: tl.constexpr, RUNNING: tl.constexpr, COUNTED: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    """The norm, + residual, and its ReLU. Where RUNNING the moments go into the running averages, too."""
-    await_earlier_kernels(EARLY)
-    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    known = c < channels
-    middle, spread = _join_moments(partials, groups, channels, rows, tiles_each * ROWS, c, PARTS, CHANNELS)
-    if tl.program_id(1) == 0:
+    squares = tl.sum(second, 0) - count * apart * apart
+    if _last_of_its_channels(counters, partials, near + apart, squares, groups, channels, c):
+        middle, spread = _join_moments(partials, groups, channels, rows, each, c, PARTS, CHANNELS)
+        known = c < channels
         tl.store(mean + c, middle, mask=known)
         tl.store(variance + c, spread, mask=known)
         if RUNNING:
@@ -125,140 +148,195 @@ def batch_norm_kernel(
         if COUNTED:  # noqa: SIM102 - one is known when it is compiled
             if tl.program_id(0) == 0:
                 tl.store(batches, tl.load(batches) + 1)
-    scale = tl.load(weight + c, mask=known, other=0.0) * tl.rsqrt(spread + epsilon)
-    low = tl.load(bias + c, mask=known, other=0.0)
-    for i in range(tiles_each):
-        number = tl.program_id(1) * tiles_each + tiles_each - 1 - i
-        offset, inside = _place(number, channels, rows, c, ROWS)
-        value = tl.load(x + offset, mask=inside, other=0.0).to(tl.float32)
-        y = (value - middle[None, :]) * scale[None, :] + low[None, :]
-        if RESIDUAL:
-            y += tl.load(residual + offset, mask=inside, other=0.0).to(tl.float32)
-        if RELU:
-            y = tl.where(y < 0.0, 0.0, y)
-        tl.store(out + offset, y.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _before_relu(grad, x, out, offset, inside, middle, scale, low, RELU: tl.constexpr, KEPT: tl.constexpr):
-    """x - mean and the gradient in front of the ReLU. What that let through `out` tells, where it was KEPT."""
-    g = tl.load(grad + offset, mask=inside, other=0.0).to(tl.float32)
-    value = tl.load(x + offset, mask=inside, other=0.0).to(tl.float32) - middle[None, :]
+def _channels_of(mean, variance, weight, bias, channels, c, epsilon):
+    """Of these channels the mean, one over the deviation, what x - mean is multiplied by, and the bias."""
+    known = c < channels
+    inverse = tl.rsqrt(tl.load(variance + c, mask=known, other=1.0) + epsilon)
+    scale = tl.load(weight + c, mask=known, other=0.0) * inverse
+    return (
+        tl.load(mean + c, mask=known, other=0.0)[None, :],
+        inverse,
+        scale[None, :],
+        tl.load(bias + c, mask=known, other=0.0)[None, :],
+    )
+
+
+@triton.jit(do_not_specialize=SIZES)
+def batch_norm_kernel(
+    x, residual, weight, bias, mean, variance, out, rows, channels, groups, each, epsilon,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr, RESIDUAL: tl.constexpr, RELU: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """The norm, + residual, and its ReLU."""
+    await_earlier_kernels(EARLY)
+    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    middle, _, scale, low = _channels_of(mean, variance, weight, bias, channels, c, epsilon)
+    begin = tl.program_id(1) * each
+    end = tl.minimum(begin + each, rows)
+    steps = tl.cdiv(end - begin, 4 * ROWS)
+    for step in range(steps):
+        row = begin + (steps - 1 - step) * 4 * ROWS
+        these = _load_four(x, row, end, channels, c, ROWS)
+        if RESIDUAL:
+            those = _load_four(residual, row, end, channels, c, ROWS)
+        for i in tl.static_range(4):
+            offset, inside = _place(row + i * ROWS, end, channels, c, ROWS)
+            y = (these[i].to(tl.float32) - middle) * scale + low
+            if RESIDUAL:
+                y += those[i].to(tl.float32)
+            if RELU:
+                y = tl.where(y < 0.0, 0.0, y)
+            tl.store(out + offset, y.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _through(g, value, kept, scale, low, RELU: tl.constexpr, KEPT: tl.constexpr):
+    """The gradient in front of the ReLU. What that let through the result tells, where it was KEPT."""
     if RELU:
-        if KEPT:
-            through = tl.load(out + offset, mask=inside, other=0.0).to(tl.float32)
-        else:
-            through = value * scale[None, :] + low[None, :]
-        g = tl.where(through > 0.0, g, 0.0)
-    return value, g
+        let = kept.to(tl.float32) if KEPT else value * scale + low
+        g = tl.where(let > 0.0, g, 0.0)
+    return g
 
 
 @triton.jit(do_not_specialize=SIZES)
 def batch_norm_backward_sums_kernel(
-    grad, x, out, weight, bias, mean, variance, partials, rows, channels, groups, tiles_each, epsilon,
-    ROWS: tl.constexpr, CHANNELS: tl.constexpr, RELU: tl.constexpr, KEPT: tl.constexpr, EARLY: tl.constexpr,
+    grad, more, x, out, weight, bias, mean, variance, partials, counters, grad_weight, grad_bias, behind,
+    rows, channels, groups, each, epsilon,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr, PARTS: tl.constexpr,
+    MORE: tl.constexpr, RELU: tl.constexpr, KEPT: tl.constexpr, BEHIND: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Sums of the gradient in front of the ReLU, and of it times x - mean."""
+    """Gradients of the channels' biases and weights: sums of the gradient in front of the ReLU, and of it times what is
+    normalised. That gradient itself, too, where BEHIND."""
     await_earlier_kernels(EARLY)
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    known = c < channels
-    middle = tl.load(mean + c, mask=known, other=0.0)
-    inverse = tl.rsqrt(tl.load(variance + c, mask=known, other=1.0) + epsilon)
-    scale = tl.load(weight + c, mask=known, other=0.0) * inverse
-    low = tl.load(bias + c, mask=known, other=0.0)
+    middle, inverse, scale, low = _channels_of(mean, variance, weight, bias, channels, c, epsilon)
+    begin = tl.program_id(1) * each
+    end = tl.minimum(begin + each, rows)
     first = tl.zeros([ROWS, CHANNELS], tl.float32)
     second = tl.zeros([ROWS, CHANNELS], tl.float32)
-    for i in range(tiles_each):
-        offset, inside = _place(tl.program_id(1) * tiles_each + i, channels, rows, c, ROWS)
-        value, g = _before_relu(grad, x, out, offset, inside, middle, scale, low, RELU, KEPT)
-        first += g
-        second += tl.where(inside, g * value, 0.0)
-    _store_two(partials, tl.sum(first, 0), tl.sum(second, 0), groups, channels, c)
+    for row in range(begin, end, 4 * ROWS):
+        gradients = _load_four(grad, row, end, channels, c, ROWS)
+        values = _load_four(x, row, end, channels, c, ROWS)
+        if MORE:
+            others = _load_four(more, row, end, channels, c, ROWS)
+        if KEPT:
+            results = _load_four(out, row, end, channels, c, ROWS)
+        for i in tl.static_range(4):
+            offset, inside = _place(row + i * ROWS, end, channels, c, ROWS)
+            g = gradients[i].to(tl.float32)
+            if MORE:
+                g += others[i].to(tl.float32)
+            value = values[i].to(tl.float32) - middle
+            g = _through(g, value, results[i] if KEPT else value, scale, low, RELU, KEPT)
+            if BEHIND:
+                tl.store(behind + offset, g.to(behind.dtype.element_ty), mask=inside)
+            first += g
+            second += tl.where(inside, g * value, 0.0)
+    if _last_of_its_channels(counters, partials, tl.sum(first, 0), tl.sum(second, 0), groups, channels, c):
+        all_of_it, times = _add_sums(partials, groups, channels, c, PARTS, CHANNELS)
+        tl.store(grad_bias + c, all_of_it, mask=c < channels)
+        tl.store(grad_weight + c, times * inverse, mask=c < channels)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def batch_norm_backward_kernel(
-    grad, x, out, weight, bias, mean, variance, partials, grad_x, grad_weight, grad_bias, grad_residual,
-    rows, channels, groups, tiles_each, epsilon,
-    ROWS: tl.constexpr, CHANNELS: tl.constexpr, PARTS: tl.constexpr,
-    RELU: tl.constexpr, KEPT: tl.constexpr, RESIDUAL: tl.constexpr, EARLY: tl.constexpr,
+    grad, more, x, weight, bias, mean, variance, grad_weight, grad_bias, grad_x, rows, channels, groups, each, epsilon,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr, MORE: tl.constexpr, RELU: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of x, of the channels' weights and biases, and of the residual."""
+    """The gradient of x. The ReLU, where there still is one, had no residual in front of it."""
     await_earlier_kernels(EARLY)
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     known = c < channels
-    first, second = _add_sums(partials, groups, channels, c, PARTS, CHANNELS)
-    middle = tl.load(mean + c, mask=known, other=0.0)
-    inverse = tl.rsqrt(tl.load(variance + c, mask=known, other=1.0) + epsilon)
-    scale = tl.load(weight + c, mask=known, other=0.0) * inverse
-    low = tl.load(bias + c, mask=known, other=0.0)
-    if tl.program_id(1) == 0:
-        tl.store(grad_weight + c, second * inverse, mask=known)
-        tl.store(grad_bias + c, first, mask=known)
-    common = first / rows
-    slope = second * inverse * inverse / rows
-    for i in range(tiles_each):
-        number = tl.program_id(1) * tiles_each + tiles_each - 1 - i
-        offset, inside = _place(number, channels, rows, c, ROWS)
-        value, g = _before_relu(grad, x, out, offset, inside, middle, scale, low, RELU, KEPT)
-        if RESIDUAL:
-            tl.store(grad_residual + offset, g.to(grad_residual.dtype.element_ty), mask=inside)
-        g = (g - common[None, :] - value * slope[None, :]) * scale[None, :]
-        tl.store(grad_x + offset, g.to(grad_x.dtype.element_ty), mask=inside)
+    middle, inverse, scale, low = _channels_of(mean, variance, weight, bias, channels, c, epsilon)
+    common = (tl.load(grad_bias + c, mask=known, other=0.0) / rows)[None, :]
+    slope = (tl.load(grad_weight + c, mask=known, other=0.0) * inverse / rows)[None, :]
+    begin = tl.program_id(1) * each
+    end = tl.minimum(begin + each, rows)
+    steps = tl.cdiv(end - begin, 4 * ROWS)
+    for step in range(steps):
+        row = begin + (steps - 1 - step) * 4 * ROWS
+        gradients = _load_four(grad, row, end, channels, c, ROWS)
+        values = _load_four(x, row, end, channels, c, ROWS)
+        if MORE:
+            others = _load_four(more, row, end, channels, c, ROWS)
+        for i in tl.static_range(4):
+            offset, inside = _place(row + i * ROWS, end, channels, c, ROWS)
+            g = gradients[i].to(tl.float32)
+            if MORE:
+                g += others[i].to(tl.float32)
+            value = values[i].to(tl.float32) - middle
+            g = _through(g, value, value, scale, low, RELU, False)
+            g = (g - common - value * slope) * scale
+            tl.store(grad_x + offset, g.to(grad_x.dtype.element_ty), mask=inside)
 
 
-def _shared_out(x: Tensor, config: Sequence[int]) -> tuple[Plan, Tensor, tuple[int, ...], dict[str, Any]]:
-    """The plan, room for sums, the sizes that kernels take, and the options of their launches."""
+class _Shared(NamedTuple):
+    """What both kernels of a pass share: their grid, room for sums, counters, sizes, and the options of launches."""
+
+    grid: tuple[int, int]
+    partials: Tensor
+    counters: Tensor
+    sizes: tuple[int, int, int, int]
+    options: dict[str, Any]
+
+
+def _shared_out(x: Tensor, counters: Tensor | None, config: Sequence[int]) -> _Shared:
     channels = x.shape[1]
     rows = x.numel() // channels
-    found = plan(rows, channels, BatchNormConfig(*config) if config else None)
+    found: Plan = plan(rows, channels, BatchNormConfig(*config) if config else None)
     partials = torch.empty((2, found.groups, channels), dtype=torch.float32, device=x.device)
-    sizes = (rows, channels, found.groups, found.rows_each // found.rows)
+    if counters is None:
+        counters = x.new_zeros(found.blocks, dtype=torch.int32)
     early = launches_early(x)
     options = {"ROWS": found.rows, "CHANNELS": CHANNELS, "EARLY": early, "num_warps": found.warps}
-    return found, partials, sizes, options | launch_options(early)
+    sizes = (rows, channels, found.groups, found.rows_each)
+    return _Shared((found.blocks, found.groups), partials, counters, sizes, options | launch_options(early))
 
 
 def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, running_mean: Tensor | None,
-    running_var: Tensor | None, batches: Tensor | None, momentum: float, epsilon: float, relu: bool,
-    config: Sequence[int],
+    running_var: Tensor | None, batches: Tensor | None, counters: Tensor | None, momentum: float, epsilon: float,
+    relu: bool, config: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Run both kernels; arguments as in ``ops.py``."""
     ops.check_tile(config)
-    ops.check_forward(x, residual, weight, bias, running_mean, running_var, batches)
+    ops.check_forward(x, residual, weight, bias, running_mean, running_var, batches, counters)
     out, mean, variance = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
-    found, partials, sizes, options = _shared_out(x, config)
-    grid = (found.blocks, found.groups)
+    shared = _shared_out(x, counters, config)
     with on_device(x):
-        batch_norm_moments_kernel[grid](x, partials, *sizes, **options)
-        batch_norm_kernel[grid](
-            x, residual, weight, bias, partials, running_mean, running_var, batches, out, mean, variance,
-            *sizes, epsilon, momentum, PARTS=PARTS, RESIDUAL=residual is not None, RELU=relu,
-            RUNNING=running_mean is not None, COUNTED=batches is not None, **options,
+        batch_norm_moments_kernel[shared.grid](
+            x, shared.partials, shared.counters, mean, variance, running_mean, running_var, batches, *shared.sizes,
+            momentum, PARTS=PARTS, RUNNING=running_mean is not None, COUNTED=batches is not None, **shared.options,
+        )  # fmt: skip
+        batch_norm_kernel[shared.grid](
+            x, residual, weight, bias, mean, variance, out, *shared.sizes, epsilon,
+            RESIDUAL=residual is not None, RELU=relu, **shared.options,
         )  # fmt: skip
     return out, mean, variance
 
 
 def backward(
-    grad: Tensor, x: Tensor, out: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor,
-    epsilon: float, relu: bool, residual: bool, config: Sequence[int],
+    grad: Tensor, more: Tensor | None, x: Tensor, out: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor,
+    variance: Tensor, counters: Tensor | None, epsilon: float, relu: bool, behind: bool, config: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Run both kernels; arguments as in ``ops.py``."""
     ops.check_tile(config)
-    vectors = {"weight": weight, "bias": bias, "mean": mean, "variance": variance}
-    ops.check_arguments(x, {"grad": grad, "out": out}, vectors)
+    ops.check_backward(grad, more, x, out, weight, bias, mean, variance, counters)
     grad_x, grad_weight, grad_bias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
-    behind = torch.empty_like(x) if residual else x.new_empty(0)
-    found, partials, sizes, options = _shared_out(x, config)
-    grid, kept = (found.blocks, found.groups), out is not None
+    before = torch.empty_like(x) if behind else x.new_empty(0)
+    shared = _shared_out(x, counters, config)
     with on_device(x):
-        batch_norm_backward_sums_kernel[grid](
-            grad, x, out, weight, bias, mean, variance, partials, *sizes, epsilon, RELU=relu, KEPT=kept, **options
-        )
-        batch_norm_backward_kernel[grid](
-            grad, x, out, weight, bias, mean, variance, partials, grad_x, grad_weight, grad_bias,
-            behind if residual else None, *sizes, epsilon,
-            PARTS=PARTS, RELU=relu, KEPT=kept, RESIDUAL=residual, **options,
+        batch_norm_backward_sums_kernel[shared.grid](
+            grad, more, x, out, weight, bias, mean, variance, shared.partials, shared.counters,
+            grad_weight, grad_bias, before if behind else None, *shared.sizes, epsilon,
+            PARTS=PARTS, MORE=more is not None, RELU=relu, KEPT=out is not None, BEHIND=behind, **shared.options,
         )  # fmt: skip
-    return grad_x, grad_weight, grad_bias, behind
+        # The gradient in front of the ReLU is there where it was asked for, and read instead of what it is made of.
+        again = (before, None, False) if behind else (grad, more, relu)
+        batch_norm_backward_kernel[shared.grid](
+            again[0], again[1], x, weight, bias, mean, variance, grad_weight, grad_bias, grad_x, *shared.sizes, epsilon,
+            MORE=again[1] is not None, RELU=again[2], **shared.options,
+        )  # fmt: skip
+    return grad_x, grad_weight, grad_bias, before

@@ -20,7 +20,7 @@ from triton.compiler import ASTSource
 from fastmetro_kernels.batch_norm import triton as norm
 from fastmetro_kernels.batch_norm.plan import CHANNELS, plan
 
-IMAGES = {"x", "residual", "out", "grad", "grad_x", "grad_residual"}
+IMAGES = {"x", "residual", "out", "grad", "more", "grad_x", "behind"}
 VECTORS = {"weight", "bias", "mean", "variance", "partials", "running_mean", "running_var", "grad_weight", "grad_bias"}
 ROWS = (401408, 100352, 25088, 6272, 1568)
 """Positions of ResNet-50's layers in 32 images."""
@@ -31,6 +31,7 @@ def source(kernel: Any, dtype: str, constants: dict[str, Any]) -> ASTSource:
     signature, attributes = {}, {}
     for position, name in enumerate(kernel.arg_names):
         kind = f"*{dtype}" if name in IMAGES else "*fp32" if name in VECTORS else "i32"
+        kind = "*i32" if name == "counters" else kind
         kind = "*i64" if name == "batches" else "fp32" if name in ("epsilon", "momentum") else kind
         signature[name] = "constexpr" if name in constants else kind
         if name not in constants and (signature[name].startswith("*") or name == "channels"):
@@ -41,15 +42,16 @@ def source(kernel: Any, dtype: str, constants: dict[str, Any]) -> ASTSource:
 
 def jobs() -> list[tuple[str, Any, dict[str, Any]]]:
     """Names, kernels and what is fixed of them beside the tile."""
-    found: list[tuple[str, Any, dict[str, Any]]] = [("moments", norm.batch_norm_moments_kernel, {})]
+    flags: dict[str, Any] = {"RUNNING": True, "COUNTED": True}
+    found: list[tuple[str, Any, dict[str, Any]]] = [("moments", norm.batch_norm_moments_kernel, flags)]
     for residual in (False, True):
         absent: dict[str, Any] = {} if residual else {"residual": None}
-        flags = {"RESIDUAL": residual, "RELU": True, "RUNNING": True, "COUNTED": True, **absent}
+        flags = {"RESIDUAL": residual, "RELU": True, **absent}
         found.append((f"norm {'residual' * residual}", norm.batch_norm_kernel, flags))
-        absent = {} if residual else {"out": None}
-        flags = {"RELU": True, "KEPT": residual, **absent}
+        absent = {} if residual else {"out": None, "more": None, "behind": None}
+        flags = {"MORE": residual, "RELU": True, "KEPT": residual, "BEHIND": residual, **absent}
         found.append((f"backward_sums {'residual' * residual}", norm.batch_norm_backward_sums_kernel, flags))
-        flags |= {"RESIDUAL": residual} | ({} if residual else {"grad_residual": None})
+        flags = {"MORE": False, "RELU": not residual, "more": None}
         found.append((f"backward {'residual' * residual}", norm.batch_norm_backward_kernel, flags))
     return found
 

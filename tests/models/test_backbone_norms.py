@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastmetro.models.backbones import CompactTrunk, HRNetW64, ResNet50, ResNet50Trunk, norm
 from fastmetro.models.backbones.blocks import BasicBlock, Bottleneck
 from fastmetro.models.backbones.norm import fuse_batch_norms, norm_relu
-from fastmetro_kernels.batch_norm import batch_norm
+from fastmetro_kernels.batch_norm import batch_norm, batch_norm_twice
 
 
 def randomized(module: nn.Module) -> nn.Module:
@@ -26,14 +26,19 @@ def randomized(module: nn.Module) -> nn.Module:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """A 1 for each call of the op."""
+    """A 1 for each call of the op, a 2 for one whose result has two takers."""
     found: list[int] = []
 
     def counted(*given: Any, **options: Any) -> Tensor:
         found.append(1)
         return batch_norm(*given, **options)
 
+    def counted_twice(*given: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        found.append(2)
+        return batch_norm_twice(*given, **options)
+
     monkeypatch.setattr(norm, "batch_norm", counted)
+    monkeypatch.setattr(norm, "batch_norm_twice", counted_twice)
     return found
 
 
@@ -65,6 +70,41 @@ def test_blocks(block: type[BasicBlock] | type[Bottleneck], channels: int, strid
 @pytest.mark.parametrize("trunk", [ResNet50, ResNet50Trunk, CompactTrunk])
 def test_trunks(trunk: type[nn.Module], calls: list[int]) -> None:
     assert_alike(randomized(trunk()), 64, 3, calls)
+
+
+def test_the_next_block_and_its_shortcut_take_the_result_twice(calls: list[int]) -> None:
+    """So that no kernel adds their gradients: both come to the norm of the block before."""
+    blocks = nn.Sequential(Bottleneck(8, 8), Bottleneck(32, 8)).train()
+    fuse_batch_norms(blocks)
+    taken: list[Tensor] = []
+    blocks[1].register_forward_pre_hook(lambda _, given: taken.append(given[0]))
+    blocks(torch.randn(2, 8, 5, 5)).sum().backward()
+    assert calls.count(2) == 2
+    twin = norm.twin_of(taken[0])
+    assert twin is not taken[0] and twin.data_ptr() == taken[0].data_ptr()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
+def test_blocks_on_a_gpu(block: type[BasicBlock] | type[Bottleneck], calls: list[int]) -> None:
+    """By the kernels, in float32: outputs, gradients and buffers of blocks in a row, as float64 has them."""
+    wide = 16 * block.expansion
+    exact = randomized(nn.Sequential(block(16, 16), block(wide, 16), block(wide, 16, 2)))
+    fused = copy.deepcopy(exact).float().cuda().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    plain = copy.deepcopy(fused)
+    fuse_batch_norms(fused)
+    x = torch.randn(4, 16, 14, 14)
+    for module in (exact, fused, plain):
+        given = x.to(next(module.parameters()))
+        module(given).square().mean().backward()
+    assert calls.count(2) == 3
+    pairs = zip(exact.named_parameters(), fused.parameters(), plain.parameters(), strict=True)
+    for (name, true), ours, theirs in pairs:
+        assert true.grad is not None and ours.grad is not None and theirs.grad is not None
+        errors = [float((one.cpu().double() - true.grad).norm()) for one in (ours.grad, theirs.grad)]
+        assert errors[0] <= 3 * errors[1] + 1e-5 * float(true.grad.norm()), (name, errors)
+    for one, other in zip(fused.buffers(), exact.buffers(), strict=True):
+        torch.testing.assert_close(one.cpu().double(), other.double(), rtol=1e-4, atol=1e-5)
 
 
 def test_hrnet_has_fused_blocks(calls: list[int]) -> None:

@@ -10,7 +10,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from fastmetro.models.backbones.norm import norm_relu
+from fastmetro.models.backbones.norm import norm_relu, twin_of
 from fastmetro.models.backbones.overlap import convolve
 
 
@@ -61,7 +61,7 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, in_channels, h, w]`` to ``[B, width, h / stride, w / stride]``."""
         y = norm_relu(self.bn1, convolve(self.conv1, x))
-        return norm_relu(self.bn2, convolve(self.conv2, y), residual=shortcut(x, self.downsample))
+        return norm_relu(self.bn2, convolve(self.conv2, y), residual=shortcut(twin_of(x), self.downsample), twin=True)
 
 
 class Bottleneck(nn.Module):
@@ -93,7 +93,7 @@ class Bottleneck(nn.Module):
         """Map ``[B, in_channels, h, w]`` to ``[B, 4 * width, h / stride, w / stride]``."""
         y = norm_relu(self.bn1, convolve(self.conv1, x))
         y = norm_relu(self.bn2, convolve(self.conv2, y))
-        return norm_relu(self.bn3, convolve(self.conv3, y), residual=shortcut(x, self.downsample))
+        return norm_relu(self.bn3, convolve(self.conv3, y), residual=shortcut(twin_of(x), self.downsample), twin=True)
 
 
 def residual_stage(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from fastmetro_kernels.batch_norm import RunningMoments, batch_norm
+from fastmetro_kernels.batch_norm import RunningMoments, batch_norm, batch_norm_twice, make_counters
 
 _FUSED = "fused_in_training"
+_COUNTERS = "fused_in_training_counters"
+_TWIN = "fastmetro_twin"
 
 
 def fuse_batch_norms(module: nn.Module, fused: bool = True) -> int:
@@ -27,17 +29,47 @@ def fuse_batch_norms(module: nn.Module, fused: bool = True) -> int:
     return len(norms)
 
 
-def norm_relu(norm: nn.BatchNorm2d, x: Tensor, *, residual: Tensor | None = None, relu: bool = True) -> Tensor:
-    """``relu(norm(x) + residual)`` of [B, C, H, W], without either if not asked; x may be overwritten."""
+def norm_relu(
+    norm: nn.BatchNorm2d, x: Tensor, *, residual: Tensor | None = None, relu: bool = True, twin: bool = False
+) -> Tensor:
+    """``relu(norm(x) + residual)`` of [B, C, H, W], without either if not asked; x may be overwritten.
+
+    Args:
+        twin: whether two will take the result; the second one calls :func:`twin_of` for it. Where the op is taken, it
+            then adds their gradients.
+    """
     if norm.training and getattr(norm, _FUSED, False) and _ordinary(norm):
         assert norm.running_mean is not None and norm.running_var is not None and norm.momentum is not None
         running = RunningMoments(norm.running_mean, norm.running_var, norm.num_batches_tracked, norm.momentum)
         options: Any = {"residual": residual, "relu": relu, "running": running, "epsilon": norm.eps}
-        return batch_norm(x, norm.weight, norm.bias, **options)
+        if torch.compiler.is_compiling():  # neither counters nor a twin, which are attributes
+            return batch_norm(x, norm.weight, norm.bias, **options)
+        options["counters"] = _counters(norm, x.device)
+        if not twin:
+            return batch_norm(x, norm.weight, norm.bias, **options)
+        one, other = batch_norm_twice(x, norm.weight, norm.bias, **options)
+        setattr(one, _TWIN, other)
+        return one
     y = norm(x)
     if residual is not None:
         y = y + residual
     return torch.relu_(y) if relu else y
+
+
+def twin_of(x: Tensor) -> Tensor:
+    """The same values for a second taker: x itself, unless :func:`norm_relu` made two."""
+    return cast(Tensor, getattr(x, _TWIN, x))
+
+
+def _counters(norm: nn.BatchNorm2d, device: torch.device) -> Tensor | None:
+    """The layer's own, so that calls need not make any; one layer works on one batch at a time."""
+    found = cast("Tensor | None", getattr(norm, _COUNTERS, None))
+    if found is None or found.device != device:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return None  # what is made now is zero only once the graph has run
+        found = make_counters(norm.num_features, device)
+        setattr(norm, _COUNTERS, found)
+    return found
 
 
 def _ordinary(norm: nn.BatchNorm2d) -> bool:
