@@ -131,7 +131,7 @@ def fake_tool(folder: Path, output: str, status: int) -> str:
 def test_a_clean_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     tool = fake_tool(tmp_path, CLEAN, 0)
     monkeypatch.setattr(sanitize, "find_tool", lambda: tool)
-    assert sanitize.check_sanitized(list(sanitize.TOOLS), list(sanitize.GROUPS), 2, tmp_path)
+    assert sanitize.check_sanitized(list(sanitize.TOOLS), dict.fromkeys(sanitize.GROUPS, 1), 2, tmp_path)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(sanitize.TOOLS) * len(sanitize.GROUPS)
     assert sum("clean" in line for line in lines) == len(lines) - len(sanitize.LEFT_OUT)
@@ -140,13 +140,40 @@ def test_a_clean_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         assert re.search(rf"^--tool {tool} .*{re.escape(str(sanitize.CASES))} upsampling-native$", log, re.MULTILINE)
 
 
+@pytest.mark.parametrize("group", ["convolution-native", "linear-native"])
+def test_parts_of_a_group_have_all_its_cases(group: str) -> None:
+    every = [str(case) for case in cases.GROUPS[group]()]
+    parts = [[str(case) for case in cases.part_of(group, part, 3)] for part in (1, 2, 3)]
+    assert sorted(itertools.chain(*parts)) == sorted(every) and max(map(len, parts)) - min(map(len, parts)) <= 1
+    assert cases.run_group(group, "cpu", 2, 3)[0] == len(parts[1])
+
+
+def test_groups_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each a job of its own, and none without cases."""
+    plain = {name: sanitize.Outcome(count, 0, "", 1.0) for name, count in (("linear-native", 2), ("other", 9))}
+    plain["stopped"] = sanitize.Outcome(None, None, "", 1.0)
+    groups = sanitize.parts_of(plain, 3)
+    assert groups == {"linear-native": 2, "other": 3, "stopped": 1}
+    tool = fake_tool(tmp_path, CLEAN, 0)
+    monkeypatch.setattr(sanitize, "find_tool", lambda: tool)
+    assert sanitize.check_sanitized(["initcheck"], groups, 2, tmp_path)
+    names = [line[11:33].rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert names == ["linear-native 1/2", "linear-native 2/2", "other 1/3", "other 2/3", "other 3/3", "stopped"]
+    log = (tmp_path / sanitize.LOG).read_text()
+    assert re.findall(r"sanitize_cases.py (.*)$", log, re.MULTILINE) == [
+        *(f"linear-native --part {part} 2" for part in (1, 2)),
+        *(f"other --part {part} 3" for part in (1, 2, 3)),
+        "stopped",
+    ]
+
+
 def test_findings_are_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = "cases: 4\n========= Invalid __global__ read of size 4 bytes\n========= ERROR SUMMARY: 1 error\n"
     tool = fake_tool(tmp_path, text, sanitize.FOUND_STATUS)
     monkeypatch.setattr(sanitize, "find_tool", lambda: tool)
-    assert not sanitize.check_sanitized(["memcheck"], ["upsampling-native"], 1, tmp_path)
+    assert not sanitize.check_sanitized(["memcheck"], {"upsampling-native": 1}, 1, tmp_path)
     shown = capsys.readouterr().out
     assert "1 FINDINGS" in shown and "Invalid __global__ read" in shown
 

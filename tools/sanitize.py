@@ -1,9 +1,9 @@
 """`make sanitize`: compute-sanitizer's memcheck, racecheck and initcheck over small cases of every CUDA op.
 
-One line per tool and group of cases (`tools/sanitize_cases.py`), each in a process of its own; details of findings are
-printed and kept in a folder. PyTorch's caching allocator is switched off, because it would hide accesses out of bounds.
-First every group runs without a tool, which also compiles the Triton kernels. Then, where nvcc is there, a program
-with a mistake on purpose shows for each tool that it sees.
+One line per tool and group of cases (`tools/sanitize_cases.py`), each in a process of its own, or in several that run
+beside one another (`--shards`); details of findings are printed and kept in a folder. PyTorch's caching allocator is
+switched off, because it would hide accesses out of bounds. First every group runs without a tool, which also compiles
+the Triton kernels. Then, where nvcc is there, a program with a mistake on purpose shows for each tool that it sees.
 
 Exit status: 0 nothing was found; 1 something was found or did not run to its end; 3 this machine cannot run it (no
 GPU, no compute-sanitizer, no CUDA extension). compute-sanitizer is part of the CUDA toolkit; `pip install
@@ -13,6 +13,7 @@ nvidia-cuda-sanitizer-api` brings it, too.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import re
 import shutil
@@ -158,7 +159,7 @@ def command(tool: str, target: list[str]) -> list[str]:
 
 def report(name: str, group: str, result: Outcome, expected: bool, folder: Path) -> None:
     """One line, and where it is not as expected the beginning of the output; all of it goes to the log."""
-    line = f"{name:<10} {group:<22} {result}"
+    line = f"{name:<10} {group:<22} {result}"  # group: or a part of it
     print(line, flush=True)
     with (folder / LOG).open("a") as log:
         log.write(f"---- {line}\n{result.output}\n")
@@ -169,14 +170,19 @@ def report(name: str, group: str, result: Outcome, expected: bool, folder: Path)
             print(f"    ... {len(lines) - 60} more lines in {LOG}", flush=True)
 
 
-def check_plain(groups: list[str], device: str, jobs: int, folder: Path) -> bool:
-    """Whether all cases are right without a tool; compiles the Triton kernels."""
+def check_plain(groups: list[str], device: str, jobs: int, folder: Path) -> dict[str, Outcome]:
+    """What all cases do without a tool, by group; compiles the Triton kernels."""
     targets = [[sys.executable, str(CASES), group, "--device", device] for group in groups]
     with ThreadPoolExecutor(jobs) as pool:
         results = list(pool.map(lambda target: run(target, False, folder), targets))
     for group, result in zip(groups, results, strict=True):
         report("(plain)", group, result, result.clean, folder)
-    return all(result.clean for result in results)
+    return dict(zip(groups, results, strict=True))
+
+
+def parts_of(plain: dict[str, Outcome], shards: int) -> dict[str, int]:
+    """Into how many parts each group is split: no more than it has cases, since a part without any proves nothing."""
+    return {group: min(shards, result.cases or 1) for group, result in plain.items()}
 
 
 def check_planted(tools: list[str], folder: Path) -> bool:
@@ -198,18 +204,21 @@ def check_planted(tools: list[str], folder: Path) -> bool:
     return seen
 
 
-def check_sanitized(tools: list[str], groups: list[str], jobs: int, folder: Path) -> bool:
-    """Whether no tool finds anything in any group."""
-    pairs = [(tool, group) for tool in tools for group in groups]
-    todo = [pair for pair in pairs if pair not in LEFT_OUT]
-    for tool, group in pairs:
+def check_sanitized(tools: list[str], groups: dict[str, int], jobs: int, folder: Path) -> bool:
+    """Whether no tool finds anything in any group; `groups`: and into how many parts each is split."""
+    todo = []
+    for tool, (group, parts) in itertools.product(tools, groups.items()):
         if (tool, group) in LEFT_OUT:
             print(f"{tool:<10} {group:<22} left out: {LEFT_OUT[tool, group]}", flush=True)
+            continue
+        for part in range(1, parts + 1):
+            name, options = (f"{group} {part}/{parts}", ["--part", str(part), str(parts)]) if parts > 1 else (group, [])
+            todo.append((tool, name, command(tool, [sys.executable, str(CASES), group, *options])))
     with ThreadPoolExecutor(jobs) as pool:
-        commands = [command(tool, [sys.executable, str(CASES), group]) for tool, group in todo]
         clean = True
-        for (tool, group), result in zip(todo, pool.map(lambda x: run(x, True, folder), commands), strict=True):
-            report(tool, group, result, result.clean, folder)
+        results = pool.map(lambda job: run(job[2], True, folder), todo)
+        for (tool, name, _), result in zip(todo, results, strict=True):
+            report(tool, name, result, result.clean, folder)
             clean &= result.clean
     return clean
 
@@ -219,8 +228,11 @@ def main() -> int:
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--jobs", type=int, default=4, help="processes that run at once on the GPU (default 4)")
+    parser.add_argument("--shards", type=int, default=1, help="parts of each group, each in a process of its own")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "sanitize", help=f"folder of {LOG}")
     arguments = parser.parse_args()
+    if arguments.shards < 1:
+        parser.error(f"--shards must be at least 1, got {arguments.shards}")
     if reasons := missing():
         print("cannot sanitize here:", *reasons, sep="\n  ")
         return CANNOT_RUN
@@ -229,9 +241,10 @@ def main() -> int:
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        good = check_plain(arguments.groups, "cuda", arguments.jobs, folder)
+        plain = check_plain(arguments.groups, "cuda", arguments.jobs, folder)
+        good = all(result.clean for result in plain.values())
         good &= check_planted(arguments.tools, folder)
-        good &= check_sanitized(arguments.tools, arguments.groups, arguments.jobs, folder)
+        good &= check_sanitized(arguments.tools, parts_of(plain, arguments.shards), arguments.jobs, folder)
         shutil.copy(folder / LOG, arguments.out / LOG)
     print(f"{'nothing was found' if good else 'NOT CLEAN, see above'} ({time.monotonic() - start:.0f} s)")
     return CLEAN if good else FOUND

@@ -1,15 +1,16 @@
 """The small cases that `tools/sanitize.py` runs under compute-sanitizer: every CUDA op, forward and backward.
 
-`python tools/sanitize_cases.py GROUP [--device cpu]` runs one group and prints how many cases it had. Inputs are made
-on the CPU and copied, so that nearly every kernel that runs is one of ours; results are compared with plain PyTorch on
-the CPU, so that a case that computes nothing cannot pass. Sizes are odd and small: the race check is a hundred times
-slower than the kernels.
+`python tools/sanitize_cases.py GROUP [--device cpu] [--part 1 8]` runs one group, or the first of eight parts of it,
+and prints how many cases it had. Inputs are made on the CPU and copied, so that nearly every kernel that runs is one of
+ours; results are compared with plain PyTorch on the CPU, so that a case that computes nothing cannot pass. Sizes are
+odd and small: the race check is a hundred times slower than the kernels.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -319,14 +320,20 @@ GROUPS: dict[str, Callable[[], Iterator[Case]]] = {
 }
 
 
-def run_group(name: str, device: str) -> tuple[int, list[str]]:
-    """Run all cases of a group; returns how many there were, and why others were left out on this device.
+def part_of(name: str, part: int, parts: int) -> Iterator[Case]:
+    """The `part`-th (from 1) of so many parts of a group: every `parts`-th case, as long ones follow one another."""
+    return itertools.islice(GROUPS[name](), part - 1, None, parts)
+
+
+def run_group(name: str, device: str, part: int = 1, parts: int = 1) -> tuple[int, list[str]]:
+    """Run all cases of a group, or of a part of it; returns how many there were, and why others were left out on this
+    device.
 
     Raises:
         RuntimeError: a case is wrong; the message names it.
     """
     count, left_out = 0, []
-    for case in GROUPS[name]():
+    for case in part_of(name, part, parts):
         print(f"case: {case}", flush=True)  # where it waits for ever, this tells where
         try:
             case.run(name.rpartition("-")[2], device)
@@ -344,8 +351,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("group", choices=GROUPS)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: a dry run of the cases")
+    parser.add_argument("--part", nargs=2, type=int, default=(1, 1), metavar=("K", "N"), help="the K-th of N parts")
     arguments = parser.parse_args()
-    count, left_out = run_group(arguments.group, arguments.device)
+    part, parts = arguments.part
+    if not 1 <= part <= parts:
+        parser.error(f"--part: the first is 1 and the last {parts}, got {part}")
+    count, left_out = run_group(arguments.group, arguments.device, part, parts)
     if os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING") == "1" and torch.cuda.memory_reserved():
         raise RuntimeError("PyTorch keeps a cache of memory all the same, which hides accesses out of bounds")
     print(*(f"left out: {why}" for why in left_out), f"cases: {count}", sep="\n", flush=True)

@@ -53,6 +53,7 @@ def test_settings_of_the_newer_interface_come_back() -> None:
         cuda.fp32_precision, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = before
 
 
+@pytest.mark.usefixtures("made_up_gpu")
 def test_later_captures_see_the_setting_of_compile_time(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
@@ -61,8 +62,6 @@ def test_later_captures_see_the_setting_of_compile_time(monkeypatch: pytest.Monk
         return object()
 
     monkeypatch.setattr(graphs, "Captured", captured)
-    for name in ("graph_pool_handle", "Stream", "Event"):  # what only a GPU has
-        monkeypatch.setattr(torch.cuda, name, lambda *_arguments: None)
     at_compile_time = TensorFloat32(False, False)
     made = Graphs(nothing, torch.device("cpu"), torch.float32, 8, at_compile_time)
     for count, later in ((1, at_compile_time), (2, TensorFloat32(True, True)), (3, TensorFloat32(False, True))):
@@ -72,6 +71,7 @@ def test_later_captures_see_the_setting_of_compile_time(monkeypatch: pytest.Monk
     assert seen == [(count, at_compile_time) for count in (1, 2, 3)]
 
 
+@pytest.mark.usefixtures("made_up_gpu")
 @pytest.mark.parametrize("before", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_algorithms_are_searched_for_in_half_precision(
@@ -81,18 +81,15 @@ def test_algorithms_are_searched_for_in_half_precision(
     seen = []
     monkeypatch.setattr(graphs, "Captured", lambda *_arguments: seen.append(torch.backends.cudnn.benchmark) or object())
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", before)
-    for name in ("graph_pool_handle", "Stream", "Event"):
-        monkeypatch.setattr(torch.cuda, name, lambda *_arguments: None)
     capture(Graphs(nothing, torch.device("cpu"), dtype, 8, TensorFloat32.current()), torch.zeros(1, 3, 32, 32))
     assert seen == [before or dtype.itemsize == 2] and torch.backends.cudnn.benchmark == before
 
 
+@pytest.mark.usefixtures("made_up_gpu")
 def test_what_came_before_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     """By dtype, sizes and order, so that nothing goes unchecked that was not checked before."""
     monkeypatch.setattr(graphs, "Captured", lambda *_arguments: object())
     monkeypatch.setattr(graphs, "_MOST_SIGNATURES", 3)
-    for name in ("graph_pool_handle", "Stream", "Event"):
-        monkeypatch.setattr(torch.cuda, name, lambda *_arguments: None)
     made = Graphs(nothing, torch.device("cpu"), torch.float16, 8, TensorFloat32.current())
     images = torch.zeros(2, 3, 32, 32)
 
@@ -111,10 +108,9 @@ def test_what_came_before_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(made.keys) <= 3 and capture(made, images) is found
 
 
-def test_images_that_are_as_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("made_up_gpu")
+def test_images_that_are_as_captured() -> None:
     """They alone may be read where they are."""
-    for name in ("graph_pool_handle", "Stream", "Event"):
-        monkeypatch.setattr(torch.cuda, name, lambda *_arguments: None)
     made = Graphs(nothing, torch.device("cpu"), torch.float16, 8, TensorFloat32.current())
     floats, pixels = torch.zeros(2, 3, 32, 32), torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
     ordered = floats.half().contiguous(memory_format=torch.channels_last)

@@ -20,13 +20,18 @@ step engine_tests 180 "${tests[@]}" -n 16 tests/inference/test_engine*.py tests/
 step fused 90 "$PY" -m bench fused --batch 1 --only 512 --all-configs --seconds 0.03 --csv "$R/fused.csv"
 step replays 60 "${tests[@]}" -n 0 tests/kernels/test_convolution.py -k thousand
 step past_2_31 120 "${tests[@]}" -n 1 tests/kernels/test_gpu_determinism.py -k 2_31
-step sanitize 240 "$PY" tools/sanitize.py --jobs 6 \
+step sanitize 240 "$PY" tools/sanitize.py --tools memcheck racecheck --jobs 6 \
   --groups convolution-native convolution-cluster-native linear-native linear-cluster-native \
   --out "$R/sanitize"
+# In one process these cases do not end in two minutes.
+step initcheck 200 "$PY" tools/sanitize.py --tools initcheck --groups convolution-native --shards 8 --jobs 8 \
+  --out "$R/initcheck"
+step initcheck_others 90 "$PY" tools/sanitize.py --tools initcheck --jobs 6 \
+  --groups convolution-cluster-native linear-native linear-cluster-native --out "$R/initcheck_others"
 
 collect() {
   grep -hE 'reached$|MISSED' "$LOGS/trunks.log" 2>/dev/null
   grep -HE '[0-9]+ (passed|failed)' "$LOGS"/{tests,tail_tests,engine_tests,replays,past_2_31}.log 2>/dev/null
-  grep -hE 'nothing was found|NOT CLEAN|cannot sanitize' "$LOGS/sanitize.log" 2>/dev/null
+  grep -HE 'nothing was found|NOT CLEAN|cannot sanitize' "$LOGS"/{sanitize,initcheck,initcheck_others}.log 2>/dev/null
   return 0
 }

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastmetro.inference.engine.backbones import fold_backbone
+from fastmetro.inference.engine.backbones import FoldedBackbone, fold_backbone
 from fastmetro.inference.engine.graphs import Graphs, Outputs, searched
 from fastmetro.inference.engine.pipeline import overlap
 from fastmetro.inference.engine.precision import TensorFloat32
@@ -94,7 +95,7 @@ class Engine:
         self._backbone = fold_backbone(model.backbone, dtype, convolutions)
         self._transformers = FoldedTransformers(model, dtype, device)
         self._mean, self._scale = pixel_constants(device)
-        self._pixel_constants = self._backbone.pixel_constants(device)
+        self._work = _Work(self._backbone, self._transformers, self._backbone.pixel_constants(device))
         # A singular value decomposition cannot be part of a CUDA graph, so this head runs behind it.
         self._smpl_head: nn.Module | None = None
         if model.config.smpl_head:
@@ -233,13 +234,26 @@ class Engine:
 
         return run_part
 
-    def _work(self, images: Tensor) -> Outputs:
+
+@dataclass(frozen=True, eq=False)
+class _Work:
+    """What is captured. The graphs hold it, and it does not hold the engine.
+
+    So an engine that nobody holds any more is freed at once, its graphs with it. In a cycle it would wait for Python's
+    collector, which does not know how much memory of the GPU it waits for.
+    """
+
+    backbone: FoldedBackbone
+    transformers: FoldedTransformers
+    pixel_constants: tuple[Tensor, Tensor]
+
+    def __call__(self, images: Tensor) -> Outputs:
         """All but the SMPL head, of pixels of the right size, or of normalised images, on the device."""
         if images.dtype == torch.uint8:
-            features = self._backbone.of_bytes(images, *self._pixel_constants)
+            features = self.backbone.of_bytes(images, *self.pixel_constants)
         else:
-            features = self._backbone(images)
-        outputs: Outputs = self._transformers(features)
+            features = self.backbone(images)
+        outputs: Outputs = self.transformers(features)
         return outputs
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any, NamedTuple
@@ -160,6 +161,7 @@ class Graphs:
         self.done = torch.cuda.Event()
         self.stream: int | None = None  # of the call before
         self.device = device
+        weakref.finalize(self, _ended, self.done).atexit = False
 
     def __call__(self, images: Tensor) -> Outputs:
         """Outputs for `images`, as new tensors. Captures first where this shape is not kept."""
@@ -237,6 +239,12 @@ class Graphs:
                 like = torch.empty(key.shape, dtype=key.dtype, device=self.device, memory_format=key.order)
                 found = self.kept[key] = Captured(self.work, like, self.pool, self.side)
         return found
+
+
+def _ended(last: torch.cuda.Event) -> None:
+    """Waits for the last call of graphs that are given up: other streams may be given the memory that it reads."""
+    if not torch.cuda.is_current_stream_capturing():  # which must not wait
+        last.synchronize()
 
 
 def _signature(images: Tensor) -> Hashable:

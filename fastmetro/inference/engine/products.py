@@ -34,10 +34,11 @@ MANY_ROWS = 8_000
 """Rows from which the library also takes a layer with a residual, and one behind a norm from a narrow input to a wider
 output."""
 TAIL_ROWS = 14_000
-"""Rows from which a narrow decoder layer is one kernel of Triton behind its self-attention: 31 microseconds instead of
-44 with separate ones at 14,240 rows, 212 instead of 326 at 113,920, 23 instead of 11 at 445."""
+"""Rows from which a narrow decoder layer is one kernel of Triton behind its self-attention: 30 microseconds instead of
+43 with separate ones at 14,240 rows, 210 instead of 321 at 113,920, 20 instead of 12 at 445."""
 NATIVE_TAIL_ROWS = 1_780
-"""The same where the native kernel takes it: 17 instead of 22 microseconds at 1,780 rows, 16 instead of 12 at 445."""
+"""The same where the native kernel takes it: 13.4 microseconds instead of 22.0 at 1,780 rows, 12.9 instead of 11.5 at
+445. Between these, where the separate kernels have other tiles than at either (up to 1,600 rows), nothing was timed."""
 PACKED = 32_768
 """Numbers of a weight from which oneDNN's products of packed weights win on a CPU: from 128 x 384 on they take 0.63 to
 0.95 of the time with 445 and 50 rows; with 128 x 128 as much."""
