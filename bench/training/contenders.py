@@ -9,6 +9,8 @@ ours        this network with the kernels of this project, the same around it: t
 ours, not compiled    without torch.compile.
 ours, fused norms     with `fastmetro_kernels.batch_norm` in the backbone; also "not compiled".
 ours, two streams     and with the gradients of the backbone's weights on a second stream; the backbone is not compiled.
+ours, all             and with the backbone's weights in bfloat16 beside the float32 ones, and AdamW with clipping in
+                      three launches; also "not compiled".
 """
 
 from __future__ import annotations
@@ -20,10 +22,11 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastmetro.data.labels import MeshLabels
 from fastmetro.models import FastMETRO
+from fastmetro.models.backbones.half_weights import keep_half_weights
 from fastmetro.models.backbones.norm import fuse_batch_norms
 from fastmetro.models.backbones.overlap import overlap_weight_gradients
 from fastmetro.models.baselines import published_network
@@ -55,36 +58,48 @@ def build(name: str, model: FastMETRO, images: Tensor, labels: MeshLabels, eager
     """
     if name == "published":
         return Contender(name, _published(model, images, labels), tf32=True)
-    networks: dict[str, tuple[Callable[[], nn.Module], bool]] = {
+    two_streams = functools.partial(_two_streams, model)
+    networks: dict[str, tuple[Callable[[], FastMETRO], bool]] = {
         OURS: (lambda: copy.deepcopy(model), True),
         "ours, not compiled": (lambda: copy.deepcopy(model), False),
         "ours, fused norms": (functools.partial(_fused, model), True),
         "ours, fused norms, not compiled": (functools.partial(_fused, model), False),
-        "ours, two streams": (functools.partial(_two_streams, model), True),
-        "ours, two streams, not compiled": (functools.partial(_two_streams, model), False),
+        "ours, two streams": (two_streams, True),
+        "ours, two streams, not compiled": (two_streams, False),
+        "ours, all": (two_streams, True),
+        "ours, all, not compiled": (two_streams, False),
         "compiled": (functools.partial(_plain, model, "bias"), True),
         "compiled, boolean mask": (functools.partial(_plain, model, "bool"), True),
     }
     if name not in networks:
         raise ValueError(f"contender must be 'published' or one of {list(networks)}, got {name!r}")
     make, compiled = networks[name]
-    return Contender(name, _tuned_step(make(), model, images, labels, compiled, eager), tf32=False)
+    step = _tuned_step(name, make(), model, images, labels, compiled and not eager, images.is_cuda and not eager)
+    return Contender(name, step, tf32=False)
 
 
 NAMES = (
     "published", "compiled", "compiled, boolean mask", "ours, not compiled", "ours, fused norms",
-    "ours, fused norms, not compiled", "ours, two streams", "ours, two streams, not compiled", OURS,
+    "ours, fused norms, not compiled", "ours, two streams", "ours, two streams, not compiled", "ours, all",
+    "ours, all, not compiled", OURS,
 )  # fmt: skip
 
 
-def _objective(model: FastMETRO, device: torch.device) -> Objective:
-    return Objective(MeshRecoveryLoss(model.mesh)).to(device)
+def _objective(model: FastMETRO, device: torch.device, plain: bool = False) -> Objective:
+    """The losses; `plain`: the joints of the mesh by one dense product for the batch instead of a sparse one."""
+    objective = Objective(MeshRecoveryLoss(model.mesh)).to(device)
+    regression, regressor = objective.meshes.regression, model.mesh.joint_regressor
+    assert not regression.centred and regressor is not None
+    if plain:
+        regression.product = DenseUpsampling(regressor, torch.float32, device)
+    return objective
 
 
 def _published(model: FastMETRO, images: Tensor, labels: MeshLabels) -> Callable[[], Tensor]:
     network = published_network(model)
     optimizer = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=1e-4)
-    step = TrainingStep(network, network, _objective(model, images.device), optimizer, clip=CLIP, precision="fp32")
+    objective = _objective(model, images.device, plain=True)
+    step = TrainingStep(network, network, objective, optimizer, clip=CLIP, precision="fp32")
     ordinary = images.contiguous()
 
     def run() -> Tensor:
@@ -103,7 +118,7 @@ def _fused(model: FastMETRO) -> FastMETRO:
     return fused
 
 
-def _two_streams(model: FastMETRO) -> nn.Module:
+def _two_streams(model: FastMETRO) -> FastMETRO:
     """The same, and the gradients of the backbone's weights on a second stream, which torch.compile cannot trace."""
     network = _fused(model)
     overlap_weight_gradients(network)
@@ -111,7 +126,7 @@ def _two_streams(model: FastMETRO) -> nn.Module:
     return network
 
 
-def _plain(model: FastMETRO, mask: str) -> nn.Module:
+def _plain(model: FastMETRO, mask: str) -> FastMETRO:
     """The network on PyTorch's own operations."""
     plain = FastMETRO(replace(model.config, attention="dense"), copy.deepcopy(model.backbone), model.mesh)
     plain.load_state_dict(model.state_dict(), strict=True)
@@ -128,16 +143,18 @@ def _plain(model: FastMETRO, mask: str) -> nn.Module:
 
 
 def _tuned_step(
-    network: nn.Module, model: FastMETRO, images: Tensor, labels: MeshLabels, compiled: bool, eager: bool
+    name: str, network: FastMETRO, model: FastMETRO, images: Tensor, labels: MeshLabels, compiled: bool, captured: bool
 ) -> Callable[[], Tensor]:
-    captures = images.is_cuda and not eager
+    own, plain = name.startswith("ours, all"), name.startswith("compiled")
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = make_optimizer(network, RATE, 1e-4, capturable=captures)
-    run, objective = network, _objective(model, images.device)
-    if compiled and not eager:
+    if own:
+        keep_half_weights(network.backbone, torch.bfloat16)
+    optimizer = make_optimizer(network, RATE, 1e-4, capturable=captured, fused="project" if own else "torch")
+    run, objective = network, _objective(model, images.device, plain)
+    if compiled:
         run, objective = torch.compile(network), cast(Objective, torch.compile(objective))
-    step = TrainingStep(network, run, objective, optimizer, clip=CLIP, precision="bf16")
-    if not captures:
-        return functools.partial(step, images, labels)
-    captured = CapturedStep(step, images, labels)
-    return functools.partial(captured, images, labels)
+    step: Callable[[Tensor, MeshLabels], Tensor]
+    step = training = TrainingStep(network, run, objective, optimizer, clip=CLIP, precision="bf16")
+    if captured:
+        step = CapturedStep(training, images, labels)
+    return functools.partial(step, images, labels)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import nn
 
+from fastmetro.training.optimizer import ClippedAdamW
+from fastmetro_kernels.backends import triton_reasons
+
 Schedule = Literal["cosine", "constant", "step"]
 Decay = Literal["matrices", "all"]
+Fused = Literal["auto", "torch", "project"]
 DROP = 0.1
 """What each drop of the schedule "step" multiplies the rate by."""
 
@@ -40,7 +44,8 @@ def make_optimizer(
     decay: Decay = "matrices",
     betas: tuple[float, float] = (0.9, 0.98),
     capturable: bool = False,
-) -> torch.optim.AdamW:
+    fused: Fused = "torch",
+) -> torch.optim.AdamW | ClippedAdamW:
     """AdamW.
 
     Args:
@@ -51,7 +56,15 @@ def make_optimizer(
             published (protocol 3.8).
         betas: of AdamW.
         capturable: for CUDA graphs: the rate is a tensor, which :func:`set_learning_rate` changes in place.
+        fused: whose AdamW: PyTorch's, which is fused on a GPU, this project's
+            (:class:`~fastmetro.training.optimizer.ClippedAdamW`), or with "auto" this project's where its kernels run
+            on a GPU. Their states are the same.
+
+    Raises:
+        ValueError: another choice.
     """
+    if fused not in get_args(Fused):
+        raise ValueError(f"fused must be one of {', '.join(map(repr, get_args(Fused)))}, got {fused!r}")
     tokens = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
@@ -62,6 +75,8 @@ def make_optimizer(
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
     device = next(model.parameters()).device
     rate = torch.tensor(learning_rate, device=device) if capturable else learning_rate
+    if fused == "project" or (fused == "auto" and device.type == "cuda" and not triton_reasons(device)):
+        return ClippedAdamW(groups, lr=rate, betas=betas)
     return torch.optim.AdamW(groups, lr=rate, betas=betas, fused=device.type == "cuda", capturable=capturable)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmetro.files import replacing
+from fastmetro.models.backbones.half_weights import refresh_half_weights
 
 FORMAT = 3
 """Version of the checkpoint's layout."""
@@ -134,7 +135,8 @@ class TrainState:
             raise ValueError(f"{path} was trained with other settings; " + "; ".join(differing))
         self.model.load_state_dict(content["model"])
         self.average.model.load_state_dict(content["average"])
-        self.optimizer.load_state_dict(content["optimizer"])
+        refresh_half_weights(self.model)
+        _load_optimizer(self.optimizer, content["optimizer"])
         if self.scaler is not None and content["scaler"]:
             self.scaler.load_state_dict(content["scaler"])
         self.step, self.seconds = content["step"], content["seconds"]
@@ -146,3 +148,16 @@ class TrainState:
             device = next(self.model.parameters()).device
             if device.type == "cuda" and on_device is not None:
                 torch.cuda.set_rng_state(on_device, device)
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Rates that are tensors stay where they are: PyTorch's own optimizers would take those of the file, on the CPU.
+
+    A CUDA graph would then be captured with a number, which nothing changes afterwards.
+    """
+    rates = [group["lr"] for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        if isinstance(rate, Tensor):
+            rate.fill_(float(group["lr"]))
+            group["lr"] = rate

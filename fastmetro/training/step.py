@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from fastmetro.data.labels import MeshLabels
 from fastmetro.distributed import World
+from fastmetro.models.backbones.half_weights import kept_weights, refresh_half_weights
 from fastmetro.training.objective import Objective
+from fastmetro.training.optimizer import ClippedAdamW
 
 Precision = Literal["bf16", "fp16", "fp32"]
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -34,7 +36,7 @@ class TrainingStep:
         model: whose parameters are trained.
         network: the model, or what torch.compile made of it.
         objective: the losses.
-        optimizer: over the model's parameters.
+        optimizer: over the model's parameters. A ClippedAdamW clips by itself, but in "fp16".
         clip: largest global norm of the gradient.
         precision: of the forward pass, by autocast; "fp16" scales the loss.
         accumulate: into how many parts a batch is split, whose gradients are summed.
@@ -43,6 +45,10 @@ class TrainingStep:
     Attributes:
         names: of the values that a step returns.
         scaler: of the loss; it does nothing unless the precision is "fp16".
+
+    Raises:
+        ValueError: the model keeps half-precision weights, and their gradients would be lost: with another optimizer
+            than ClippedAdamW, in "fp16", or with several processes. Also raised by a step, where they came later.
     """
 
     def __init__(
@@ -63,6 +69,17 @@ class TrainingStep:
         self.clip, self.precision, self.accumulate, self.world = clip, precision, accumulate, world
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.names = ("loss", "gradient_norm", *objective.term_names)
+        self._check_half_weights()
+
+    def _check_half_weights(self) -> None:
+        if not kept_weights(self.parameters):
+            return
+        if not isinstance(self.optimizer, ClippedAdamW):
+            raise ValueError(f"half-precision weights need ClippedAdamW, got {type(self.optimizer).__name__}")
+        if self.precision == "fp16":
+            raise ValueError("half-precision weights do not go with precision fp16, whose gradients are scaled")
+        if self.world.size > 1:
+            raise ValueError(f"half-precision weights are for one process, got {self.world.size}")
 
     def __call__(self, images: Tensor, labels: MeshLabels) -> Tensor:
         """Train on this process's share of a batch.
@@ -71,16 +88,22 @@ class TrainingStep:
             float32 [len(names)]; over processes their means are the values of the whole batch. The norm is that
             before clipping, 0 where the step was left out because its gradient was not finite ("fp16").
         """
+        self._check_half_weights()
         self.optimizer.zero_grad(set_to_none=True)
         values = self._gradients(images, labels)
         self.world.average_gradients(self.parameters)
+        norm = self._update()
+        return torch.cat([values[:1], norm.detach().float().view(1), values[1:]])
+
+    def _update(self) -> Tensor:
+        """Clip and step; returns the norm."""
+        if isinstance(self.optimizer, ClippedAdamW) and self.precision != "fp16":
+            return self.optimizer.step_clipped(self.clip)
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        if self.precision == "fp16":
-            norm = torch.where(norm.isfinite(), norm, 0.0)
-        return torch.cat([values[:1], norm.detach().float().view(1), values[1:]])
+        return torch.where(norm.isfinite(), norm, 0.0) if self.precision == "fp16" else norm
 
     def _gradients(self, images: Tensor, labels: MeshLabels) -> Tensor:
         """Adds up the gradients of all parts; returns the loss and its terms."""
@@ -139,6 +162,7 @@ class CapturedStep:
         with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._values = step(self._images, self._labels)
         before.restore(step)
+        self._kept = kept_weights(step.parameters)
 
     def __call__(self, images: Tensor, labels: MeshLabels) -> Tensor:
         """As :meth:`TrainingStep.__call__`; the next call overwrites what is returned.
@@ -153,6 +177,9 @@ class CapturedStep:
             mine, theirs = getattr(self._labels, field.name), getattr(labels, field.name)
             if isinstance(mine, Tensor):
                 mine.copy_(theirs)
+        for weight, kept in self._kept:  # a replay asks nothing
+            if kept.is_stale(weight):
+                kept.refresh(weight)
         self._graph.replay()
         return self._values
 
@@ -177,6 +204,7 @@ class _Snapshot:
             for name, value in values.items():
                 if isinstance(value, Tensor):
                     value.copy_(saved[name]) if name in saved else value.zero_()
+        refresh_half_weights(step.model)
         torch.cuda.set_rng_state(self._random, step.device)
 
 

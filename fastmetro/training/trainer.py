@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from fastmetro.distributed import World
 from fastmetro.files import remove_unfinished
+from fastmetro.models.backbones.half_weights import refresh_half_weights
 from fastmetro.training.board import Board
 from fastmetro.training.config import TrainConfig
 from fastmetro.training.log import CsvLog
@@ -96,6 +97,7 @@ class Trainer:
                 f"{self.checkpoint} would be overwritten: resume it, remove it, or choose another output"
             )
         self.world.share_state(self.model)
+        refresh_half_weights(self.model)  # nothing else tells of what came from another process
         self._open_logs()
         self._run_step: TrainingStep | CapturedStep = self.step
         self._sum: Tensor | None = None

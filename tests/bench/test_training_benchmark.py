@@ -110,6 +110,38 @@ def test_the_report_names_targets() -> None:
     assert "MISSED" in command.report([{**row, "times_ours": "1.4"}])
 
 
+def test_the_fastest_of_ours_is_compared() -> None:
+    rows = [
+        {"case": "s-r50", "contender": name, "step_ms": time, "times_ours": "", "peak_mib": "", "reason": ""}
+        for name, time in (("compiled", "9"), ("ours", "11"), ("ours, all", "10.5"), ("ours, two streams", ""))
+    ]
+    assert "s-r50: the fastest of ours is 'ours, all'" in command.report(rows)
+    samples = [("compiled", [[1.0]]), ("ours", [[5.0, 9.0]]), ("ours, all", [[4.0], [5.0]]), ("ourselves", [[1.0]])]
+    assert command._fastest_of_ours(samples) == [[4.0], [5.0]] and command._fastest_of_ours(samples[:1]) is None
+
+
+def test_all_of_ours_has_weights_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their gradients are taken as they are."""
+    from fastmetro.models import create_model
+    from fastmetro.models.backbones import overlap
+
+    used: list[torch.dtype] = []
+    accumulate = overlap._accumulate
+
+    def noted(parameter: torch.Tensor, found: torch.Tensor) -> None:
+        accumulate(parameter, found)
+        used.append(found.dtype if parameter.grad is None else parameter.grad.dtype)
+
+    monkeypatch.setattr(overlap, "_accumulate", noted)
+    torch.manual_seed(0)
+    model = create_model("fastmetro-compact").train()
+    images, labels = cases.random_batch(model.mesh, 2, torch.device("cpu"))
+    for name, dtype in (("ours, all", torch.bfloat16), ("ours, two streams", torch.float32)):
+        used.clear()
+        contenders.build(name, model, images, labels, eager=True).run()
+        assert used and set(used) == {dtype}, name
+
+
 def test_every_vertex_as_a_token() -> None:
     mesh = cases.full_mesh(900)
     assert [level.num_vertices for level in mesh.levels] == [900] and mesh.topology.num_vertices == 900

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from fastmetro.models.backbones import CompactTrunk, ResNet50Trunk, overlap
 from fastmetro.models.backbones.blocks import BasicBlock, Bottleneck
+from fastmetro.models.backbones.half_weights import keep_half_weights, kept_weights
 from fastmetro.models.backbones.norm import fuse_batch_norms
 from fastmetro.models.backbones.overlap import WINDOW, convolve, overlap_weight_gradients
+from fastmetro.training.optimizer import ClippedAdamW
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -120,6 +122,89 @@ def test_a_failed_backward_pass_spoils_nothing() -> None:
     for module in (plain, other):
         module(x).square().sum().backward()
     check_gradients(plain, other)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("trunk", [CompactTrunk, ResNet50Trunk])
+def test_copies_of_weights_take_the_gradients(trunk: type[nn.Module], device: str) -> None:
+    """One pass leaves them as they were computed; two add up in float32, as without copies."""
+    torch.manual_seed(0)
+    plain = trunk().to(device).to(memory_format=torch.channels_last).train()
+    overlap_weight_gradients(plain)
+    other = copy.deepcopy(plain)
+    count = keep_half_weights(other)
+    optimizer = ClippedAdamW(other.parameters())
+    deterministic, torch.backends.cudnn.deterministic = torch.backends.cudnn.deterministic, True
+    try:
+        for passes in (1, 2, 1):
+            plain.zero_grad()
+            optimizer.zero_grad()
+            for module in (plain, other):
+                for seed in range(passes):
+                    x = images(2, 3, 64, 64, seed=seed).float().to(device)
+                    with torch.autocast(device, torch.bfloat16):
+                        y = module(x)
+                    y.float().square().mean().backward()
+            kept = kept_weights(other.parameters())
+            assert len(kept) == count > WINDOW
+            for weight, one in kept:
+                assert (one.tensor.grad is None) == (passes == 2) and (weight.grad is None) == (passes == 1)
+                one.settle(weight)
+            for (name, a), b in zip(plain.named_parameters(), other.parameters(), strict=True):
+                assert a.grad is not None and b.grad is not None and b.grad.dtype == torch.float32
+                assert torch.equal(a.grad, b.grad), (passes, name)
+    finally:
+        torch.backends.cudnn.deterministic = deterministic
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_training_in_a_graph_with_copies_of_weights() -> None:
+    """Bits of training with casts: gradients on the second stream, clipping, updates, replay after replay."""
+    torch.backends.cudnn.deterministic = True
+    try:
+        torch.manual_seed(0)
+        plain = ResNet50Trunk().cuda().to(memory_format=torch.channels_last).train()
+        overlap_weight_gradients(plain)
+        fuse_batch_norms(plain)
+        other = copy.deepcopy(plain)
+        keep_half_weights(other)
+        x = images(8, 3, 224, 224).float().cuda().contiguous(memory_format=torch.channels_last)
+        graphs, optimizers, norms = [], [], []
+        for module in (plain, other):
+            optimizer = ClippedAdamW(module.parameters(), lr=torch.tensor(1e-3, device="cuda"))
+            optimizers.append(optimizer)
+
+            def step(module: nn.Module = module, optimizer: ClippedAdamW = optimizer) -> Tensor:
+                optimizer.zero_grad()
+                with torch.autocast("cuda", torch.bfloat16):
+                    loss = module(x).float().square().mean()
+                loss.backward()
+                return optimizer.step_clipped(0.3)
+
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(2):
+                    step()
+            torch.cuda.current_stream().wait_stream(side)
+            optimizer.zero_grad()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                norms.append(step())
+            graphs.append(graph)
+        for seed in range(10):
+            x.copy_(images(8, 3, 224, 224, seed=seed).float())
+            for graph in graphs:
+                graph.replay()
+            torch.cuda.synchronize()
+            assert torch.equal(*norms)
+            for (name, one), same in zip(plain.named_parameters(), other.parameters(), strict=True):
+                assert torch.equal(one, same), (seed, name)
+        for weight, kept in kept_weights(other.parameters()):
+            assert torch.equal(kept.tensor, weight.bfloat16())
+    finally:
+        torch.backends.cudnn.deterministic = False
 
 
 @needs_gpu

@@ -1,4 +1,7 @@
-"""The default loss is, bit for bit, the one that the weights in the package were trained with, in fewer operations."""
+"""The default loss is the one that the weights in the package were trained with, in fewer operations.
+
+Bit for bit, but for what comes from the joints of the fine mesh: their regression was a dense product then.
+"""
 
 from __future__ import annotations
 
@@ -53,6 +56,10 @@ def results(compute, outputs):
     return {"total": total.detach(), **terms, **{name: value.grad for name, value in leaves.items()}}
 
 
+FROM_MESH_JOINTS = ("total", "mesh_joints_3d", "mesh_joints_2d", "pred_cam", "pred_3d_vertices_fine")
+"""What another order of summation may round otherwise: terms, and gradients of outputs."""
+
+
 @pytest.mark.parametrize("name", ["anny-body", "anny-hand", "small"])
 @pytest.mark.parametrize("weights", [LossWeights(), LossWeights(token_joints_2d=0.5, mesh_joints_2d=0.3, vertices=0.7)])
 def test_the_same_bits_as_before(name, weights):
@@ -69,7 +76,11 @@ def test_the_same_bits_as_before(name, weights):
         actual = results(lambda leaves, labels=labels: loss(leaves, labels), outputs)
         assert list(actual) == list(expected)
         for key, value in expected.items():
-            assert value.abs().max() > 0 and torch.equal(actual[key], value.detach()), key
+            assert value.abs().max() > 0
+            if key in FROM_MESH_JOINTS:
+                torch.testing.assert_close(actual[key], value.detach(), rtol=2e-6, atol=1e-7, msg=key)
+            else:
+                assert torch.equal(actual[key], value.detach()), key
 
 
 class _Operations(TorchDispatchMode):

@@ -10,14 +10,17 @@ training() { # CASE MAXSECONDS CONTENDER...: one case in a process of its own, r
 
 # Compiling takes 50 to 70 s for each contender that is compiled.
 step batch_norm 150 "$PY" -m bench batch_norm --all-configs --csv "$R/batch_norm.csv"
-training s-r50 290 published compiled 'ours, two streams, not compiled' 'ours, fused norms, not compiled' \
-  'ours, two streams' ours
-training l-r50 300 published compiled 'ours, two streams, not compiled' 'ours, two streams' ours
+step adamw 60 "$PY" -m bench adamw --all-configs --csv "$R/adamw.csv"
+step max_pool 40 "$PY" -m bench max_pool --all-configs --csv "$R/max_pool.csv"
+for case in s-r50 l-r50; do
+  training $case 300 published compiled 'ours, two streams, not compiled' 'ours, all, not compiled' 'ours, all' ours
+done
 training l-r50-full 260 compiled 'ours, two streams, not compiled' ours
 step data 260 "$PY" -m bench data --workers 4 8 16 --steps 100 --csv "$R/data.csv"
 step crops 60 "$PY" -m bench crops --csv "$R/crops.csv"
 step tests 150 env OMP_NUM_THREADS=1 "$PY" -m pytest -vv -p no:cacheprovider -n 12 \
   tests/training/test_step.py tests/training/test_interrupted.py \
+  tests/training/test_optimizer.py tests/kernels/test_adamw.py tests/kernels/test_max_pool.py \
   tests/kernels/test_render_crops.py tests/kernels/test_batch_norm.py tests/models/test_backbone_*.py tests/data
 
 collect() {

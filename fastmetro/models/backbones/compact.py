@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fastmetro.models.backbones.blocks import BasicBlock, init_convolutions, residual_stage
-from fastmetro.models.backbones.norm import norm_relu
+from fastmetro.models.backbones.norm import norm_relu, pool
 from fastmetro.models.backbones.overlap import convolve
 
 
@@ -32,5 +32,5 @@ class CompactTrunk(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the feature map of the last stage."""
-        x = self.maxpool(norm_relu(self.bn1, convolve(self.conv1, images)))
+        x = pool(self.bn1, self.maxpool, norm_relu(self.bn1, convolve(self.conv1, images)))
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmetro_kernels.batch_norm import RunningMoments, batch_norm, batch_norm_twice, make_counters
+from fastmetro_kernels.max_pool import max_pool, max_pool_twice
 
 _FUSED = "fused_in_training"
 _COUNTERS = "fused_in_training_counters"
@@ -56,8 +57,24 @@ def norm_relu(
     return torch.relu_(y) if relu else y
 
 
+def pool(norm: nn.BatchNorm2d, layer: nn.MaxPool2d, x: Tensor) -> Tensor:
+    """``layer(x)`` of what stands behind a norm: by the op where that is fused. Two may take it (:func:`twin_of`)."""
+    if not (norm.training and getattr(norm, _FUSED, False) and _is_stem_pool(layer)):
+        return cast(Tensor, layer(x))
+    if torch.compiler.is_compiling():
+        return max_pool(x)
+    one, other = max_pool_twice(x)
+    setattr(one, _TWIN, other)
+    return one
+
+
+def _is_stem_pool(layer: nn.MaxPool2d) -> bool:
+    found = layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.ceil_mode, layer.return_indices
+    return found == (3, 2, 1, 1, False, False)
+
+
 def twin_of(x: Tensor) -> Tensor:
-    """The same values for a second taker: x itself, unless :func:`norm_relu` made two."""
+    """The same values for a second taker: x itself, unless :func:`norm_relu` or :func:`pool` made two."""
     return cast(Tensor, getattr(x, _TWIN, x))
 
 

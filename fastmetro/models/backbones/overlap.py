@@ -13,6 +13,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from fastmetro.models.backbones.half_weights import half_copy, usable_copy
+from fastmetro_kernels.adamw import same_layout
+
 _OVERLAPPED = "gradient_overlaps"
 WINDOW = 8
 """Convolutions whose inputs and gradients are kept for the second stream: then the first one waits for the oldest."""
@@ -24,6 +27,10 @@ def overlap_weight_gradients(module: nn.Module, overlapped: bool = True) -> int:
     The gradients are the same. They are put into ``weight.grad`` by the convolution: hooks of the parameters are not
     called, and ``torch.autograd.grad`` does not return them. When ``backward`` returns, the stream that called it waits
     for them. On a CPU they are computed in turn. Copies of the module keep the choice.
+
+    Where a weight has a half-precision copy in autocast's dtype (:func:`~.half_weights.keep_half_weights`), that is
+    used instead of a cast, and the first gradient is left in the copy's ``grad`` as it is. A second one adds both up in
+    ``weight.grad``.
 
     Returns:
         How many convolutions the module has.
@@ -50,7 +57,7 @@ class _Convolution(torch.autograd.Function):
         dtype = x.dtype
         if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(x.device.type)
-        x, used = x.to(dtype), weight.detach().to(dtype)
+        x, used = x.to(dtype), _in_dtype(weight, dtype)
         padding = cast("tuple[int, ...]", convolution.padding)
         options = (convolution.stride, padding, convolution.dilation, convolution.groups)
         ctx.save_for_backward(x, used)
@@ -70,6 +77,16 @@ class _Convolution(torch.autograd.Function):
         return found, None, None
 
 
+def _in_dtype(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight's copy, made anew if it is of an earlier weight; else a cast."""
+    kept = usable_copy(weight, dtype)
+    if kept is None:
+        return weight.detach().to(dtype)
+    if kept.is_stale(weight):
+        kept.refresh(weight)
+    return kept.tensor
+
+
 def _gradient(grad: Tensor, x: Tensor, weight: Tensor, options: tuple[Any, ...], which: int) -> Tensor:
     """Of the input (0) or of the weight (1)."""
     stride, padding, dilation, groups = options
@@ -80,7 +97,16 @@ def _gradient(grad: Tensor, x: Tensor, weight: Tensor, options: tuple[Any, ...],
 
 @torch.no_grad()
 def _accumulate(parameter: Tensor, found: Tensor) -> None:
-    """Adds to the parameter's gradient, which has its layout: optimizers expect that."""
+    """Adds to the parameter's gradient, which has its layout: optimizers expect that.
+
+    The first gradient goes to the parameter's copy in this dtype, if an optimizer looks for it there.
+    """
+    kept = usable_copy(parameter, found.dtype)
+    if kept is not None and kept.tensor.grad is None and parameter.grad is None and kept.fits(parameter):
+        kept.tensor.grad = found if same_layout(found, parameter) else torch.empty_like(kept.tensor).copy_(found)
+        return
+    if (kept := half_copy(parameter)) is not None:
+        kept.settle(parameter)
     if parameter.grad is None:
         parameter.grad = torch.empty_like(parameter).copy_(found)
     else:

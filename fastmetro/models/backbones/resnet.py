@@ -8,7 +8,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from fastmetro.models.backbones.blocks import Bottleneck, init_convolutions, residual_stage
-from fastmetro.models.backbones.norm import norm_relu
+from fastmetro.models.backbones.norm import norm_relu, pool
 from fastmetro.models.backbones.overlap import convolve
 
 # Position of each child in the Sequential of released FastMETRO checkpoints.
@@ -39,7 +39,7 @@ class ResNet50(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the feature map of the last stage."""
-        x = self.maxpool(norm_relu(self.bn1, convolve(self.conv1, images)))
+        x = pool(self.bn1, self.maxpool, norm_relu(self.bn1, convolve(self.conv1, images)))
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))
 
 
@@ -58,9 +58,11 @@ class ResNet50Trunk(nn.Sequential):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the feature map of the last stage."""
-        convolution, norm, _, *others = self
-        x = norm_relu(cast("nn.BatchNorm2d", norm), convolve(cast("nn.Conv2d", convolution), images))
-        for layer in others:
+        convolution, norm, _, maxpool, *stages = self
+        norm = cast("nn.BatchNorm2d", norm)
+        x = norm_relu(norm, convolve(cast("nn.Conv2d", convolution), images))
+        x = pool(norm, cast("nn.MaxPool2d", maxpool), x)
+        for layer in stages:
             x = layer(x)
         return x
 
