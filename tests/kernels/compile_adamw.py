@@ -1,4 +1,4 @@
-"""Compile the kernels of AdamW for an NVIDIA GPU, on any machine; run by `test_adamw.py`.
+"""Compile the kernels of AdamW for an NVIDIA GPU, on any machine; run by `test_adamw_launches.py`.
 
 `python compile_adamw.py CAPABILITY` compiles them with every tile. It prints one JSON object: for each its registers,
 bytes of stack (spills) and of shared memory, whether it waits for earlier kernels, and whether it reads and writes 16

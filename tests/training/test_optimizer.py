@@ -1,4 +1,4 @@
-"""ClippedAdamW: PyTorch's AdamW by its states and results, and half-precision copies that it writes."""
+"""ClippedAdamW is PyTorch's AdamW by its states and results, alone and in training steps."""
 
 from __future__ import annotations
 
@@ -11,17 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from optimizer_cases import BFLOAT, GPU, assert_equal, backward, groups, ours, places, theirs, trunk
 from small_network import MESH, SmallNetwork, labelled
 from torch import Tensor, nn
 
 from fastmetro.distributed import World
-from fastmetro.models.backbones.half_weights import (
-    half_copy,
-    keep_half_weights,
-    kept_weights,
-    refresh_half_weights,
-    usable_copy,
-)
+from fastmetro.models.backbones.half_weights import keep_half_weights, kept_weights
 from fastmetro.models.backbones.overlap import convolve, overlap_weight_gradients
 from fastmetro.training.losses import MeshRecoveryLoss
 from fastmetro.training.objective import Objective
@@ -29,84 +24,14 @@ from fastmetro.training.optimizer import ClippedAdamW
 from fastmetro.training.schedule import make_optimizer, set_learning_rate
 from fastmetro.training.state import ExponentialAverage, TrainState
 from fastmetro.training.step import CapturedStep, TrainingStep
-from fastmetro_kernels.backends import triton_reasons
-
-GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-BFLOAT = torch.bfloat16
-_PLACES = [(device, backend) for device in ("cpu", "cuda") for backend in ("reference", "triton")]
-PLACES = [
-    (device, backend)
-    for device, backend in _PLACES
-    if (device == "cpu" or torch.cuda.is_available())
-    and (backend == "reference" or not triton_reasons(torch.device(device)))
-]
-places = pytest.mark.parametrize(("device", "backend"), PLACES, ids="-".join)
 
 
-class Trunk(nn.Module):
-    """Two convolutions of which the second has strides that mean nothing, and a matrix."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(3, 16, 3, padding=1, bias=False)
-        self.second = nn.Conv2d(16, 8, 1, bias=False)
-        self.head = nn.Linear(8, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = convolve(self.second, torch.tanh(convolve(self.first, x)))
-        return self.head(y.float().mean((2, 3)))
-
-
-def trunk(device: str = "cpu", seed: int = 0, half: bool = False) -> Trunk:
-    torch.manual_seed(seed)
-    module = Trunk().to(device).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    if half:
-        overlap_weight_gradients(module)
-        assert keep_half_weights(module, BFLOAT) == 2
-    return module
-
-
-def images(step: int, device: str = "cpu") -> Tensor:
-    drawn = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(step))
-    return drawn.to(device).contiguous(memory_format=torch.channels_last)
-
-
-def backward(module: nn.Module, step: int, device: str = "cpu") -> None:
-    with torch.autocast(device, BFLOAT):
-        out = module(images(step, device))
-    out.float().square().sum().backward()
-
-
-def groups(module: nn.Module) -> list[dict[str, Any]]:
-    matrices = [one for one in module.parameters() if one.ndim > 1]
-    return [
-        {"params": matrices, "weight_decay": 0.1},
-        {"params": [one for one in module.parameters() if one.ndim < 2], "weight_decay": 0.0},
-    ]
-
-
-def theirs(module: nn.Module, rate: float | Tensor = 0.01, capturable: bool = False) -> torch.optim.AdamW:
-    return torch.optim.AdamW(groups(module), lr=rate, betas=(0.9, 0.98), fused=True, capturable=capturable)
-
-
-def ours(module: nn.Module, backend: str = "auto", rate: float | Tensor = 0.01) -> ClippedAdamW:
-    return ClippedAdamW(groups(module), lr=rate, betas=(0.9, 0.98), backend=backend)
-
-
-def gradients_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for name, parameter in module.named_parameters():
-        kept = half_copy(parameter)
-        found = parameter.grad if kept is None or kept.tensor.grad is None else kept.tensor.grad
-        assert found is not None, name
-        yield name, found
-
-
-def assert_equal(one: nn.Module, other: nn.Module, exactly: bool = True) -> None:
-    for (name, a), b in zip(one.named_parameters(), other.parameters(), strict=True):
-        if exactly:
-            assert torch.equal(a, b), name
-        else:
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
+@pytest.fixture(autouse=True)
+def _same_bits() -> Iterator[None]:
+    """cuDNN may choose algorithms whose sums differ from call to call."""
+    before, torch.backends.cudnn.deterministic = torch.backends.cudnn.deterministic, True
+    yield
+    torch.backends.cudnn.deterministic = before
 
 
 @places
@@ -261,173 +186,6 @@ def test_which_optimizer_is_made() -> None:
     made = make_optimizer(module, 0.1, 0.5, fused="project", betas=(0.8, 0.9))
     assert isinstance(made, ClippedAdamW) and made.param_groups[0]["betas"] == (0.8, 0.9)
     assert [group["weight_decay"] for group in made.param_groups] == [0.5, 0.0]
-
-
-# Half-precision copies.
-
-
-@places
-def test_copies_train_as_casts_do(device: str, backend: str) -> None:
-    """To the bit in the forward pass, where they are used; the gradients stay in half precision."""
-    if device == "cpu" and backend == "triton":
-        pytest.skip("the interpreter rounds to bfloat16 in its own way")
-    one, other = trunk(device, half=True), trunk(device)
-    overlap_weight_gradients(other)
-    first, second = ours(one, backend), ours(other, backend)
-    for step in range(5):
-        for module, optimizer in ((one, first), (other, second)):
-            optimizer.zero_grad()
-            backward(module, step, device)
-        for (name, a), (_, b) in zip(gradients_of(one), gradients_of(other), strict=True):
-            assert a.dtype == (torch.float32 if "head" in name else BFLOAT) and torch.equal(a.float(), b), name
-        assert one.first.weight.grad is None and one.head.weight.grad is not None
-        assert torch.equal(first.step_clipped(0.5), second.step_clipped(0.5))
-        assert_equal(one, other)
-        for weight, kept in kept_weights(one.parameters()):
-            assert torch.equal(kept.tensor, weight.to(BFLOAT)) and not kept.is_stale(weight)
-
-
-def test_the_gradient_is_not_copied_where_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where the strides of axes of size 1 differ."""
-    from fastmetro.models.backbones import overlap
-
-    found: list[Tensor] = []
-    original = overlap._gradient
-
-    def noted(*given: Any) -> Tensor:
-        result = original(*given)
-        if given[-1] == 1:
-            found.append(result)
-        return result
-
-    monkeypatch.setattr(overlap, "_gradient", noted)
-    module = trunk(half=True)
-    ours(module).zero_grad()  # which is gone at once: nobody writes the copies
-    backward(module, 0)
-    assert module.first.weight.grad is not None
-    optimizer = ours(module)
-    optimizer.zero_grad()
-    found.clear()
-    backward(module, 0)
-    addresses = {one.data_ptr() for one in found}
-    kept = [kept.tensor.grad for _, kept in kept_weights(module.parameters())]
-    assert all(one is not None and one.data_ptr() in addresses for one in kept[1:])  # the 1 x 1 convolution
-
-
-def test_a_second_gradient_adds_up_in_float32() -> None:
-    one, other = trunk(half=True), trunk()
-    overlap_weight_gradients(other)
-    mine, plain = ours(one), ours(other)
-    for module, optimizer in ((one, mine), (other, plain)):
-        optimizer.zero_grad()
-        backward(module, 0)
-        backward(module, 1)
-    assert half_copy(one.first.weight).tensor.grad is None  # type: ignore[union-attr]
-    for a, b in zip(one.parameters(), other.parameters(), strict=True):
-        assert (
-            a.grad is not None and b.grad is not None and a.grad.dtype == torch.float32 and torch.equal(a.grad, b.grad)
-        )
-    assert torch.equal(mine.step_clipped(0.1), plain.step_clipped(0.1))
-    assert_equal(one, other)
-
-
-def test_gradients_in_both_places_add_up() -> None:
-    module = trunk(half=True)
-    optimizer = ours(module)
-    backward(module, 0)
-    kept = half_copy(module.first.weight)
-    assert kept is not None and kept.tensor.grad is not None
-    expected = kept.tensor.grad.float() + 1
-    module.first.weight.grad = torch.ones_like(module.first.weight)
-    optimizer.step()
-    assert kept.tensor.grad is None and torch.equal(module.first.weight.grad, expected)
-
-
-CHANGES = {
-    "in place": lambda module: module.first.weight.data_ptr() and _in_place(module),
-    "load_state_dict": lambda module: module.load_state_dict(trunk(seed=9).state_dict()),
-    "another dtype and back": lambda module: module.double().float(),
-    "other strides": lambda module: module.to(memory_format=torch.contiguous_format),
-    "other data": lambda module: setattr(module.first.weight, "data", module.first.weight.data * 2),
-    "another optimizer": lambda module: _other_optimizer(module),
-}
-
-
-def _in_place(module: Trunk) -> None:
-    with torch.no_grad():
-        module.first.weight.mul_(2)
-
-
-def _other_optimizer(module: Trunk) -> None:
-    module.first.weight.grad = torch.ones_like(module.first.weight)
-    torch.optim.SGD([module.first.weight], lr=0.1).step()
-    module.first.weight.grad = None
-
-
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_a_stale_copy_is_not_used(change: Any) -> None:
-    module = trunk(half=True)
-    optimizer = ours(module)
-    backward(module, 0)
-    optimizer.step()
-    optimizer.zero_grad()
-    change(module)
-    plain = copy.deepcopy(module)
-    assert not kept_weights(plain.parameters())
-    with torch.autocast("cpu", BFLOAT):
-        assert torch.equal(module(images(1)), plain(images(1)))
-    kept = half_copy(module.first.weight)
-    assert kept is not None and kept.fits(module.first.weight) and not kept.is_stale(module.first.weight)
-    backward(module, 1)
-    optimizer.step()
-    assert torch.equal(kept.tensor, module.first.weight.to(BFLOAT))
-
-
-def test_copies_are_no_part_of_the_module() -> None:
-    module, plain = trunk(half=True), trunk()
-    optimizer = ours(module)
-    assert module.state_dict().keys() == plain.state_dict().keys()
-    assert [name for name, _ in module.named_parameters()] == [name for name, _ in plain.named_parameters()]
-    assert not list(module.buffers()) and usable_copy(module.first.weight, BFLOAT) is not None
-    assert usable_copy(module.first.weight, torch.float16) is None
-    other = pickle.loads(pickle.dumps(module))
-    assert usable_copy(other.first.weight, BFLOAT) is None  # kept, but nobody writes it
-    with torch.autocast("cpu", BFLOAT):
-        assert torch.equal(other(images(0)), module(images(0)))
-    backward(module, 0)
-    assert keep_half_weights(module, None) == 2 and not kept_weights(module.parameters())
-    assert module.first.weight.grad is not None and module.first.weight.grad.dtype == torch.float32
-    optimizer.step_clipped(1.0)
-    with pytest.raises(TypeError, match=r"dtype must be torch.bfloat16, torch.float16 or None, got torch.float32"):
-        keep_half_weights(module, torch.float32)
-    with pytest.raises(TypeError, match=r"weights must be float32, got torch.float64"):
-        keep_half_weights(trunk().double())
-
-
-def test_copies_in_evaluation_and_in_float32() -> None:
-    """They are not used, and written all the same."""
-    module, plain = trunk(half=True), trunk()
-    optimizer = ours(module)
-    assert torch.equal(module(images(0)), plain(images(0)))
-    module(images(0)).square().sum().backward()
-    assert module.first.weight.grad is not None
-    optimizer.step_clipped(1.0)
-    for weight, kept in kept_weights(module.parameters()):
-        assert torch.equal(kept.tensor, weight.to(BFLOAT)) and kept.tensor.grad is None
-
-
-def test_refreshing_keeps_the_memory() -> None:
-    module = trunk(half=True)
-    addresses = [kept.tensor.data_ptr() for _, kept in kept_weights(module.parameters())]
-    for weight in module.parameters():
-        weight.data.mul_(3)  # which PyTorch does not count
-    assert not half_copy(module.first.weight).is_stale(module.first.weight)  # type: ignore[union-attr]
-    assert refresh_half_weights(module) == 2
-    for address, (weight, kept) in zip(addresses, kept_weights(module.parameters()), strict=True):
-        assert kept.tensor.data_ptr() == address and torch.equal(kept.tensor, weight.to(BFLOAT))
-
-
-# Training steps.
 
 
 class ConvolutionalNetwork(SmallNetwork):

@@ -20,7 +20,8 @@ step data 260 "$PY" -m bench data --workers 4 8 16 --steps 100 --csv "$R/data.cs
 step crops 60 "$PY" -m bench crops --csv "$R/crops.csv"
 step tests 150 env OMP_NUM_THREADS=1 "$PY" -m pytest -vv -p no:cacheprovider -n 12 \
   tests/training/test_step.py tests/training/test_interrupted.py \
-  tests/training/test_optimizer.py tests/kernels/test_adamw.py tests/kernels/test_max_pool.py \
+  tests/training/test_optimizer.py tests/training/test_half_weights.py \
+  tests/kernels/test_adamw*.py tests/kernels/test_max_pool.py \
   tests/kernels/test_render_crops.py tests/kernels/test_batch_norm.py tests/models/test_backbone_*.py tests/data
 
 collect() {
