@@ -8,7 +8,7 @@ its gradient, eager and without dropout, are held against those of the first con
 first steps as it is timed, which dropout blurs. "x ours" is how many times longer a step takes than that of the fastest
 contender of ours that ran; the report names it. Rows go to bench/results/training_<device>.csv, and replace those of
 the same case. `--profile FILE` writes the kernels of a step of every contender and their time, also by what they do, as
-JSON: device time, without what is between them.
+JSON as soon as a contender is ready: how long the device is busy, without what is between kernels.
 """
 
 from __future__ import annotations
@@ -141,6 +141,8 @@ def run_case(case: Case, names: Sequence[str], options: argparse.Namespace) -> l
         took = f"{statistics.median(value for part in first for value in part):.4g} ms a step"
         print(f"  {name}: ready after {ready.seconds:.1f} s, at most {ready.peak:.0f} MiB, {took}", flush=True)
         warm.append((row, ready.contender))
+        if options.profile is not None:
+            _profile(options.profile, f"{case.name}, {name}", ready.contender, device)
     calls = [_call(contender) for _, contender in warm]
     samples = alternate(calls, device, options.seconds, options.rounds)
     ours = _fastest_of_ours([(row["contender"], sample) for (row, _), sample in zip(warm, samples, strict=True)])
@@ -151,9 +153,6 @@ def run_case(case: Case, names: Sequence[str], options: argparse.Namespace) -> l
             images_per_second=f"{1e3 * case.batch / statistics.median(times):.5g}",
             times_ours=f"{median_ratio(sample, ours):.4g}" if ours else "",
         )  # fmt: skip
-    if options.profile is not None:
-        for row, contender in warm:
-            _profile(options.profile, f"{case.name}, {row['contender']}", contender, device)
     return [{**{name: row.get(name, "") for name in COLUMNS}, **_where(device)} for row in rows]
 
 

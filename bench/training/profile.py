@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from fastmetro.profiling.latency import synchronize
@@ -18,11 +19,13 @@ LONGEST = 60
 KINDS = (
     ("update", r"adam|multi_tensor|foreach|lpnorm"),
     ("batch norms", r"batch_?norm|bn_(fw|bw)"),
+    ("layer norms", r"layer_?norm|GammaBeta"),
+    ("pooling", r"max_?pool"),
     ("convolutions", r"conv|cudnn|xmma_(fprop|dgrad|wgrad)|implicit|(fprop|dgrad|wgrad)"),
     ("attention", r"attention|flash|fmha|efficient|sdp"),
     ("products", r"gemm|gemv|nvjet|cutlass|cublas|splitk|linear|matmul|addmm|bmm"),
     ("upsampling", r"upsampl|fm_upsampling|spmm|csr"),
-    ("copies and fills", r"memcpy|memset|copy|fill"),
+    ("copies and fills", r"^(?!triton_).*(memcpy|memset|copy|fill)"),
     ("compiled, fused", r"^triton_"),
 )
 """What a kernel does by a part of its name, the first that fits; Inductor's fused kernels tell no more than that."""
@@ -30,7 +33,11 @@ OTHER = "others"
 
 
 class Spent(NamedTuple):
-    """Calls and microseconds of a step."""
+    """Calls of a step, and microseconds in which nothing that began before was still running.
+
+    A kernel that is launched early, or on a second stream, runs beside another one: its own time begins when that ends.
+    So the sum over all kernels is how long the device was busy.
+    """
 
     calls: float
     microseconds: float
@@ -39,6 +46,26 @@ class Spent(NamedTuple):
 def kind_of(name: str) -> str:
     """What a kernel does, as far as its name tells."""
     return next((kind for kind, pattern in KINDS if re.search(pattern, name, re.IGNORECASE)), OTHER)
+
+
+class Run(NamedTuple):
+    """A kernel or a copy, and when it ran, in microseconds."""
+
+    name: str
+    start: float
+    end: float
+
+
+def own_times(runs: Iterable[Run]) -> dict[str, Spent]:
+    """By name, of all runs together."""
+    calls: Counter[str] = Counter()
+    times: Counter[str] = Counter()
+    until = float("-inf")
+    for name, start, end in sorted(runs, key=lambda one: (one.start, one.end)):
+        calls[name] += 1
+        times[name] += max(end - max(start, until), 0.0)  # type: ignore[assignment]
+        until = max(until, end)
+    return {name: Spent(calls[name], times[name]) for name in calls}
 
 
 def spent(run: Callable[[], object], device: torch.device) -> dict[str, Spent]:
@@ -50,12 +77,13 @@ def spent(run: Callable[[], object], device: torch.device) -> dict[str, Spent]:
         for _ in range(STEPS):
             run()
         synchronize(device)
-    found = {}
-    for event in profiler.key_averages():
-        time = event.self_device_time_total if cuda else event.self_cpu_time_total
-        if time > 0:
-            found[event.key] = Spent(event.count / STEPS, time / STEPS)
-    return dict(sorted(found.items(), key=lambda item: -item[1].microseconds))
+    if cuda:
+        events = [one for one in profiler.events() if one.device_type == DeviceType.CUDA and not one.is_user_annotation]
+        found = own_times(Run(one.name, one.time_range.start, one.time_range.end) for one in events)
+    else:
+        found = {event.key: Spent(event.count, event.self_cpu_time_total) for event in profiler.key_averages()}
+    each = {name: Spent(one.calls / STEPS, one.microseconds / STEPS) for name, one in found.items() if one[1] > 0}
+    return dict(sorted(each.items(), key=lambda item: -item[1].microseconds))
 
 
 def summary(found: Mapping[str, Spent]) -> dict[str, Any]:

@@ -164,31 +164,46 @@ def _channels_of(mean, variance, weight, bias, channels, c, epsilon):
     )
 
 
+@triton.jit
+def _normalize(
+    these, those, out, row, end, channels, c, middle, scale, low,
+    ROWS: tl.constexpr, RESIDUAL: tl.constexpr, RELU: tl.constexpr,
+):  # fmt: skip
+    """Four tiles of the result."""
+    for i in tl.static_range(4):
+        offset, inside = _place(row + i * ROWS, end, channels, c, ROWS)
+        y = (these[i].to(tl.float32) - middle) * scale + low
+        if RESIDUAL:
+            y += those[i].to(tl.float32)
+        if RELU:
+            y = tl.where(y < 0.0, 0.0, y)
+        tl.store(out + offset, y.to(out.dtype.element_ty), mask=inside)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def batch_norm_kernel(
     x, residual, weight, bias, mean, variance, out, rows, channels, groups, each, epsilon,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr, RESIDUAL: tl.constexpr, RELU: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """The norm, + residual, and its ReLU."""
-    await_earlier_kernels(EARLY)
+    """The norm, + residual, and its ReLU.
+
+    What earlier kernels than the last one wrote is read before that has ended: the first tiles are then there when the
+    moments are.
+    """
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    middle, _, scale, low = _channels_of(mean, variance, weight, bias, channels, c, epsilon)
     begin = tl.program_id(1) * each
     end = tl.minimum(begin + each, rows)
-    steps = tl.cdiv(end - begin, 4 * ROWS)
-    for step in range(steps):
-        row = begin + (steps - 1 - step) * 4 * ROWS
+    row = begin + (tl.cdiv(end - begin, 4 * ROWS) - 1) * 4 * ROWS
+    these = _load_four(x, row, end, channels, c, ROWS)
+    those = _load_four(residual, row, end, channels, c, ROWS) if RESIDUAL else these
+    await_earlier_kernels(EARLY)
+    middle, _, scale, low = _channels_of(mean, variance, weight, bias, channels, c, epsilon)
+    _normalize(these, those, out, row, end, channels, c, middle, scale, low, ROWS, RESIDUAL, RELU)
+    while row > begin:
+        row -= 4 * ROWS
         these = _load_four(x, row, end, channels, c, ROWS)
-        if RESIDUAL:
-            those = _load_four(residual, row, end, channels, c, ROWS)
-        for i in tl.static_range(4):
-            offset, inside = _place(row + i * ROWS, end, channels, c, ROWS)
-            y = (these[i].to(tl.float32) - middle) * scale + low
-            if RESIDUAL:
-                y += those[i].to(tl.float32)
-            if RELU:
-                y = tl.where(y < 0.0, 0.0, y)
-            tl.store(out + offset, y.to(out.dtype.element_ty), mask=inside)
+        those = _load_four(residual, row, end, channels, c, ROWS) if RESIDUAL else these
+        _normalize(these, those, out, row, end, channels, c, middle, scale, low, ROWS, RESIDUAL, RELU)
 
 
 @triton.jit
@@ -246,19 +261,18 @@ def batch_norm_backward_kernel(
     ROWS: tl.constexpr, CHANNELS: tl.constexpr, MORE: tl.constexpr, RELU: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """The gradient of x. The ReLU, where there still is one, had no residual in front of it."""
-    await_earlier_kernels(EARLY)
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     known = c < channels
+    begin = tl.program_id(1) * each
+    end = tl.minimum(begin + each, rows)
+    row = begin + (tl.cdiv(end - begin, 4 * ROWS) - 1) * 4 * ROWS
+    values = _load_four(x, row, end, channels, c, ROWS)  # as in the forward kernel; `grad` may be the last kernel's
+    await_earlier_kernels(EARLY)
     middle, inverse, scale, low = _channels_of(mean, variance, weight, bias, channels, c, epsilon)
     common = (tl.load(grad_bias + c, mask=known, other=0.0) / rows)[None, :]
     slope = (tl.load(grad_weight + c, mask=known, other=0.0) * inverse / rows)[None, :]
-    begin = tl.program_id(1) * each
-    end = tl.minimum(begin + each, rows)
-    steps = tl.cdiv(end - begin, 4 * ROWS)
-    for step in range(steps):
-        row = begin + (steps - 1 - step) * 4 * ROWS
+    while row >= begin:
         gradients = _load_four(grad, row, end, channels, c, ROWS)
-        values = _load_four(x, row, end, channels, c, ROWS)
         if MORE:
             others = _load_four(more, row, end, channels, c, ROWS)
         for i in tl.static_range(4):
@@ -270,6 +284,9 @@ def batch_norm_backward_kernel(
             g = _through(g, value, value, scale, low, RELU, False)
             g = (g - common - value * slope) * scale
             tl.store(grad_x + offset, g.to(grad_x.dtype.element_ty), mask=inside)
+        row -= 4 * ROWS
+        if row >= begin:
+            values = _load_four(x, row, end, channels, c, ROWS)
 
 
 class _Shared(NamedTuple):

@@ -60,14 +60,27 @@ def test_where_a_step_spends_its_time(small: None, tmp_path: Path) -> None:
         ("sm90_xmma_dgrad_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc_tilesize128x64x64", "convolutions"),
         ("void cudnn::bn_fw_tr_1C11_kernel_NCHW<float>", "batch norms"),
         ("nvjet_tst_128x256_64x4_2x1_v_bz_coopA_NTN", "products"),
-        ("triton_red_fused_add_native_layer_norm_12", "compiled, fused"),
+        ("triton_red_fused_add_native_layer_norm_12", "layer norms"),
         ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "update"),
         ("void fm::attention::backward_kernel<64>", "attention"),
+        ("triton_per_fused__to_copy_add_native_dropout_backward_native_layer_norm_backward_view_43", "layer norms"),
+        ("void at::native::(anonymous namespace)::max_pool_backward_nhwc<c10::BFloat16, float>", "pooling"),
+        ("triton_poi_fused__to_copy_view_3", "compiled, fused"),
+        ("void at::native::unrolled_elementwise_kernel<at::native::direct_copy_kernel_cuda>", "copies and fills"),
+        ("adamw_update_kernel", "update"),
         ("void at::native::vectorized_elementwise_kernel<4>", "others"),
     ],
 )
 def test_what_kernels_do(name: str, kind: str) -> None:
     assert profile.kind_of(name) == kind
+
+
+def test_kernels_that_run_beside_others_have_the_time_that_they_add() -> None:
+    """Launched early, on a second stream, within another, and after a pause."""
+    runs = [("second", 8, 15), ("first", 0, 10), ("inner", 11, 14), ("first", 20, 21), ("second", 20.5, 22)]
+    found = profile.own_times(profile.Run(*run) for run in runs)
+    assert found == {"first": (2, 11), "second": (2, 6), "inner": (1, 0)}
+    assert sum(one.microseconds for one in found.values()) == 15 + 2
 
 
 def test_a_wrong_contender_is_refused(
