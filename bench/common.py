@@ -8,6 +8,7 @@ import csv
 import importlib.metadata
 import os
 import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -47,7 +48,7 @@ def command_line() -> str:
     path = Path(program)
     if path.is_relative_to(ROOT):  # of `python -m a.b`, which Python puts there as a file
         program = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
-    return " ".join(["python -m", program, *arguments])
+    return shlex.join(["python", "-m", program, *arguments])
 
 
 def results_csv(name: str, device: torch.device) -> Path:

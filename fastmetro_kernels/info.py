@@ -33,6 +33,8 @@ OPS = {
     "render_crops": ("", ("reference", "triton")),
     "to_channels_last": ("", ("reference", "triton")),
     "batch_norm": ("", ("reference", "triton")),
+    "max_pool": ("", ("reference", "triton")),
+    "adamw": ("", ("reference", "triton")),
     "convolution": (convolution_native.OPERATOR, ("reference", "native")),
     "convolution_join": ("", ("reference", "triton")),
 }

@@ -26,12 +26,12 @@ from torch import Tensor
 
 from fastmetro.data.labels import MeshLabels
 from fastmetro.models import FastMETRO
-from fastmetro.models.backbones.half_weights import keep_half_weights
 from fastmetro.models.backbones.norm import fuse_batch_norms
 from fastmetro.models.backbones.overlap import overlap_weight_gradients
 from fastmetro.models.baselines import published_network
 from fastmetro.models.baselines.tuned import DenseTokenAttention, DenseUpsampling
 from fastmetro.models.upsampling import FixedUpsampling, check_steps
+from fastmetro.training.fused import fuse_backbone
 from fastmetro.training.losses import MeshRecoveryLoss
 from fastmetro.training.objective import Objective
 from fastmetro.training.schedule import make_optimizer
@@ -66,8 +66,8 @@ def build(name: str, model: FastMETRO, images: Tensor, labels: MeshLabels, eager
         "ours, fused norms, not compiled": (functools.partial(_fused, model), False),
         "ours, two streams": (two_streams, True),
         "ours, two streams, not compiled": (two_streams, False),
-        "ours, all": (two_streams, True),
-        "ours, all, not compiled": (two_streams, False),
+        "ours, all": (lambda: copy.deepcopy(model), True),
+        "ours, all, not compiled": (lambda: copy.deepcopy(model), False),
         "compiled": (functools.partial(_plain, model, "bias"), True),
         "compiled, boolean mask": (functools.partial(_plain, model, "bool"), True),
     }
@@ -121,8 +121,7 @@ def _fused(model: FastMETRO) -> FastMETRO:
 def _two_streams(model: FastMETRO) -> FastMETRO:
     """The same, and the gradients of the backbone's weights on a second stream, which torch.compile cannot trace."""
     network = _fused(model)
-    overlap_weight_gradients(network)
-    network.backbone.forward = torch._dynamo.disable(network.backbone.forward)  # type: ignore[method-assign]
+    overlap_weight_gradients(network.backbone)
     return network
 
 
@@ -148,7 +147,7 @@ def _tuned_step(
     own, plain = name.startswith("ours, all"), name.startswith("compiled")
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if own:
-        keep_half_weights(network.backbone, torch.bfloat16)
+        fuse_backbone(network, "bf16")
     optimizer = make_optimizer(network, RATE, 1e-4, capturable=captured, fused="project" if own else "torch")
     run, objective = network, _objective(model, images.device, plain)
     if compiled:

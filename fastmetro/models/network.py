@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastmetro.models.attention import TokenAttention
 from fastmetro.models.backbones import create_backbone
+from fastmetro.models.backbones.overlap import call_backbone
 from fastmetro.models.config import CONFIGS, DEFAULT_BACKBONES, FastMETROConfig
 from fastmetro.models.position_encoding import sine_position_encoding
 from fastmetro.models.smpl_head import SMPLParameterRegressor
@@ -150,7 +151,7 @@ class FastMETRO(nn.Module):
 
     def _encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Camera token [B, 1, C2] and joint and vertex tokens [B, K + N, C2] after both stages."""
-        features = self.backbone(images)
+        features = call_backbone(self.backbone, images)
         expected = self.conv_1x1.in_channels
         if features.dim() != 4 or features.shape[1] != expected:
             raise ValueError(

@@ -21,6 +21,7 @@ from fastmetro.files import remove_unfinished
 from fastmetro.models.backbones.half_weights import refresh_half_weights
 from fastmetro.training.board import Board
 from fastmetro.training.config import TrainConfig
+from fastmetro.training.fused import fuse_backbone
 from fastmetro.training.log import CsvLog
 from fastmetro.training.objective import Objective
 from fastmetro.training.schedule import learning_rate_factor, make_optimizer, set_learning_rate
@@ -72,9 +73,11 @@ class Trainer:
         if self.started is None:
             self.started = time.monotonic()
         self.device = next(self.model.parameters()).device
+        if config.fused:
+            fuse_backbone(self.model, config.precision, self.world.size)
         optimizer = make_optimizer(
             self.model, config.learning_rate, config.weight_decay, decay=config.decay, betas=config.betas,
-            capturable=config.capture_step,
+            capturable=config.capture_step, fused="project" if config.fused else "torch",
         )  # fmt: skip
         network: Network = self.model
         objective = self.objective

@@ -32,13 +32,26 @@ def overlap_weight_gradients(module: nn.Module, overlapped: bool = True) -> int:
     used instead of a cast, and the first gradient is left in the copy's ``grad`` as it is. A second one adds both up in
     ``weight.grad``.
 
+    ``torch.compile`` cannot trace this: :func:`call_backbone` leaves such a backbone out, so that the rest of a network
+    is compiled all the same.
+
     Returns:
         How many convolutions the module has.
     """
-    found = [layer for layer in module.modules() if isinstance(layer, nn.Conv2d)]
-    for layer in found:
+    for layer in module.modules():
         setattr(layer, _OVERLAPPED, overlapped)
-    return len(found)
+    return sum(isinstance(layer, nn.Conv2d) for layer in module.modules())
+
+
+def call_backbone(backbone: nn.Module, images: Tensor) -> Tensor:
+    """``backbone(images)``, never traced where its weights' gradients are computed on a second stream."""
+    eager = getattr(backbone, _OVERLAPPED, False) and backbone.training
+    return cast(Tensor, _call_eagerly(backbone, images) if eager else backbone(images))
+
+
+@torch.compiler.disable
+def _call_eagerly(backbone: nn.Module, images: Tensor) -> Tensor:
+    return cast(Tensor, backbone(images))
 
 
 def convolve(convolution: nn.Conv2d, x: Tensor) -> Tensor:

@@ -1,0 +1,34 @@
+"""Which of this project's kernels a network trains with beside attention and upsampling."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fastmetro.models.backbones.half_weights import keep_half_weights
+from fastmetro.models.backbones.norm import fuse_batch_norms
+from fastmetro.models.backbones.overlap import overlap_weight_gradients
+from fastmetro.training.step import Precision
+
+
+def fuse_backbone(model: nn.Module, precision: Precision, processes: int = 1) -> None:
+    """Let the backbone of a network train with fused kernels; nothing changes in its parameters and their names.
+
+    - Batch norms take the residual and the ReLU with them, and the stem's max pool keeps one byte a window
+      (:func:`~fastmetro.models.backbones.norm.fuse_batch_norms`).
+    - Gradients of the convolutions' weights are computed on a second stream
+      (:func:`~fastmetro.models.backbones.overlap.overlap_weight_gradients`).
+    - In "bf16" with one process the optimizer keeps these weights in bfloat16, too, for which it must be
+      :class:`~fastmetro.training.optimizer.ClippedAdamW`
+      (:func:`~fastmetro.models.backbones.half_weights.keep_half_weights`).
+
+    Args:
+        model: a network with a ``backbone``, or a backbone; its weights in float32.
+        precision: of its forward pass.
+        processes: that share a batch.
+    """
+    backbone = getattr(model, "backbone", model)
+    fuse_batch_norms(backbone)
+    overlap_weight_gradients(backbone)
+    if precision == "bf16" and processes == 1:
+        keep_half_weights(backbone, torch.bfloat16)
