@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -12,17 +11,9 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
+from stand_in_mesh import StandInMesh
 
 from fastmetro_kernels import TokenTopology
-
-
-@dataclass(frozen=True)
-class StandInMesh:
-    """The part of the mesh contract that a network reads."""
-
-    name: str
-    topology: TokenTopology
-    upsampling: tuple[sp.csr_matrix, ...]
 
 
 def _published(folder: Path, adjacency: str, sampling: str, steps: list[int], joints: int) -> StandInMesh:
