@@ -145,6 +145,7 @@ class Stem:
     size: tuple[int, int, int]  # images, height, width
     config: StemConfig
     kind: torch.dtype = HALF  # of the images
+    pooled: bool = True
 
     def run(self, backend: str, device: str) -> None:
         got = self._result(HALF, "reference" if device == "cpu" else backend, device)
@@ -155,7 +156,8 @@ class Stem:
         weight = torch.randn(64, 3, 7, 7, generator=generator) / 12
         weights = lay_out_stem(weight.half().to(device, dtype), torch.randn(64, generator=generator).to(device))
         images = _images(self.size, self.kind, dtype, device)
-        return convolution_stem(weights=weights, config=self.config, backend=backend, **images).cpu()
+        options = {"pooled": self.pooled, "config": self.config, "backend": backend}
+        return convolution_stem(weights=weights, **options, **images).cpu()
 
 
 @dataclass(frozen=True)
@@ -204,6 +206,8 @@ def _cases() -> Iterator[Case]:
     yield Stem((17, 65, 64), StemConfig(4, 4))  # more tiles than blocks
     for size in ((2, 33, 47), (33, 113, 96)):  # few tiles and more than blocks
         yield Stem(size, StemConfig(7, 8, warpgroups=True))
+    for tile in (StemConfig(4, 8), StemConfig(7, 8, warpgroups=True)):
+        yield Stem((17, 65, 52), tile, pooled=False)
     yield DoubleStem((2, 33, 40), DoubleStemConfig(8))
     yield DoubleStem((17, 65, 47), DoubleStemConfig(4))
     for mode in MODES:

@@ -1,5 +1,5 @@
-// convolution_stem: the stem of a ResNet (convolution, bias, ReLU, max pooling) in half precision, on
-// compute capability 8.0 and up. The kernels are in stem.cuh and stem_hopper.cuh.
+// convolution_stem: the stem of a ResNet (convolution, bias, ReLU, max pooling; or no more than the convolution and its
+// bias) in half precision, on compute capability 8.0 and up. The kernels are in stem.cuh and stem_hopper.cuh.
 #include "stem_hopper.cuh"
 
 #include <torch/csrc/stable/library.h>
@@ -41,12 +41,12 @@ void check_weights(const Tensor& weight, const Tensor& bias, const Tensor& x) {
 
 template <typename T, typename Source>
 void run(const Source& source, int images, const Tensor& weight, const Tensor& bias, Tensor& out,
-         const std::vector<int64_t>& config) {
+         const std::vector<int64_t>& config, bool pooled) {
   const int device = weight.get_device_index();
   const auto with = [&]<typename Cut>(Cut, auto* kernel) {
     const auto problem =
         fm_stem::make_problem<Cut>(source, static_cast<const T*>(weight.const_data_ptr()), bias.const_data_ptr<float>(),
-                                   static_cast<T*>(out.mutable_data_ptr()), images);
+                                   static_cast<T*>(out.mutable_data_ptr()), images, pooled);
     const int blocks = std::min(problem.tiles, fm::multiprocessors(device) * Cut::kResident);
     fm::launch_kernel(kernel, dim3(static_cast<unsigned>(blocks)), Cut::kBlockThreads,
                       Cut::kSharedBytes, 1, config[2] != 0 && fm::has_clusters(device), fm::current_stream(weight),
@@ -67,20 +67,21 @@ void run(const Source& source, int images, const Tensor& weight, const Tensor& b
 // `x` [N, H, W, 3] of the type of the weights; or float32 [N, 3, H, W]; or uint8 [N, H, W, 3] with `mean` and `scale`,
 // float32 [3]. `weight` [2, 10, 2, 32, 8] and `bias` [64] as lay_out_stem makes them; `config`: height and width of a
 // tile, whether to start before the kernel in front has ended (where the device can), whether to multiply by warpgroups.
-// Returns [N, P, Q, 64].
+// `pooled`: whether ReLU and pooling follow. Returns [N, P, Q, 64].
 Tensor convolution_stem(Tensor x, Tensor weight, Tensor bias, std::vector<int64_t> config, std::optional<Tensor> mean,
-                        std::optional<Tensor> scale) {
+                        std::optional<Tensor> scale, bool pooled) {
   const ScalarType type = weight.scalar_type();
   const fm_stem::Sizes sizes = fm_stem::check_images("convolution_stem", x, type, mean, scale);
   check_weights(weight, bias, x);
   STD_TORCH_CHECK(config.size() == 4, "convolution_stem: config must hold height, width, early, warpgroups");
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  Tensor out = torch::stable::new_empty(
-      weight, {sizes.images, sizes.out_height(), sizes.out_width(), fm_stem::kChannels});
+  const int64_t height = pooled ? sizes.out_height() : sizes.middle_height();
+  const int64_t width = pooled ? sizes.out_width() : sizes.middle_width();
+  Tensor out = torch::stable::new_empty(weight, {sizes.images, height, width, fm_stem::kChannels});
   if (sizes.images == 0) return out;
   const auto of_type = [&]<typename T>(T*) {
     fm_stem::as_source<T>(x, sizes, mean, scale, [&](const auto& source) {
-      run<T>(source, static_cast<int>(sizes.images), weight, bias, out, config);
+      run<T>(source, static_cast<int>(sizes.images), weight, bias, out, config, pooled);
     });
   };
   if (type == ScalarType::Half) of_type(static_cast<__half*>(nullptr));

@@ -15,6 +15,8 @@
 // must be finite, as all pixels are taken to be: one that is not also spoils outputs beside its windows.
 //
 // Images may also come as float32 planes or as bytes (Source; raw_pixels.cuh): the kernel then is the network's first.
+//
+// For training, where a batch norm follows, the results of the convolution can be stored as they are (not `pooled`).
 #pragma once
 
 #include "common/device.cuh"
@@ -54,10 +56,11 @@ struct Problem {
   Source images;
   const T* weight;    // in the order of lay_out_stem
   const float* bias;  // [64]
-  T* out;             // [images, out_height, out_width, 64]
+  T* out;             // [images, out_height, out_width, 64]; the convolution's own unless `pooled`
   int middle_height, middle_width;  // of the convolution
   int out_height, out_width;
   int tiles_down, tiles_across, tiles;
+  bool pooled;
 };
 
 // The first pooled position of a tile.
@@ -196,6 +199,26 @@ __device__ __forceinline__ void pool(const Problem<T, Source>& p, fm::SharedAddr
   }
 }
 
+// The convolution's results without the ReLU: two by two of them belong to each pooled position of the tile.
+template <typename Cut, typename T, typename Source>
+__device__ __forceinline__ void store(const Problem<T, Source>& p, fm::SharedAddress results, const Place& place) {
+  constexpr int kEighths = kChannels / 8, kAcross = 2 * Cut::kWidth;
+  for (int i = Cut::thread(); i < 2 * Cut::kHeight * kAcross * kEighths; i += Cut::kThreads) {
+    const int chunk = i % kEighths, row = i / kEighths / kAcross, column = i / kEighths % kAcross;
+    const int y = 2 * place.row + row, x = 2 * place.column + column;
+    if (y >= p.middle_height || x >= p.middle_width) continue;
+    const int64_t at = (static_cast<int64_t>(place.image) * p.middle_height + y) * p.middle_width + x;
+    *reinterpret_cast<uint4*>(p.out + at * kChannels + chunk * 8) =
+        fm::load_shared<uint4>(results + result_byte((row + 1) * Cut::kColumns + column + 1, chunk));
+  }
+}
+
+template <typename Cut, typename T, typename Source>
+__device__ __forceinline__ void finish(const Problem<T, Source>& p, fm::SharedAddress results, const Place& place) {
+  if (p.pooled) pool<Cut>(p, results, place);
+  else store<Cut>(p, results, place);
+}
+
 template <typename T, typename Cut, typename Source>
 __global__ void __launch_bounds__(Cut::kThreads, Cut::kResident)
     stem_kernel(const __grid_constant__ Problem<T, Source> p) {
@@ -215,7 +238,7 @@ __global__ void __launch_bounds__(Cut::kThreads, Cut::kResident)
     multiply<Cut>(p, pixels, results, weights, place);
     __syncthreads();
     if (tile + gridDim.x < p.tiles) load_tile<Cut>(p, pixels_address, place_of<Cut>(p, tile + gridDim.x));
-    pool<Cut>(p, results, place);
+    finish<Cut>(p, results, place);
   }
 }
 
@@ -233,13 +256,15 @@ bool choose_tile(int64_t height, int64_t width, const With& with) {
 
 // Sizes that follow from those of the input.
 template <typename Cut, typename T, typename Source>
-Problem<T, Source> make_problem(const Source& source, const T* weight, const float* bias, T* out, int images) {
+Problem<T, Source> make_problem(const Source& source, const T* weight, const float* bias, T* out, int images,
+                                bool pooled) {
   Problem<T, Source> p{source, weight, bias, out};
   p.middle_height = (source.height - 1) / 2 + 1, p.middle_width = (source.width - 1) / 2 + 1;
   p.out_height = (p.middle_height - 1) / 2 + 1, p.out_width = (p.middle_width - 1) / 2 + 1;
   p.tiles_down = (p.out_height + Cut::kHeight - 1) / Cut::kHeight;
   p.tiles_across = (p.out_width + Cut::kWidth - 1) / Cut::kWidth;
   p.tiles = images * p.tiles_down * p.tiles_across;
+  p.pooled = pooled;
   return p;
 }
 

@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(Cut::kBlockThreads, 1)
     multiply_groups<Cut>(p, pixels, results, fm::shared_address(weights), place);
     fm::group_sync(1 + group);
     if (tile + step < p.tiles) load_tile<Cut>(p, pixels_address, place_of<Cut>(p, tile + step));
-    pool<Cut>(p, results, place);
+    finish<Cut>(p, results, place);
   }
 #endif
 }

@@ -17,6 +17,8 @@ struct Sizes {
   int64_t images, height, width;
   int64_t out_height() const { return (height + 3) / 4; }
   int64_t out_width() const { return (width + 3) / 4; }
+  int64_t middle_height() const { return (height + 1) / 2; }  // between the convolution and the pooling
+  int64_t middle_width() const { return (width + 1) / 2; }
 };
 
 inline void check_constant(const char* op, const char* name, const std::optional<Tensor>& given, const Tensor& x) {

@@ -104,7 +104,7 @@ def pack_stem(weight: Tensor) -> Tensor:
     if weight.shape != _WEIGHT:
         raise ValueError(f"weight must be {list(_WEIGHT)}, got {list(weight.shape)}")
     rows = weight.permute(0, 2, 3, 1).reshape(CHANNELS, TAPS, TAPS * INPUTS)
-    return F.pad(rows, (1, 0, 0, 1)).flatten()[_order().to(weight.device)]
+    return F.pad(rows, (1, 0, 0, 1)).flatten()[_order(weight.device)]
 
 
 def lay_out_stem(weight: Tensor, bias: Tensor) -> StemWeights:
@@ -128,6 +128,7 @@ def convolution_stem(
     *,
     mean: Tensor | None = None,
     scale: Tensor | None = None,
+    pooled: bool = True,
     config: StemConfig | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -144,11 +145,14 @@ def convolution_stem(
         weights: of :func:`lay_out_stem`, float16 or bfloat16 (reference: float32 and float64, too), on the device
             of x.
         mean, scale: float32 ``[3]`` on the device of x, for uint8 images.
+        pooled: whether ReLU and pooling follow; else it is ``conv(x) + bias``, for a batch norm that follows in
+            training (autograd does not see it).
         config: one of ``stem_configs(True)`` (native), with or without ``early``; default: :func:`choose_stem`.
         backend: ``"auto"``, ``"native"`` or ``"reference"``.
 
     Returns:
-        ``[N, 64, P, Q]`` in the dtype of the weights, channels_last; P = ceil(H / 4), Q likewise.
+        ``[N, 64, P, Q]`` in the dtype of the weights, channels_last; P = ceil(H / 4), ceil(H / 2) if not pooled, Q
+        likewise.
 
     Raises:
         TypeError: an argument of another type or dtype.
@@ -162,7 +166,7 @@ def convolution_stem(
     dtype = weights.weight.dtype
     choices = {"reference": [], "native": stem_reasons(x.device, dtype)}
     if backends.select("convolution_stem", backend, choices, ("native", "reference")) == "reference":
-        return _reference(own_images(x, dtype, mean, scale), weights)
+        return _reference(own_images(x, dtype, mean, scale), weights, pooled)
     if config is None:
         height, width = image_size(x)
         config = choose_stem(x.shape[0], -(-height // 4), -(-width // 4), warpgroups=has_warpgroups(x.device))
@@ -170,7 +174,8 @@ def convolution_stem(
     if mean is not None and scale is not None:
         mean, scale = mean.contiguous(), scale.contiguous()
     images = kernel_images(x, dtype)
-    out = torch.ops.fastmetro_kernels.convolution_stem(images, weights.packed, weights.bias, numbers, mean, scale)
+    given = images, weights.packed, weights.bias, numbers, mean, scale, pooled
+    out = torch.ops.fastmetro_kernels.convolution_stem(*given)
     return out.permute(0, 3, 1, 2)
 
 
@@ -190,10 +195,10 @@ def has_warpgroups(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) == (9, 0)
 
 
-def _reference(x: Tensor, weights: StemWeights) -> Tensor:
+def _reference(x: Tensor, weights: StemWeights, pooled: bool) -> Tensor:
     weight = weights.weight.to(memory_format=torch.channels_last)
-    y = F.conv2d(x, weight, weights.bias.to(x.dtype), 2, 3).relu_()
-    return F.max_pool2d(y, 3, 2, 1).to(memory_format=torch.channels_last)
+    y = F.conv2d(x, weight, weights.bias.to(x.dtype), 2, 3)
+    return (F.max_pool2d(y.relu_(), 3, 2, 1) if pooled else y).to(memory_format=torch.channels_last)
 
 
 def _check(
@@ -208,7 +213,7 @@ def _check(
 
 
 @cache
-def _order() -> Tensor:
+def _order(device: torch.device) -> Tensor:
     """Where each packed number comes from in [64, 8 rows of taps, 22 numbers], flat: int64 of shape ``PACKED``.
 
     A lane of tensor cores has, of each of 20 slots (register b of step s is slot 2 s + b), two numbers that lie side by
@@ -222,13 +227,14 @@ def _order() -> Tensor:
     late = (slot - _NEAR).clamp(min=0)
     row = torch.where(slot < _NEAR, slot // 2, late // 3 * 4 + t)
     pair = torch.where(slot < _NEAR, slot % 2 * 4 + t, 8 + late % 3)
-    return (channel * (TAPS + 1) + row) * _NUMBERS + 2 * pair + element
+    return ((channel * (TAPS + 1) + row) * _NUMBERS + 2 * pair + element).to(device)
 
 
 # `x` is [N, H, W, 3] of the type of the weights, float32 [N, 3, H, W], or uint8 [N, H, W, 3] with `mean` and `scale`.
 torch.library.define(
     f"{NAMESPACE}::convolution_stem",
-    "(Tensor x, Tensor weight, Tensor bias, int[] config, Tensor? mean=None, Tensor? scale=None) -> Tensor",
+    "(Tensor x, Tensor weight, Tensor bias, int[] config, Tensor? mean=None, Tensor? scale=None, "
+    "bool pooled=True) -> Tensor",
 )
 
 
@@ -240,5 +246,6 @@ def _fake(
     config: Sequence[int],
     mean: Tensor | None = None,
     scale: Tensor | None = None,
+    pooled: bool = True,
 ) -> Tensor:
-    return weight.new_empty((*made_size(x), CHANNELS))
+    return weight.new_empty((*made_size(x, pooled), CHANNELS))

@@ -55,7 +55,7 @@ def kernel_images(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype).permute(0, 2, 3, 1).contiguous()
 
 
-def made_size(x: Tensor) -> tuple[int, int, int]:
+def made_size(x: Tensor, pooled: bool = True) -> tuple[int, int, int]:
     """Number of images, height and width of what a stem makes of images as its op takes them, for fake tensors."""
     planes = x.dtype == torch.float32
     torch._check(
@@ -63,4 +63,5 @@ def made_size(x: Tensor) -> tuple[int, int, int]:
         lambda: f"x must be {'[N, 3, H, W]' if planes else '[N, H, W, 3]'}",
     )
     height, width = (x.size(2), x.size(3)) if planes else (x.size(1), x.size(2))
-    return x.size(0), (height + 3) // 4, (width + 3) // 4
+    part = 4 if pooled else 2
+    return x.size(0), (height + part - 1) // part, (width + part - 1) // part

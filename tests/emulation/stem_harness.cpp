@@ -8,10 +8,10 @@ namespace {
 
 template <typename T>
 void run(const Given& given, const void* weight, const float* bias, void* out, int64_t images, int64_t tile_height,
-         int64_t tile_width, int64_t most_blocks, bool warpgroups) {
+         int64_t tile_width, int64_t most_blocks, bool warpgroups, bool pooled) {
   const auto with = [&]<typename Cut, typename Source>(Cut, const Source& source, auto* kernel) {
     const auto problem = fm_stem::make_problem<Cut>(source, static_cast<const T*>(weight), bias, static_cast<T*>(out),
-                                                    static_cast<int>(images));
+                                                    static_cast<int>(images), pooled);
     const int blocks = std::min(problem.tiles, static_cast<int>(most_blocks));
     fm_emulation::launch([&] { kernel(problem); }, dim3(blocks), dim3(Cut::kBlockThreads), Cut::kSharedBytes);
   };
@@ -31,10 +31,10 @@ void run(const Given& given, const void* weight, const float* bias, void* out, i
 FM_EMULATION_EXPORT int32_t run_stem(const void* x, const float* mean, const float* scale, const void* weight,
                                      const float* bias, void* out, int64_t images, int64_t height, int64_t width,
                                      int64_t tile_height, int64_t tile_width, int64_t most_blocks, int64_t warpgroups,
-                                     int64_t source, int64_t bfloat) {
+                                     int64_t source, int64_t bfloat, int64_t pooled) {
   return fm_emulation::reported([&] {
     const auto call = bfloat ? run<__nv_bfloat16> : run<__half>;
     const Given given{x, mean, scale, source, static_cast<int>(height), static_cast<int>(width)};
-    call(given, weight, bias, out, images, tile_height, tile_width, most_blocks, warpgroups != 0);
+    call(given, weight, bias, out, images, tile_height, tile_width, most_blocks, warpgroups != 0, pooled != 0);
   });
 }

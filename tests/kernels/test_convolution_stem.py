@@ -23,9 +23,9 @@ HALVES = (torch.float16, torch.bfloat16)
 SIZES = [(1, 1), (7, 5), (31, 33), (224, 224), (225, 223)]
 
 
-def exact(x: Tensor, weights: StemWeights) -> Tensor:
-    y = F.conv2d(x.double(), weights.weight.double(), weights.bias.double(), 2, 3).relu()
-    return F.max_pool2d(y, 3, 2, 1)
+def exact(x: Tensor, weights: StemWeights, pooled: bool = True) -> Tensor:
+    y = F.conv2d(x.double(), weights.weight.double(), weights.bias.double(), 2, 3)
+    return F.max_pool2d(y.relu(), 3, 2, 1) if pooled else y
 
 
 def make(images: int, height: int, width: int, device: str = "cpu", dtype: torch.dtype = torch.float32):
@@ -49,17 +49,19 @@ def emulate(
     most_blocks: int,
     mean: Tensor | None = None,
     scale: Tensor | None = None,
+    pooled: bool = True,
     **options: object,
 ) -> Tensor:
     harness = build.build_harness(Path(build.__file__).with_name("stem_harness.cpp"))
     dtype = weights.packed.dtype
     pixels, (height, width) = kernel_images(x, dtype), image_size(x)
-    out = torch.full((len(x), (height + 3) // 4, (width + 3) // 4, 64), torch.nan, dtype=dtype)
+    part = 4 if pooled else 2
+    out = torch.full((len(x), -(-height // part), -(-width // part), 64), torch.nan, dtype=dtype)
     read = {"x": pixels, "mean": mean, "scale": scale, "weight": weights.packed, "bias": weights.bias}
     harness.run(
         "run_stem",
         *(*read.values(), out, len(x), height, width, config.height, config.width, most_blocks),
-        *(config.warpgroups, source_of(x), dtype == torch.bfloat16),
+        *(config.warpgroups, source_of(x), dtype == torch.bfloat16, pooled),
         reads={name: tensor for name, tensor in read.items() if tensor is not None},
         writes={"out": out},
         **({"races": "by_barriers"} if config.warpgroups else {}),  # groups wait for themselves
@@ -76,6 +78,15 @@ def test_emulated(config: StemConfig, size: tuple[int, int], dtype: torch.dtype)
     """A width of 40 takes the copies of 16 bytes, the others single numbers; two blocks go through several tiles."""
     x, weights = make(2, *size, dtype=dtype)
     check(emulate(x, weights, config, most_blocks=2, schedule="random"), exact(x, weights))
+
+
+@EMULATOR
+@pytest.mark.parametrize("config", stem_configs(True), ids=str)
+@pytest.mark.parametrize("size", [(1, 1), (7, 5), (31, 33), (30, 40)], ids=str)
+def test_the_convolution_alone_emulated(config: StemConfig, size: tuple[int, int]) -> None:
+    x, weights = make(2, *size, dtype=torch.bfloat16)
+    got = emulate(x, weights, config, most_blocks=2, schedule="random", pooled=False)
+    check(got, exact(x, weights, pooled=False))
 
 
 @EMULATOR
@@ -114,8 +125,12 @@ def test_reference(size: tuple[int, int]) -> None:
     rows = x.permute(0, 2, 3, 1).contiguous().to("meta", torch.float16)
     packed = weights.packed.to("meta", torch.float16)
     op = torch.ops.fastmetro_kernels.convolution_stem
-    shape = op(rows, packed, weights.bias.to("meta"), [4, 4, 1, 0]).permute(0, 3, 1, 2).shape
-    assert shape == got.shape
+    given = rows, packed, weights.bias.to("meta"), [4, 4, 1, 0]
+    assert op(*given).permute(0, 3, 1, 2).shape == got.shape
+    alone = convolution_stem(x, weights, pooled=False)
+    assert alone.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(alone.double(), exact(x, weights, pooled=False), rtol=1e-5, atol=1e-5)
+    assert op(*given, pooled=False).permute(0, 3, 1, 2).shape == alone.shape
 
 
 def test_choice() -> None:
@@ -164,6 +179,19 @@ def test_kernel(config: StemConfig, images: int, size: tuple[int, int], dtype: t
         check(got, want)
         assert first is None or torch.equal(got, first)
         first = got
+
+
+@GPU
+@pytest.mark.parametrize("config", stem_configs(HOPPER), ids=str)
+@pytest.mark.parametrize("images", [1, 33])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_the_convolution_alone(config: StemConfig, images: int, size: tuple[int, int]) -> None:
+    x, weights = make(images, *size, "cuda", torch.bfloat16)
+    want = exact(x, weights, pooled=False)
+    for early in (True, False):
+        torch.full(want.shape, torch.nan, dtype=torch.bfloat16, device="cuda")
+        got = convolution_stem(x, weights, pooled=False, config=config._replace(early=early), backend="native")
+        check(got, want)
 
 
 @GPU

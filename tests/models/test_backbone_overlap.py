@@ -252,3 +252,40 @@ def test_in_a_graph_replay_after_replay() -> None:
         assert len(set(expected)) == len(expected)  # each replay computed something else
     finally:
         torch.backends.cudnn.deterministic = False
+
+
+def test_which_convolution_is_the_stem() -> None:
+    """ResNet's, and no other."""
+    options = [
+        (layer.weight, (layer.stride, layer.padding, layer.dilation, layer.groups))
+        for trunk in (ResNet50Trunk(), CompactTrunk())
+        for layer in trunk.modules()
+        if isinstance(layer, nn.Conv2d)
+    ]
+    assert [overlap._is_stem(weight, given) for weight, given in options] == [True] + [False] * (len(options) - 1)
+    weight = options[0][0]
+    for given in (((1, 1), (3, 3), (1, 1), 1), ((2, 2), (0, 0), (1, 1), 1), ((2, 2), (3, 3), (2, 2), 1)):
+        assert not overlap._is_stem(weight, given)
+
+
+@needs_gpu
+def test_the_stem_by_its_own_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The convolution to bfloat16's rounding, and the gradient of its weight."""
+    called: list[int] = []
+    stem = overlap._stem
+    monkeypatch.setattr(overlap, "_stem", lambda x, weight: (called.append(1), stem(x, weight))[1])
+    torch.manual_seed(0)
+    plain = nn.Conv2d(3, 64, 7, 2, 3, bias=False).cuda().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    own = copy.deepcopy(plain)
+    overlap.overlap_weight_gradients(own)
+    images = torch.randn(5, 3, 61, 70, device="cuda").contiguous(memory_format=torch.channels_last)
+    with torch.autocast("cuda", torch.bfloat16):
+        one, other = plain(images), overlap.convolve(own, images)
+    assert called == [1] and other.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(other, one, rtol=2**-7, atol=1e-3)
+    for result in (one, other):
+        result.float().square().sum().backward()
+    torch.cuda.synchronize()
+    assert own.weight.grad is not None and plain.weight.grad is not None
+    allowed = 0.02 * float(plain.weight.grad.abs().max())
+    torch.testing.assert_close(own.weight.grad, plain.weight.grad, rtol=0.02, atol=allowed)

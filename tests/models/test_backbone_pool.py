@@ -70,9 +70,11 @@ def test_the_op_is_taken_and_equal(trunk: type[nn.Module], calls: list[int], dev
         if isinstance(layer, nn.MaxPool2d):
             setattr(plain, name, _Plain(layer))
     images = torch.randn(2, 3, 64, 64).to(next(fused.parameters())).contiguous(memory_format=torch.channels_last)
-    expected = step(plain, images)
-    assert calls == []
-    found = step(fused, images)
+    # cuDNN may choose algorithms whose sums differ from call to call, which norms over a few positions make more of.
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        expected = step(plain, images)
+        assert calls == []
+        found = step(fused, images)
     assert calls == [2] and len(found) == len(expected) == 1 + len(list(fused.parameters()))
     rounding = 1e-9 if device.type == "cpu" else 1e-3
     for one, same in zip(found, expected, strict=True):

@@ -22,6 +22,7 @@ step tests 150 env OMP_NUM_THREADS=1 "$PY" -m pytest -vv -p no:cacheprovider -n 
   tests/training/test_step.py tests/training/test_interrupted.py \
   tests/training/test_optimizer.py tests/training/test_half_weights.py \
   tests/kernels/test_adamw*.py tests/kernels/test_max_pool.py \
+  tests/kernels/test_convolution_stem.py tests/training/test_fused_training.py \
   tests/kernels/test_render_crops.py tests/kernels/test_batch_norm.py tests/models/test_backbone_*.py tests/data
 
 collect() {
