@@ -64,6 +64,6 @@ SPOILED = {"scale": lambda y: 1.01 * y, "shift": lambda y: y + 0.01, "gradient":
 @pytest.mark.parametrize("spoil", SPOILED.values(), ids=SPOILED)
 def test_what_is_wrong_is_seen(spoil: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     right = batch_norm._ours
-    monkeypatch.setattr(batch_norm, "_ours", lambda *given, relu, config=None: spoil(right(*given, relu=relu)))
+    monkeypatch.setattr(batch_norm, "_ours", lambda *given, config=None, **options: spoil(right(*given, **options)))
     with pytest.raises(ValueError, match="errors of the result and its gradients are"):
         batch_norm.measure(batch_norm.LAYERS[-1], 2, torch.float32, 1, torch.device("cpu"))

@@ -49,12 +49,10 @@ def overlap_weight_gradients(module: nn.Module, overlapped: bool = True) -> int:
 
 def call_backbone(backbone: nn.Module, images: Tensor) -> Tensor:
     """``backbone(images)``, never traced where its weights' gradients are computed on a second stream."""
-    eager = getattr(backbone, _OVERLAPPED, False) and backbone.training
-    return cast(Tensor, _call_eagerly(backbone, images) if eager else backbone(images))
+    if torch.compiler.is_compiling() and backbone.training and getattr(backbone, _OVERLAPPED, False):
+        from fastmetro.models.backbones.eager import call_eagerly  # which imports the compiler
 
-
-@torch.compiler.disable
-def _call_eagerly(backbone: nn.Module, images: Tensor) -> Tensor:
+        return call_eagerly(backbone, images)
     return cast(Tensor, backbone(images))
 
 
