@@ -7,7 +7,7 @@ from torch import nn
 
 from fastmetro.models.backbones.half_weights import keep_half_weights
 from fastmetro.models.backbones.norm import fuse_batch_norms
-from fastmetro.models.backbones.overlap import overlap_weight_gradients
+from fastmetro.models.backbones.overlap import overlap_weight_gradients, take_own_stem
 from fastmetro.training.step import Precision
 
 
@@ -18,6 +18,8 @@ def fuse_backbone(model: nn.Module, precision: Precision, processes: int = 1) ->
       (:func:`~fastmetro.models.backbones.norm.fuse_batch_norms`).
     - Gradients of the convolutions' weights are computed on a second stream
       (:func:`~fastmetro.models.backbones.overlap.overlap_weight_gradients`).
+    - ResNet's first convolution is a kernel of this project in half precision
+      (:func:`~fastmetro.models.backbones.overlap.take_own_stem`).
     - In "bf16" with one process the optimizer keeps these weights in bfloat16, too, for which it must be
       :class:`~fastmetro.training.optimizer.ClippedAdamW`
       (:func:`~fastmetro.models.backbones.half_weights.keep_half_weights`).
@@ -30,5 +32,6 @@ def fuse_backbone(model: nn.Module, precision: Precision, processes: int = 1) ->
     backbone = getattr(model, "backbone", model)
     fuse_batch_norms(backbone)
     overlap_weight_gradients(backbone)
+    take_own_stem(backbone)
     if precision == "bf16" and processes == 1:
         keep_half_weights(backbone, torch.bfloat16)

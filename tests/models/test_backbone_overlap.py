@@ -278,6 +278,7 @@ def test_the_stem_by_its_own_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = nn.Conv2d(3, 64, 7, 2, 3, bias=False).cuda().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     own = copy.deepcopy(plain)
     overlap.overlap_weight_gradients(own)
+    overlap.take_own_stem(own)
     images = torch.randn(5, 3, 61, 70, device="cuda").contiguous(memory_format=torch.channels_last)
     with torch.autocast("cuda", torch.bfloat16):
         one, other = plain(images), overlap.convolve(own, images)

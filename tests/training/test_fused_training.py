@@ -61,6 +61,7 @@ def test_what_is_fused() -> None:
     fuse_backbone(model, "bf16")
     convolutions = [layer for layer in model.backbone.modules() if isinstance(layer, nn.Conv2d)]
     assert len(kept_weights(model.parameters())) == len(convolutions)
+    assert all(getattr(layer, overlap._OWN_STEM) and getattr(layer, overlap._OVERLAPPED) for layer in convolutions)
     for precision, processes in (("fp32", 1), ("bf16", 2)):  # gradients in half precision would be wrong there
         model = create_model("fastmetro-compact")
         fuse_backbone(model, precision, processes)  # type: ignore[arg-type]

@@ -19,6 +19,7 @@ from fastmetro_kernels.convolution import convolution_stem, lay_out_stem
 from fastmetro_kernels.convolution.stem import choose_stem, has_warpgroups, stem_reasons
 
 _OVERLAPPED = "gradient_overlaps"
+_OWN_STEM = "own_stem"
 STEM = (64, 3, 7, 7)
 """Shape of the weight of ResNet's first convolution, for which this project has a kernel."""
 WINDOW = 8
@@ -45,6 +46,15 @@ def overlap_weight_gradients(module: nn.Module, overlapped: bool = True) -> int:
     for layer in module.modules():
         setattr(layer, _OVERLAPPED, overlapped)
     return sum(isinstance(layer, nn.Conv2d) for layer in module.modules())
+
+
+def take_own_stem(module: nn.Module, taken: bool = True) -> None:
+    """Let ResNet's first convolution, where it overlaps, be this project's kernel in the forward pass on a GPU.
+
+    In half precision; sums are in float32 and rounded once, as cuDNN's, but not bit for bit the same.
+    """
+    for layer in module.modules():
+        setattr(layer, _OWN_STEM, taken)
 
 
 def call_backbone(backbone: nn.Module, images: Tensor) -> Tensor:
@@ -77,7 +87,8 @@ class _Convolution(torch.autograd.Function):
         options = (convolution.stride, padding, convolution.dilation, convolution.groups)
         ctx.save_for_backward(x, used)
         ctx.parameter, ctx.options = weight, options
-        if x.is_cuda and x.numel() and _is_stem(used, options) and not stem_reasons(x.device, dtype):
+        own = getattr(convolution, _OWN_STEM, False) and x.is_cuda and x.numel() and _is_stem(used, options)
+        if own and not stem_reasons(x.device, dtype):
             return _stem(x, used)
         return torch.nn.functional.conv2d(x, used, None, *options)
 
