@@ -18,7 +18,7 @@ done
 training l-r50-full 260 compiled 'ours, two streams, not compiled' ours
 step data 260 "$PY" -m bench data --workers 4 8 16 --steps 100 --csv "$R/data.csv"
 step crops 60 "$PY" -m bench crops --csv "$R/crops.csv"
-step tests 150 env OMP_NUM_THREADS=1 "$PY" -m pytest -vv -p no:cacheprovider -n 12 \
+step tests 280 env OMP_NUM_THREADS=1 "$PY" -m pytest -vv -p no:cacheprovider -n 12 \
   tests/training/test_step.py tests/training/test_interrupted.py \
   tests/training/test_optimizer.py tests/training/test_half_weights.py \
   tests/kernels/test_adamw*.py tests/kernels/test_max_pool.py \
