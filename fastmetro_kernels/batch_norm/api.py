@@ -153,11 +153,13 @@ class _BatchNorm(torch.autograd.Function):
             return (None,) * 13
         grad, more = found[0], found[1] if len(found) > 1 else None
         asked = ctx.residual and ctx.needs_input_grad[1]
-        behind = asked and (relu or more is not None)
+        # With a ReLU the second kernel reads it, whether or not the residual asks for a gradient.
+        behind = ctx.residual and (relu or (asked and more is not None))
         grad_x, grad_weight, grad_bias, before = ops.batch_norm_backward_triton(
             grad, more, x, out, weight, bias, mean, variance, ctx.counters, epsilon, relu, behind, config
         )
-        return grad_x, before if behind else grad if asked else None, grad_weight, grad_bias, *[None] * 9
+        through = (before if behind else grad) if asked else None
+        return grad_x, through, grad_weight, grad_bias, *[None] * 9
 
 
 def _check(
@@ -174,7 +176,7 @@ def _check(
         if not isinstance(running, RunningMoments):
             raise TypeError(f"running must be RunningMoments, got {type(running).__name__}")
         vectors |= {"running.mean": running.mean, "running.variance": running.variance}
-        if not math.isfinite(running.momentum):
+        if not abs(running.momentum) < math.inf:  # not `isfinite`, which tracing does not know of a symbol
             raise ValueError(f"running.momentum must be finite, got {running.momentum!r}")
         if running.batches is not None:
             check_tensor("running.batches", running.batches, (torch.int64,), x.device)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastmetro_kernels.batch_norm.plan import CHANNELS, BatchNormConfig, problem
+from fastmetro_kernels.images import is_channels_last
 
 NAMESPACE = "fastmetro_kernels"
 
@@ -24,7 +25,8 @@ torch.library.define(
 # `config` is a BatchNormConfig, or empty for the pinned one.
 # `counters` are zeros, one for each CHANNELS channels, and zeros again afterwards: they belong to one call at a time.
 # The gradient is grad + more. `out` is that of the forward pass where the ReLU's input also had a residual, else None:
-# it is then made anew. The last result, the gradient in front of the ReLU, is empty unless `behind` asks for it.
+# it is then made anew. The last result, the gradient in front of the ReLU, is empty unless `behind` asks for it, as it
+# must where there is an `out`: the second kernel reads it.
 torch.library.define(
     f"{NAMESPACE}::batch_norm_backward_triton",
     "(Tensor grad, Tensor? more, Tensor x, Tensor? out, Tensor weight, Tensor bias, Tensor mean, Tensor variance, "
@@ -49,7 +51,7 @@ def check_arguments(x: Tensor, images: dict[str, Tensor | None], vectors: dict[s
             continue
         torch._check(image.shape == x.shape, lambda: f"{name} must be {tuple(x.shape)}, got {tuple(image.shape)}")  # noqa: B023
         torch._check(image.dtype == x.dtype, lambda: f"{name} must be {x.dtype}, got {image.dtype}")  # noqa: B023
-        fits = image.is_contiguous(memory_format=torch.channels_last)
+        fits = is_channels_last(image)
         torch._check(fits, lambda: f"{name} must be contiguous in channels_last")  # noqa: B023
     for name, vector in vectors.items():
         fits = vector.shape == (x.size(1),) and vector.dtype == torch.float32 and vector.is_contiguous()
@@ -74,11 +76,12 @@ def check_forward(
 
 def check_backward(
     grad: Tensor, more: Tensor | None, x: Tensor, out: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor,
-    variance: Tensor, counters: Tensor | None,
+    variance: Tensor, counters: Tensor | None, behind: bool,
 ) -> None:  # fmt: skip
     """All rules of the backward op."""
     vectors = {"weight": weight, "bias": bias, "mean": mean, "variance": variance}
     check_arguments(x, {"grad": grad, "more": more, "out": out}, vectors)
+    torch._check(behind or out is None, lambda: "behind must be asked for where out is given")
     check_counters(x, counters)
 
 
@@ -107,7 +110,7 @@ def _fake_backward(
     variance: Tensor, counters: Tensor | None, epsilon: float, relu: bool, behind: bool, config: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     check_tile(config)
-    check_backward(grad, more, x, out, weight, bias, mean, variance, counters)
+    check_backward(grad, more, x, out, weight, bias, mean, variance, counters, behind)
     before = torch.empty_like(x) if behind else x.new_empty(0)
     return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight), before
 

@@ -340,7 +340,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Run both kernels; arguments as in ``ops.py``."""
     ops.check_tile(config)
-    ops.check_backward(grad, more, x, out, weight, bias, mean, variance, counters)
+    ops.check_backward(grad, more, x, out, weight, bias, mean, variance, counters, behind)
     grad_x, grad_weight, grad_bias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
     before = torch.empty_like(x) if behind else x.new_empty(0)
     shared = _shared_out(x, counters, config)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastmetro_kernels.images import is_channels_last
 from fastmetro_kernels.max_pool.plan import MaxPoolConfig, problem
 
 NAMESPACE = "fastmetro_kernels"
@@ -45,7 +46,7 @@ def check_image(name: str, image: Tensor) -> None:
     """Axes, strides and dtype of what both ops take, in a form that tracing understands."""
     torch._check(image.dim() == 4, lambda: f"{name} must be [B, C, H, W], got {tuple(image.shape)}")
     torch._check(image.dtype != torch.float64, lambda: "max_pool_triton does not take float64")
-    fits = image.is_contiguous(memory_format=torch.channels_last)
+    fits = is_channels_last(image)
     torch._check(fits, lambda: f"{name} must be contiguous in channels_last")
 
 

@@ -81,9 +81,9 @@ class Exact:
 
 
 class Plain:
-    """The same with PyTorch's optimizer and clipping, in float32."""
+    """The same with PyTorch's optimizer and clipping, in float32; by its fused kernel where asked for."""
 
-    def __init__(self, groups: Sequence[AdamWGroup]) -> None:
+    def __init__(self, groups: Sequence[AdamWGroup], fused: bool) -> None:
         self.parameters = [one.clone() for group in groups for one in group.parameters]
         rest = iter(self.parameters)
         self.optimizer = torch.optim.AdamW(
@@ -91,7 +91,8 @@ class Plain:
                 {"params": [next(rest) for _ in group.parameters], "lr": float(group.rate), "betas": group.betas,
                  "eps": group.epsilon, "weight_decay": group.weight_decay}
                 for group in groups
-            ]
+            ],
+            fused=fused or None,
         )  # fmt: skip
 
     def step(self, found: Sequence[Tensor], max_norm: float | None) -> float:
@@ -124,7 +125,7 @@ def put(group: AdamWGroup, found: Sequence[Tensor]) -> None:
 def check(runner: Runner, groups: Sequence[AdamWGroup], draw: Callable[[int], list[Tensor]],
           max_norm: float | None, steps: int = 4) -> None:  # fmt: skip
     """Several steps with other gradients."""
-    exact, plain, tables = Exact(groups), Plain(groups), Tables()
+    exact, plain, tables = Exact(groups), Plain(groups, runner.backend == "reference"), Tables()
     for step in range(steps):
         found = draw(step)
         begin = 0

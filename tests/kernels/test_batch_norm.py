@@ -99,7 +99,8 @@ def check(runner: Runner, shape: tuple[int, ...], residual: bool, relu: bool, me
     exact = results(plain, doubles, relu)
     near = results(plain, tensors, relu)
     for name, value in exact.items():
-        error, allowed = (got[name].to(DOUBLE) - value).abs(), 2 * (near[name].to(DOUBLE) - value).abs().amax()
+        times = 2 if runner.backend == "triton" else 4  # the reference's sums are PyTorch's general ones
+        error, allowed = (got[name].to(DOUBLE) - value).abs(), times * (near[name].to(DOUBLE) - value).abs().amax()
         rounding = 2 * torch.finfo(got[name].dtype).eps * (value.abs() + 4 + abs(mean))
         if runner.dtype == DOUBLE:  # PyTorch's own result is what is compared with
             rounding = rounding + 1e-11 * (1 + value.abs())
@@ -144,14 +145,31 @@ def test_what_is_no_number_stays_in_its_channel(runner: Runner) -> None:
 
 
 @on_each_backend
-def test_only_the_gradients_that_are_asked_for(runner: Runner) -> None:
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("asked", ["x", "weight", "residual", "x weight bias", "x residual"])
+def test_only_the_gradients_that_are_asked_for(runner: Runner, asked: str, relu: bool) -> None:
+    """The same as when all are: of a residual that asks for none (an image, frozen layers), too."""
     tensors = given(runner, (2, 6, 4, 5), True)
-    x, weight, bias, residual = (tensors[name] for name in ("x", "weight", "bias", "residual"))
-    weight = weight.requires_grad_()
-    batch_norm(x, weight, bias, residual=residual, relu=True, backend=runner.backend).sum().backward()
-    assert weight.grad is not None and x.grad is None and residual.grad is None
+    expected = results(ours(runner.backend), tensors, relu)
+    leaves = {name: one.detach().requires_grad_(name in asked.split()) for name, one in tensors.items()}
+    for twice in (False, True):
+        for leaf in leaves.values():
+            leaf.grad = None
+        call = batch_norm_twice if twice else batch_norm
+        found = call(leaves["x"], leaves["weight"], leaves["bias"], residual=leaves["residual"], relu=relu,
+                     backend=runner.backend)  # fmt: skip
+        outs = found if isinstance(found, tuple) else (found,)
+        torch.autograd.backward(outs, [tensors["grad"] / len(outs)] * len(outs))
+        for name, leaf in leaves.items():
+            if name in asked.split():
+                assert torch.equal(leaf.grad, expected[f"grad_{name}"]), (name, twice)
+            else:
+                assert leaf.grad is None
+
+
+def test_without_gradients() -> None:
     with torch.no_grad():
-        assert not batch_norm(x, weight, bias, backend=runner.backend).requires_grad
+        assert not batch_norm(X, W.clone().requires_grad_(), W).requires_grad
 
 
 @on_each_backend
@@ -237,12 +255,15 @@ def test_opcheck_and_compile(runner: Runner) -> None:
     for more in (None, grad.clone()):
         arguments = (grad, more, x, out, weight, bias, mean, variance, counters, 1e-5, True, True, ())
         torch.library.opcheck(ops.batch_norm_backward_triton, arguments)
+    with pytest.raises(RuntimeError, match="behind must be asked for where out is given"):
+        ops.batch_norm_backward_triton(*arguments[:-2], False, ())
     assert not counters.any()
-    torch._dynamo.reset()
     expected = results(ours("triton"), tensors, True)
-    compiled = torch.compile(ours("triton"), fullgraph=True, backend="aot_eager")
-    for name, value in results(compiled, tensors, True).items():
-        assert torch.equal(value, expected[name]), name
+    for dynamic in (False, True):
+        torch._dynamo.reset()
+        compiled = torch.compile(ours("triton"), fullgraph=True, backend="aot_eager", dynamic=dynamic)
+        for name, value in results(compiled, tensors, True).items():
+            assert torch.equal(value, expected[name]), name
 
 
 @on_cuda
@@ -286,7 +307,8 @@ def test_kernels_compile_without_spilling(capability: int, dtype: str) -> None:
     found = compile_report("compile_batch_norm.py", capability, dtype, 256)
     assert {name.split()[0] for name in found} == {"moments", "norm", "backward_sums", "backward"}
     for name, used in found.items():
-        assert used["stack"] == 0 and used["wide"], (name, used)
+        few = 0 if capability >= 90 else 8  # bytes, in the smallest tile by the assembler of Triton 3.6
+        assert used["stack"] <= few and used["wide"], (name, used)
         assert used["waits"] == (capability >= 90), (name, used)
 
 

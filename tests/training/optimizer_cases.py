@@ -84,9 +84,9 @@ def gradients_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield name, found
 
 
-def assert_equal(one: nn.Module, other: nn.Module, exactly: bool = True) -> None:
+def assert_equal(one: nn.Module, other: nn.Module, exactly: bool = True, atol: float = 1e-6) -> None:
     for (name, a), b in zip(one.named_parameters(), other.parameters(), strict=True):
         if exactly:
             assert torch.equal(a, b), name
         else:
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=atol, msg=name)

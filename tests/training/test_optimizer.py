@@ -233,7 +233,8 @@ def test_fp16_is_left_to_the_scaler(device: torch.device) -> None:
     for number in range(4):
         values = [step(*batch(number, device.type)) for step in (one, other)]
         torch.testing.assert_close(*values, rtol=1e-4, atol=1e-5)
-    assert_equal(one.model, other.model, exactly=False)
+        # A rounding of a parameter may be one of half precision in the next pass, and AdamW sees ratios of gradients.
+        assert_equal(one.model, other.model, exactly=False, atol=1e-6 if number == 0 else 1e-4)
 
 
 def test_half_weights_that_would_lose_gradients_are_refused() -> None:
