@@ -24,7 +24,7 @@ from fastmetro_kernels.convolution import (
     stem_configs,
 )
 from fastmetro_kernels.convolution.ending_configs import FOLLOWED, FOLLOWING, JOINED, MODES
-from tools.sanitize_common import BFLOAT, FLOAT, HALF, TOLERANCE, compare
+from tools.sanitize_common import BFLOAT, FLOAT, HALF, TOLERANCE, compare, written_results
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,8 @@ class Ending:
         following = lay_out(normal(outputs, 256, 1, 1, scale=1 / 16), normal(outputs)) if outputs else None
         x, shortcut = (normal(n, h, w, c).permute(0, 3, 1, 2) for c in (64, 64 if branch else 256))
         both = (None, shortcut) if branch else (shortcut, None)
-        found = convolution_ending(x, weights, last, following, *both, early=self.early, backend=backend)
+        with written_results():
+            found = convolution_ending(x, weights, last, following, *both, early=self.early, backend=backend)
         return [one.cpu() for one in found if one is not None]
 
 

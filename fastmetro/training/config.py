@@ -13,7 +13,7 @@ from fastmetro.training.schedule import Decay, Schedule
 from fastmetro.training.step import Precision
 
 _FREE_ON_RESUME = ("output", "max_seconds", "resume", "initialise", "device", "eval_every", "eval_count", "log_every",
-                   "save_every", "fused", "compile_model", "compile_images", "tensorboard",
+                   "save_every", "fused", "deterministic", "compile_model", "compile_images", "tensorboard",
                    "capture_images", "export", "commit")  # fmt: skip
 _FREE_DATA = ("workers", "eval_file", "protocol")
 
@@ -99,6 +99,7 @@ class TrainConfig:
             run with several is the run with one.
         fused: train the backbone with this project's kernels, and with its AdamW, which clips: see
             :func:`~fastmetro.training.fused.fuse_backbone`. For GPUs; elsewhere the same by PyTorch's operations.
+        deterministic: choose kernels that give equal bits in equal runs, also on a GPU; slower.
         compile_model: run the network and the losses through ``torch.compile``; with ``fused`` all but the backbone.
         capture_step: replay the whole step as one CUDA graph (needs a GPU; "bf16" or "fp32").
         compile_images: run the pixel part of the image generator through ``torch.compile``.
@@ -149,6 +150,7 @@ class TrainConfig:
     precision: Precision = "bf16"
     sync_batch_norm: bool = False
     fused: bool = False
+    deterministic: bool = False
     compile_model: bool = False
     capture_step: bool = False
     compile_images: bool = False

@@ -18,6 +18,7 @@ from fastmetro.files import replacing
 from fastmetro.models.checkpoints import load_checkpoint, weights_record
 from fastmetro.training.config import TrainConfig
 from fastmetro.training.export import SHIPPED_BYTES, export_weights
+from fastmetro.training.kernel_choice import kernel_choice
 from fastmetro.training.setup import Setup
 from fastmetro.training.state import TrainState
 from fastmetro.training.trainer import Trainer
@@ -43,9 +44,8 @@ def train(config: TrainConfig) -> dict[str, object]:
     started = time.monotonic()
     if config.seed == HELD_OUT_SEED:
         raise ValueError(f"seed {config.seed} is the one of the held-out images; choose another")
-    with open_world(config.device) as (world, device):
+    with open_world(config.device) as (world, device), kernel_choice(device, config.deterministic):
         _check_world(config, world, device)
-        torch.backends.cudnn.benchmark = device.type == "cuda"
         torch.manual_seed(config.seed)
         setup = Setup(config, world, device)
         trainer = Trainer(

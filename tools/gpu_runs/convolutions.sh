@@ -23,7 +23,6 @@ step past_2_31 120 "${tests[@]}" -n 1 tests/kernels/test_gpu_determinism.py -k 2
 step sanitize 240 "$PY" tools/sanitize.py --tools memcheck racecheck --jobs 6 \
   --groups convolution-native convolution-cluster-native linear-native linear-cluster-native \
   --out "$R/sanitize"
-# In one process these cases do not end in two minutes.
 step initcheck 200 "$PY" tools/sanitize.py --tools initcheck --groups convolution-native --shards 8 --jobs 8 \
   --out "$R/initcheck"
 step initcheck_others 90 "$PY" tools/sanitize.py --tools initcheck --jobs 6 \
