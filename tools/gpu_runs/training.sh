@@ -18,12 +18,14 @@ done
 training l-r50-full 260 compiled 'ours, two streams, not compiled' ours
 step data 260 "$PY" -m bench data --workers 4 8 16 --steps 100 --csv "$R/data.csv"
 step crops 60 "$PY" -m bench crops --csv "$R/crops.csv"
-step tests 280 env OMP_NUM_THREADS=1 "$PY" -m pytest -vv -p no:cacheprovider -n 12 \
-  tests/training/test_step.py tests/training/test_interrupted.py \
-  tests/training/test_optimizer.py tests/training/test_half_weights.py \
-  tests/kernels/test_adamw*.py tests/kernels/test_max_pool.py \
-  tests/kernels/test_convolution_stem.py tests/training/test_fused_training.py \
-  tests/kernels/test_render_crops.py tests/kernels/test_batch_norm.py tests/models/test_backbone_*.py tests/data
+# TESTS: some of them only.
+tests="tests/training/test_step.py tests/training/test_interrupted.py tests/training/test_optimizer.py
+  tests/training/test_half_weights.py tests/kernels/test_adamw.py tests/kernels/test_adamw_launches.py
+  tests/kernels/test_max_pool.py tests/kernels/test_convolution_stem.py tests/training/test_fused_training.py
+  tests/kernels/test_render_crops.py tests/kernels/test_batch_norm.py tests/models/test_backbone_norms.py
+  tests/models/test_backbone_pool.py tests/models/test_backbone_overlap.py tests/data"
+# shellcheck disable=SC2086 # several words
+step tests 280 env OMP_NUM_THREADS=1 "$PY" -m pytest -vv -p no:cacheprovider -n 12 ${TESTS:-$tests}
 
 collect() {
   grep -hE 'reached$|MISSED$' "$LOGS"/training_*.log 2>/dev/null
