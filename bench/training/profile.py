@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from fastmetro.profiling.latency import synchronize
 
 STEPS = 3
-LONGEST = 60
+LONGEST = 120
 """Names that are told; what is left over is one entry."""
 KINDS = (
     ("update", r"adam|multi_tensor|foreach|lpnorm"),

@@ -16,6 +16,11 @@ for case in s-r50 l-r50; do
   training $case 300 published compiled 'ours, two streams, not compiled' 'ours, all, not compiled' 'ours, all' ours
 done
 training l-r50-full 260 compiled 'ours, two streams, not compiled' ours
+# The profile of what a case takes now, without what it is held against.
+for case in s-r50 l-r50; do
+  step "profile_$case" 150 "$PY" -m bench training --cases $case --contenders 'ours, all, not compiled' 'ours, all' \
+    --csv "$R/profile_$case.csv" --profile "$R/profile_$case.json"
+done
 step data 260 "$PY" -m bench data --workers 4 8 16 --steps 100 --csv "$R/data.csv"
 step crops 60 "$PY" -m bench crops --csv "$R/crops.csv"
 # TESTS: some of them only.
