@@ -48,7 +48,8 @@ def command_line() -> str:
     path = Path(program)
     if path.is_relative_to(ROOT):  # of `python -m a.b`, which Python puts there as a file
         program = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
-    return shlex.join(["python", "-m", program, *arguments])
+    module = program.split(" ") if program.startswith("bench ") else [program]  # "bench fps", as __main__ has it
+    return shlex.join(["python", "-m", *module, *arguments])
 
 
 def results_csv(name: str, device: torch.device) -> Path:

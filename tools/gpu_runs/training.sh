@@ -11,7 +11,7 @@ training() { # CASE MAXSECONDS CONTENDER...: one case in a process of its own, r
 # Compiling takes 50 to 70 s for each contender that is compiled.
 step batch_norm 150 "$PY" -m bench batch_norm --all-configs --csv "$R/batch_norm.csv"
 step adamw 60 "$PY" -m bench adamw --all-configs --csv "$R/adamw.csv"
-step max_pool 40 "$PY" -m bench max_pool --all-configs --csv "$R/max_pool.csv"
+step max_pool 60 "$PY" -m bench max_pool --all-configs --csv "$R/max_pool.csv"
 for case in s-r50 l-r50; do
   training $case 300 published compiled 'ours, two streams, not compiled' 'ours, all, not compiled' 'ours, all' ours
 done
