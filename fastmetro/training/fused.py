@@ -18,7 +18,7 @@ def fuse_backbone(model: nn.Module, precision: Precision, processes: int = 1) ->
       (:func:`~fastmetro.models.backbones.norm.fuse_batch_norms`).
     - Gradients of the convolutions' weights are computed on a second stream
       (:func:`~fastmetro.models.backbones.overlap.overlap_weight_gradients`).
-    - ResNet's first convolution is a kernel of this project in half precision
+    - ResNet's first convolution and the gradient of its weight are kernels of this project in half precision
       (:func:`~fastmetro.models.backbones.overlap.take_own_stem`).
     - In "bf16" with one process the optimizer keeps these weights in bfloat16, too, for which it must be
       :class:`~fastmetro.training.optimizer.ClippedAdamW`

@@ -39,10 +39,16 @@ class Plan(NamedTuple):
     warps: int
 
 
+_FEW_NUMBERS = 2**22
+"""Up to so many, of which a large GPU's second-level cache has several times as many, the small tile is faster."""
+
+
 def pinned(rows: int, channels: int) -> BatchNormConfig:
-    """The first tile of which there are enough for all programs, else the small one."""
+    """The first tile, where there is enough for all programs; else the small one."""
+    large, small = _TILES
     blocks = -(-channels // CHANNELS)
-    return next((one for one in _TILES if blocks * -(-rows // (4 * one.rows)) >= one.programs), _TILES[-1])
+    enough = rows * channels > _FEW_NUMBERS and blocks * -(-rows // (4 * large.rows)) >= large.programs
+    return large if enough else small
 
 
 def plan(rows: int, channels: int, config: BatchNormConfig | None = None) -> Plan:

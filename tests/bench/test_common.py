@@ -14,7 +14,7 @@ from bench import common
     ("argv", "expected"),
     [
         (["bench fps", "--cases", "s-r50-1"], "python -m bench fps --cases s-r50-1"),
-        ([str(common.ROOT / "bench/fused/place.py"), "--csv", "a b.csv"], "python -m bench.fused.place --csv 'a b.csv'"),
+        ([str(common.ROOT / "bench/fused/place.py"), "--csv", "a b"], "python -m bench.fused.place --csv 'a b'"),
         ([str(common.ROOT / "bench/training/__main__.py")], "python -m bench.training"),
         (["bench training", "--contenders", "ours, all"], "python -m bench training --contenders 'ours, all'"),
     ],

@@ -271,9 +271,11 @@ def test_which_convolution_is_the_stem() -> None:
 @needs_gpu
 def test_the_stem_by_its_own_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """The convolution to bfloat16's rounding, and the gradient of its weight."""
-    called: list[int] = []
-    stem = overlap._stem
-    monkeypatch.setattr(overlap, "_stem", lambda x, weight: (called.append(1), stem(x, weight))[1])
+    called: list[str] = []
+    for name in ("_stem", "_own_gradient"):
+        call = getattr(overlap, name)
+        counted = lambda *given, name=name, call=call: (called.append(name), call(*given))[1]  # noqa: E731
+        monkeypatch.setattr(overlap, name, counted)
     torch.manual_seed(0)
     plain = nn.Conv2d(3, 64, 7, 2, 3, bias=False).cuda().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     own = copy.deepcopy(plain)
@@ -282,11 +284,12 @@ def test_the_stem_by_its_own_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     images = torch.randn(5, 3, 61, 70, device="cuda").contiguous(memory_format=torch.channels_last)
     with torch.autocast("cuda", torch.bfloat16):
         one, other = plain(images), overlap.convolve(own, images)
-    assert called == [1] and other.is_contiguous(memory_format=torch.channels_last)
+    assert called == ["_stem"] and other.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(other, one, rtol=2**-7, atol=1e-3)
     for result in (one, other):
         result.float().square().sum().backward()
     torch.cuda.synchronize()
+    assert called == ["_stem", "_own_gradient"]
     assert own.weight.grad is not None and plain.weight.grad is not None
     allowed = 0.02 * float(plain.weight.grad.abs().max())
     torch.testing.assert_close(own.weight.grad, plain.weight.grad, rtol=0.02, atol=allowed)

@@ -11,6 +11,8 @@ training() { # CASE MAXSECONDS CONTENDER...: one case in a process of its own, r
 # Compiling takes 50 to 70 s for each contender that is compiled.
 step batch_norm 150 "$PY" -m bench batch_norm --all-configs --csv "$R/batch_norm.csv"
 step adamw 60 "$PY" -m bench adamw --all-configs --csv "$R/adamw.csv"
+step image_weight_gradient 60 "$PY" -m bench image_weight_gradient --all-configs \
+  --csv "$R/image_weight_gradient.csv"
 step max_pool 60 "$PY" -m bench max_pool --all-configs --csv "$R/max_pool.csv"
 for case in s-r50 l-r50; do
   training $case 300 published compiled 'ours, two streams, not compiled' 'ours, all, not compiled' 'ours, all' ours
@@ -26,7 +28,8 @@ step crops 60 "$PY" -m bench crops --csv "$R/crops.csv"
 # TESTS: some of them only.
 tests="tests/training/test_step.py tests/training/test_interrupted.py tests/training/test_optimizer.py
   tests/training/test_half_weights.py tests/kernels/test_adamw.py tests/kernels/test_adamw_launches.py
-  tests/kernels/test_max_pool.py tests/kernels/test_convolution_stem.py tests/training/test_fused_training.py
+  tests/kernels/test_max_pool.py tests/kernels/test_image_weight_gradient.py
+  tests/kernels/test_convolution_stem.py tests/training/test_fused_training.py
   tests/kernels/test_render_crops.py tests/kernels/test_batch_norm.py tests/models/test_backbone_norms.py
   tests/models/test_backbone_pool.py tests/models/test_backbone_overlap.py tests/data"
 # shellcheck disable=SC2086 # several words
