@@ -14,10 +14,9 @@ step adamw 60 "$PY" -m bench adamw --all-configs --csv "$R/adamw.csv"
 step image_weight_gradient 60 "$PY" -m bench image_weight_gradient --all-configs \
   --csv "$R/image_weight_gradient.csv"
 step max_pool 60 "$PY" -m bench max_pool --all-configs --csv "$R/max_pool.csv"
-for case in s-r50 l-r50; do
-  training $case 300 published compiled 'ours, two streams, not compiled' 'ours, all, not compiled' 'ours, all' ours
-done
-training l-r50-full 260 compiled 'ours, two streams, not compiled' ours
+training s-r50 300 published compiled 'ours, all, not compiled' 'ours, all' ours
+training l-r50 300 published compiled 'ours, all'
+training l-r50-full 260 compiled 'ours, all, not compiled' 'ours, all'
 # The profile of what a case takes now, without what it is held against.
 for case in s-r50 l-r50; do
   step "profile_$case" 150 "$PY" -m bench training --cases $case --contenders 'ours, all, not compiled' 'ours, all' \
