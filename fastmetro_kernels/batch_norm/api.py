@@ -12,6 +12,7 @@ from torch import Tensor
 from fastmetro_kernels.backends import assumed_constant
 from fastmetro_kernels.batch_norm import ops, reference
 from fastmetro_kernels.batch_norm.plan import CHANNELS, BatchNormConfig, problem
+from fastmetro_kernels.convolution.moments import ConvolutionMoments
 from fastmetro_kernels.fused.inference import DTYPES, check_config, check_epsilon, check_tensor, choose_backend
 
 _Running = tuple[Tensor | None, Tensor | None, Tensor | None, float]
@@ -42,6 +43,7 @@ def batch_norm(
     running: RunningMoments | None = None,
     epsilon: float = 1e-5,
     counters: Tensor | None = None,
+    moments: ConvolutionMoments | None = None,
     config: BatchNormConfig | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -64,6 +66,8 @@ def batch_norm(
         epsilon: finite, at least 0.
         counters: int32, zeros, one for each 64 channels, contiguous; of one call, or of its gradients, at a time, which
             leave zeros. Made anew where absent, which is a launch.
+        moments: of x, as the convolution in front told them (``convolution_moments``), so that x is not read for them.
+            Whether they are those of x is not checked; the reference does without.
         config: the tile of the Triton kernels instead of the pinned one, for measurements.
         backend: ``"auto"`` (Triton where it can run on a GPU), ``"triton"`` or ``"reference"``.
 
@@ -75,7 +79,7 @@ def batch_norm(
         ValueError: shapes, devices or values that do not fit, fewer than two values per channel; an unknown backend.
         BackendUnavailable: the named backend cannot take this input; the message tells why.
     """
-    options = (residual, relu, running, epsilon, counters, config, backend)
+    options = (residual, relu, running, epsilon, counters, moments, config, backend)
     return cast(Tensor, _run(x, weight, bias, *options, twice=False))
 
 
@@ -89,6 +93,7 @@ def batch_norm_twice(
     running: RunningMoments | None = None,
     epsilon: float = 1e-5,
     counters: Tensor | None = None,
+    moments: ConvolutionMoments | None = None,
     config: BatchNormConfig | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -98,7 +103,7 @@ def batch_norm_twice(
         The result two times, on the same memory. The gradients of both are added on the way, without a kernel and a
         tensor for their sum.
     """
-    options = (residual, relu, running, epsilon, counters, config, backend)
+    options = (residual, relu, running, epsilon, counters, moments, config, backend)
     return cast("tuple[Tensor, Tensor]", _run(x, weight, bias, *options, twice=True))
 
 
@@ -109,10 +114,12 @@ def make_counters(channels: int, device: torch.device | str) -> Tensor:
 
 def _run(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: bool, running: RunningMoments | None,
-    epsilon: float, counters: Tensor | None, config: BatchNormConfig | None, backend: str, *, twice: bool,
+    epsilon: float, counters: Tensor | None, moments: ConvolutionMoments | None, config: BatchNormConfig | None,
+    backend: str, *, twice: bool,
 ) -> Any:  # fmt: skip
     _check(x, weight, bias, residual, running, epsilon)
     _check_counters(x, counters)
+    _check_moments(x, moments)
     check_config(config, BatchNormConfig, problem)
     x = x.contiguous(memory_format=torch.channels_last)
     if residual is not None:
@@ -122,7 +129,7 @@ def _run(
         out = reference.forward(x, residual, weight, bias, *into, epsilon, relu)[0]
         return (out, out.view_as(out)) if twice else out
     tensors = (x, residual, weight.contiguous(), bias.contiguous())
-    return _BatchNorm.apply(*tensors, *into, counters, epsilon, relu, twice, config or ())
+    return _BatchNorm.apply(*tensors, *into, counters, epsilon, relu, twice, config or (), *(moments or (None, 0)))
 
 
 @assumed_constant
@@ -135,10 +142,13 @@ class _BatchNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, running_mean: Tensor | None,
         running_var: Tensor | None, batches: Tensor | None, momentum: float, counters: Tensor | None, epsilon: float,
-        relu: bool, twice: bool, config: Sequence[int],
+        relu: bool, twice: bool, config: Sequence[int], moments: Tensor | None, moment_rows: int,
     ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-        running = running_mean, running_var, batches, counters, momentum
-        out, mean, variance = ops.batch_norm_triton(x, residual, weight, bias, *running, epsilon, relu, config)
+        tensors, options = (x, residual, weight, bias, running_mean, running_var, batches), (epsilon, relu, config)
+        if moments is None:
+            out, mean, variance = ops.batch_norm_triton(*tensors, counters, momentum, *options)
+        else:
+            out, mean, variance = ops.batch_norm_joined_triton(*tensors, momentum, *options, moments, moment_rows)
         ctx.save_for_backward(x, weight, bias, mean, variance, out if relu and residual is not None else None)
         ctx.counters, ctx.options, ctx.residual = counters, (epsilon, relu, config), residual is not None
         ctx.set_materialize_grads(False)
@@ -150,7 +160,7 @@ class _BatchNorm(torch.autograd.Function):
         epsilon, relu, config = ctx.options
         found = [one.to(x.dtype).contiguous(memory_format=torch.channels_last) for one in given if one is not None]
         if not found:
-            return (None,) * 13
+            return (None,) * 15
         grad, more = found[0], found[1] if len(found) > 1 else None
         asked = ctx.residual and ctx.needs_input_grad[1]
         # With a ReLU the second kernel reads it, whether or not the residual asks for a gradient.
@@ -159,7 +169,7 @@ class _BatchNorm(torch.autograd.Function):
             grad, more, x, out, weight, bias, mean, variance, ctx.counters, epsilon, relu, behind, config
         )
         through = (before if behind else grad) if asked else None
-        return grad_x, through, grad_weight, grad_bias, *[None] * 9
+        return grad_x, through, grad_weight, grad_bias, *[None] * 11
 
 
 def _check(
@@ -193,6 +203,17 @@ def _check(
         if residual.shape != x.shape:
             raise ValueError(f"residual must be {list(x.shape)} like x, got {list(residual.shape)}")
     check_epsilon("epsilon", epsilon)
+
+
+def _check_moments(x: Tensor, moments: ConvolutionMoments | None) -> None:
+    if moments is None:
+        return
+    if not isinstance(moments, ConvolutionMoments):
+        raise TypeError(f"moments must be ConvolutionMoments, got {type(moments).__name__}")
+    check_tensor("moments.values", moments.values, (torch.promote_types(x.dtype, torch.float32),), x.device)
+    groups = -(-(x.numel() // x.shape[1]) // max(moments.rows, 1))
+    if list(moments.values.shape) != [2, groups, x.shape[1]] or not moments.values.is_contiguous():
+        raise ValueError(f"moments.values must be [2, {groups}, {x.shape[1]}], got {list(moments.values.shape)}")
 
 
 def _check_counters(x: Tensor, counters: Tensor | None) -> None:

@@ -12,7 +12,6 @@ from fastmetro_kernels.convolution import choice, native, ops, reference
 from fastmetro_kernels.convolution.api import channels_last_rows, layer_of
 from fastmetro_kernels.convolution.configs import ROWS, ConvolutionConfig, pinned, problem
 from fastmetro_kernels.convolution.layout import ConvolutionWeights
-from fastmetro_kernels.convolution.table import Layer
 from fastmetro_kernels.fused.inference import refuse_gradients
 
 
@@ -62,7 +61,7 @@ def convolution_moments(
     if backends.select("convolution_moments", backend, choices, ("native", "reference")) == "reference":
         out = reference.convolution(x, weights, None, None, False).contiguous(memory_format=torch.channels_last)
         return out, ConvolutionMoments(_moments(out), ROWS)
-    config = config or chosen(x.device, layer)
+    config = config or moments_config(x, weights)
     found = "once must be False" if config.once else problem(config, layer.shape.chunks)
     if found:
         raise ValueError(f"config: {found}")
@@ -71,9 +70,14 @@ def convolution_moments(
     return result.permute(0, 3, 1, 2), ConvolutionMoments(values, ROWS // config.split)
 
 
-def chosen(device: torch.device, layer: Layer) -> ConvolutionConfig:
-    """The tile of the measured table where it has one for this layer and it is not one of ``once``, else by rule."""
-    measured = choice.choose(device, layer)
+def moments_config(x: Tensor, weights: ConvolutionWeights) -> ConvolutionConfig:
+    """The tile with which :func:`convolution_moments` runs the kernel: that of the measured table where it has one for
+    this layer and it is not one of ``once``, else by a rule.
+
+    Args, Raises: as of :func:`convolution_moments`.
+    """
+    layer = layer_of(x, weights, None, None)
+    measured = choice.choose(x.device, layer)
     return pinned(layer.shape) if measured is None or measured.once else measured
 
 

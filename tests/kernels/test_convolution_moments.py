@@ -10,7 +10,7 @@ from torch import Tensor
 from fastmetro_kernels.convolution import ConvolutionConfig, convolution, convolution_moments, lay_out, ops
 from fastmetro_kernels.convolution.api import layer_of
 from fastmetro_kernels.convolution.configs import usable
-from fastmetro_kernels.convolution.moments import ConvolutionMoments, chosen
+from fastmetro_kernels.convolution.moments import ConvolutionMoments, moments_config
 
 WIDE = [
     (32, 56, 56, 64, 256, 1, 1),
@@ -61,7 +61,7 @@ def test_against_float64(shape: tuple[int, ...], device: str, backend: str, dtyp
 def test_large_layers(shape: tuple[int, ...]) -> None:
     """The results are those without moments, the same in every run, and in a graph on new images."""
     x, weights, _, _, _ = make(shape, "cuda", torch.bfloat16)
-    config = chosen(x.device, layer_of(x, weights, None, None))
+    config = moments_config(x, weights)
     out, moments = convolution_moments(x, weights, backend="native")
     assert torch.equal(out, convolution(x, weights, relu=False, config=config, backend="native"))
     check(out, moments)

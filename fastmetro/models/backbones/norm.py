@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from fastmetro.models.backbones.overlap import told_moments
 from fastmetro_kernels.batch_norm import RunningMoments, batch_norm, batch_norm_twice, make_counters
 from fastmetro_kernels.max_pool import max_pool, max_pool_twice
 
@@ -45,7 +46,7 @@ def norm_relu(
         options: Any = {"residual": residual, "relu": relu, "running": running, "epsilon": norm.eps}
         if torch.compiler.is_compiling():  # neither counters nor a twin, which are attributes
             return batch_norm(x, norm.weight, norm.bias, **options)
-        options["counters"] = _counters(norm, x.device)
+        options |= {"counters": _counters(norm, x.device), "moments": told_moments(x)}
         if not twin:
             return batch_norm(x, norm.weight, norm.bias, **options)
         one, other = batch_norm_twice(x, norm.weight, norm.bias, **options)
