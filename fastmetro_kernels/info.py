@@ -35,6 +35,8 @@ OPS = {
     "to_channels_last": ("", ("reference", "triton")),
     "batch_norm": (norm_native.OPERATOR, ("reference", "native", "triton")),
     "max_pool": ("", ("reference", "triton")),
+    "residual_norm": ("", ("reference", "triton")),
+    "relu_dropout": ("", ("reference", "triton")),
     "adamw": ("", ("reference", "triton")),
     "convolution": (convolution_native.OPERATOR, ("reference", "native")),
     "convolution_join": ("", ("reference", "triton")),

@@ -9,8 +9,9 @@ ours        this network with the kernels of this project, the same around it: t
 ours, not compiled    without torch.compile.
 ours, fused norms     with `fastmetro_kernels.batch_norm` in the backbone; also "not compiled".
 ours, two streams     and with the gradients of the backbone's weights on a second stream; the backbone is not compiled.
-ours, all             and with the backbone's weights in bfloat16 beside the float32 ones, and AdamW with clipping in
-                      three launches; also "not compiled".
+ours, all             and with the backbone's weights in bfloat16 beside the float32 ones, AdamW with clipping in three
+                      launches, and in the transformer `fastmetro_kernels.residual_norm` and `relu_dropout`; also "not
+                      compiled".
 ours, own convolutions    and with the backbone's convolutions by this project's kernel in the forward pass, which
                       tells the norms the moments of their results; also "not compiled".
 """
@@ -33,7 +34,7 @@ from fastmetro.models.backbones.overlap import overlap_weight_gradients
 from fastmetro.models.baselines import published_network
 from fastmetro.models.baselines.tuned import DenseTokenAttention, DenseUpsampling
 from fastmetro.models.upsampling import FixedUpsampling, check_steps
-from fastmetro.training.fused import fuse_backbone
+from fastmetro.training.fused import fuse_backbone, fuse_transformer
 from fastmetro.training.losses import MeshRecoveryLoss
 from fastmetro.training.objective import Objective
 from fastmetro.training.schedule import make_optimizer
@@ -153,6 +154,7 @@ def _tuned_step(
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if own:
         fuse_backbone(network, "bf16", own_convolutions=convolutions)
+        fuse_transformer(network)
     optimizer = make_optimizer(network, RATE, 1e-4, capturable=captured, fused="project" if own else "torch")
     run, objective = network, _objective(model, images.device, plain)
     if compiled:

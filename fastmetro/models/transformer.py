@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmetro.models.attention import MultiheadAttention, TokenAttention, dense_attention
+from fastmetro.models.fused_transformer import FUSED, decode, encode, takes_fused
 
 
 class _Layer(nn.Module):
@@ -96,6 +97,8 @@ class Encoder(nn.Module):
 
     def forward(self, tokens: Tensor, position: Tensor) -> Tensor:
         """Encode tokens [B, S, C] with positions [S, C]."""
+        if takes_fused(self, tokens):
+            return encode(self, tokens, position)
         for layer in self.layers:
             tokens = layer(tokens, position)
         return self.norm(tokens)
@@ -111,6 +114,8 @@ class Decoder(nn.Module):
 
     def forward(self, tokens: Tensor, memory: Tensor, position: Tensor, attend: TokenAttention) -> Tensor:
         """Decode tokens [B or 1, L, C]; see :class:`DecoderLayer`."""
+        if takes_fused(self, tokens):
+            return decode(self, tokens, memory, position, attend)
         for layer in self.layers:
             tokens = layer(tokens, memory, position, attend)
         return self.norm(tokens)
@@ -149,3 +154,21 @@ class Transformer(nn.Module):
         encoded = self.encoder(tokens, F.pad(position, (0, 0, 1, 0)))
         camera, memory = encoded[:, :1], encoded[:, 1:]
         return camera, memory, self.decoder(mesh_tokens, memory, position, attend)
+
+
+def fuse_transformer(module: nn.Module, fused: bool = True) -> int:
+    """Let the encoders and decoders in a module take, while they train, ops of this project: each residual sum with its
+    dropout is one with the layer norm that comes next, and the ReLU one with its dropout
+    (:mod:`fastmetro_kernels.residual_norm`, :mod:`fastmetro_kernels.dropout`); or, with ``fused`` false, PyTorch's
+    operations.
+
+    Parameters and their names stay, and so does evaluation; outputs are the same but for rounding and the random
+    numbers of the dropout. Copies of the module keep it. What is hooked to single layers and norms is not called.
+
+    Returns:
+        How many layers these encoders and decoders have.
+    """
+    stages = [stage for stage in module.modules() if isinstance(stage, (Encoder, Decoder))]
+    for stage in stages:
+        setattr(stage, FUSED, fused)
+    return sum(len(stage.layers) for stage in stages)

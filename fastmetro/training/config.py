@@ -97,8 +97,10 @@ class TrainConfig:
         precision: "bf16" and "fp16" autocast the network's forward pass; "fp16" scales the loss.
         sync_batch_norm: take the moments of batch norms over the whole batch of all processes (GPUs only), so that a
             run with several is the run with one.
-        fused: train the backbone with this project's kernels, and with its AdamW, which clips: see
-            :func:`~fastmetro.training.fused.fuse_backbone`. For GPUs; elsewhere the same by PyTorch's operations.
+        fused: train the backbone and the transformer with this project's kernels, and with its AdamW, which clips: see
+            :func:`~fastmetro.training.fused.fuse_backbone` and
+            :func:`~fastmetro.models.transformer.fuse_transformer`, whose dropout draws other numbers than PyTorch's.
+            For GPUs; elsewhere the same by PyTorch's operations.
         deterministic: choose kernels that give equal bits in equal runs, also on a GPU; slower.
         compile_model: run the network and the losses through ``torch.compile``; with ``fused`` all but the backbone.
         capture_step: replay the whole step as one CUDA graph (needs a GPU; "bf16" or "fp32").

@@ -8,7 +8,10 @@ from torch import nn
 from fastmetro.models.backbones.half_weights import keep_half_weights
 from fastmetro.models.backbones.norm import fuse_batch_norms
 from fastmetro.models.backbones.overlap import overlap_weight_gradients, take_own_convolutions, take_own_stem
+from fastmetro.models.transformer import fuse_transformer
 from fastmetro.training.step import Precision
+
+__all__ = ["fuse_backbone", "fuse_transformer"]
 
 
 def fuse_backbone(model: nn.Module, precision: Precision, processes: int = 1, own_convolutions: bool = False) -> None:

@@ -21,7 +21,7 @@ from fastmetro.files import remove_unfinished
 from fastmetro.models.backbones.half_weights import refresh_half_weights
 from fastmetro.training.board import Board
 from fastmetro.training.config import TrainConfig
-from fastmetro.training.fused import fuse_backbone
+from fastmetro.training.fused import fuse_backbone, fuse_transformer
 from fastmetro.training.log import CsvLog
 from fastmetro.training.objective import Objective
 from fastmetro.training.schedule import learning_rate_factor, make_optimizer, set_learning_rate
@@ -75,6 +75,7 @@ class Trainer:
         self.device = next(self.model.parameters()).device
         if config.fused:
             fuse_backbone(self.model, config.precision, self.world.size)
+            fuse_transformer(self.model)
         optimizer = make_optimizer(
             self.model, config.learning_rate, config.weight_decay, decay=config.decay, betas=config.betas,
             capturable=config.capture_step, fused="project" if config.fused else "torch",

@@ -1,0 +1,22 @@
+"""The reference backend of the dropout in plain PyTorch, for every device and dtype. The specification."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmetro_kernels.dropout.ops import dropout_kept
+from fastmetro_kernels.dropout.random import scale_of_kept
+
+
+def forward(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
+    """See ``relu_dropout``. In float32 (float64 for float64 x), rounded once; autograd differentiates it.
+
+    What the result is where it has no gradient is computed apart: no part of it counts, whatever the gradient is.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    let, otherwise = wide > 0, wide.detach().relu()
+    if seed is None:
+        return torch.where(let, wide, otherwise).to(x.dtype)
+    stays = dropout_kept(seed, 1, x.numel(), p).view(x.shape)
+    return torch.where(let & stays, wide * scale_of_kept(p), otherwise * stays).to(x.dtype)
