@@ -101,7 +101,7 @@ def residual_norm_backward_kernel(
             value = tl.load(x + offset, mask=inside, other=0.0).to(tl.float32)
             middle = tl.load(mean + row, mask=row < end, other=0.0)[:, None]
             over = tl.load(inverse + row, mask=row < end, other=0.0)[:, None]
-            value = tl.where(inside, (value - middle) * over, 0.0)
+            value = (value - middle) * over  # what is not inside is multiplied by a gradient of 0
             sums += g
             products += g * value
             g *= gain

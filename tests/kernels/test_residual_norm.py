@@ -70,6 +70,14 @@ def test_mixed_dtypes(runner: Runner, stream_dtype: torch.dtype) -> None:
 
 
 @on_each_backend
+@pytest.mark.parametrize("p", [0.0, P])
+def test_a_branch_in_half_precision(runner: Runner, p: float) -> None:
+    """Beside a stream and a norm in float32, where the interpreter can run it, too: it only converts."""
+    tensors = given(Runner(runner.device, runner.backend, FLOAT), (4, 3, 20), (1, 3, 20))
+    check(runner, tensors | {"branch": tensors["branch"].half()}, p)
+
+
+@on_each_backend
 @pytest.mark.parametrize("used", ["new", "normed"])
 def test_one_of_the_results_is_used(runner: Runner, used: str) -> None:
     for p in (0.0, P):
