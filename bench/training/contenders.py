@@ -12,8 +12,6 @@ ours, two streams     and with the gradients of the backbone's weights on a seco
 ours, all             and with the backbone's weights in bfloat16 beside the float32 ones, AdamW with clipping in three
                       launches, and in the transformer `fastmetro_kernels.residual_norm` and `relu_dropout`; also "not
                       compiled".
-ours, own convolutions    and with the backbone's convolutions by this project's kernel in the forward pass, which
-                      tells the norms the moments of their results; also "not compiled".
 """
 
 from __future__ import annotations
@@ -71,8 +69,6 @@ def build(name: str, model: FastMETRO, images: Tensor, labels: MeshLabels, eager
         "ours, two streams, not compiled": (two_streams, False),
         "ours, all": (lambda: copy.deepcopy(model), True),
         "ours, all, not compiled": (lambda: copy.deepcopy(model), False),
-        "ours, own convolutions": (lambda: copy.deepcopy(model), True),
-        "ours, own convolutions, not compiled": (lambda: copy.deepcopy(model), False),
         "compiled": (functools.partial(_plain, model, "bias"), True),
         "compiled, boolean mask": (functools.partial(_plain, model, "bool"), True),
     }
@@ -86,7 +82,7 @@ def build(name: str, model: FastMETRO, images: Tensor, labels: MeshLabels, eager
 NAMES = (
     "published", "compiled", "compiled, boolean mask", "ours, not compiled", "ours, fused norms",
     "ours, fused norms, not compiled", "ours, two streams", "ours, two streams, not compiled", "ours, all",
-    "ours, all, not compiled", "ours, own convolutions", "ours, own convolutions, not compiled", OURS,
+    "ours, all, not compiled", OURS,
 )  # fmt: skip
 
 
@@ -149,11 +145,10 @@ def _plain(model: FastMETRO, mask: str) -> FastMETRO:
 def _tuned_step(
     name: str, network: FastMETRO, model: FastMETRO, images: Tensor, labels: MeshLabels, compiled: bool, captured: bool
 ) -> Callable[[], Tensor]:
-    convolutions, plain = name.startswith("ours, own"), name.startswith("compiled")
-    own = convolutions or name.startswith("ours, all")
+    own, plain = name.startswith("ours, all"), name.startswith("compiled")
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if own:
-        fuse_backbone(network, "bf16", own_convolutions=convolutions)
+        fuse_backbone(network, "bf16")
         fuse_transformer(network)
     optimizer = make_optimizer(network, RATE, 1e-4, capturable=captured, fused="project" if own else "torch")
     run, objective = network, _objective(model, images.device, plain)

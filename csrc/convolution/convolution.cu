@@ -126,28 +126,6 @@ Tensor convolution(Tensor x, Tensor weight, Tensor bias, std::optional<Tensor> r
   return out;
 }
 
-// The convolution and bias alone, and moments of the results for a batch norm: float32 [2, groups of rows, K], the means
-// of a group's 64 / split rows (the last has what is left) and the sums of the squares of what they are off it.
-std::tuple<Tensor, Tensor> with_moments(Tensor x, Tensor weight, Tensor bias, int64_t stride, int64_t padding,
-                                        std::vector<int64_t> config) {
-  const Arguments arguments{x, weight, bias, std::nullopt, std::nullopt, std::nullopt, stride, padding, 1, false, false, 1};
-  const Config chosen = make_config(config);
-  STD_TORCH_CHECK(x.is_cuda(), "convolution_moments_native: x must be on a CUDA device");
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  Tensor out = make_out(arguments);
-  const int64_t rows = out.size(0) * out.size(1) * out.size(2), own = kRows / chosen.split;
-  Tensor moments = torch::stable::new_empty(x, {2, (rows + own - 1) / own, out.size(3)}, ScalarType::Float);
-  if (out.numel() == 0) return {out, moments};
-  const auto call = [&]<typename T>(T*) {
-    Problem<T> problem = make_problem<T>(arguments, out, chosen);
-    problem.moments = moments.mutable_data_ptr<float>();
-    run<T, kMoments>(problem, chosen, fm::current_stream(x));
-  };
-  if (x.scalar_type() == ScalarType::Half) call(static_cast<__half*>(nullptr));
-  else call(static_cast<__nv_bfloat16*>(nullptr));
-  return {out, moments};
-}
-
 // The same in float16, and what its blocks note of themselves: int64 [blocks, kStamps], in clocks of the multiprocessor.
 std::tuple<Tensor, Tensor> timeline(Tensor x, Tensor weight, Tensor bias, std::optional<Tensor> residual,
                                     std::optional<Tensor> second, std::optional<Tensor> second_weight, int64_t stride,
@@ -173,6 +151,5 @@ std::tuple<Tensor, Tensor> timeline(Tensor x, Tensor weight, Tensor bias, std::o
 
 STABLE_TORCH_LIBRARY_IMPL(fastmetro_kernels, CUDA, m) {
   m.impl("convolution_native", TORCH_BOX(&convolution));
-  m.impl("convolution_moments_native", TORCH_BOX(&with_moments));
   m.impl("convolution_timeline_native", TORCH_BOX(&timeline));
 }

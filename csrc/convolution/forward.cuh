@@ -11,7 +11,6 @@
 // other block the rows that that one finishes, in a fixed order of addition.
 #pragma once
 
-#include "moments.cuh"
 #include "repeats.cuh"
 
 namespace fm_convolution {
@@ -22,12 +21,10 @@ struct Problem {
   Output<T> output;
   int split;         // blocks of a cluster
   long long* times;  // [blocks, kStamps] of a timed kernel
-  float* moments;    // of kMoments, [2, groups of rows, channels]; a group's rows are those that a block of a cluster
-                     // finishes of a tile's
 };
 
-// Ordinary; for a timeline; with results that are repeated to a finer resolution; with moments of the results.
-enum Kind { kOrdinary, kTimed, kRepeats, kMoments };
+// Ordinary; for a timeline; with results that are repeated to a finer resolution.
+enum Kind { kOrdinary, kTimed, kRepeats };
 
 // Bytes of shared memory, in front of which up to 1023 are lost to alignment.
 constexpr int shared_bytes(int columns, int groups, int split, int stages) {
@@ -108,13 +105,8 @@ __global__ void __launch_bounds__(GROUPS* kWarpgroup + 32) convolution_kernel(co
       fm::group_sync(2 + group);
     }
     stamp<KIND>(p, kExchanged);
-    if constexpr (KIND == kRepeats) {
-      repeats.finish(rows, split);
-    } else if constexpr (KIND == kMoments) {
-      Moments<T, COLUMNS, SHARED>(mine).finish(p.output, p.moments, rows, own, split, first, tile.column, 2 + group);
-    } else {
-      mine.finish(p.output, rows, own, split);
-    }
+    if constexpr (KIND == kRepeats) repeats.finish(rows, split);
+    else mine.finish(p.output, rows, own, split);
     stamp<KIND>(p, kStored);
   }
   stamp<KIND>(p, kMultiprocessor);

@@ -7,14 +7,14 @@ from torch import nn
 
 from fastmetro.models.backbones.half_weights import keep_half_weights
 from fastmetro.models.backbones.norm import fuse_batch_norms
-from fastmetro.models.backbones.overlap import overlap_weight_gradients, take_own_convolutions, take_own_stem
+from fastmetro.models.backbones.overlap import overlap_weight_gradients, take_own_stem
 from fastmetro.models.transformer import fuse_transformer
 from fastmetro.training.step import Precision
 
 __all__ = ["fuse_backbone", "fuse_transformer"]
 
 
-def fuse_backbone(model: nn.Module, precision: Precision, processes: int = 1, own_convolutions: bool = False) -> None:
+def fuse_backbone(model: nn.Module, precision: Precision, processes: int = 1) -> None:
     """Let the backbone of a network train with fused kernels; nothing changes in its parameters and their names.
 
     - Batch norms take the residual and the ReLU with them, and the stem's max pool keeps one byte a window
@@ -31,15 +31,10 @@ def fuse_backbone(model: nn.Module, precision: Precision, processes: int = 1, ow
         model: a network with a ``backbone``, or a backbone; its weights in float32.
         precision: of its forward pass.
         processes: that share a batch.
-        own_convolutions: whether the other convolutions are kernels of this project in the forward pass, too, which
-            tell the norms the moments of their results
-            (:func:`~fastmetro.models.backbones.overlap.take_own_convolutions`).
     """
     backbone = getattr(model, "backbone", model)
     fuse_batch_norms(backbone)
     overlap_weight_gradients(backbone)
     take_own_stem(backbone)
-    if own_convolutions:
-        take_own_convolutions(backbone)
     if precision == "bf16" and processes == 1:
         keep_half_weights(backbone, torch.bfloat16)

@@ -22,13 +22,7 @@ from torch import Tensor
 
 from fastmetro_kernels.adamw.plan import PINNED, SHIFT, AdamWConfig
 from fastmetro_kernels.adamw.tables import Tables
-from fastmetro_kernels.fused.early_launch import (
-    await_earlier_kernels,
-    launch_options,
-    launches_early,
-    on_device,
-    only_await_earlier_kernels,
-)
+from fastmetro_kernels.fused.early_launch import await_earlier_kernels, launch_options, launches_early, on_device
 
 if TYPE_CHECKING:
     from fastmetro_kernels.adamw.api import AdamWGroup
@@ -204,8 +198,7 @@ def adamw_update_kernel(
     gradient, kind = tl.load(row), tl.load(row + tensors)
     parameter, first, second = tl.load(row + 3 * tensors), tl.load(row + 4 * tensors), tl.load(row + 5 * tensors)
     half, half_kind = tl.load(row + 6 * tensors), tl.load(row + 7 * tensors)
-    # What is above was there before the kernel in front of this one. Convolutions read weights before they wait.
-    only_await_earlier_kernels(EARLY)
+    await_earlier_kernels(EARLY)  # what is above was there before the kernel in front of this one
     given = factors + tensor * FACTORS
     if ((gradient | parameter | first | second | half) % 16 == 0) & (length % 8 == 0):
         _update(gradient, kind, parameter, first, second, half, half_kind, given, begin, length, CHUNK, BLOCK, True)

@@ -14,7 +14,6 @@ from fastmetro_kernels.backends import assumed_constant
 from fastmetro_kernels.batch_norm import native, ops, reference
 from fastmetro_kernels.batch_norm.native import NativeConfig
 from fastmetro_kernels.batch_norm.plan import CHANNELS, BatchNormConfig, problem
-from fastmetro_kernels.convolution.moments import ConvolutionMoments
 from fastmetro_kernels.fused.inference import (
     DTYPES,
     aligned,
@@ -53,7 +52,6 @@ def batch_norm(
     running: RunningMoments | None = None,
     epsilon: float = 1e-5,
     counters: Tensor | None = None,
-    moments: ConvolutionMoments | None = None,
     config: BatchNormConfig | NativeConfig | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -75,9 +73,6 @@ def batch_norm(
         running: averages over batches that this one goes into, in place.
         epsilon: finite, at least 0.
         counters: int32, zeros, one for each 64 channels, contiguous; of one call, or of its gradients, at a time, which
-        moments: of x, as the convolution in front told them (``convolution_moments``), so that x is not read for them.
-            Whether they are those of x is not checked; the reference does without, and native takes the Triton kernels
-            then for the forward pass.
         config: the tile of the Triton kernels, or of native, instead of the pinned one, for measurements.
         backend: ``"auto"`` (Triton where it can run on a GPU), ``"triton"``, ``"native"`` (half precision, channels in
             multiples of 8, on compute capability 9.0; one launch to a pass) or ``"reference"``.
@@ -91,7 +86,7 @@ def batch_norm(
             another one than `config` is of.
         BackendUnavailable: the named backend cannot take this input; the message tells why.
     """
-    options = (residual, relu, running, epsilon, counters, moments, config, backend)
+    options = (residual, relu, running, epsilon, counters, config, backend)
     return cast(Tensor, _run(x, weight, bias, *options, twice=False))
 
 
@@ -105,7 +100,6 @@ def batch_norm_twice(
     running: RunningMoments | None = None,
     epsilon: float = 1e-5,
     counters: Tensor | None = None,
-    moments: ConvolutionMoments | None = None,
     config: BatchNormConfig | NativeConfig | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -115,7 +109,7 @@ def batch_norm_twice(
         The result two times, on the same memory. The gradients of both are added on the way, without a kernel and a
         tensor for their sum.
     """
-    options = (residual, relu, running, epsilon, counters, moments, config, backend)
+    options = (residual, relu, running, epsilon, counters, config, backend)
     return cast("tuple[Tensor, Tensor]", _run(x, weight, bias, *options, twice=True))
 
 
@@ -126,12 +120,11 @@ def make_counters(channels: int, device: torch.device | str) -> Tensor:
 
 def _run(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: bool, running: RunningMoments | None,
-    epsilon: float, counters: Tensor | None, moments: ConvolutionMoments | None,
-    config: BatchNormConfig | NativeConfig | None, backend: str, *, twice: bool,
+    epsilon: float, counters: Tensor | None, config: BatchNormConfig | NativeConfig | None, backend: str, *,
+    twice: bool,
 ) -> Any:  # fmt: skip
     _check(x, weight, bias, residual, running, epsilon)
     _check_counters(x, counters)
-    _check_moments(x, moments)
     _check_tile(config, backend)
     x = x.contiguous(memory_format=torch.channels_last)
     if residual is not None:
@@ -144,8 +137,7 @@ def _run(
     tensors = (x, residual, weight.contiguous(), bias.contiguous())
     if chosen == "native" and config is None:
         config = native.pinned_native(x.numel() // x.shape[1], x.shape[1])
-    told = moments or (None, 0)
-    return _BatchNorm.apply(*tensors, *into, counters, epsilon, relu, twice, config or (), chosen == "native", *told)
+    return _BatchNorm.apply(*tensors, *into, counters, epsilon, relu, twice, config or (), chosen == "native")
 
 
 def _choose(backend: str, x: Tensor, residual: Tensor | None) -> str:
@@ -166,14 +158,11 @@ class _BatchNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, running_mean: Tensor | None,
         running_var: Tensor | None, batches: Tensor | None, momentum: float, counters: Tensor | None, epsilon: float,
-        relu: bool, twice: bool, config: Sequence[int], natively: bool, moments: Tensor | None, moment_rows: int,
+        relu: bool, twice: bool, config: Sequence[int], natively: bool,
     ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
         tensors = x, residual, weight, bias, running_mean, running_var, batches
         options = momentum, epsilon, relu, config
-        if moments is not None:  # there is no native kernel for what is left to do
-            options = momentum, epsilon, relu, () if natively else config
-            out, mean, variance = ops.batch_norm_joined_triton(*tensors, *options, moments, moment_rows)
-        elif natively:
+        if natively:
             out, mean, variance = native.batch_norm_native(*tensors, *options)
         else:
             out, mean, variance = ops.batch_norm_triton(*tensors, counters, *options)
@@ -189,7 +178,7 @@ class _BatchNorm(torch.autograd.Function):
         epsilon, relu, config = ctx.options
         found = [one.to(x.dtype).contiguous(memory_format=torch.channels_last) for one in given if one is not None]
         if not found:
-            return (None,) * 16
+            return (None,) * 14
         if ctx.natively:
             found = [one if aligned(one, 16) else one.clone() for one in found]
         grad, more = found[0], found[1] if len(found) > 1 else None
@@ -202,7 +191,7 @@ class _BatchNorm(torch.autograd.Function):
         else:
             grad_x, grad_weight, grad_bias, before = ops.batch_norm_backward_triton(*tensors, ctx.counters, *options)
         through = (before if behind else grad) if asked else None
-        return grad_x, through, grad_weight, grad_bias, *[None] * 12
+        return grad_x, through, grad_weight, grad_bias, *[None] * 10
 
 
 def _check_tile(config: BatchNormConfig | NativeConfig | None, backend: str) -> None:
@@ -247,17 +236,6 @@ def _check(
         if residual.shape != x.shape:
             raise ValueError(f"residual must be {list(x.shape)} like x, got {list(residual.shape)}")
     check_epsilon("epsilon", epsilon)
-
-
-def _check_moments(x: Tensor, moments: ConvolutionMoments | None) -> None:
-    if moments is None:
-        return
-    if not isinstance(moments, ConvolutionMoments):
-        raise TypeError(f"moments must be ConvolutionMoments, got {type(moments).__name__}")
-    check_tensor("moments.values", moments.values, (torch.promote_types(x.dtype, torch.float32),), x.device)
-    groups = -(-(x.numel() // x.shape[1]) // max(moments.rows, 1))
-    if list(moments.values.shape) != [2, groups, x.shape[1]] or not moments.values.is_contiguous():
-        raise ValueError(f"moments.values must be [2, {groups}, {x.shape[1]}], got {list(moments.values.shape)}")
 
 
 def _check_counters(x: Tensor, counters: Tensor | None) -> None:

@@ -22,14 +22,6 @@ torch.library.define(
     "(Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-# The same where the convolution in front told the moments of groups of so many rows, float32 [2, groups, C].
-torch.library.define(
-    f"{NAMESPACE}::batch_norm_joined_triton",
-    "(Tensor x, Tensor? residual, Tensor weight, Tensor bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
-    "Tensor(c!)? batches, float momentum, float epsilon, bool relu, int[] config, Tensor moments, int moment_rows) -> "
-    "(Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
 # `config` is a BatchNormConfig, or empty for the pinned one.
 # `counters` are zeros, one for each CHANNELS channels, and zeros again afterwards: they belong to one call at a time.
 # The gradient is grad + more. `out` is that of the forward pass where the ReLU's input also had a residual, else None:
@@ -93,15 +85,6 @@ def check_backward(
     check_counters(x, counters)
 
 
-def check_moments(x: Tensor, moments: Tensor, moment_rows: int) -> None:
-    """Of the joined op."""
-    torch._check(moment_rows >= 1, lambda: f"moment_rows must be at least 1, got {moment_rows}")
-    groups = (x.size(0) * x.size(2) * x.size(3) + moment_rows - 1) // moment_rows
-    fits = moments.dtype == torch.float32 and moments.is_contiguous() and moments.dim() == 3
-    fits = fits and moments.size(0) == 2 and moments.size(1) == groups and moments.size(2) == x.size(1)
-    torch._check(fits, lambda: f"moments must be float32 [2, {groups}, {x.size(1)}], got {tuple(moments.shape)}")
-
-
 def check_counters(x: Tensor, counters: Tensor | None) -> None:
     """Of both ops."""
     if counters is not None:
@@ -117,18 +100,6 @@ def _fake(
     relu: bool, config: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     check_forward(x, residual, weight, bias, running_mean, running_var, batches, counters)
-    check_tile(config)
-    return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
-
-
-@torch.library.register_fake(f"{NAMESPACE}::batch_norm_joined_triton")
-def _fake_joined(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, running_mean: Tensor | None,
-    running_var: Tensor | None, batches: Tensor | None, momentum: float, epsilon: float, relu: bool,
-    config: Sequence[int], moments: Tensor, moment_rows: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    check_forward(x, residual, weight, bias, running_mean, running_var, batches, None)
-    check_moments(x, moments, moment_rows)
     check_tile(config)
     return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
 
@@ -156,19 +127,6 @@ def _forward(
     )  # fmt: skip
 
 
-def _joined(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, running_mean: Tensor | None,
-    running_var: Tensor | None, batches: Tensor | None, momentum: float, epsilon: float, relu: bool,
-    config: Sequence[int], moments: Tensor, moment_rows: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    from fastmetro_kernels.batch_norm import triton
-
-    return triton.forward(
-        x, residual, weight, bias, running_mean, running_var, batches, None, momentum, epsilon, relu, config, moments,
-        moment_rows,
-    )  # fmt: skip
-
-
 def _backward(
     grad: Tensor, more: Tensor | None, x: Tensor, out: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor,
     variance: Tensor, counters: Tensor | None, epsilon: float, relu: bool, behind: bool, config: Sequence[int],
@@ -182,9 +140,7 @@ def _backward(
 
 for _device in ("CPU", "CUDA"):
     torch.library.impl(f"{NAMESPACE}::batch_norm_triton", _device, _forward)
-    torch.library.impl(f"{NAMESPACE}::batch_norm_joined_triton", _device, _joined)
     torch.library.impl(f"{NAMESPACE}::batch_norm_backward_triton", _device, _backward)
 
 batch_norm_triton = torch.ops.fastmetro_kernels.batch_norm_triton.default
-batch_norm_joined_triton = torch.ops.fastmetro_kernels.batch_norm_joined_triton.default
 batch_norm_backward_triton = torch.ops.fastmetro_kernels.batch_norm_backward_triton.default

@@ -26,8 +26,6 @@ SIZES = ["rows", "groups", "each"]
 """Arguments whose values make no kernels of their own."""
 PARTS = 64
 """Groups whose sums a program adds up at a time."""
-JOINED_CHANNELS, MOST_JOINED = 8, 1024
-"""Of a program that joins a convolution's moments: channels, 32 bytes of a group, and groups at a time."""
 
 
 @triton.jit
@@ -105,26 +103,6 @@ def _join_moments(partials, groups, channels, rows, each, c, PARTS: tl.constexpr
     return near + apart, tl.where(variance < 0.0, 0.0, variance)  # not tl.maximum: what is not a number stays so
 
 
-@triton.jit
-def _store_moments(
-    middle, spread, mean, variance, running_mean, running_var, batches, rows, channels, momentum, c,
-    RUNNING: tl.constexpr, COUNTED: tl.constexpr,
-):  # fmt: skip
-    """Of some channels; where RUNNING they go into the running averages, too."""
-    known = c < channels
-    tl.store(mean + c, middle, mask=known)
-    tl.store(variance + c, spread, mask=known)
-    if RUNNING:
-        before = tl.load(running_mean + c, mask=known, other=0.0)
-        tl.store(running_mean + c, before + momentum * (middle - before), mask=known)
-        before = tl.load(running_var + c, mask=known, other=0.0)
-        unbiased = spread * (rows / (rows - 1.0))
-        tl.store(running_var + c, before + momentum * (unbiased - before), mask=known)
-    if COUNTED:  # noqa: SIM102 - one is known when it is compiled
-        if tl.program_id(0) == 0:
-            tl.store(batches, tl.load(batches) + 1)
-
-
 @triton.jit(do_not_specialize=SIZES)
 def batch_norm_moments_kernel(
     x, partials, counters, mean, variance, running_mean, running_var, batches, rows, channels, groups, each, momentum,
@@ -158,25 +136,18 @@ def batch_norm_moments_kernel(
     squares = tl.sum(second, 0) - count * apart * apart
     if _last_of_its_channels(counters, partials, near + apart, squares, groups, channels, c):
         middle, spread = _join_moments(partials, groups, channels, rows, each, c, PARTS, CHANNELS)
-        _store_moments(
-            middle, spread, mean, variance, running_mean, running_var, batches, rows, channels, momentum, c,
-            RUNNING, COUNTED,
-        )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=SIZES)
-def batch_norm_join_kernel(
-    partials, mean, variance, running_mean, running_var, batches, rows, channels, groups, each, momentum,
-    CHANNELS: tl.constexpr, PARTS: tl.constexpr, RUNNING: tl.constexpr, COUNTED: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    """The same of groups whose moments the convolution in front told."""
-    await_earlier_kernels(EARLY)
-    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    middle, spread = _join_moments(partials, groups, channels, rows, each, c, PARTS, CHANNELS)
-    _store_moments(
-        middle, spread, mean, variance, running_mean, running_var, batches, rows, channels, momentum, c,
-        RUNNING, COUNTED,
-    )  # fmt: skip
+        known = c < channels
+        tl.store(mean + c, middle, mask=known)
+        tl.store(variance + c, spread, mask=known)
+        if RUNNING:
+            before = tl.load(running_mean + c, mask=known, other=0.0)
+            tl.store(running_mean + c, before + momentum * (middle - before), mask=known)
+            before = tl.load(running_var + c, mask=known, other=0.0)
+            unbiased = spread * (rows / (rows - 1.0))
+            tl.store(running_var + c, before + momentum * (unbiased - before), mask=known)
+        if COUNTED:  # noqa: SIM102 - one is known when it is compiled
+            if tl.program_id(0) == 0:
+                tl.store(batches, tl.load(batches) + 1)
 
 
 @triton.jit
@@ -344,30 +315,18 @@ def _shared_out(x: Tensor, counters: Tensor | None, config: Sequence[int]) -> _S
 def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, running_mean: Tensor | None,
     running_var: Tensor | None, batches: Tensor | None, counters: Tensor | None, momentum: float, epsilon: float,
-    relu: bool, config: Sequence[int], moments: Tensor | None = None, moment_rows: int = 0,
+    relu: bool, config: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Run both kernels; arguments as in ``ops.py``."""
     ops.check_tile(config)
     ops.check_forward(x, residual, weight, bias, running_mean, running_var, batches, counters)
     out, mean, variance = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
     shared = _shared_out(x, counters, config)
-    results = (mean, variance, running_mean, running_var, batches)
-    flags = {"RUNNING": running_mean is not None, "COUNTED": batches is not None}
     with on_device(x):
-        if moments is None:
-            batch_norm_moments_kernel[shared.grid](
-                x, shared.partials, shared.counters, *results, *shared.sizes, momentum, PARTS=PARTS, **flags,
-                **shared.options,
-            )  # fmt: skip
-        else:
-            ops.check_moments(x, moments, moment_rows)
-            groups = moments.shape[1]
-            early = launches_early(x)
-            batch_norm_join_kernel[(-(-x.shape[1] // JOINED_CHANNELS),)](
-                moments, *results, *shared.sizes[:2], groups, moment_rows, momentum, CHANNELS=JOINED_CHANNELS,
-                PARTS=min(max(triton.next_power_of_2(groups), 32), MOST_JOINED), EARLY=early, num_warps=8, **flags,
-                **launch_options(early),
-            )  # fmt: skip
+        batch_norm_moments_kernel[shared.grid](
+            x, shared.partials, shared.counters, mean, variance, running_mean, running_var, batches, *shared.sizes,
+            momentum, PARTS=PARTS, RUNNING=running_mean is not None, COUNTED=batches is not None, **shared.options,
+        )  # fmt: skip
         batch_norm_kernel[shared.grid](
             x, residual, weight, bias, mean, variance, out, *shared.sizes, epsilon,
             RESIDUAL=residual is not None, RELU=relu, **shared.options,

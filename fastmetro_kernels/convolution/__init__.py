@@ -15,7 +15,6 @@ from fastmetro_kernels.convolution.ending import choose_ending, convolution_endi
 from fastmetro_kernels.convolution.join import choose_join, convolution_join, join_problem
 from fastmetro_kernels.convolution.join_configs import JoinConfig
 from fastmetro_kernels.convolution.layout import ConvolutionWeights, lay_out
-from fastmetro_kernels.convolution.moments import ConvolutionMoments, convolution_moments
 from fastmetro_kernels.convolution.pair import choose_pair, convolution_pair, pair_problem
 from fastmetro_kernels.convolution.stem import (
     StemConfig,
@@ -29,7 +28,6 @@ from fastmetro_kernels.convolution.stem import (
 
 __all__ = [
     "ConvolutionConfig",
-    "ConvolutionMoments",
     "ConvolutionWeights",
     "DoubleStemConfig",
     "DoubleStemWeights",
@@ -47,7 +45,6 @@ __all__ = [
     "convolution_double_stem",
     "convolution_ending",
     "convolution_join",
-    "convolution_moments",
     "convolution_pair",
     "convolution_stem",
     "double_stem_configs",

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastmetro_kernels.convolution.configs import ROWS
-
 NAMESPACE = "fastmetro_kernels"
 
 _ARGUMENTS = (
@@ -16,10 +14,6 @@ _ARGUMENTS = (
     "int padding, int second_stride, bool relu, bool late"
 )
 torch.library.define(f"{NAMESPACE}::convolution_native", f"({_ARGUMENTS}, int scale, int[] config) -> Tensor")
-torch.library.define(
-    f"{NAMESPACE}::convolution_moments_native",
-    "(Tensor x, Tensor weight, Tensor bias, int stride, int padding, int[] config) -> (Tensor, Tensor)",
-)
 torch.library.define(f"{NAMESPACE}::convolution_timeline_native", f"({_ARGUMENTS}, int[] config) -> (Tensor, Tensor)")
 
 STAMPS = ("started", "prepared", "waited", "asked", "multiplied", "exchanged", "stored", "multiprocessor")
@@ -42,36 +36,16 @@ def _fake(
     scale: int,
     config: Sequence[int],
 ) -> Tensor:
-    height, width = _size(x, weight, stride, padding)
-    return x.new_empty((x.size(0), height * scale, width * scale, weight.size(0)))
-
-
-@torch.library.register_fake(f"{NAMESPACE}::convolution_moments_native")
-def _fake_moments(
-    x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, config: Sequence[int]
-) -> tuple[Tensor, Tensor]:
-    height, width = _size(x, weight, stride, padding)
-    out = x.new_empty((x.size(0), height, width, weight.size(0)))
-    own = ROWS // config[1]
-    return out, bias.new_empty((2, (x.size(0) * height * width + own - 1) // own, weight.size(0)))
-
-
-def _size(x: Tensor, weight: Tensor, stride: int, padding: int) -> tuple[int, int]:
-    """Height and width of the output."""
     torch._check(x.dim() == 4 and weight.dim() == 4, lambda: "x must be [N, H, W, C] and weight [O, R, S, C]")
     torch._check(x.size(3) == weight.size(3), lambda: "x and weight must have the same channels")
     height = (x.size(1) + 2 * padding - weight.size(1)) // stride + 1
-    return height, (x.size(2) + 2 * padding - weight.size(2)) // stride + 1
+    width = (x.size(2) + 2 * padding - weight.size(2)) // stride + 1
+    return x.new_empty((x.size(0), height * scale, width * scale, weight.size(0)))
 
 
 def convolution_native(*arguments: object) -> Tensor:
     """See ``csrc/convolution/convolution.cu``: x [N, H, W, C] -> [N, P scale, Q scale, O]."""
     return torch.ops.fastmetro_kernels.convolution_native(*arguments)
-
-
-def convolution_moments_native(*arguments: object) -> tuple[Tensor, Tensor]:
-    """See ``csrc/convolution/convolution.cu``: x [N, H, W, C] -> [N, P, Q, O], and [2, groups, O] of groups of rows."""
-    return torch.ops.fastmetro_kernels.convolution_moments_native(*arguments)
 
 
 def convolution_timeline_native(*arguments: object) -> tuple[Tensor, Tensor]:

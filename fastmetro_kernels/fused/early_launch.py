@@ -30,13 +30,6 @@ def await_earlier_kernels(EARLY: tl.constexpr):
 
 
 @triton.jit
-def only_await_earlier_kernels(EARLY: tl.constexpr):
-    """The same, but the next kernel starts when this one has ended: it may read at once what this one writes."""
-    if EARLY:
-        gdc_wait()
-
-
-@triton.jit
 def prefetch_rows(base, stride_dim, wanted, WIDTH: tl.constexpr):
     """Where wanted, asks for the rows of WIDTH numbers at the pointers base to come to L2, and waits for nothing."""
     LINE: tl.constexpr = 1024 // base.dtype.element_ty.primitive_bitwidth

@@ -12,10 +12,7 @@ from torch import Tensor
 
 from fastmetro_kernels.convolution import ConvolutionConfig, ConvolutionWeights
 
-POINTERS = (
-    *("x", "weight", "residual", "second", "second_weight", "out", "bias", "next_weight", "next_out", "next_bias"),
-    "moments_out",
-)
+POINTERS = ("x", "weight", "residual", "second", "second_weight", "out", "bias", "next_weight", "next_out", "next_bias")
 NUMBERS = (
     *("images", "height", "width", "channels", "outputs", "taps", "stride", "padding"),
     *("second_height", "second_width", "second_channels", "second_stride"),
@@ -59,11 +56,9 @@ def convolution(
     late: bool = False,
     scale: int = 1,
     following: ConvolutionWeights | None = None,
-    moments: bool = False,
     **options: Any,
 ) -> list[Tensor]:
-    """What the kernel makes, channels_last; with ``following`` both results of a pair, with ``moments`` these, too,
-    [2, groups, channels]. What it leaves out is NaN."""
+    """What the kernel makes, channels_last; with ``following`` both results of a pair. What it leaves out is NaN."""
     rows, branch = rows_of(x), rows_of(second)
     assert rows is not None
     outputs, taps = weights.weight.shape[:2]
@@ -85,10 +80,6 @@ def convolution(
         tensors |= {"next_weight": following.weight, "next_bias": following.bias}
         tensors["next_out"] = rows.new_full((len(rows), height, width, len(following.weight)), torch.nan)
         harness, function = "pair_harness.cpp", "run_pair"
-    if moments:
-        groups = -(-out[..., 0].numel() // (64 // config.split))
-        tensors["moments_out"] = torch.full((2, groups, outputs), torch.nan)
     run(harness, function, tensors, {name: int(number) for name, number in numbers.items()}, **options)
     made = [tensors[name] for name in ("out", "next_out") if name in tensors]
-    found = [one.permute(0, 3, 1, 2) for one in made if one is not None]
-    return [*found, *([tensors["moments_out"]] if moments else [])]  # type: ignore[list-item]
+    return [one.permute(0, 3, 1, 2) for one in made if one is not None]

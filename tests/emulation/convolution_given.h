@@ -10,7 +10,6 @@ struct Given {
   const float* bias;
   void *next_weight, *next_out;  // of a pair
   const float* next_bias;
-  float* moments_out;  // where they are wanted, too
   int64_t images, height, width, channels, outputs, taps, stride, padding;
   int64_t second_height, second_width, second_channels, second_stride;
   int64_t next_outputs, relu, late, scale;

@@ -12,7 +12,6 @@ void launch(const Given& given) {
   problem.inputs = make_inputs(given, COLUMNS);
   problem.output = make_output<T>(given);
   problem.split = static_cast<int>(given.split);
-  problem.moments = given.moments_out;
   const dim3 blocks(given.split, blocks_for(problem.output.rows, GROUPS * kRows), blocks_for(given.outputs, COLUMNS));
   fm_emulation::launch([&] { convolution_kernel<T, COLUMNS, GROUPS, SHARED, KIND>(problem); }, blocks,
                        dim3(GROUPS * kWarpgroup + 32), shared_bytes(COLUMNS, GROUPS, problem.split, problem.inputs.stages),
@@ -26,13 +25,6 @@ void run(const Given& given) {
     return given.columns == columns && given.groups == groups && (given.split > 1) == shared &&
            (given.scale > 1) == repeats;
   };
-  if (given.moments_out != nullptr) {
-    if (is(32, 1, true, false)) return launch<T, 32, 1, true, kMoments>(given);
-    if (is(64, 1, false, false)) return launch<T, 64, 1, false, kMoments>(given);
-    if (is(64, 1, true, false)) return launch<T, 64, 1, true, kMoments>(given);
-    if (is(128, 2, false, false)) return launch<T, 128, 2, false, kMoments>(given);
-    throw fm_emulation::Error("there is no such kernel here");
-  }
   if (is(32, 1, true, false)) return launch<T, 32, 1, true, kOrdinary>(given);
   if (is(64, 1, false, false)) return launch<T, 64, 1, false, kOrdinary>(given);
   if (is(64, 1, true, false)) return launch<T, 64, 1, true, kOrdinary>(given);

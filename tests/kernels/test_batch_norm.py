@@ -26,7 +26,6 @@ from torch.nn import functional as F
 from fastmetro_kernels import BackendUnavailable
 from fastmetro_kernels.batch_norm import RunningMoments, batch_norm, batch_norm_twice, make_counters, ops, reference
 from fastmetro_kernels.batch_norm.plan import CONFIGS, BatchNormConfig, pinned, plan
-from fastmetro_kernels.convolution import ConvolutionMoments
 
 LAST = torch.channels_last
 MOMENTUM = 0.75
@@ -190,35 +189,6 @@ def test_running_averages(runner: Runner) -> None:
 
 
 @on_each_backend
-@pytest.mark.parametrize("rows", [64, 4])
-@pytest.mark.parametrize("shape", [(2, 20, 9, 11), (1, 16, 1, 2)], ids=str)
-def test_moments_that_the_convolution_told(
-    runner: Runner, shape: tuple[int, ...], rows: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of a mean far from zero; the same result and gradients as without, and the same running averages."""
-    if runner.backend == "triton":
-        from fastmetro_kernels.batch_norm import triton
-
-        monkeypatch.setattr(triton, "MOST_JOINED", 32)  # so that there are more groups than at a time
-    tensors = given(runner, shape, True, mean=30.0)
-    flat = tensors["x"].permute(0, 2, 3, 1).flatten(0, 2)
-    wide = flat.to(torch.promote_types(runner.dtype, FLOAT))
-    parts = [torch.stack([part.mean(0), (part - part.mean(0)).square().sum(0)]) for part in wide.split(rows)]
-    moments = ConvolutionMoments(torch.stack(parts, 1).contiguous(), rows)
-
-    def joined(leaves: Given, relu: bool, mean: Tensor, variance: Tensor) -> Tensor:
-        named = {name: leaves[name] for name in ("x", "weight", "bias", "residual")}
-        running = RunningMoments(mean, variance, momentum=MOMENTUM)
-        both = batch_norm_twice(**named, relu=relu, running=running, moments=moments, backend=runner.backend)
-        return both[0] / 2 + both[1] / 2
-
-    expected = results(ours(runner.backend), tensors, True)
-    for name, value in results(joined, tensors, True).items():
-        error = 2e-4 if runner.dtype in (FLOAT, DOUBLE) else 2e-2
-        torch.testing.assert_close(value, expected[name], rtol=error, atol=error * float(expected[name].abs().max()))
-
-
-@on_each_backend
 @kinds
 def test_the_gradients_of_two_takers_are_added(runner: Runner, residual: bool, relu: bool) -> None:
     """As autograd adds them, but for the rounding of the sum; also where one of the two takes no gradient."""
@@ -282,9 +252,6 @@ def test_opcheck_and_compile(runner: Runner) -> None:
     for running in ((None, None, None), (mean, variance, batches)):
         arguments = (x, residual, weight, bias, *running, counters, 0.1, 1e-5, True, ())
         torch.library.opcheck(ops.batch_norm_triton, arguments)
-        moments = torch.ones(2, 2, 6, device=x.device)
-        options = 0.1, 1e-5, True, (), moments, 32
-        torch.library.opcheck(ops.batch_norm_joined_triton, (x, residual, weight, bias, *running, *options))
     for more in (None, grad.clone()):
         arguments = (grad, more, x, out, weight, bias, mean, variance, counters, 1e-5, True, True, ())
         torch.library.opcheck(ops.batch_norm_backward_triton, arguments)
@@ -338,7 +305,6 @@ def test_every_tile(runner: Runner) -> None:
 @pytest.mark.parametrize(("capability", "dtype"), [(90, "bf16"), (80, "fp16")])
 def test_kernels_compile_without_spilling(capability: int, dtype: str) -> None:
     found = compile_report("compile_batch_norm.py", capability, dtype, 256)
-    assert {name.split()[0] for name in found} == {"moments", "norm", "backward_sums", "backward"}
     for name, used in found.items():
         few = 0 if capability >= 90 else 8  # bytes, in the smallest tile by the assembler of Triton 3.6
         assert used["stack"] <= few and used["wide"], (name, used)
@@ -346,7 +312,6 @@ def test_kernels_compile_without_spilling(capability: int, dtype: str) -> None:
 
 
 X, W = torch.zeros(2, 3, 4, 5), torch.zeros(3)
-M = ConvolutionMoments(torch.zeros(2, 1, 3), 64)
 
 
 @pytest.mark.parametrize(
@@ -370,9 +335,6 @@ M = ConvolutionMoments(torch.zeros(2, 1, 3), 64)
         ((X, W, W), {"running": RunningMoments(W, W, momentum=math.nan)}, ValueError, "momentum must be finite"),
         ((X, W, W), {"counters": W.long()}, TypeError, "counters"),
         ((X, W, W), {"counters": W.int()[:0]}, ValueError, "counters must be at least 1 numbers"),
-        ((X, W, W), {"moments": M._replace(rows=32)}, ValueError, r"values must be \[2, 2, 3\], got \[2, 1, 3\]"),
-        ((X, W, W), {"moments": tuple(M)}, TypeError, "moments must be ConvolutionMoments, got tuple"),
-        ((X, W, W), {"moments": M._replace(values=M.values.half())}, TypeError, "values must be one of float32"),
         ((X, W, W), {"backend": "cudnn"}, ValueError, "backend='cudnn' is not known"),
         ((X.double(), W.double(), W.double()), {"backend": "triton"}, BackendUnavailable, "float64"),
     ],

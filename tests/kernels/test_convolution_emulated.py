@@ -61,33 +61,6 @@ def test_forward(shape: tuple[int, ...], dtype: torch.dtype, config: Convolution
     check(got[0], exact.relu())
 
 
-@pytest.mark.parametrize("config", [*CONFIGS, ConvolutionConfig(32, 8, 2), ConvolutionConfig(64, 2, 2)], ids=str)
-@pytest.mark.parametrize("shape", [*SHAPES, (3, 11, 13, 512, 80, 1, 1), (1, 2, 3, 512, 16, 1, 1)], ids=str)
-@halves
-def test_moments(shape: tuple[int, ...], dtype: torch.dtype, config: ConvolutionConfig) -> None:
-    """Of each group of rows of the results, as they were rounded; the results are those without."""
-    if config.split > -(-shape[3] // 64) * shape[5] ** 2:
-        pytest.skip("more blocks than chunks of the depth")
-    x, weights, _, _, _ = single.make(shape, "cpu", dtype)
-    weights.bias.add_(3)
-    out, moments = convolution(x, weights, config, relu=False, moments=True, schedule="random", seed=sum(shape))
-    assert torch.equal(out, convolution(x, weights, config, relu=False)[0])
-    rows = out.permute(0, 2, 3, 1).flatten(0, 2).double()
-    for group, part in enumerate(rows.split(64 // config.split)):
-        mean = part.mean(0)
-        torch.testing.assert_close(moments[0, group].double(), mean, rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(moments[1, group].double(), (part - mean).square().sum(0), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("schedule", build.SCHEDULES)
-def test_moments_in_any_order(schedule: str) -> None:
-    x, weights, _, _, _ = single.make((2, 9, 9, 112, 80, 3, 1), "cpu", torch.float16)
-    for config in CONFIGS:
-        first = convolution(x, weights, config, relu=False, moments=True)
-        again = convolution(x, weights, config, relu=False, moments=True, schedule=schedule, seed=3)
-        assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
-
-
 @pytest.mark.parametrize("schedule", build.SCHEDULES)
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_forward_in_any_order(config: ConvolutionConfig, schedule: str) -> None:

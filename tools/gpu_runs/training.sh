@@ -20,8 +20,7 @@ training l-r50 300 published compiled 'ours, all'
 training l-r50-full 260 compiled 'ours, all, not compiled' 'ours, all'
 # The profile of what a case takes now, without what it is held against.
 for case in s-r50 l-r50; do
-  step "profile_$case" 220 "$PY" -m bench training --cases $case --contenders 'ours, all, not compiled' \
-    'ours, own convolutions, not compiled' 'ours, own convolutions' 'ours, all' \
+  step "profile_$case" 220 "$PY" -m bench training --cases $case --contenders 'ours, all, not compiled' 'ours, all' \
     --csv "$R/profile_$case.csv" --profile "$R/profile_$case.json"
 done
 step data 260 "$PY" -m bench data --workers 4 8 16 --steps 100 --csv "$R/data.csv"
@@ -30,11 +29,11 @@ step crops 60 "$PY" -m bench crops --csv "$R/crops.csv"
 tests="tests/training/test_step.py tests/training/test_interrupted.py tests/training/test_optimizer.py
   tests/training/test_half_weights.py tests/training/test_fused_training.py tests/kernels/test_adamw.py
   tests/kernels/test_adamw_launches.py tests/kernels/test_max_pool.py tests/kernels/test_image_weight_gradient.py
-  tests/kernels/test_convolution_stem.py tests/kernels/test_convolution_moments.py tests/kernels/test_render_crops.py
+  tests/kernels/test_convolution_stem.py tests/kernels/test_render_crops.py
   tests/kernels/test_batch_norm.py tests/kernels/test_batch_norm_native.py tests/kernels/test_residual_norm.py
   tests/kernels/test_residual_norm_contract.py tests/kernels/test_relu_dropout.py
   tests/models/test_backbone_norms.py tests/models/test_backbone_pool.py tests/models/test_backbone_overlap.py
-  tests/models/test_backbone_own_convolutions.py tests/models/test_fused_transformer.py tests/data"
+  tests/models/test_fused_transformer.py tests/data"
 # shellcheck disable=SC2086 # several words
 step tests 280 env OMP_NUM_THREADS=1 "$PY" -m pytest -vv -p no:cacheprovider -n 12 ${TESTS:-$tests}
 

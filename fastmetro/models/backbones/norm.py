@@ -7,7 +7,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fastmetro.models.backbones.overlap import told_moments
 from fastmetro_kernels.batch_norm import RunningMoments, batch_norm, batch_norm_twice, make_counters
 from fastmetro_kernels.max_pool import max_pool, max_pool_twice
 
@@ -40,13 +39,14 @@ def norm_relu(
         twin: whether two will take the result; the second one calls :func:`twin_of` for it. Where the op is taken, it
             then adds their gradients.
     """
-    if norm.training and getattr(norm, _FUSED, False) and _ordinary(norm):
+    alike = residual is None or residual.dtype == x.dtype  # else PyTorch's operations promote one
+    if norm.training and getattr(norm, _FUSED, False) and _ordinary(norm) and alike:
         assert norm.running_mean is not None and norm.running_var is not None and norm.momentum is not None
         running = RunningMoments(norm.running_mean, norm.running_var, norm.num_batches_tracked, norm.momentum)
         options: Any = {"residual": residual, "relu": relu, "running": running, "epsilon": norm.eps}
         if torch.compiler.is_compiling():  # neither counters nor a twin, which are attributes
             return batch_norm(x, norm.weight, norm.bias, **options)
-        options |= {"counters": _counters(norm, x.device), "moments": told_moments(x)}
+        options["counters"] = _counters(norm, x.device)
         if not twin:
             return batch_norm(x, norm.weight, norm.bias, **options)
         one, other = batch_norm_twice(x, norm.weight, norm.bias, **options)

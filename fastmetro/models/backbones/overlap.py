@@ -17,23 +17,12 @@ from torch import Tensor, nn
 
 from fastmetro.models.backbones.half_weights import half_copy, usable_copy
 from fastmetro_kernels.adamw import same_layout
-from fastmetro_kernels.convolution import (
-    ConvolutionMoments,
-    convolution_moments,
-    convolution_stem,
-    lay_out,
-    lay_out_stem,
-    layout,
-    native,
-)
-from fastmetro_kernels.convolution.moments import moments_config
+from fastmetro_kernels.convolution import convolution_stem, lay_out_stem
 from fastmetro_kernels.convolution.stem import choose_stem, has_warpgroups, stem_reasons
 from fastmetro_kernels.image_weight_gradient import image_weight_gradient
 
 _OVERLAPPED = "gradient_overlaps"
 _OWN_STEM = "own_stem"
-_OWN = "own_convolution"
-_TOLD = "told_moments"
 STEM = (64, 3, 7, 7)
 """Shape of the weight of ResNet's first convolution, for which this project has a kernel."""
 WINDOW = 8
@@ -71,27 +60,6 @@ def take_own_stem(module: nn.Module, taken: bool = True) -> None:
         setattr(layer, _OWN_STEM, taken)
 
 
-def take_own_convolutions(module: nn.Module, taken: bool = True) -> int:
-    """Let the other convolutions, where they overlap, be this project's kernel in the forward pass on a GPU, which also
-    tells the batch norm behind it the moments of its results (:func:`told_moments`).
-
-    In half precision, on compute capability 9.0, for channels in multiples of 16, without groups and dilation; sums are
-    in float32 and rounded once, as cuDNN's, but not bit for bit the same.
-
-    Returns:
-        How many convolutions of the module can be taken.
-    """
-    found = [layer for layer in module.modules() if isinstance(layer, nn.Conv2d) and _is_own(layer)]
-    for layer in found:
-        setattr(layer, _OWN, taken)
-    return len(found)
-
-
-def told_moments(x: Tensor) -> ConvolutionMoments | None:
-    """What the convolution that made x told of it."""
-    return cast("ConvolutionMoments | None", getattr(x, _TOLD, None))
-
-
 def call_backbone(backbone: nn.Module, images: Tensor) -> Tensor:
     """``backbone(images)``, never traced where its weights' gradients are computed on a second stream."""
     if torch.compiler.is_compiling() and backbone.training and getattr(backbone, _OVERLAPPED, False):
@@ -107,22 +75,17 @@ def convolve(convolution: nn.Conv2d, x: Tensor) -> Tensor:
     wanted = getattr(convolution, _OVERLAPPED, False) and convolution.training and convolution.bias is None
     wanted = wanted and convolution.padding_mode == "zeros" and not isinstance(convolution.padding, str)
     if wanted and torch.is_grad_enabled() and weight.requires_grad:
-        out, moments, rows = _Convolution.apply(x, weight, convolution)
-        if moments is not None:
-            setattr(out, _TOLD, ConvolutionMoments(moments, rows))
-        return cast(Tensor, out)
+        return cast(Tensor, _Convolution.apply(x, weight, convolution))
     return cast(Tensor, convolution(x))
 
 
 class _Convolution(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, convolution: nn.Conv2d
-    ) -> tuple[Tensor, Tensor | None, int]:  # the result, and its moments, of groups of so many rows
-        dtype, computed = x.dtype, not x.is_leaf
+    def forward(ctx: Any, x: Tensor, weight: Tensor, convolution: nn.Conv2d) -> Tensor:
+        dtype = x.dtype
         if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(x.device.type)
-        x, (used, old) = x.to(dtype), _in_dtype(weight, dtype)
+        x, used = x.to(dtype), _in_dtype(weight, dtype)
         padding = cast("tuple[int, ...]", convolution.padding)
         options = (convolution.stride, padding, convolution.dilation, convolution.groups)
         ctx.save_for_backward(x, used)
@@ -130,17 +93,11 @@ class _Convolution(torch.autograd.Function):
         ctx.own = own and not stem_reasons(x.device, dtype)
         ctx.parameter, ctx.options = weight, options
         if ctx.own:
-            return _stem(x, used), None, 0
-        if getattr(convolution, _OWN, False) and x.numel() and not native.reasons(x.device, dtype):
-            # Where something was computed for x, that was in front of the optimizer's next step: its kernel is not the
-            # one in front of this.
-            out, moments = _with_moments(x, used, convolution, early=old and computed)
-            ctx.mark_non_differentiable(moments.values)
-            return out, *moments
-        return torch.nn.functional.conv2d(x, used, None, *options), None, 0
+            return _stem(x, used)
+        return torch.nn.functional.conv2d(x, used, None, *options)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
         found = None
         if ctx.needs_input_grad[0]:  # first: others wait for it
@@ -167,46 +124,14 @@ def _stem(x: Tensor, weight: Tensor) -> Tensor:
     return convolution_stem(x.detach(), weights, pooled=False, config=config._replace(early=False), backend="native")
 
 
-def _is_own(convolution: nn.Conv2d) -> bool:
-    """Whether the project's kernel takes it."""
-    plain = convolution.groups == 1 and convolution.dilation == (1, 1) and convolution.bias is None
-    stride, padding = convolution.stride, convolution.padding
-    if not plain or isinstance(padding, str) or len({*stride}) > 1 or len({*padding}) > 1:
-        return False
-    return layout.problem(convolution.weight, stride[0], padding[0]) is None
-
-
-@torch.no_grad()
-def _with_moments(x: Tensor, weight: Tensor, convolution: nn.Conv2d, early: bool) -> tuple[Tensor, ConvolutionMoments]:
-    """`early`: whether the kernel may read the weight before the kernel in front has ended."""
-    weights = lay_out(weight, _zeros(x.device, weight.shape[0]), convolution.stride[0], int(convolution.padding[0]))
-    config = moments_config(x, weights)
-    early = early and weights.weight.data_ptr() == weight.data_ptr()  # not copied just now, either
-    return convolution_moments(x.detach(), weights, config=config._replace(early=early), backend="native")
-
-
-_biases: dict[torch.device, Tensor] = {}
-
-
-def _zeros(device: torch.device, count: int) -> Tensor:
-    """Kept, so that no step makes them."""
-    found = _biases.get(device)
-    if found is None or len(found) < count:
-        found = torch.zeros(max(count, 4096), device=device)
-        if not torch.cuda.is_current_stream_capturing():  # else they are zeros only once the graph has run
-            _biases[device] = found
-    return found[:count]
-
-
-def _in_dtype(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
-    """The weight's copy, made anew if it is of an earlier weight; else a cast. Whether it was there before."""
+def _in_dtype(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight's copy, made anew if it is of an earlier weight; else a cast."""
     kept = usable_copy(weight, dtype)
     if kept is None:
-        return weight.detach().to(dtype), dtype == weight.dtype
-    stale = kept.is_stale(weight)
-    if stale:
+        return weight.detach().to(dtype)
+    if kept.is_stale(weight):
         kept.refresh(weight)
-    return kept.tensor, not stale
+    return kept.tensor
 
 
 def _gradient(grad: Tensor, x: Tensor, weight: Tensor, options: tuple[Any, ...], which: int) -> Tensor:
