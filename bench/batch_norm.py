@@ -5,8 +5,8 @@
 PyTorch's operations, the same compiled, and `fastmetro_kernels.batch_norm`, each held against float64 first. On a GPU
 each pass is a CUDA graph; microseconds, timed in turn. "floor" is reading and writing what a pass has to once: x and
 what is added, the result; then the gradient, x, what the ReLU let through where it cannot be made anew, and the
-gradients. The last lines add up all layers of the network, as often as it has them. "native" is there where it can
-run. With `--all-configs` every tile is a contender, too: of native, lanes x blocks of a cluster.
+gradients. The last lines add up all layers of the network, as often as it has them. With `--all-configs` every tile
+is a contender, too.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ from torch.nn import functional as F
 from bench import common
 from bench.convolution.measure import Timer, take_in_turn
 from bench.fused.basis import BYTES_PER_SECOND
-from fastmetro_kernels.backends import hopper_reasons
-from fastmetro_kernels.batch_norm import BatchNormConfig, NativeConfig, batch_norm, make_counters, native
+from fastmetro_kernels.batch_norm import BatchNormConfig, batch_norm, make_counters
 from fastmetro_kernels.batch_norm.plan import CONFIGS
 
 OURS = "ours"
@@ -66,15 +65,12 @@ def _plain(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, rel
 
 def _ours(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: bool, counters: Tensor,
-    config: BatchNormConfig | NativeConfig | None = None, backend: str = "auto",
+    config: BatchNormConfig | None = None,
 ) -> Tensor:  # fmt: skip
-    options = {"residual": residual, "relu": relu, "counters": counters, "config": config, "backend": backend}
-    return batch_norm(x, weight, bias, **options)  # type: ignore[arg-type]
+    return batch_norm(x, weight, bias, residual=residual, relu=relu, counters=counters, config=config)
 
 
-def contenders(
-    layer: Layer, batch: int, dtype: torch.dtype, device: torch.device, every: bool = False
-) -> dict[str, Norm]:
+def contenders(layer: Layer, device: torch.device, every: bool = False) -> dict[str, Norm]:
     """By name."""
     plain = functools.partial(_plain, relu=layer.relu)
     found: dict[str, Norm] = {"pytorch": plain}
@@ -82,14 +78,7 @@ def contenders(
         found["pytorch, compiled"] = torch.compile(plain, dynamic=False)
     ours = functools.partial(_ours, relu=layer.relu, counters=make_counters(layer.channels, device))
     tiles = {"x".join(map(str, one)): functools.partial(ours, config=one) for one in CONFIGS}
-    found |= {OURS: ours} | (tiles if every else {})
-    if hopper_reasons(native.OPERATOR, device, dtype):
-        return found
-    natively = functools.partial(ours, backend="native")
-    found["native"] = natively
-    for one in native.worth_timing(batch * layer.size**2, layer.channels) if every else ():
-        found[f"native {'x'.join(map(str, one))}"] = functools.partial(natively, config=one)
-    return found
+    return found | {OURS: ours} | (tiles if every else {})
 
 
 def floors(layer: Layer, batch: int, dtype: torch.dtype) -> tuple[float, float]:
@@ -124,7 +113,7 @@ def measure(
     tensors = _tensors(layer, batch, dtype, device)
     assert tensors[0] is not None
     grad = torch.randn_like(tensors[0].detach())
-    norms = contenders(layer, batch, dtype, device, every)
+    norms = contenders(layer, device, every)
     exact_tensors = [None if one is None else one.detach().double().requires_grad_() for one in tensors]
     exact = [one.detach() for one in _both(functools.partial(_plain, relu=layer.relu), exact_tensors, grad.double())]
     errors = {}

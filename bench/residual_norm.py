@@ -81,6 +81,7 @@ def contenders(case: Case, device: torch.device, every: bool = False) -> dict[st
     plain, ours = (_plain_relu, _ours_relu) if case.relu else (_plain, _ours)
     found: dict[str, Op] = {"pytorch": plain}
     if device.type == "cuda":
+        torch._dynamo.reset()  # else cases of more than eight kinds are not compiled any more
         found["pytorch, compiled"] = torch.compile(plain, dynamic=False)
     found[OURS] = ours
     if every and not case.relu:

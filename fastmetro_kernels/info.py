@@ -13,7 +13,6 @@ import fastmetro_kernels
 from fastmetro_kernels import backends, tuning
 from fastmetro_kernels.attention import dispatch
 from fastmetro_kernels.attention.configs import PASSES
-from fastmetro_kernels.batch_norm import native as norm_native
 from fastmetro_kernels.convolution import choice as convolution_choice
 from fastmetro_kernels.convolution import native as convolution_native
 from fastmetro_kernels.convolution.join import FAMILY as JOIN_FAMILY
@@ -33,10 +32,11 @@ OPS = {
     "normalize_pixels": ("", ("reference", "triton")),
     "render_crops": ("", ("reference", "triton")),
     "to_channels_last": ("", ("reference", "triton")),
-    "batch_norm": (norm_native.OPERATOR, ("reference", "native", "triton")),
+    "batch_norm": ("", ("reference", "triton")),
     "max_pool": ("", ("reference", "triton")),
     "residual_norm": ("", ("reference", "triton")),
     "relu_dropout": ("", ("reference", "triton")),
+    "image_weight_gradient": ("", ("reference", "triton")),
     "adamw": ("", ("reference", "triton")),
     "convolution": (convolution_native.OPERATOR, ("reference", "native")),
     "convolution_join": ("", ("reference", "triton")),
@@ -64,7 +64,7 @@ def backend_reasons(op: str, backend: str, device: torch.device) -> list[str]:
     """
     if backend == "triton":
         return backends.triton_reasons(device)
-    if op in ("convolution", "fused_linear", "decoder_tail", "batch_norm") and backend == "native":
+    if op in ("convolution", "fused_linear", "decoder_tail") and backend == "native":
         return backends.hopper_reasons(OPS[op][0], device, torch.float16)
     if backend == "native":
         return backends.native_reasons(OPS[op][0], device)
@@ -116,7 +116,6 @@ def choices() -> list[str]:
         "  fused_linear, short_attention, normalize_rows, decoder_tail (inference only), batch_norm: triton, then "
         "reference; by shape in fused/*/configs.py and batch_norm/plan.py",
         "  decoder_tail: native where it can take a call, on compute capability 9.0",
-        "  batch_norm: native only by name; it has not been measured",
         f"  fused_linear: native for {len(linear_native.MEASURED)} measured sizes on compute capability "
         f"{linear_native.FAMILY}; by size in fused/linear/native.py",
         *convolution_choices(),

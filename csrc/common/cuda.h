@@ -39,9 +39,9 @@ inline int multiprocessors(int device) {
 // Launches a kernel that may need more shared memory than a block gets without asking.
 //
 // `cluster_size`: so many consecutive blocks of grid.x, which it must divide, form a cluster; at most 8, which every
-// device with clusters allows, unless the kernel has been allowed to have more. `programmatic`: may start while the
-// kernel before it in the stream still runs, and calls wait_for_previous_grid() before it touches that kernel's
-// results. Neither may be asked for where has_clusters is false.
+// device with clusters allows. `programmatic`: may start while the kernel before it in the stream still runs, and calls
+// wait_for_previous_grid() before it touches that kernel's results. Neither may be asked for where has_clusters is
+// false.
 template <typename... Parameters, typename... Arguments>
 void launch_kernel(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes, int cluster_size,
                    bool programmatic, cudaStream_t stream, const Arguments&... arguments) {

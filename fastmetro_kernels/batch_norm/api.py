@@ -9,20 +9,10 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from fastmetro_kernels import backends
 from fastmetro_kernels.backends import assumed_constant
-from fastmetro_kernels.batch_norm import native, ops, reference
-from fastmetro_kernels.batch_norm.native import NativeConfig
+from fastmetro_kernels.batch_norm import ops, reference
 from fastmetro_kernels.batch_norm.plan import CHANNELS, BatchNormConfig, problem
-from fastmetro_kernels.fused.inference import (
-    DTYPES,
-    aligned,
-    backend_reasons,
-    check_config,
-    check_epsilon,
-    check_tensor,
-    choose_backend,
-)
+from fastmetro_kernels.fused.inference import DTYPES, check_config, check_epsilon, check_tensor, choose_backend
 
 _Running = tuple[Tensor | None, Tensor | None, Tensor | None, float]
 
@@ -52,7 +42,7 @@ def batch_norm(
     running: RunningMoments | None = None,
     epsilon: float = 1e-5,
     counters: Tensor | None = None,
-    config: BatchNormConfig | NativeConfig | None = None,
+    config: BatchNormConfig | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Batch norm in training (Ioffe and Szegedy 2015, algorithm 1) and what stands behind it in a residual network::
@@ -73,17 +63,16 @@ def batch_norm(
         running: averages over batches that this one goes into, in place.
         epsilon: finite, at least 0.
         counters: int32, zeros, one for each 64 channels, contiguous; of one call, or of its gradients, at a time, which
-        config: the tile of the Triton kernels, or of native, instead of the pinned one, for measurements.
-        backend: ``"auto"`` (Triton where it can run on a GPU), ``"triton"``, ``"native"`` (half precision, channels in
-            multiples of 8, on compute capability 9.0; one launch to a pass) or ``"reference"``.
+            leave zeros. Made anew where absent, which is a launch.
+        config: the tile of the Triton kernels instead of the pinned one, for measurements.
+        backend: ``"auto"`` (Triton where it can run on a GPU), ``"triton"`` or ``"reference"``.
 
     Returns:
         out, in the dtype of x and channels_last.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: shapes, devices or values that do not fit, fewer than two values per channel; an unknown backend, or
-            another one than `config` is of.
+        ValueError: shapes, devices or values that do not fit, fewer than two values per channel; an unknown backend.
         BackendUnavailable: the named backend cannot take this input; the message tells why.
     """
     options = (residual, relu, running, epsilon, counters, config, backend)
@@ -100,7 +89,7 @@ def batch_norm_twice(
     running: RunningMoments | None = None,
     epsilon: float = 1e-5,
     counters: Tensor | None = None,
-    config: BatchNormConfig | NativeConfig | None = None,
+    config: BatchNormConfig | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """:func:`batch_norm` for two that take its result, as a block of a residual network and its shortcut do.
@@ -120,36 +109,24 @@ def make_counters(channels: int, device: torch.device | str) -> Tensor:
 
 def _run(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: bool, running: RunningMoments | None,
-    epsilon: float, counters: Tensor | None, config: BatchNormConfig | NativeConfig | None, backend: str, *,
-    twice: bool,
+    epsilon: float, counters: Tensor | None, config: BatchNormConfig | None, backend: str, *, twice: bool,
 ) -> Any:  # fmt: skip
     _check(x, weight, bias, residual, running, epsilon)
     _check_counters(x, counters)
-    _check_tile(config, backend)
+    check_config(config, BatchNormConfig, problem)
     x = x.contiguous(memory_format=torch.channels_last)
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
     into: _Running = (None, None, None, 0.0) if running is None else running
-    chosen = _choose(backend, x, residual)
-    if chosen == "reference":
+    if _choose(backend, x.device, x.dtype) == "reference":
         out = reference.forward(x, residual, weight, bias, *into, epsilon, relu)[0]
         return (out, out.view_as(out)) if twice else out
     tensors = (x, residual, weight.contiguous(), bias.contiguous())
-    if chosen == "native" and config is None:
-        config = native.pinned_native(x.numel() // x.shape[1], x.shape[1])
-    return _BatchNorm.apply(*tensors, *into, counters, epsilon, relu, twice, config or (), chosen == "native")
-
-
-def _choose(backend: str, x: Tensor, residual: Tensor | None) -> str:
-    """The backend that runs a call; ``"auto"`` does not take native, which has not been measured."""
-    if backend != "native":
-        return _choose_other(backend, x.device, x.dtype)
-    reasons = backend_reasons(x.device, x.dtype) | {"native": native.reasons(x, residual)}
-    return backends.select("batch_norm", backend, reasons, ())
+    return _BatchNorm.apply(*tensors, *into, counters, epsilon, relu, twice, config or ())
 
 
 @assumed_constant
-def _choose_other(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+def _choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     return choose_backend("batch_norm", backend, device, dtype)
 
 
@@ -158,17 +135,12 @@ class _BatchNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, running_mean: Tensor | None,
         running_var: Tensor | None, batches: Tensor | None, momentum: float, counters: Tensor | None, epsilon: float,
-        relu: bool, twice: bool, config: Sequence[int], natively: bool,
+        relu: bool, twice: bool, config: Sequence[int],
     ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-        tensors = x, residual, weight, bias, running_mean, running_var, batches
-        options = momentum, epsilon, relu, config
-        if natively:
-            out, mean, variance = native.batch_norm_native(*tensors, *options)
-        else:
-            out, mean, variance = ops.batch_norm_triton(*tensors, counters, *options)
+        running = running_mean, running_var, batches, counters, momentum
+        out, mean, variance = ops.batch_norm_triton(x, residual, weight, bias, *running, epsilon, relu, config)
         ctx.save_for_backward(x, weight, bias, mean, variance, out if relu and residual is not None else None)
         ctx.counters, ctx.options, ctx.residual = counters, (epsilon, relu, config), residual is not None
-        ctx.natively = natively
         ctx.set_materialize_grads(False)
         return (out, out.detach()) if twice else out
 
@@ -178,31 +150,16 @@ class _BatchNorm(torch.autograd.Function):
         epsilon, relu, config = ctx.options
         found = [one.to(x.dtype).contiguous(memory_format=torch.channels_last) for one in given if one is not None]
         if not found:
-            return (None,) * 14
-        if ctx.natively:
-            found = [one if aligned(one, 16) else one.clone() for one in found]
+            return (None,) * 13
         grad, more = found[0], found[1] if len(found) > 1 else None
         asked = ctx.residual and ctx.needs_input_grad[1]
         # With a ReLU the second kernel reads it, whether or not the residual asks for a gradient.
         behind = ctx.residual and (relu or (asked and more is not None))
-        tensors, options = (grad, more, x, out, weight, bias, mean, variance), (epsilon, relu, behind, config)
-        if ctx.natively:
-            grad_x, grad_weight, grad_bias, before = native.batch_norm_backward_native(*tensors, *options)
-        else:
-            grad_x, grad_weight, grad_bias, before = ops.batch_norm_backward_triton(*tensors, ctx.counters, *options)
+        grad_x, grad_weight, grad_bias, before = ops.batch_norm_backward_triton(
+            grad, more, x, out, weight, bias, mean, variance, ctx.counters, epsilon, relu, behind, config
+        )
         through = (before if behind else grad) if asked else None
-        return grad_x, through, grad_weight, grad_bias, *[None] * 10
-
-
-def _check_tile(config: BatchNormConfig | NativeConfig | None, backend: str) -> None:
-    if isinstance(config, NativeConfig):
-        check_config(config, NativeConfig, native.problem)
-        if backend != "native":
-            raise ValueError(f"config is of the native kernels, and backend is {backend!r}")
-    else:
-        check_config(config, BatchNormConfig, problem)
-        if config is not None and backend == "native":
-            raise ValueError("config is of the Triton kernels, and backend is 'native'")
+        return grad_x, through, grad_weight, grad_bias, *[None] * 9
 
 
 def _check(

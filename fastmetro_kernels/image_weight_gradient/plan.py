@@ -22,9 +22,9 @@ class ImageWeightGradientConfig(NamedTuple):
     programs: int = 264
 
 
-PINNED = ImageWeightGradientConfig(64, 8)
+PINNED = ImageWeightGradientConfig(64, 4)
 CONFIGS = (
-    PINNED, ImageWeightGradientConfig(32, 8, 396), ImageWeightGradientConfig(64, 4),
+    PINNED, ImageWeightGradientConfig(32, 8, 396), ImageWeightGradientConfig(64, 8),
     ImageWeightGradientConfig(64, 8, 132), ImageWeightGradientConfig(128, 8),
 )  # fmt: skip
 """What `python -m bench image_weight_gradient --all-configs` times."""

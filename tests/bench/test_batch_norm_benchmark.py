@@ -46,15 +46,6 @@ def test_rows_and_floors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert with_residual[1] == pytest.approx(without[1] * 8 / 5)
 
 
-def test_native_is_a_contender_where_it_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu, layer = torch.device("cpu"), batch_norm.LAYERS[-2]
-    assert list(batch_norm.contenders(layer, 32, torch.bfloat16, cpu)) == ["pytorch", "ours"]
-    monkeypatch.setattr(batch_norm, "hopper_reasons", lambda *_: [])
-    assert list(batch_norm.contenders(layer, 32, torch.bfloat16, cpu)) == ["pytorch", "ours", "native"]
-    every = list(batch_norm.contenders(layer, 32, torch.bfloat16, cpu, True))
-    assert {"32x8x264", "native", "native 8x4", "native 4x2"} <= set(every) and "native 8x1" not in every
-
-
 class _Scaled(torch.autograd.Function):
     """The result is right, its gradient is not."""
 

@@ -17,7 +17,7 @@ using Place = std::source_location;
 
 inline constexpr int kWarp = 32;
 inline constexpr int kMaxThreads = 1024;  // of a block
-inline constexpr int kMaxCluster = 16;    // blocks; more than 8 a kernel must be allowed to have
+inline constexpr int kMaxCluster = 8;     // blocks; what every device with clusters allows
 
 // One value for what a thread does. A waiting thread waits in a function of its warp, one at a barrier for the block or
 // the cluster; in group_sync for some threads of the block, in barrier_wait for the end of a phase, in cluster_wait for

@@ -41,7 +41,7 @@ void check_launch(dim3 grid, dim3 threads, size_t shared_bytes, const Options& o
   if (grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) throw Error("the grid is larger than a GPU allows");
   if (static_cast<uint64_t>(grid.x) * grid.y * grid.z > 0xffffffffu) throw Error("the grid is too large to emulate");
   if (options.cluster_size < 1 || options.cluster_size > kMaxCluster) {
-    throw Error("a cluster has 1 to 16 blocks, not " + std::to_string(options.cluster_size));
+    throw Error("a cluster has 1 to 8 blocks, not " + std::to_string(options.cluster_size));
   }
   if (grid.x % options.cluster_size != 0) {
     throw Error("the grid has " + std::to_string(grid.x) + " blocks along x, no multiple of the " +

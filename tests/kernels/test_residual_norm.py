@@ -182,7 +182,8 @@ def test_what_is_no_number_stays_in_its_row(runner: Runner, where: str, value: f
         assert torch.equal(got[name].isfinite(), finite), name
         if math.isnan(value) or "grad" not in name:  # what an infinite gradient becomes the order of sums decides
             assert torch.equal(got[name].isnan(), one.isnan()), name
-        eps = 64 * torch.finfo(one.dtype).eps
+        # Plain PyTorch rounds what it hands on in half precision, also on the way to float32 gradients.
+        eps = max(64 * torch.finfo(one.dtype).eps, 16 * torch.finfo(runner.dtype).eps)
         torch.testing.assert_close(got[name][finite], one[finite], rtol=eps, atol=4 * eps)
 
 

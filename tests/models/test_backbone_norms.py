@@ -84,6 +84,18 @@ def test_the_next_block_and_its_shortcut_take_the_result_twice(calls: list[int])
     assert twin is not taken[0] and twin.data_ptr() == taken[0].data_ptr()
 
 
+def test_a_residual_of_another_type_is_left_to_pytorch(calls: list[int]) -> None:
+    """As of an image in float32, under autocast: the sum is in float32."""
+    plain = BasicBlock(8, 8).train()
+    fused = copy.deepcopy(plain)
+    fuse_batch_norms(fused)
+    x = torch.randn(2, 8, 5, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, got = plain(x), fused(x)
+    assert got.dtype == expected.dtype == torch.float32 and calls == [1]
+    torch.testing.assert_close(got, expected, rtol=0.05, atol=0.05)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
 def test_blocks_on_a_gpu(block: type[BasicBlock] | type[Bottleneck], calls: list[int]) -> None:
