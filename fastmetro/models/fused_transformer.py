@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from fastmetro.models.attention import TokenAttention, dense_attention
 from fastmetro_kernels.dropout import relu_dropout
-from fastmetro_kernels.dropout.random import draw_seeds
 from fastmetro_kernels.residual_norm import final_residual_norm, residual_norm
+from fastmetro_kernels.seeds import draw_seeds
 
 if TYPE_CHECKING:
     from fastmetro.models.transformer import Decoder, Encoder, _Layer

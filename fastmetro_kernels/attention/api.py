@@ -13,6 +13,7 @@ from fastmetro_kernels.attention.dispatch import Choice
 from fastmetro_kernels.attention.ops import lse_dtype
 from fastmetro_kernels.attention.weights import SparseAttentionWeights, attention_weights
 from fastmetro_kernels.backends import assumed_constant
+from fastmetro_kernels.seeds import check_probability, seed_tensor
 from fastmetro_kernels.topology import TokenTopology
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -86,17 +87,18 @@ def _attend(
     """`topology_attention` without autocast."""
     _check_inputs(q, k, v, topology)
     factor = _scale(scale, q)
-    seed_tensor = _seed(seed, dropout_p, q.device)
+    check_probability("dropout_p", dropout_p)
+    drawn = seed_tensor(seed, dropout_p, q.device)
     forward, backward = dispatch.choose(backend, q, k, v, topology)
     if forward.backend == "reference":
-        out, lse = reference.forward(q, k, v, topology, factor, dropout_p, seed_tensor)
+        out, lse = reference.forward(q, k, v, topology, factor, dropout_p, drawn)
     else:
-        out, lse = _Attention.apply(q, k, v, seed_tensor, topology, factor, dropout_p, forward, backward)
+        out, lse = _Attention.apply(q, k, v, drawn, topology, factor, dropout_p, forward, backward)
     if not (return_weights or return_lse):
         return out
     results: list[Tensor | SparseAttentionWeights] = [out]
     if return_weights:
-        results.append(attention_weights(q, k, lse, topology, factor, dropout_p, seed_tensor))
+        results.append(attention_weights(q, k, lse, topology, factor, dropout_p, drawn))
     if return_lse:
         results.append(lse)
     return tuple(results)
@@ -219,29 +221,3 @@ def _scale(scale: float | None, q: Tensor) -> float:
     if abs(scale) > largest:
         raise ValueError(f"scale must be at most {largest:.2g} in size for {q.dtype}, got {scale}")
     return float(scale)
-
-
-def _seed(seed: int | Tensor | None, dropout_p: float, device: torch.device) -> Tensor | None:
-    """The seed as a tensor on the device, made without synchronising; None when nothing is dropped."""
-    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
-        raise TypeError(f"dropout_p must be a float, got {type(dropout_p).__name__}")
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
-    if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64:
-            raise TypeError(f"seed must be int64, got {seed.dtype}")
-        if seed.numel() != 1:
-            raise ValueError(f"seed must have one element, got shape {list(seed.shape)}")
-        if seed.device != device:
-            raise ValueError(f"seed must be on the device of q ({device}), got {seed.device}")
-    elif seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
-        raise TypeError(f"seed must be an int, an int64 tensor or None, got {type(seed).__name__}")
-    elif seed is not None and not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed must fit 64 bits, got {seed}")
-    if dropout_p == 0.0:
-        return None
-    if isinstance(seed, Tensor):
-        return seed.reshape(1)
-    if seed is None:
-        return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
-    return torch.full((1,), seed, dtype=torch.int64, device=device)

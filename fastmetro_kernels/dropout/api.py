@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fastmetro_kernels.backends import assumed_constant
 from fastmetro_kernels.dropout import ops, reference
-from fastmetro_kernels.dropout.random import check_probability, seed_tensor
 from fastmetro_kernels.fused.inference import DTYPES, check_tensor, choose_backend
+from fastmetro_kernels.seeds import check_probability, seed_tensor
 
 
 def relu_dropout(x: Tensor, p: float, *, seed: int | Tensor | None = None, backend: str = "auto") -> Tensor:

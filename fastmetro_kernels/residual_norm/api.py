@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from fastmetro_kernels.backends import BackendUnavailable, assumed_constant
-from fastmetro_kernels.dropout.random import check_probability, seed_tensor
 from fastmetro_kernels.fused.inference import DTYPES, check_config, check_epsilon, check_tensor, choose_backend
 from fastmetro_kernels.residual_norm import ops, reference
 from fastmetro_kernels.residual_norm.plan import WIDEST, ResidualNormConfig, problem
+from fastmetro_kernels.seeds import check_probability, seed_tensor
 
 
 def residual_norm(

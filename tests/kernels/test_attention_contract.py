@@ -394,7 +394,7 @@ Q = torch.zeros(2, 38, 2, 16)
         ({"seed": 2**63}, ValueError, "seed must fit 64 bits"),
         ({"seed": torch.zeros(1)}, TypeError, "seed must be int64, got torch.float32"),
         ({"seed": torch.zeros(2, dtype=torch.int64)}, ValueError, r"one element, got shape \[2\]"),
-        ({"seed": torch.zeros(1, dtype=torch.int64, device="meta")}, ValueError, "seed must be on the device of q"),
+        ({"seed": torch.zeros(1, dtype=torch.int64, device="meta")}, ValueError, "seed must be on cpu, got meta"),
         ({"backend": "fast"}, ValueError, "backend='fast' is not known"),
     ],
 )

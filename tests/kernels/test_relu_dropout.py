@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fastmetro_kernels import BackendUnavailable
 from fastmetro_kernels.dropout import ops, relu_dropout
-from fastmetro_kernels.dropout.random import draw_seeds, kept, philox, scale_of_kept, threshold
+from fastmetro_kernels.dropout.random import kept, philox, scale_of_kept, threshold
+from fastmetro_kernels.seeds import draw_seeds
 
 # More than a program's 4,096, and no multiple of it; a scalar.
 SMALL = [(1,), (7,), (3, 5, 9), (2, 8), (33, 64), (4120,), ()]
