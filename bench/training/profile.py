@@ -33,14 +33,17 @@ OTHER = "others"
 
 
 class Spent(NamedTuple):
-    """Calls of a step, and microseconds in which nothing that began before was still running.
+    """Calls of a step, microseconds in which nothing that began before was still running, and those in front of it in
+    which nothing ran at all.
 
     A kernel that is launched early, or on a second stream, runs beside another one: its own time begins when that ends.
-    So the sum over all kernels is how long the device was busy.
+    So the sum over all kernels is how long the device was busy. It waits in front of a kernel for what that depends on,
+    or for the host; the first one of a profile has nothing in front.
     """
 
     calls: float
     microseconds: float
+    waited: float = 0.0
 
 
 def kind_of(name: str) -> str:
@@ -60,12 +63,15 @@ def own_times(runs: Iterable[Run]) -> dict[str, Spent]:
     """By name, of all runs together."""
     calls: Counter[str] = Counter()
     times: Counter[str] = Counter()
-    until = float("-inf")
-    for name, start, end in sorted(runs, key=lambda one: (one.start, one.end)):
+    waits: Counter[str] = Counter()
+    ordered = sorted(runs, key=lambda one: (one.start, one.end))
+    until = ordered[0].start if ordered else 0.0
+    for name, start, end in ordered:
         calls[name] += 1
+        waits[name] += max(start - until, 0.0)  # type: ignore[assignment]
         times[name] += max(end - max(start, until), 0.0)  # type: ignore[assignment]
         until = max(until, end)
-    return {name: Spent(calls[name], times[name]) for name in calls}
+    return {name: Spent(calls[name], times[name], waits[name]) for name in calls}
 
 
 def spent(run: Callable[[], object], device: torch.device) -> dict[str, Spent]:
@@ -82,24 +88,24 @@ def spent(run: Callable[[], object], device: torch.device) -> dict[str, Spent]:
         found = own_times(Run(one.name, one.time_range.start, one.time_range.end) for one in events)
     else:
         found = {event.key: Spent(event.count, event.self_cpu_time_total) for event in profiler.key_averages()}
-    each = {name: Spent(one.calls / STEPS, one.microseconds / STEPS) for name, one in found.items() if one[1] > 0}
+    each = {name: Spent(*(value / STEPS for value in one)) for name, one in found.items() if one.microseconds > 0}
     return dict(sorted(each.items(), key=lambda item: -item[1].microseconds))
 
 
 def summary(found: Mapping[str, Spent]) -> dict[str, Any]:
-    """Microseconds by kind, and the longest names."""
+    """Microseconds by kind, and the longest names: calls, microseconds, and microseconds waited in front of them."""
     kinds: Counter[str] = Counter()
     for name, one in found.items():
         kinds[kind_of(name)] += one.microseconds
     rows: list[Sequence[Any]] = [
-        [name[:120], round(one.calls, 1), round(one.microseconds, 1)] for name, one in list(found.items())[:LONGEST]
+        [name[:120], *(round(value, 1) for value in one)] for name, one in list(found.items())[:LONGEST]
     ]
     rest = list(found.values())[LONGEST:]
     if rest:
-        left = [f"{len(rest)} more", round(sum(one.calls for one in rest), 1), round(sum(one[1] for one in rest), 1)]
-        rows.append(left)
+        rows.append([f"{len(rest)} more", *(round(sum(column), 1) for column in zip(*rest, strict=True))])
     return {
         "total_us": round(sum(one.microseconds for one in found.values()), 1),
+        "waited_us": round(sum(one.waited for one in found.values()), 1),
         "by_kind_us": {kind: round(time, 1) for kind, time in kinds.most_common()},
         "kernels": rows,
     }

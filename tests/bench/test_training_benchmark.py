@@ -79,8 +79,11 @@ def test_kernels_that_run_beside_others_have_the_time_that_they_add() -> None:
     """Launched early, on a second stream, within another, and after a pause."""
     runs = [("second", 8, 15), ("first", 0, 10), ("inner", 11, 14), ("first", 20, 21), ("second", 20.5, 22)]
     found = profile.own_times(profile.Run(*run) for run in runs)
-    assert found == {"first": (2, 11), "second": (2, 6), "inner": (1, 0)}
+    assert found == {"first": (2, 11, 5), "second": (2, 6, 0), "inner": (1, 0, 0)}
     assert sum(one.microseconds for one in found.values()) == 15 + 2
+    assert profile.own_times([]) == {}
+    told = profile.summary(found)
+    assert told["waited_us"] == 5 and told["total_us"] == 17 and told["kernels"][0] == ["first", 2, 11, 5]
 
 
 def test_a_wrong_contender_is_refused(
