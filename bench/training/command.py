@@ -165,10 +165,8 @@ def _fastest_of_ours(samples: Sequence[tuple[str, Sequence[Sequence[float]]]]) -
 def _profile(path: Path, name: str, contender: Contender, device: torch.device) -> None:
     """Adds a contender to the file."""
     found = profile.summary(profile.spent(_call(contender), device))
-    print(
-        f"  {name}: {found['total_us']:.0f} us in kernels, {found['waited_us']:.0f} between them: {found['by_kind_us']}",
-        flush=True,
-    )
+    times = f"{found['total_us']:.0f} us in kernels, {found['waited_us']:.0f} between them"
+    print(f"  {name}: {times}: {found['by_kind_us']}", flush=True)
     kept = json.loads(path.read_text()) if path.is_file() else {}
     kept[name] = _where(device) | found
     with replacing(path) as temporary:

@@ -49,8 +49,8 @@ def test_where_a_step_spends_its_time(small: None, tmp_path: Path) -> None:
     for one in found.values():
         assert one["commit"] and one["by_kind_us"]["convolutions"] > 0 and "aten::" in one["kernels"][0][0]
         assert sum(one["by_kind_us"].values()) == pytest.approx(one["total_us"], abs=1)
-        assert sum(time for *_, time in one["kernels"]) == pytest.approx(one["total_us"], abs=5)
-        times = [time for *_, time in one["kernels"][:-1]]
+        assert sum(time for _, _, time, _ in one["kernels"]) == pytest.approx(one["total_us"], abs=5)
+        times = [time for _, _, time, _ in one["kernels"][:-1]]
         assert times == sorted(times, reverse=True)
 
 
