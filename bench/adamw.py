@@ -13,11 +13,9 @@ With `--all-configs` every tile is a contender, too.
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -190,14 +188,8 @@ def measure(count: int, rounds: int, device: torch.device, every: bool = False) 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, and write the table."""
-    parser = argparse.ArgumentParser(
-        "python -m bench adamw", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.op_parser("adamw", __doc__, dtype=False)
     parser.add_argument("--tensors", type=int, default=1000, help="only so many of the parameters")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--all-configs", action="store_true")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--csv", type=Path)
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     rows = measure(options.tensors, options.rounds, device, options.all_configs)

@@ -11,10 +11,8 @@ is a contender, too.
 
 from __future__ import annotations
 
-import argparse
 import functools
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -155,16 +153,9 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, and write the table."""
-    parser = argparse.ArgumentParser(
-        "python -m bench batch_norm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.op_parser("batch_norm", __doc__)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--all-configs", action="store_true")
     parser.add_argument("--layers", type=int, default=len(LAYERS), help="only so many of them")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--csv", type=Path)
     options = parser.parse_args(arguments)
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     rows = []

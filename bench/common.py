@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import collections
 import contextlib
 import csv
@@ -50,6 +51,20 @@ def command_line() -> str:
         program = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
     module = program.split(" ") if program.startswith("bench ") else [program]  # "bench fps", as __main__ has it
     return shlex.join(["python", "-m", *module, *arguments])
+
+
+def op_parser(name: str, description: str | None, dtype: bool = True) -> argparse.ArgumentParser:
+    """Of `python -m bench NAME` for one op: with the options that all of these have; with `dtype`, also that one."""
+    parser = argparse.ArgumentParser(
+        f"python -m bench {name}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    if dtype:
+        parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--all-configs", action="store_true", help="every tile is a contender, too")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--csv", type=Path)
+    return parser
 
 
 def results_csv(name: str, device: torch.device) -> Path:

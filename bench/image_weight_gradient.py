@@ -10,10 +10,8 @@ CUDA graph; microseconds, timed in turn. "floor" is reading the images and the g
 
 from __future__ import annotations
 
-import argparse
 import functools
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -80,18 +78,9 @@ def measure(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, and write the table."""
-    parser = argparse.ArgumentParser(
-        "python -m bench image_weight_gradient",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = common.op_parser("image_weight_gradient", __doc__)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--size", type=int, default=224, help="height and width of the images")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--all-configs", action="store_true")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--csv", type=Path)
     options = parser.parse_args(arguments)
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     rows = measure(options.batch, options.size, dtype, options.rounds, device, options.all_configs)

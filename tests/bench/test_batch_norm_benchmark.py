@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from spoiling import Scaled
 from torch import nn
 
 from bench import batch_norm
@@ -46,19 +47,7 @@ def test_rows_and_floors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert with_residual[1] == pytest.approx(without[1] * 8 / 5)
 
 
-class _Scaled(torch.autograd.Function):
-    """The result is right, its gradient is not."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-        return 1.01 * grad
-
-
-SPOILED = {"scale": lambda y: 1.01 * y, "shift": lambda y: y + 0.01, "gradient": _Scaled.apply}
+SPOILED = {"scale": lambda y: 1.01 * y, "shift": lambda y: y + 0.01, "gradient": Scaled.apply}
 
 
 @pytest.mark.parametrize("spoil", SPOILED.values(), ids=SPOILED)

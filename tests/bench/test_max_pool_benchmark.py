@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from spoiling import Scaled
 from torch import nn
 
 from bench import max_pool
@@ -35,19 +36,7 @@ def test_rows_and_floors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert both == 2 * forward == pytest.approx(2 * 1e6 * (51.380224e6 + 12.845056e6 + 6.422528e6) / 4.2e12)
 
 
-class _Scaled(torch.autograd.Function):
-    """The result is right, its gradient is not."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-        return 1.01 * grad
-
-
-SPOILED = {"shift": lambda y: y + 1e-6, "gradient": _Scaled.apply, "nan": lambda y: y * float("nan")}
+SPOILED = {"shift": lambda y: y + 1e-6, "gradient": Scaled.apply, "nan": lambda y: y * float("nan")}
 
 
 @pytest.mark.parametrize("spoil", SPOILED.values(), ids=SPOILED)

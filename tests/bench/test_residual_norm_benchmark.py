@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from spoiling import Scaled
 
 from bench import residual_norm
 from bench.residual_norm import CASES, Case
@@ -37,19 +38,7 @@ def test_rows_and_floors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     )
 
 
-class _Scaled(torch.autograd.Function):
-    """The result is right, its gradient is not."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-        return 1.01 * grad
-
-
-SPOILED = {"shift": lambda y: y + 1e-3, "gradient": _Scaled.apply, "nan": lambda y: y * float("nan")}
+SPOILED = {"shift": lambda y: y + 1e-3, "gradient": Scaled.apply, "nan": lambda y: y * float("nan")}
 
 
 @pytest.mark.parametrize("relu", [False, True])

@@ -15,6 +15,7 @@ from adamw_cases import (
     example,
     gradients,
     group_of,
+    is_pytorchs_kernel,
     on_each,
     on_triton,
     put,
@@ -181,7 +182,7 @@ def test_what_is_not_finite_spreads_as_in_pytorch(runner: Runner, value: float, 
     group = example(runner, [(40,), (70,)])
     group = group._replace(gradients=[one.float() for one in group.gradients])
     group.gradients[0][7] = value
-    plain = Plain([group], runner.backend == "reference")
+    plain = Plain([group], is_pytorchs_kernel(runner))
     near = plain.step(group.gradients, max_norm)
     norm = adamw([group], max_norm=max_norm, backend=runner.backend)
     if norm is not None:

@@ -99,7 +99,8 @@ def check(runner: Runner, shape: tuple[int, ...], residual: bool, relu: bool, me
     exact = results(plain, doubles, relu)
     near = results(plain, tensors, relu)
     for name, value in exact.items():
-        times = 2 if runner.backend == "triton" else 4  # the reference's sums are PyTorch's general ones
+        # The reference's sums are PyTorch's general ones, on a GPU up to 2.6 times as far off as cuDNN's.
+        times = 4 if runner.backend == "reference" and runner.device == "cuda" else 2
         error, allowed = (got[name].to(DOUBLE) - value).abs(), times * (near[name].to(DOUBLE) - value).abs().amax()
         rounding = 2 * torch.finfo(got[name].dtype).eps * (value.abs() + 4 + abs(mean))
         if runner.dtype == DOUBLE:  # PyTorch's own result is what is compared with
@@ -167,9 +168,13 @@ def test_only_the_gradients_that_are_asked_for(runner: Runner, asked: str, relu:
                 assert leaf.grad is None
 
 
-def test_without_gradients() -> None:
+@on_each_backend
+def test_without_gradients(runner: Runner) -> None:
+    tensors = given(runner, (2, 6, 4, 5), False)
+    leaves = [tensors[name].requires_grad_() for name in ("x", "weight", "bias")]
+    assert batch_norm(*leaves, backend=runner.backend).requires_grad
     with torch.no_grad():
-        assert not batch_norm(X, W.clone().requires_grad_(), W).requires_grad
+        assert not batch_norm(*leaves, backend=runner.backend).requires_grad
 
 
 @on_each_backend
