@@ -28,6 +28,8 @@ BLOCK = 4096
 WARPS = 4
 WIDEST = 256
 """Columns of a program at most: 16 bytes in half precision for each lane of a warp, which has a row."""
+BIASED_WARPS = 8
+"""Of a program that adds a bias: with four, lanes need twice the registers, and fewer bytes are under way."""
 SUMMED = 2048
 """Elements at a time of a program that sums columns: a lane has as many bytes under way, of two tensors."""
 PROGRAMS = 1056
@@ -140,7 +142,8 @@ def forward(x: Tensor, bias: Tensor | None, seed: Tensor | None, p: float) -> Te
         tile = BLOCK // columns
         biased_relu_dropout_kernel[(triton.cdiv(width, columns) * triton.cdiv(rows, tile),)](
             x, bias, seed, out, rows, width, *numbers,
-            ROWS=tile, COLUMNS=columns, DROPS=seed is not None, EARLY=early, num_warps=WARPS, **launch_options(early),
+            ROWS=tile, COLUMNS=columns, DROPS=seed is not None, EARLY=early, num_warps=BIASED_WARPS,
+            **launch_options(early),
         )  # fmt: skip
     return out
 

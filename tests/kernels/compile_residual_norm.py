@@ -69,18 +69,15 @@ def jobs(width: int, dtype: str) -> list[tuple[str, Any, str, int, dict[str, Any
 
 def relu_jobs(width: int, dtype: str) -> list[tuple[str, Any, str, int, dict[str, Any]]]:
     """Those of the dropout, in a line and with a bias."""
-    found: list[tuple[str, Any, str, int, dict[str, Any]]] = []
     columns = dropout.columns_of(width)
     line = {"BLOCK": dropout.BLOCK, "DROPS": True}
     tile, summed = ({"ROWS": many // columns, "COLUMNS": columns} for many in (dropout.BLOCK, dropout.SUMMED))
-    for name, kernel, flags in (
-        ("relu", dropout.relu_dropout_kernel, line),
-        ("relu biased", dropout.biased_relu_dropout_kernel, tile | {"DROPS": True}),
-        ("relu_back", dropout.relu_dropout_backward_kernel, line),
-        ("relu_back biased", dropout.biased_relu_dropout_backward_kernel, summed),
-    ):
-        found.append((name, kernel, dtype, dropout.WARPS, flags))
-    return found
+    return [
+        ("relu", dropout.relu_dropout_kernel, dtype, dropout.WARPS, line),
+        ("relu_biased", dropout.biased_relu_dropout_kernel, dtype, dropout.BIASED_WARPS, tile | {"DROPS": True}),
+        ("relu_back", dropout.relu_dropout_backward_kernel, dtype, dropout.WARPS, line),
+        ("relu_back biased", dropout.biased_relu_dropout_backward_kernel, dtype, dropout.WARPS, summed),
+    ]
 
 
 def main() -> None:
