@@ -4,10 +4,11 @@
 
 PyTorch's operations, the same compiled, and `fastmetro_kernels.residual_norm` and `relu_dropout`, at the sizes of
 FastMETRO-S and -L with 32 images: 445 joint and vertex tokens (50 camera and image tokens) of 512, 128 and 64 numbers,
-the branch and the norm in half precision, the stream in it or in float32, a tenth dropped. Without dropout each is held
-against float64 first. On a GPU each pass is a CUDA graph; microseconds, timed in turn. "floor" is reading and writing
-what a pass has to once: stream, branch, new stream and norm; then the new stream, both gradients, and those of stream
-and branch. With `--all-configs` every tile is a contender, too.
+the branch and the norm in half precision, the stream in it or in float32, a tenth dropped. "biased": with the bias of
+the linear layer in front and its gradient; PyTorch's layers add it where they multiply, but sum its gradient so, too.
+Without dropout each is held against float64 first. On a GPU each pass is a CUDA graph; microseconds, timed in turn.
+"floor" is reading and writing what a pass has to once: stream, branch, new stream and norm; then the new stream, both
+gradients, and those of stream and branch. With `--all-configs` every tile is a contender, too.
 """
 
 from __future__ import annotations
@@ -35,43 +36,56 @@ Op = Callable[..., tuple[Tensor, ...]]
 
 
 class Case(NamedTuple):
-    """Rows of so many numbers; whether the stream is float32, or half precision; or a ReLU with dropout."""
+    """Rows of so many numbers; whether the stream is float32, or half precision; or a ReLU with dropout; with a bias of
+    the linear layer in front."""
 
     rows: int
     width: int
     wide: bool = True
     relu: bool = False
+    biased: bool = False
 
     def __str__(self) -> str:
         what = "relu_dropout" if self.relu else f"residual_norm, {'float32' if self.wide else 'half'} stream"
-        return f"{self.rows} x {self.width} {what}"
+        return f"{self.rows} x {self.width} {what}{', biased' * self.biased}"
 
 
 MESH, IMAGE = 32 * 445, 32 * 50
 CASES = (
     *(Case(rows, width, wide) for rows, width in ((MESH, 512), (MESH, 128), (MESH, 64), (IMAGE, 512))
       for wide in (True, False)),
-    Case(MESH, 2048, relu=True),
+    *(Case(rows, width, biased=True) for rows, width in ((MESH, 512), (MESH, 128), (IMAGE, 512))),
+    *(Case(MESH, 2048, relu=True, biased=biased) for biased in (False, True)),
 )  # fmt: skip
 
 
-def _plain(stream: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, p: float) -> tuple[Tensor, ...]:
+def _add(branch: Tensor, branch_bias: Tensor | None) -> Tensor:
+    """As a linear layer under autocast does it."""
+    return branch if branch_bias is None else branch + branch_bias.to(branch.dtype)
+
+
+def _plain(
+    stream: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, branch_bias: Tensor | None = None, *, p: float
+) -> tuple[Tensor, ...]:
+    branch = _add(branch, branch_bias)
     new = stream + F.dropout(branch, p)
     return new, F.layer_norm(new.to(weight.dtype), new.shape[-1:], weight, bias).to(branch.dtype)
 
 
 def _ours(
-    stream: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, p: float, config: ResidualNormConfig | None = None
-) -> tuple[Tensor, ...]:
-    return residual_norm(stream, branch, weight, bias, dropout_p=p, dtype=branch.dtype, config=config)
+    stream: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, branch_bias: Tensor | None = None, *, p: float,
+    config: ResidualNormConfig | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    options: dict[str, Any] = {"dropout_p": p, "dtype": branch.dtype, "config": config}
+    return residual_norm(stream, branch, weight, bias, branch_bias=branch_bias, **options)
 
 
-def _plain_relu(x: Tensor, p: float) -> tuple[Tensor, ...]:
-    return (F.dropout(F.relu(x), p),)
+def _plain_relu(x: Tensor, bias: Tensor | None = None, *, p: float) -> tuple[Tensor, ...]:
+    return (F.dropout(F.relu(_add(x, bias)), p),)
 
 
-def _ours_relu(x: Tensor, p: float) -> tuple[Tensor, ...]:
-    return (relu_dropout(x, p),)
+def _ours_relu(x: Tensor, bias: Tensor | None = None, *, p: float) -> tuple[Tensor, ...]:
+    return (relu_dropout(x, p, bias=bias),)
 
 
 def contenders(case: Case, device: torch.device, every: bool = False) -> dict[str, Op]:
@@ -104,17 +118,19 @@ def _tensors(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[list
     def rows(kind: torch.dtype) -> Tensor:
         return torch.randn(case.rows, case.width, generator=generator).to(device, kind)
 
+    def vectors(count: int) -> list[Tensor]:
+        return [1 + 0.1 * torch.randn(case.width, generator=generator).to(device) for _ in range(count)]
+
     if case.relu:
-        return [rows(dtype).requires_grad_()], [rows(dtype)]
+        return [one.requires_grad_() for one in (rows(dtype), *vectors(case.biased))], [rows(dtype)]
     stream = torch.float32 if case.wide else dtype
-    vectors = [1 + 0.1 * torch.randn(case.width, generator=generator).to(device) for _ in range(2)]
-    leaves = [rows(stream), rows(dtype), *vectors]
+    leaves = [rows(stream), rows(dtype), *vectors(2 + case.biased)]
     return [one.requires_grad_() for one in leaves], [rows(stream), rows(dtype)]
 
 
 def _both(op: Op, leaves: Sequence[Tensor], grads: Sequence[Tensor], p: float) -> tuple[Tensor, ...]:
     """The results and the gradients."""
-    outs = op(*leaves, p)
+    outs = op(*leaves, p=p)
     return *(out.detach() for out in outs), *torch.autograd.grad(outs, leaves, grads)
 
 
@@ -144,7 +160,7 @@ def measure(
     leaves, grads = _tensors(case, dtype, device)
     ops = contenders(case, device, every)
     wrong = errors(ops, leaves, grads)
-    forward = {name: Timer([functools.partial(op, *leaves, P)], device) for name, op in ops.items()}  # type: ignore[list-item]
+    forward = {name: Timer([functools.partial(op, *leaves, p=P)], device) for name, op in ops.items()}  # type: ignore[list-item]
     both = {name: Timer([functools.partial(_both, op, leaves, grads, P)], device) for name, op in ops.items()}  # type: ignore[list-item]
     take_in_turn([*forward.values(), *both.values()], rounds)
     rows = []

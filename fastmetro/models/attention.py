@@ -60,6 +60,10 @@ class MultiheadAttention(nn.Module):
         """Join the heads of [B, L, H, D] and apply the output projection: [B, L, C]."""
         return self.out_proj(attended.flatten(-2))
 
+    def merge_without_bias(self, attended: Tensor) -> Tensor:
+        """:meth:`merge` but for the bias of the output projection, which is left to what takes the result."""
+        return F.linear(attended.flatten(-2), self.out_proj.weight)
+
     def forward(self, *_args: Tensor) -> Tensor:
         """Not used: the layers call the projections."""
         raise NotImplementedError("call query, key, value and merge; the attention itself is the caller's choice")

@@ -158,12 +158,13 @@ class Transformer(nn.Module):
 
 def fuse_transformer(module: nn.Module, fused: bool = True) -> int:
     """Let the encoders and decoders in a module take, while they train, ops of this project: each residual sum with its
-    dropout is one with the layer norm that comes next, and the ReLU one with its dropout
-    (:mod:`fastmetro_kernels.residual_norm`, :mod:`fastmetro_kernels.dropout`); or, with ``fused`` false, PyTorch's
-    operations.
+    dropout is one with the layer norm that comes next, and the ReLU one with its dropout, each with the bias of the
+    linear layer in front of it (:mod:`fastmetro_kernels.residual_norm`, :mod:`fastmetro_kernels.dropout`); or, with
+    ``fused`` false, PyTorch's operations.
 
     Parameters and their names stay, and so does evaluation; outputs are the same but for rounding and the random
-    numbers of the dropout. Copies of the module keep it. What is hooked to single layers and norms is not called.
+    numbers of the dropout. Copies of the module keep it. What is hooked to single layers, norms and linear layers is
+    not called.
 
     Returns:
         How many layers these encoders and decoders have.

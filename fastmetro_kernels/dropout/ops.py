@@ -8,20 +8,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmetro_kernels.dropout.random import kept
+from fastmetro_kernels.dropout.random import GROUP, kept
 
 NAMESPACE = "fastmetro_kernels"
 
-# dropout(relu(x)); `seed` is one int64, or None where nothing is dropped.
+# dropout(relu(x + bias)); `seed` is one int64, or None where nothing is dropped. With a bias, rows are multiples of 8.
 torch.library.define(
     f"{NAMESPACE}::relu_dropout_triton",
-    "(Tensor x, Tensor? seed, float p) -> Tensor",
+    "(Tensor x, Tensor? bias, Tensor? seed, float p) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-# The gradient of x: what was dropped `out` tells.
+# The gradient of x, and that of the bias, empty unless it is `biased`: what was dropped `out` tells.
 torch.library.define(
     f"{NAMESPACE}::relu_dropout_backward_triton",
-    "(Tensor grad, Tensor out, float p) -> Tensor",
+    "(Tensor grad, Tensor out, float p, bool biased) -> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -46,25 +46,41 @@ def check_seed(seed: Tensor | None) -> None:
         torch._check(fits, lambda: "seed must be one int64")
 
 
-def check_backward(grad: Tensor, out: Tensor) -> None:
+def check_forward(x: Tensor, bias: Tensor | None, seed: Tensor | None) -> None:
+    """All rules of the forward op."""
+    check_line("x", x)
+    check_seed(seed)
+    if bias is not None:
+        rows = x.dim() >= 1 and x.size(-1) % GROUP == 0
+        torch._check(rows, lambda: f"x must have rows of a multiple of {GROUP} with a bias, got {tuple(x.shape)}")
+        fits = bias.shape == x.shape[-1:] and bias.dtype == torch.float32 and bias.is_contiguous()
+        torch._check(fits, lambda: f"bias must be float32 [{x.size(-1)}], contiguous")
+
+
+def check_backward(grad: Tensor, out: Tensor, biased: bool) -> None:
     """All rules of the backward op."""
     check_line("grad", grad)
     check_line("out", out)
     fits = grad.shape == out.shape and grad.dtype == out.dtype
     torch._check(fits, lambda: f"grad must be {out.dtype} {tuple(out.shape)}, got {grad.dtype} {tuple(grad.shape)}")
+    torch._check(not biased or out.dim() >= 1, lambda: "out must be [..., C] with a bias")
+
+
+def empty_gradients(grad: Tensor, biased: bool) -> tuple[Tensor, Tensor]:
+    """Memory for what the backward op returns."""
+    return torch.empty_like(grad), grad.new_empty(grad.size(-1) if biased else 0, dtype=torch.float32)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::relu_dropout_triton")
-def _fake(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
-    check_line("x", x)
-    check_seed(seed)
+def _fake(x: Tensor, bias: Tensor | None, seed: Tensor | None, p: float) -> Tensor:
+    check_forward(x, bias, seed)
     return torch.empty_like(x)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::relu_dropout_backward_triton")
-def _fake_backward(grad: Tensor, out: Tensor, p: float) -> Tensor:
-    check_backward(grad, out)
-    return torch.empty_like(grad)
+def _fake_backward(grad: Tensor, out: Tensor, p: float, biased: bool) -> tuple[Tensor, Tensor]:
+    check_backward(grad, out, biased)
+    return empty_gradients(grad, biased)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::dropout_kept")
@@ -73,16 +89,16 @@ def _fake_kept(seed: Tensor, rows: int, width: int, p: float) -> Tensor:
     return torch.empty((rows, width), dtype=torch.bool, device=seed.device)
 
 
-def _forward(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
+def _forward(x: Tensor, bias: Tensor | None, seed: Tensor | None, p: float) -> Tensor:
     from fastmetro_kernels.dropout import triton
 
-    return triton.forward(x, seed, p)
+    return triton.forward(x, bias, seed, p)
 
 
-def _backward(grad: Tensor, out: Tensor, p: float) -> Tensor:
+def _backward(grad: Tensor, out: Tensor, p: float, biased: bool) -> tuple[Tensor, Tensor]:
     from fastmetro_kernels.dropout import triton
 
-    return triton.backward(grad, out, p)
+    return triton.backward(grad, out, p, biased)
 
 
 torch.library.impl(f"{NAMESPACE}::dropout_kept", "CompositeExplicitAutograd", kept)

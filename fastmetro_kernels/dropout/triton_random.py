@@ -32,6 +32,13 @@ def kept_factors(seed, rows, threshold, scale, ROWS: tl.constexpr, BLOCK: tl.con
 
 
 @triton.jit
+def kept_factors_of_part(seed, group, threshold, scale, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The same of elements [ROWS, COLUMNS] of one long row cut into rows, their groups [ROWS, COLUMNS // 8] (int64)."""
+    halves = tl.reshape(random_halves(seed, group, group >> 32), [ROWS, COLUMNS])
+    return tl.where(halves >= threshold, scale, 0.0)
+
+
+@triton.jit
 def kept_factors_of_line(seed, group, threshold, scale, BLOCK: tl.constexpr):
     """The same of BLOCK elements of one long row, of which these are the groups [BLOCK // 8] (int64)."""
     halves = tl.reshape(random_halves(seed, group, group >> 32), [BLOCK])

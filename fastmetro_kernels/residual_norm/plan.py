@@ -6,10 +6,6 @@ from typing import NamedTuple
 
 WIDEST = 16384
 """Numbers of a row, which a program holds in registers."""
-PARTS = 256
-"""Programs' sums that the joining kernel adds up at a time."""
-COLUMNS = 16
-"""Of one of its programs."""
 
 
 class ResidualNormConfig(NamedTuple):

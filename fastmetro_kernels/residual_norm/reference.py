@@ -11,8 +11,8 @@ from fastmetro_kernels.dropout.random import scale_of_kept
 
 
 def forward(
-    stream: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, seed: Tensor | None, dropout_p: float,
-    epsilon: float, dtype: torch.dtype,
+    stream: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, branch_bias: Tensor | None,
+    seed: Tensor | None, dropout_p: float, epsilon: float, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See ``residual_norm``. In float32 (float64 for float64 tensors), each result rounded once; autograd
     differentiates it."""
@@ -20,7 +20,7 @@ def forward(
     if branch is not None:
         promoted = torch.promote_types(stream.dtype, branch.dtype)
         wide = torch.promote_types(promoted, torch.float32)
-        added = branch.to(wide)
+        added = branch.to(wide) if branch_bias is None else branch.to(wide) + branch_bias
         if seed is not None:
             width = branch.shape[-1]
             stays = dropout_kept(seed, branch.numel() // width, width, dropout_p).view(branch.shape)

@@ -1,8 +1,9 @@
 """The Triton backend of the residual norm: CUDA devices, or CPU tensors in Triton's interpreter.
 
-A program holds some whole rows in registers and goes through a group of rows with them. Forward: one launch. Backward:
-one that makes the gradients of rows and keeps the sums of its group's columns in registers, and a small one that joins
-the sums of all groups. No number is read or written twice, but for those sums; the mask of the dropout is made again.
+A program holds some whole rows in registers and goes through a group of rows with them. Forward: one launch.
+Backward: one that makes the gradients of rows and keeps the sums of its group's columns in registers, and a small one
+(``column_sums.py``) that joins the sums of all groups. No number is read or written twice, but for those sums; the
+mask of the dropout is made again.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -17,11 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastmetro_kernels import column_sums
 from fastmetro_kernels.dropout.random import scale_of_kept, threshold
 from fastmetro_kernels.dropout.triton_random import kept_factors
 from fastmetro_kernels.fused.early_launch import await_earlier_kernels, launch_options, launches_early, on_device
 from fastmetro_kernels.residual_norm import ops
-from fastmetro_kernels.residual_norm.plan import COLUMNS, PARTS, ResidualNormConfig, plan
+from fastmetro_kernels.residual_norm.plan import ResidualNormConfig, plan
 
 SIZES = ["rows", "period", "each", "threshold", "groups"]
 """Arguments whose values make no kernels of their own."""
@@ -29,12 +31,12 @@ SIZES = ["rows", "period", "each", "threshold", "groups"]
 
 @triton.jit(do_not_specialize=SIZES)
 def residual_norm_kernel(
-    stream, branch, weight, bias, seed, new_stream, normed, mean, inverse, rows, width, period, each, epsilon,
-    threshold, scale,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, BRANCH: tl.constexpr, SHARED: tl.constexpr, DROPS: tl.constexpr,
-    EARLY: tl.constexpr,
+    stream, branch, weight, bias, branch_bias, seed, new_stream, normed, mean, inverse, rows, width, period, each,
+    epsilon, threshold, scale,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, BRANCH: tl.constexpr, BIASED: tl.constexpr, SHARED: tl.constexpr,
+    DROPS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """new_stream = stream + dropout(branch) where there is a BRANCH, and its norm.
+    """new_stream = stream + dropout(branch + branch_bias) where there is a BRANCH and it is BIASED, and its norm.
 
     Where the stream is SHARED it begins again after `period` rows. Dropped numbers are multiplied by 0 and not left
     out: what is no number stays so, as in PyTorch.
@@ -44,6 +46,8 @@ def residual_norm_kernel(
     known = c < width
     gain = tl.load(weight + c, mask=known, other=0.0)[None, :]
     low = tl.load(bias + c, mask=known, other=0.0)[None, :]
+    if BIASED:
+        extra = tl.load(branch_bias + c, mask=known, other=0.0)[None, :]
     begin = tl.program_id(0) * each
     end = tl.minimum(begin + each, rows)
     for first in range(begin, end, ROWS):
@@ -54,6 +58,8 @@ def residual_norm_kernel(
         x = tl.load(stream + source, mask=inside, other=0.0).to(tl.float32)
         if BRANCH:
             added = tl.load(branch + offset, mask=inside, other=0.0).to(tl.float32)
+            if BIASED:
+                added += extra
             if DROPS:
                 added *= kept_factors(seed, row, threshold, scale, ROWS, BLOCK)
             rounded = (x + added).to(new_stream.dtype.element_ty)
@@ -78,10 +84,11 @@ def residual_norm_backward_kernel(
     grad, more, x, weight, mean, inverse, seed, grad_stream, grad_branch, partials, rows, width, groups, each,
     threshold, scale,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, NORMED: tl.constexpr, MORE: tl.constexpr, SPLIT: tl.constexpr,
-    DROPS: tl.constexpr, EARLY: tl.constexpr,
+    BIASED: tl.constexpr, DROPS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Gradients of rows: that of the norm where NORMED, + that of the new stream where there is MORE; the branch's,
-    too, where it is SPLIT from the stream's. And the sums of this program's rows for the bias and the weight."""
+    too, where it is SPLIT from the stream's. And the sums of this program's rows: for the bias and the weight where
+    NORMED, and behind them for the branch's bias where it is BIASED."""
     await_earlier_kernels(EARLY)
     c = tl.arange(0, BLOCK)
     known = c < width
@@ -90,6 +97,7 @@ def residual_norm_backward_kernel(
     end = tl.minimum(begin + each, rows)
     sums = tl.zeros([ROWS, BLOCK], tl.float32)
     products = tl.zeros([ROWS, BLOCK], tl.float32)
+    branches = tl.zeros([ROWS, BLOCK], tl.float32)
     for first in range(begin, end, ROWS):
         row = first + tl.arange(0, ROWS)
         inside = (row < end)[:, None] & known[None, :]
@@ -112,44 +120,30 @@ def residual_norm_backward_kernel(
         else:
             g = others.to(tl.float32)
         tl.store(grad_stream + offset, g.to(grad_stream.dtype.element_ty), mask=inside)
-        if SPLIT:
+        if SPLIT or BIASED:
             if DROPS:
                 g *= kept_factors(seed, row, threshold, scale, ROWS, BLOCK)
-            tl.store(grad_branch + offset, g.to(grad_branch.dtype.element_ty), mask=inside)
+            if SPLIT:
+                tl.store(grad_branch + offset, g.to(grad_branch.dtype.element_ty), mask=inside)
+            if BIASED:
+                branches += g  # 0 of a row that is not there; columns that are not there are not stored
+    to = partials + tl.program_id(0).to(tl.int64) * width + c
     if NORMED:
-        to = partials + tl.program_id(0).to(tl.int64) * width + c
         tl.store(to, tl.sum(sums, 0), mask=known)
-        tl.store(to + groups.to(tl.int64) * width, tl.sum(products, 0), mask=known)
-
-
-@triton.jit(do_not_specialize=SIZES)
-def residual_norm_join_kernel(
-    partials, grad_bias, grad_weight, width, groups, PARTS: tl.constexpr, COLUMNS: tl.constexpr, EARLY: tl.constexpr
-):
-    """The sums of all programs, of a few columns."""
-    c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    known = c < width
-    await_earlier_kernels(EARLY)
-    sums = tl.zeros([PARTS, COLUMNS], tl.float32)
-    products = tl.zeros([PARTS, COLUMNS], tl.float32)
-    second = groups.to(tl.int64) * width
-    for start in range(0, groups, PARTS):
-        group = start + tl.arange(0, PARTS)
-        inside = (group < groups)[:, None] & known[None, :]
-        offset = group.to(tl.int64)[:, None] * width + c[None, :]
-        sums += tl.load(partials + offset, mask=inside, other=0.0)
-        products += tl.load(partials + second + offset, mask=inside, other=0.0)
-    tl.store(grad_bias + c, tl.sum(sums, 0), mask=known)
-    tl.store(grad_weight + c, tl.sum(products, 0), mask=known)
+        to += groups.to(tl.int64) * width
+        tl.store(to, tl.sum(products, 0), mask=known)
+        to += groups.to(tl.int64) * width
+    if BIASED:
+        tl.store(to, tl.sum(branches, 0), mask=known)
 
 
 def forward(
-    stream: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, seed: Tensor | None, dropout_p: float,
-    epsilon: float, dtype: torch.dtype, config: Sequence[int],
+    stream: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, branch_bias: Tensor | None,
+    seed: Tensor | None, dropout_p: float, epsilon: float, dtype: torch.dtype, config: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Run the kernel; arguments as in ``ops.py``."""
     ops.check_tile(config)
-    ops.check_forward(stream, branch, weight, bias, seed)
+    ops.check_forward(stream, branch, weight, bias, branch_bias, seed)
     results = new_stream, normed, mean, inverse = ops.empty_results(stream, branch, dtype)
     rows, width = mean.numel(), stream.shape[-1]
     if normed.numel() == 0:
@@ -159,32 +153,34 @@ def forward(
     early = launches_early(stream)
     with on_device(stream):
         residual_norm_kernel[(found.groups,)](
-            stream, branch, weight, bias, seed, new_stream, normed, mean, inverse, rows, width, period,
+            stream, branch, weight, bias, branch_bias, seed, new_stream, normed, mean, inverse, rows, width, period,
             found.rows_each, epsilon, threshold(dropout_p), scale_of_kept(dropout_p),
-            ROWS=found.rows, BLOCK=found.block, BRANCH=branch is not None, SHARED=period != rows,
-            DROPS=seed is not None, EARLY=early, num_warps=found.warps, **launch_options(early),
+            ROWS=found.rows, BLOCK=found.block, BRANCH=branch is not None, BIASED=branch_bias is not None,
+            SHARED=period != rows, DROPS=seed is not None, EARLY=early, num_warps=found.warps, **launch_options(early),
         )  # fmt: skip
     return results
 
 
 def backward(
     grad: Tensor | None, more: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, inverse: Tensor,
-    seed: Tensor | None, dropout_p: float, stream_dtype: torch.dtype, branch_dtype: torch.dtype | None,
+    seed: Tensor | None, dropout_p: float, stream_dtype: torch.dtype, branch_dtype: torch.dtype | None, biased: bool,
     config: Sequence[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Run both kernels; arguments as in ``ops.py``."""
     ops.check_tile(config)
     ops.check_backward(grad, more, x, weight, mean, inverse, seed)
-    gradients = ops.empty_gradients(x, weight, seed, stream_dtype, branch_dtype)
-    grad_stream, grad_branch, grad_weight, grad_bias = gradients
+    gradients = ops.empty_gradients(x, weight, seed, stream_dtype, branch_dtype, biased)
+    grad_stream, grad_branch, grad_weight, grad_bias, grad_branch_bias = gradients
     rows, width = mean.numel(), x.shape[-1]
     if grad is None or x.numel() == 0:
         grad_weight.zero_()
         grad_bias.zero_()
     if x.numel() == 0:
+        grad_branch_bias.zero_()
         return gradients
+    summed = [*([grad_bias, grad_weight] if grad is not None else []), *([grad_branch_bias] if biased else [])]
     found = plan(rows, width, True, ResidualNormConfig(*config) if config else None)
-    partials = torch.empty((2, found.groups, width), dtype=torch.float32, device=x.device)
+    partials = torch.empty((len(summed), found.groups, width), dtype=torch.float32, device=x.device)
     early = launches_early(x)
     options: dict[str, Any] = {"EARLY": early, **launch_options(early)}
     with on_device(x):
@@ -192,12 +188,9 @@ def backward(
             grad, more, x, weight, mean, inverse, seed, grad_stream, grad_branch, partials, rows, width,
             found.groups, found.rows_each, threshold(dropout_p), scale_of_kept(dropout_p),
             ROWS=found.rows, BLOCK=found.block, NORMED=grad is not None, MORE=more is not None,
-            SPLIT=ops.writes_branch(seed, stream_dtype, branch_dtype), DROPS=seed is not None,
+            SPLIT=ops.writes_branch(seed, stream_dtype, branch_dtype), BIASED=biased, DROPS=seed is not None,
             num_warps=found.warps, **options,
         )  # fmt: skip
-        if grad is not None:
-            residual_norm_join_kernel[(triton.cdiv(width, COLUMNS),)](
-                partials, grad_bias, grad_weight, width, found.groups, PARTS=PARTS, COLUMNS=COLUMNS, num_warps=8,
-                **options,
-            )  # fmt: skip
+        if summed:
+            column_sums.join(partials, summed, options)
     return gradients

@@ -41,11 +41,14 @@ def test_rows_and_floors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 SPOILED = {"shift": lambda y: y + 1e-3, "gradient": Scaled.apply, "nan": lambda y: y * float("nan")}
 
 
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("spoil", SPOILED.values(), ids=SPOILED)
-def test_what_is_wrong_is_seen(spoil: Callable[[Any], Any], relu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_wrong_is_seen(
+    spoil: Callable[[Any], Any], relu: bool, biased: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     name = "_ours_relu" if relu else "_ours"
     right = getattr(residual_norm, name)
-    monkeypatch.setattr(residual_norm, name, lambda *given: tuple(spoil(one) for one in right(*given)))
+    monkeypatch.setattr(residual_norm, name, lambda *given, p: tuple(spoil(one) for one in right(*given, p=p)))
     with pytest.raises(ValueError, match="ours: errors of the results and their gradients are"):
-        residual_norm.measure(Case(8, 16, relu=relu), torch.float32, 1, torch.device("cpu"))
+        residual_norm.measure(Case(8, 16, relu=relu, biased=biased), torch.float32, 1, torch.device("cpu"))

@@ -9,6 +9,7 @@ chosen, kernels are plain Python.
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from typing import Any
@@ -19,13 +20,14 @@ from compile_max_pool import accesses
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fastmetro_kernels import column_sums
 from fastmetro_kernels.dropout import triton as dropout
 from fastmetro_kernels.residual_norm import triton as norm
-from fastmetro_kernels.residual_norm.plan import COLUMNS, PARTS, pinned, plan
+from fastmetro_kernels.residual_norm.plan import pinned, plan
 
 STREAMS = {"stream", "new_stream", "x", "more", "grad_stream"}
 BRANCHES = {"branch", "normed", "grad", "grad_branch", "out", "grad_x"}
-VECTORS = {"weight", "bias", "mean", "inverse", "partials", "grad_weight", "grad_bias"}
+VECTORS = {"weight", "bias", "branch_bias", "mean", "inverse", "partials", "first", "second", "third"}
 
 
 def source(kernel: Any, dtype: str, stream: str, constants: dict[str, Any]) -> ASTSource:
@@ -47,22 +49,35 @@ def jobs(width: int, dtype: str) -> list[tuple[str, Any, str, int, dict[str, Any
     found: list[tuple[str, Any, str, int, dict[str, Any]]] = []
     for backward in (False, True):
         tile = plan(14240, width, backward, pinned(width, backward))
-        constants: dict[str, Any] = {"ROWS": tile.rows, "BLOCK": tile.block}
-        for stream in (dtype, "fp32"):
-            for shared in (False, True):
-                if backward:
-                    flags: dict[str, Any] = {"NORMED": True, "MORE": not shared, "SPLIT": True, "DROPS": True}
-                    flags |= {"more": None} if shared else {}
-                    label = f"backward {stream}{' final' * shared}"
-                    found.append((label, norm.residual_norm_backward_kernel, stream, tile.warps, constants | flags))
-                else:
-                    flags = {"BRANCH": True, "SHARED": shared, "DROPS": True}
-                    label = f"forward {stream}{' shared' * shared}"
-                    found.append((label, norm.residual_norm_kernel, stream, tile.warps, constants | flags))
-    found.append(("join", norm.residual_norm_join_kernel, dtype, 8, {"PARTS": PARTS, "COLUMNS": COLUMNS}))
-    for name, kernel in (("relu", dropout.relu_dropout_kernel), ("relu_back", dropout.relu_dropout_backward_kernel)):
-        found.append((name, kernel, dtype, dropout.WARPS, {"BLOCK": dropout.BLOCK, "DROPS": True}))
-    return found
+        constants: dict[str, Any] = {"ROWS": tile.rows, "BLOCK": tile.block, "DROPS": True}
+        for stream, shared, biased in itertools.product((dtype, "fp32"), (False, True), (False, True)):
+            flags = constants | {"BIASED": biased}
+            if backward:
+                flags |= {"NORMED": True, "MORE": not shared, "SPLIT": True} | ({"more": None} if shared else {})
+                label = f"backward {stream}{' final' * shared}{' biased' * biased}"
+                found.append((label, norm.residual_norm_backward_kernel, stream, tile.warps, flags))
+            else:
+                flags |= {"BRANCH": True, "SHARED": shared} | ({} if biased else {"branch_bias": None})
+                label = f"forward {stream}{' shared' * shared}{' biased' * biased}"
+                found.append((label, norm.residual_norm_kernel, stream, tile.warps, flags))
+    for count in (1, 2, 3):
+        flags = {"COUNT": count, "PARTS": column_sums.PARTS, "COLUMNS": column_sums.COLUMNS}
+        flags |= dict.fromkeys(("second", "third")[count - 1 :])
+        found.append((f"join {count}", column_sums.column_sums_kernel, dtype, column_sums.WARPS, flags))
+    return found + relu_jobs(width, dtype)
+
+
+def relu_jobs(width: int, dtype: str) -> list[tuple[str, Any, str, int, dict[str, Any]]]:
+    """Those of the dropout, in a line and with a bias."""
+    columns = dropout.columns_of(width)
+    line = {"BLOCK": dropout.BLOCK, "DROPS": True}
+    tile, summed = ({"ROWS": many // columns, "COLUMNS": columns} for many in (dropout.BLOCK, dropout.SUMMED))
+    return [
+        ("relu", dropout.relu_dropout_kernel, dtype, dropout.WARPS, line),
+        ("relu_biased", dropout.biased_relu_dropout_kernel, dtype, dropout.BIASED_WARPS, tile | {"DROPS": True}),
+        ("relu_back", dropout.relu_dropout_backward_kernel, dtype, dropout.WARPS, line),
+        ("relu_back biased", dropout.biased_relu_dropout_backward_kernel, dtype, dropout.WARPS, summed),
+    ]
 
 
 def main() -> None:

@@ -18,6 +18,9 @@ from fastmetro_kernels.seeds import draw_seeds
 # More than a program's 4,096, and no multiple of it; a scalar.
 SMALL = [(1,), (7,), (3, 5, 9), (2, 8), (33, 64), (4120,), ()]
 LARGE = [(14240, 2048), (14240, 509), (1 << 20,)]
+# With a bias: rows of a multiple of 8 have kernels of their own, of 256 columns and 8 or 16 rows at a time, or more.
+SMALL_BIASED = [(1,), (8,), (3, 5, 9), (2, 8), (33, 64), (21, 264), (3, 5, 40), (1030, 8)]
+LARGE_BIASED = [(14240, 2048), (3136, 512), (3137, 520), (14240, 509), (200_000, 16)]
 SEED = 0x0123_4567_89AB_CDEF
 PROBABILITIES = (0.0, 0.1, 0.5)
 
@@ -28,11 +31,23 @@ def factors(x: Tensor, p: float, seed: int = SEED) -> Tensor:
     return stays.double() * scale_of_kept(p if p else 0.0)
 
 
+def results(
+    x: Tensor, grad: Tensor, p: float, backend: str, seed: Any = SEED, bias: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """The result and the gradients of x and, if there is one, of the bias."""
+    leaves = [one.detach().requires_grad_() for one in (x, bias) if one is not None]
+    out = relu_dropout(leaves[0], p, bias=leaves[1] if bias is not None else None, seed=seed, backend=backend)
+    return out.detach(), *torch.autograd.grad(out, leaves, grad)
+
+
 def both(x: Tensor, grad: Tensor, p: float, backend: str, seed: Any = SEED) -> tuple[Tensor, Tensor]:
-    """The result and the gradient."""
-    x = x.detach().requires_grad_()
-    out = relu_dropout(x, p, seed=seed, backend=backend)
-    return out.detach(), torch.autograd.grad(out, x, grad)[0]
+    """The result and the gradient, without a bias."""
+    out, grad_x = results(x, grad, p, backend, seed)
+    return out, grad_x
+
+
+def bias_of(runner: Runner, width: int) -> Tensor:
+    return randn(runner, width, seed=2).to(torch.promote_types(runner.dtype, FLOAT))
 
 
 @pytest.mark.parametrize(
@@ -67,6 +82,83 @@ def test_against_float64(runner: Runner, p: float) -> None:
         for got, exact in ((out, x.double().relu() * mask), (grad_x, torch.where(x > 0, grad.double() * mask, 0.0))):
             assert torch.equal(got == 0, exact.to(got.dtype) == 0)
             assert bool(((got.double() - exact).abs() <= eps * exact.abs() + 1e-7 * (runner.dtype.itemsize == 2)).all())
+
+
+@everywhere
+@pytest.mark.parametrize("p", PROBABILITIES)
+def test_a_bias_against_float64(runner: Runner, p: float) -> None:
+    """The sum is rounded only as a part of the result, and a gradient not before it is summed for the bias. Of what is
+    kept and positive the result tells; the mask is the same as without a bias."""
+    for shape in SMALL_BIASED + (LARGE_BIASED if runner.device == "cuda" else []):
+        x, grad, bias = randn(runner, *shape), randn(runner, *shape, seed=1), bias_of(runner, shape[-1])
+        mask = factors(x, p)
+        with poisoned_memory():
+            out, grad_x, grad_bias = results(x, grad, p, runner.backend, bias=bias)
+        assert out.dtype == grad_x.dtype == x.dtype and out.shape == grad_x.shape == x.shape
+        assert grad_bias.dtype == bias.dtype and grad_bias.shape == bias.shape
+        eps, wide = (torch.finfo(dtype).eps for dtype in (x.dtype, bias.dtype))
+        exact = (x.double() + bias.double()).relu() * mask
+        allowed = eps * exact.abs() + 4 * wide * (x.double().abs() + bias.double().abs()) * (mask + 1)
+        assert bool(((out.double() - exact).abs() <= allowed + 1e-7 * (x.dtype.itemsize == 2)).all())
+        assert not out[mask == 0].any()
+        exact = torch.where(out > 0, grad.double() * mask, 0.0)
+        assert torch.equal(grad_x == 0, exact.to(grad_x.dtype) == 0)
+        assert bool(((grad_x.double() - exact).abs() <= 2 * eps * exact.abs() + 1e-7 * (x.dtype.itemsize == 2)).all())
+        # So many roundings of float32 that a sum of pieces, each of which is shorter than this, can have at most.
+        rows = max(x.numel() // shape[-1], 1)
+        roundings = wide * (min(rows, 64) + math.log2(rows) + 4)
+        terms = exact.view(rows, shape[-1])
+        assert bool(((grad_bias.double() - terms.sum(0)).abs() <= roundings * terms.abs().sum(0)).all())
+
+
+@on_each_backend
+def test_a_bias_of_zero_changes_nothing(runner: Runner) -> None:
+    """The same elements are dropped, by the kernels for rows as by those for a line."""
+    for shape in SMALL_BIASED:
+        x, grad = randn(runner, *shape), randn(runner, *shape, seed=1)
+        found = results(x, grad, 0.5, runner.backend, bias=torch.zeros_like(bias_of(runner, shape[-1])))
+        for one, same in zip(found, both(x, grad, 0.5, runner.backend), strict=False):
+            assert torch.equal(one, same)
+
+
+@on_each_backend
+def test_only_the_gradients_that_are_asked_for(runner: Runner) -> None:
+    """And strides, of everything."""
+    for width in (24, 9):
+        x, grad, bias = randn(runner, 5, width), randn(runner, 5, width, seed=1), bias_of(runner, width)
+        expected = results(x, grad, 0.5, runner.backend, bias=bias)
+        given, more = x.t().contiguous().t(), torch.stack([bias, bias], -1)[:, 0]
+        for asked in ((True, False), (False, True), (True, True)):
+            leaves = [given.detach().requires_grad_(asked[0]), more.detach().requires_grad_(asked[1])]
+            out = relu_dropout(leaves[0], 0.5, bias=leaves[1], seed=SEED, backend=runner.backend)
+            out.backward(grad.t().contiguous().t())
+            assert torch.equal(out.detach(), expected[0])
+            for leaf, one_asked, value in zip(leaves, asked, expected[1:], strict=True):
+                assert (leaf.grad is not None) == one_asked
+                if leaf.grad is not None:
+                    torch.testing.assert_close(leaf.grad, value, rtol=1e-5, atol=1e-5)
+
+
+@on_triton
+def test_programs_with_several_tiles(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which the last ones are not full."""
+    triton = pytest.importorskip("fastmetro_kernels.dropout.triton")
+    for shape in ((45, 264), (1030, 8), (9, 256)):
+        x, grad, bias = randn(runner, *shape), randn(runner, *shape, seed=1), bias_of(runner, shape[-1])
+        expected = results(x, grad, 0.5, "triton", bias=bias)
+        monkeypatch.setattr(triton, "PROGRAMS", 5)
+        found = results(x, grad, 0.5, "triton", bias=bias)
+        monkeypatch.undo()
+        assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+        torch.testing.assert_close(found[2], expected[2], rtol=1e-5, atol=1e-4)
+
+
+@on_cuda
+def test_equal_calls_give_equal_bits(runner: Runner) -> None:
+    x, grad, bias = randn(runner, 14240, 2048), randn(runner, 14240, 2048, seed=1), bias_of(runner, 2048)
+    first = results(x, grad, 0.1, "triton", bias=bias)
+    for _ in range(5):
+        assert all(map(torch.equal, first, results(x, grad, 0.1, "triton", bias=bias)))
 
 
 @on_triton
@@ -128,6 +220,11 @@ def test_what_is_no_number(runner: Runner) -> None:
     _, grad = both(randn(runner, 4, 16), given, 0.5, runner.backend)
     out, _ = both(randn(runner, 4, 16), given, 0.5, runner.backend)
     assert torch.equal(grad.isnan(), out > 0)
+    bias = torch.zeros(16, device=runner.device)
+    found, _, grad_bias = results(x[1:], torch.ones_like(x[1:]), 0.5, runner.backend, bias=bias)
+    assert bool(found[0].isnan().all() and grad_bias.isfinite().all()) and not bool(found[2].any())
+    bias[3] = math.nan
+    assert torch.equal(results(x[:1], x[:1], 0.5, runner.backend, bias=bias)[0].isnan(), bias.isnan()[None])
 
 
 @on_each_backend
@@ -136,6 +233,9 @@ def test_empty(runner: Runner, shape: tuple[int, ...]) -> None:
     x = randn(runner, *shape)
     out, grad = both(x, x, 0.5, runner.backend)
     assert out.shape == grad.shape == shape
+    with poisoned_memory():
+        found = results(x, x, 0.5, runner.backend, bias=bias_of(runner, shape[-1]))
+    assert [one.shape for one in found] == [shape, shape, shape[-1:]] and not found[2].any()
 
 
 @on_each_backend
@@ -166,19 +266,24 @@ def test_opcheck(runner: Runner) -> None:
     x, seed = randn(runner, 3, 17), torch.tensor([5], device=runner.device)
     torch.library.opcheck(ops.dropout_kept, (seed, 3, 17, 0.5))
     for given in (seed, None):
-        torch.library.opcheck(ops.relu_dropout_triton, (x, given, 0.5))
-    torch.library.opcheck(ops.relu_dropout_backward_triton, (x, x.relu(), 0.5))
+        torch.library.opcheck(ops.relu_dropout_triton, (x, None, given, 0.5))
+        torch.library.opcheck(ops.relu_dropout_triton, (randn(runner, 3, 16), torch.ones(16).to(x.device), given, 0.5))
+    for biased in (False, True):
+        torch.library.opcheck(ops.relu_dropout_backward_triton, (x, x.relu(), 0.5, biased))
 
 
 @on_each_backend
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled(runner: Runner, dynamic: bool) -> None:
     def call(x: Tensor) -> Tensor:
-        return relu_dropout(x * 2, 0.5, seed=SEED, backend=runner.backend) * 3 + relu_dropout(x, 0.0)
+        options: Any = {"seed": SEED, "backend": runner.backend}
+        rows = relu_dropout(x.view(-1, 8), 0.5, bias=x.view(-1, 8)[0].float(), **options).view_as(x)
+        odd = relu_dropout(x, 0.5, bias=x[0].float(), **options)
+        return relu_dropout(x * 2, 0.5, **options) * 3 + relu_dropout(x, 0.0) + rows + odd
 
     torch._dynamo.reset()
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    for size in (6, 9):
+    for size in (16, 24):
         x = randn(runner, size, 5).requires_grad_()
         expected, got = call(x), compiled(x)
         assert torch.equal(got, expected)
@@ -203,7 +308,7 @@ def test_in_a_graph(runner: Runner) -> None:
     assert not torch.equal(before, drawn[0]) and torch.equal(drawn[1] != 0, (drawn[0] > 0) & (x != 0))
 
 
-X = torch.zeros(2, 3)
+X, B = torch.zeros(2, 3), torch.zeros(3)
 
 
 @pytest.mark.parametrize(
@@ -218,6 +323,13 @@ X = torch.zeros(2, 3)
         (X, 0.1, {"seed": X}, TypeError, "seed must be int64, got torch.float32"),
         (X, 0.1, {"seed": X.long()}, ValueError, r"seed must have one element, got shape \[2, 3\]"),
         (X, 0.1, {"seed": True}, TypeError, "seed must be an int, an int64 tensor or None, got bool"),
+        (X, 0.1, {"bias": B[:2]}, ValueError, r"bias must be \[3\], got \[2\]"),
+        (X, 0.1, {"bias": X}, ValueError, r"bias must be \[3\], got \[2, 3\]"),
+        (X[0, 0], 0.1, {"bias": B}, ValueError, r"x must be \[..., C\] with a bias, got \[\]"),
+        (X, 0.1, {"bias": B.half()}, TypeError, "bias must be one of float32, got torch.float16"),
+        (X.double(), 0.1, {"bias": B}, TypeError, "bias must be one of float64, got torch.float32"),
+        (X, 0.1, {"bias": 1.0}, TypeError, "bias must be a tensor, got float"),
+        (X, 0.1, {"bias": B.to("meta")}, ValueError, "bias must be on cpu, got meta"),
         (X, 0.1, {"backend": "cudnn"}, ValueError, "backend='cudnn' is not known"),
         (X.double(), 0.1, {"backend": "triton"}, BackendUnavailable, "float64"),
     ],
@@ -231,8 +343,12 @@ def test_refused(x: Any, p: Any, options: dict[str, Any], error: type[Exception]
 def test_the_ops_refuse_what_does_not_fit(runner: Runner) -> None:
     x = torch.zeros(4, 6, device=runner.device, dtype=FLOAT)
     with pytest.raises(RuntimeError, match="x must be contiguous"):
-        ops.relu_dropout_triton(x.t(), None, 0.1)
+        ops.relu_dropout_triton(x.t(), None, None, 0.1)
     with pytest.raises(RuntimeError, match="seed must be one int64"):
-        ops.relu_dropout_triton(x, x, 0.1)
+        ops.relu_dropout_triton(x, None, x, 0.1)
+    with pytest.raises(RuntimeError, match=r"x must have rows of a multiple of 8 with a bias, got \(4, 6\)"):
+        ops.relu_dropout_triton(x, x[0], None, 0.1)
+    with pytest.raises(RuntimeError, match=r"bias must be float32 \[24\]"):
+        ops.relu_dropout_triton(x.view(1, 24), x[0], None, 0.1)
     with pytest.raises(RuntimeError, match=r"grad must be torch\.float32"):
-        ops.relu_dropout_backward_triton(x[:2], x, 0.1)
+        ops.relu_dropout_backward_triton(x[:2], x, 0.1, False)

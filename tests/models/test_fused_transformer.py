@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import statistics
 from typing import Any
 
 import pytest
@@ -18,12 +19,13 @@ WIDTH, HEADS, FEEDFORWARD, LAYERS = 16, 2, 40, 2
 
 
 def stage(dropout: float, dtype: torch.dtype, device: torch.device | str = "cpu", layers: int = LAYERS) -> Transformer:
-    """In training, with norms whose weights and biases count."""
+    """In training, with norms whose weights and biases count, and linear layers whose biases do."""
     torch.manual_seed(0)
     found = Transformer(WIDTH, HEADS, FEEDFORWARD, dropout, layers).to(device, dtype).train()
     for layer in found.modules():
         if isinstance(layer, nn.LayerNorm):
             nn.init.uniform_(layer.weight, 0.5, 1.5)
+        if isinstance(layer, (nn.LayerNorm, nn.Linear)):
             nn.init.normal_(layer.bias)
     return found
 
@@ -59,6 +61,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, torch.dtype | None
         op = getattr(fused_transformer, name)
 
         def counted(*given: Any, op: Any = op, name: str = name, **options: Any) -> Any:
+            bias = options.get("branch_bias" if "norm" in name else "bias")
+            assert (bias is None) == ("norm" in name and given[1] is None)  # the one of the layer in front
             found.append((name, options.get("dtype")))
             return op(*given, **options)
 
@@ -112,7 +116,7 @@ def test_names_stay_and_nothing_else_changes(tiny: Any, calls: list[Any]) -> Non
     assert not calls and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("change", ["no weight", "half weights", "no layers"])
+@pytest.mark.parametrize("change", ["no weight", "half weights", "no layers", "no bias", "a half bias"])
 def test_what_the_ops_do_not_take_stays_pytorchs(change: str, tiny: Any, calls: list[Any]) -> None:
     fused = stage(0.1, torch.float32, layers=0 if change == "no layers" else 1)
     dtype = torch.bfloat16 if change == "half weights" else torch.float32
@@ -120,8 +124,14 @@ def test_what_the_ops_do_not_take_stays_pytorchs(change: str, tiny: Any, calls: 
     if change == "no weight":
         for part in (fused.encoder, fused.decoder):
             part.norm = nn.LayerNorm(WIDTH, elementwise_affine=False)
+    for part in (fused.encoder, fused.decoder):
+        if change == "no bias":
+            part.layers[0].linear2 = nn.Linear(FEEDFORWARD, WIDTH, bias=False)
+        if change == "a half bias":  # what autocast rounds and PyTorch's layers take
+            part.layers[0].self_attn.out_proj.bias.data = torch.zeros(WIDTH, dtype=torch.bfloat16)
     fuse_transformer(fused)
-    fused(*inputs(tiny.topology, dtype), attention(tiny.topology))
+    with torch.autocast("cpu", torch.bfloat16, enabled=change == "a half bias"):
+        fused(*inputs(tiny.topology, dtype), attention(tiny.topology))
     assert not calls
 
 
@@ -139,11 +149,15 @@ def test_dtypes_under_autocast(token_dtype: torch.dtype, tiny: Any, calls: list[
     dtypes = [dtype for name, dtype in calls if name != "relu_dropout"]
     wide, narrow = token_dtype, torch.bfloat16  # on a GPU wide is float32 of half precision, too
     assert dtypes == [wide, narrow] * LAYERS + [wide] + [narrow] * 3 * LAYERS + [wide]
+    ratios = []
     for name, value in expected.items():
         assert found[name].dtype == value.dtype, name
         size = float(exact[name].norm())
         errors = [float((one.double() - exact[name]).norm()) / size for one in (found[name], value)]
-        assert errors[0] < 1.5 * errors[1] + 0.005, (name, errors)
+        # Biases are not rounded, so that other numbers in front of a ReLU are on the wrong side of 0 than PyTorch's.
+        assert errors[0] < 1.5 * errors[1] + 0.02, (name, errors)
+        ratios.append(errors[0] / errors[1])
+    assert statistics.geometric_mean(ratios) < 1.1  # without rounding the biases 0.85 in the mean of many networks
 
 
 @pytest.mark.parametrize(("dynamic", "dropout", "autocast"), [(False, 0.1, True), (True, 0.1, False)])

@@ -11,7 +11,7 @@ training() { # CASE MAXSECONDS CONTENDER...: one case in a process of its own, r
 # Compiling takes 50 to 70 s for each contender that is compiled.
 step batch_norm 150 "$PY" -m bench batch_norm --all-configs --csv "$R/batch_norm.csv"
 step adamw 60 "$PY" -m bench adamw --all-configs --csv "$R/adamw.csv"
-step residual_norm 60 "$PY" -m bench residual_norm --csv "$R/residual_norm.csv"
+step residual_norm 90 "$PY" -m bench residual_norm --csv "$R/residual_norm.csv"
 step image_weight_gradient 60 "$PY" -m bench image_weight_gradient --all-configs \
   --csv "$R/image_weight_gradient.csv"
 step max_pool 60 "$PY" -m bench max_pool --all-configs --csv "$R/max_pool.csv"
