@@ -9,9 +9,9 @@ ours        this network with the kernels of this project, the same around it: t
 ours, not compiled    without torch.compile.
 ours, fused norms     with `fastmetro_kernels.batch_norm` in the backbone; also "not compiled".
 ours, two streams     and with the gradients of the backbone's weights on a second stream; the backbone is not compiled.
-ours, all             and with the backbone's weights in bfloat16 beside the float32 ones, AdamW with clipping in three
-                      launches, and in the transformer `fastmetro_kernels.residual_norm` and `relu_dropout`; also "not
-                      compiled".
+ours, all             and with the weights of the backbone and of the transformers' layers in bfloat16 beside the
+                      float32 ones, AdamW with clipping in three launches, and in the transformers
+                      `fastmetro_kernels.residual_norm` and `relu_dropout`, with biases; also "not compiled".
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def _tuned_step(
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if own:
         fuse_backbone(network, "bf16")
-        fuse_transformer(network)
+        fuse_transformer(network, "bf16")
     optimizer = make_optimizer(network, RATE, 1e-4, capturable=captured, fused="project" if own else "torch")
     run, objective = network, _objective(model, images.device, plain)
     if compiled:

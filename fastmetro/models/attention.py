@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastmetro.models.matrices import matrix_of
 from fastmetro_kernels import TokenTopology, topology_attention
 
 
@@ -33,7 +34,7 @@ class MultiheadAttention(nn.Module):
     def _project(self, x: Tensor, start: int, count: int) -> list[Tensor]:
         """`count` consecutive projections of x [B, L, C] (0 = query, 1 = key, 2 = value), each [B, L, H, D]."""
         rows = slice(start * self.width, (start + count) * self.width)
-        y = F.linear(x, self.in_proj_weight[rows], self.in_proj_bias[rows])
+        y = F.linear(x, matrix_of(self, self.in_proj_weight)[rows], self.in_proj_bias[rows])
         return [part.unflatten(-1, (self.heads, -1)) for part in y.chunk(count, dim=-1)]
 
     def query(self, x: Tensor) -> Tensor:
@@ -62,7 +63,7 @@ class MultiheadAttention(nn.Module):
 
     def merge_without_bias(self, attended: Tensor) -> Tensor:
         """:meth:`merge` but for the bias of the output projection, which is left to what takes the result."""
-        return F.linear(attended.flatten(-2), self.out_proj.weight)
+        return F.linear(attended.flatten(-2), matrix_of(self.out_proj, self.out_proj.weight))
 
     def forward(self, *_args: Tensor) -> Tensor:
         """Not used: the layers call the projections."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastmetro.models.attention import MultiheadAttention, TokenAttention, dense_attention
+from fastmetro.models.matrices import matrix_of
 from fastmetro_kernels.dropout import relu_dropout
 from fastmetro_kernels.residual_norm import final_residual_norm, residual_norm
 from fastmetro_kernels.seeds import draw_seeds
@@ -102,9 +103,9 @@ def _merged(attention: MultiheadAttention, attended: Tensor) -> _Branch:
 
 def _feed_forward(layer: _Layer, x: Tensor, seeds: _Seeds) -> _Branch:
     p = layer.dropout_p
-    hidden = F.linear(x, layer.linear1.weight)
+    hidden = F.linear(x, matrix_of(layer.linear1, layer.linear1.weight))
     hidden = relu_dropout(hidden, p, bias=layer.linear1.bias, seed=seeds.next(p))
-    return _Branch(F.linear(hidden, layer.linear2.weight), layer.linear2.bias)
+    return _Branch(F.linear(hidden, matrix_of(layer.linear2, layer.linear2.weight)), layer.linear2.bias)
 
 
 def encode(encoder: Encoder, tokens: Tensor, position: Tensor) -> Tensor:

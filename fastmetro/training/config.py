@@ -99,7 +99,7 @@ class TrainConfig:
             run with several is the run with one.
         fused: train the backbone and the transformer with this project's kernels, and with its AdamW, which clips: see
             :func:`~fastmetro.training.fused.fuse_backbone` and
-            :func:`~fastmetro.models.transformer.fuse_transformer`, whose dropout draws other numbers than PyTorch's.
+            :func:`~fastmetro.training.fused.fuse_transformer`, whose dropout draws other numbers than PyTorch's.
             For GPUs; elsewhere the same by PyTorch's operations.
         deterministic: choose kernels that give equal bits in equal runs, also on a GPU; slower.
         compile_model: run the network and the losses through ``torch.compile``; with ``fused`` all but the backbone.

@@ -8,10 +8,9 @@ from torch import nn
 from fastmetro.models.backbones.half_weights import keep_half_weights
 from fastmetro.models.backbones.norm import fuse_batch_norms
 from fastmetro.models.backbones.overlap import overlap_weight_gradients, take_own_stem
-from fastmetro.models.transformer import fuse_transformer
+from fastmetro.models.half_matrices import keep_half_matrices
+from fastmetro.models.transformer import fuse_transformer as fuse_layers
 from fastmetro.training.step import Precision
-
-__all__ = ["fuse_backbone", "fuse_transformer"]
 
 
 def fuse_backbone(model: nn.Module, precision: Precision, processes: int = 1) -> None:
@@ -38,3 +37,21 @@ def fuse_backbone(model: nn.Module, precision: Precision, processes: int = 1) ->
     take_own_stem(backbone)
     if precision == "bf16" and processes == 1:
         keep_half_weights(backbone, torch.bfloat16)
+
+
+def fuse_transformer(model: nn.Module, precision: Precision, processes: int = 1) -> None:
+    """Let the transformers of a network train with fused kernels; nothing changes in its parameters and their names.
+
+    - Residual sums, their dropout and the next layer norm are one op, as are ReLUs and their dropout
+      (:func:`~fastmetro.models.transformer.fuse_transformer`).
+    - In "bf16" with one process the optimizer keeps the matrices in bfloat16, too, for which it must be
+      :class:`~fastmetro.training.optimizer.ClippedAdamW` (:func:`~fastmetro.models.half_matrices.keep_half_matrices`).
+
+    Args:
+        model: a network with encoders and decoders; its weights in float32.
+        precision: of its forward pass.
+        processes: that share a batch.
+    """
+    fuse_layers(model)
+    if precision == "bf16" and processes == 1:
+        keep_half_matrices(model, torch.bfloat16)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, replace
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from fastmetro.data.labels import MeshLabels
 from fastmetro.distributed import World
 from fastmetro.models.backbones.half_weights import kept_weights, refresh_half_weights
+from fastmetro.models.half_matrices import half_matrices_in_use
 from fastmetro.training.objective import Objective
 from fastmetro.training.optimizer import ClippedAdamW
 
@@ -119,9 +121,19 @@ class TrainingStep:
         assert total is not None
         return total
 
+    @contextlib.contextmanager
+    def _in_precision(self) -> Iterator[None]:
+        """Autocast, and with it the half-precision matrices."""
+        dtype = _DTYPES.get(self.precision)
+        if dtype is None:
+            with torch.autocast(self.device.type, enabled=False):
+                yield
+        else:
+            with half_matrices_in_use(self.model, dtype), torch.autocast(self.device.type, dtype):
+                yield
+
     def _forward(self, images: Tensor, labels: MeshLabels, counts: Tensor | None) -> tuple[Tensor, Tensor]:
-        dtype = _DTYPES.get(self.precision, torch.bfloat16)
-        with torch.autocast(self.device.type, dtype, enabled=self.precision != "fp32"):
+        with self._in_precision():
             outputs = self.network(images)
         loss, terms = self.objective(outputs, labels, counts)
         return loss, torch.stack([loss.detach(), *(terms[name] for name in self.objective.term_names)]).float()
@@ -172,16 +184,23 @@ class CapturedStep:
         """
         if images.shape != self._images.shape:
             raise ValueError(f"images must be {list(self._images.shape)}, as captured, got {list(images.shape)}")
-        self._images.copy_(images)
-        for field in fields(labels):
-            mine, theirs = getattr(self._labels, field.name), getattr(labels, field.name)
-            if isinstance(mine, Tensor):
-                mine.copy_(theirs)
+        self._take_over(images, labels)
         for weight, kept in self._kept:  # a replay asks nothing
             if kept.is_stale(weight):
                 kept.refresh(weight)
         self._graph.replay()
         return self._values
+
+    def _take_over(self, images: Tensor, labels: MeshLabels) -> None:
+        """Copy a batch to where the graph reads it, with one call for all of a dtype: the device waits for the host."""
+        pairs = [(self._images, images)]
+        for field in fields(labels):
+            mine, theirs = getattr(self._labels, field.name), getattr(labels, field.name)
+            if isinstance(mine, Tensor):
+                pairs.append((mine, theirs))
+        for dtype in {mine.dtype for mine, _ in pairs}:
+            alike = [pair for pair in pairs if pair[0].dtype == dtype]
+            torch._foreach_copy_([mine for mine, _ in alike], [theirs for _, theirs in alike])
 
 
 class _Snapshot:

@@ -75,7 +75,7 @@ class Trainer:
         self.device = next(self.model.parameters()).device
         if config.fused:
             fuse_backbone(self.model, config.precision, self.world.size)
-            fuse_transformer(self.model)
+            fuse_transformer(self.model, config.precision, self.world.size)
         optimizer = make_optimizer(
             self.model, config.learning_rate, config.weight_decay, decay=config.decay, betas=config.betas,
             capturable=config.capture_step, fused="project" if config.fused else "torch",

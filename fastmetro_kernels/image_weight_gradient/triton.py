@@ -4,8 +4,8 @@ A row of a window of an image in channels_last lies in memory as one run of `ker
 for its positions the gradient once, [positions, O], and one such run per row of the window, [positions, 32], and adds
 up one product, [O, 32], per row. The second kernel adds up the programs' sums.
 
-In half precision a run is read in words of two numbers where all runs begin alike. Where that is in the middle of a word
-the number in front is read, too: it gets a column of the product that nobody looks at.
+In half precision a run is read in words of two numbers where all runs begin alike. Where that is in the middle of a
+word the number in front is read, too: it gets a column of the product that nobody looks at.
 """
 
 # mypy: disable-error-code="no-untyped-def, assignment"

@@ -17,7 +17,8 @@ from fastmetro.models.backbones import overlap
 from fastmetro.models.backbones.half_weights import kept_weights
 from fastmetro.models.backbones.norm import fuse_batch_norms
 from fastmetro.models.checkpoints import read_state_dict
-from fastmetro.training.fused import fuse_backbone
+from fastmetro.models.transformer import Decoder, Encoder
+from fastmetro.training.fused import fuse_backbone, fuse_transformer
 from fastmetro.training.optimizer import ClippedAdamW
 
 OPTIONS = ["--batch-size", "4", "--image-size", "32", "--eval-count", "0", "--steps", "4", "--log-every", "1",
@@ -43,11 +44,13 @@ def test_a_run(tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(ClippedAdamW, "step_clipped", counted)
     common = ["train", *OPTIONS, "--device", device.type, "--output"]
-    # Fused dropout draws other numbers: what is compared with the plain run has none.
-    assert main([*common, str(tmp_path / "plain"), "--dropout", "0"]) == 0 and not updates
-    assert main([*common, str(tmp_path / "same"), "--dropout", "0", "--fused"]) == 0 and len(updates) == 4
+    # Fused dropout draws other numbers: what is compared with the plain run has none. At a higher rate the loss jumps
+    # to four in the third step, and with it what rounding makes of it.
+    alike = ["--dropout", "0", "--learning-rate", "2e-5"]
+    assert main([*common, str(tmp_path / "plain"), *alike]) == 0 and not updates
+    assert main([*common, str(tmp_path / "same"), *alike, "--fused"]) == 0 and len(updates) == 4
     plain, same = losses(tmp_path / "plain"), losses(tmp_path / "same")
-    assert len(same) == 4 and same == pytest.approx(plain, rel=0.03)
+    assert len(same) == 4 and same == pytest.approx(plain, rel=0.005)
     assert main([*common, str(tmp_path / "fused"), "--fused"]) == 0 and len(updates) == 8
     fused = losses(tmp_path / "fused")
     parts = [*common, str(tmp_path / "parts"), "--fused"]
@@ -65,9 +68,14 @@ def test_what_is_fused() -> None:
     convolutions = [layer for layer in model.backbone.modules() if isinstance(layer, nn.Conv2d)]
     assert len(kept_weights(model.parameters())) == len(convolutions)
     assert all(getattr(layer, overlap._OWN_STEM) and getattr(layer, overlap._OVERLAPPED) for layer in convolutions)
+    fuse_transformer(model, "bf16")
+    stages = [layer for layer in model.modules() if isinstance(layer, (Encoder, Decoder))]
+    matrices = [one for stage in stages for name, one in stage.named_parameters() if one.dim() == 2]
+    assert len(kept_weights(model.parameters())) == len(convolutions) + len(matrices)
     for precision, processes in (("fp32", 1), ("bf16", 2)):  # gradients in half precision would be wrong there
         model = create_model("fastmetro-compact")
         fuse_backbone(model, precision, processes)  # type: ignore[arg-type]
+        fuse_transformer(model, precision, processes)  # type: ignore[arg-type]
         assert not kept_weights(model.parameters())
 
 

@@ -7,7 +7,7 @@ needed: `overlap.py` takes the copy, and leaves the gradient, as it was computed
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +68,8 @@ class HalfCopy:
             self.tensor.copy_(parameter)
         else:
             self.settle(parameter)
-            self.tensor = parameter.detach().to(self.tensor.dtype)
+            leaf = self.tensor.requires_grad
+            self.tensor = parameter.detach().to(self.tensor.dtype).requires_grad_(leaf)
         self.written(parameter)
 
     def written(self, parameter: Tensor) -> None:
@@ -109,9 +110,15 @@ def keep_half_weights(module: nn.Module, dtype: torch.dtype | None = torch.bfloa
     Raises:
         TypeError: another dtype, or weights that are not float32.
     """
+    weights = [layer.weight for layer in module.modules() if isinstance(layer, nn.Conv2d)]
+    keep_copies(weights, dtype)
+    return len(weights)
+
+
+def keep_copies(weights: Sequence[Tensor], dtype: torch.dtype | None) -> None:
+    """Keep copies of these weights, or with None let go of them; raises as :func:`keep_half_weights`."""
     if dtype not in (torch.bfloat16, torch.float16, None):
         raise TypeError(f"dtype must be torch.bfloat16, torch.float16 or None, got {dtype}")
-    weights = [layer.weight for layer in module.modules() if isinstance(layer, nn.Conv2d)]
     wrong = next((weight.dtype for weight in weights if weight.dtype != torch.float32), None)
     if dtype is not None and wrong is not None:
         raise TypeError(f"weights must be float32, got {wrong}")
@@ -122,7 +129,6 @@ def keep_half_weights(module: nn.Module, dtype: torch.dtype | None = torch.bfloa
             delattr(weight, _KEPT)
         if dtype is not None:
             setattr(weight, _KEPT, HalfCopy(weight, dtype))
-    return len(weights)
 
 
 def refresh_half_weights(module: nn.Module) -> int:
