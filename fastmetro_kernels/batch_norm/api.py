@@ -52,7 +52,7 @@ def batch_norm(
     with the mean and the variance of each channel over the batch and all positions. Moments and gradients are summed
     in float32 (float64 for float64 x) in a fixed order: equal calls give equal bits. Each pass reads its tensors twice,
     once for the sums, and writes what it returns; nothing else is kept but x and, where there are both a ReLU and a
-    residual, out. Derivatives of the first order only. Autocast changes nothing.
+    residual, a bit for each number. Derivatives of the first order only. Autocast changes nothing.
 
     Args:
         x: ``[B, C, H, W]``; float32, float16, bfloat16 or (reference) float64. Other memory formats than
@@ -122,7 +122,9 @@ def _run(
         out = reference.forward(x, residual, weight, bias, *into, epsilon, relu)[0]
         return (out, out.view_as(out)) if twice else out
     tensors = (x, residual, weight.contiguous(), bias.contiguous())
-    return _BatchNorm.apply(*tensors, *into, counters, epsilon, relu, twice, config or ())
+    differentiated = torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in tensors)
+    bits = differentiated and relu and residual is not None
+    return _BatchNorm.apply(*tensors, *into, counters, epsilon, relu, bits, twice, config or ())
 
 
 @assumed_constant
@@ -135,31 +137,32 @@ class _BatchNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, running_mean: Tensor | None,
         running_var: Tensor | None, batches: Tensor | None, momentum: float, counters: Tensor | None, epsilon: float,
-        relu: bool, twice: bool, config: Sequence[int],
+        relu: bool, bits: bool, twice: bool, config: Sequence[int],
     ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
         running = running_mean, running_var, batches, counters, momentum
-        out, mean, variance = ops.batch_norm_triton(x, residual, weight, bias, *running, epsilon, relu, config)
-        ctx.save_for_backward(x, weight, bias, mean, variance, out if relu and residual is not None else None)
+        options = (epsilon, relu, bits, config)
+        out, mean, variance, let = ops.batch_norm_triton(x, residual, weight, bias, *running, *options)
+        ctx.save_for_backward(x, weight, bias, mean, variance, let if bits else None)
         ctx.counters, ctx.options, ctx.residual = counters, (epsilon, relu, config), residual is not None
         ctx.set_materialize_grads(False)
         return (out, out.detach()) if twice else out
 
     @staticmethod
     def backward(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, weight, bias, mean, variance, out = ctx.saved_tensors
+        x, weight, bias, mean, variance, bits = ctx.saved_tensors
         epsilon, relu, config = ctx.options
         found = [one.to(x.dtype).contiguous(memory_format=torch.channels_last) for one in given if one is not None]
         if not found:
-            return (None,) * 13
+            return (None,) * 14
         grad, more = found[0], found[1] if len(found) > 1 else None
         asked = ctx.residual and ctx.needs_input_grad[1]
         # With a ReLU the second kernel reads it, whether or not the residual asks for a gradient.
         behind = ctx.residual and (relu or (asked and more is not None))
         grad_x, grad_weight, grad_bias, before = ops.batch_norm_backward_triton(
-            grad, more, x, out, weight, bias, mean, variance, ctx.counters, epsilon, relu, behind, config
+            grad, more, x, bits, weight, bias, mean, variance, ctx.counters, epsilon, relu, behind, config
         )
         through = (before if behind else grad) if asked else None
-        return grad_x, through, grad_weight, grad_bias, *[None] * 9
+        return grad_x, through, grad_weight, grad_bias, *[None] * 10
 
 
 def _check(
