@@ -5,8 +5,8 @@
 PyTorch's operations, the same compiled, and `fastmetro_kernels.batch_norm`, each held against float64 first. On a GPU
 each pass is a CUDA graph; microseconds, timed in turn. "floor" is reading and writing what a pass has to once: x and
 what is added, the result; then the gradient, x and the gradients; and a bit for each number where what the ReLU let
-through cannot be made anew. The last lines add up all layers of the network, as often as it has them. With `--all-configs` every tile
-is a contender, too.
+through cannot be made anew. The last lines add up all layers of the network, as often as it has them. With
+`--all-configs` every tile is a contender, too.
 """
 
 from __future__ import annotations

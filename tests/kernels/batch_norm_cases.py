@@ -10,7 +10,7 @@ from fused_cases import DOUBLE, FLOAT, Runner, poisoned_memory, randn
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastmetro_kernels.batch_norm import RunningMoments, batch_norm
+from fastmetro_kernels.batch_norm import ResidualNorm, RunningMoments, batch_norm
 
 LAST = torch.channels_last
 MOMENTUM = 0.75
@@ -23,8 +23,8 @@ KINDS = [(False, False), (False, True), (True, True), (True, False)]
 kinds = pytest.mark.parametrize(("residual", "relu"), KINDS, ids=["norm", "relu", "residual-relu", "residual"])
 
 
-def given(runner: Runner, shape: tuple[int, ...], residual: bool, mean: float = 0.5) -> Given:
-    """x, weight, bias, the gradient of the result and perhaps a residual, in channels_last."""
+def given(runner: Runner, shape: tuple[int, ...], residual: bool, mean: float = 0.5, joint: bool = False) -> Given:
+    """x, weight, bias, the gradient of the result, perhaps a residual and that one's norm, in channels_last."""
     wide = torch.promote_types(runner.dtype, FLOAT)
     channels = shape[1]
     found = {
@@ -35,6 +35,10 @@ def given(runner: Runner, shape: tuple[int, ...], residual: bool, mean: float = 
     }
     if residual:
         found["residual"] = randn(runner, *shape, seed=4).contiguous(memory_format=LAST)
+    if joint:
+        found["residual"] = 1.5 * found["residual"] - mean
+        found["residual_weight"] = randn(runner, channels, seed=5).to(wide) - 1
+        found["residual_bias"] = randn(runner, channels, seed=6).to(wide)
     return found
 
 
@@ -43,34 +47,53 @@ def results(norm: Any, tensors: Given, relu: bool) -> dict[str, Tensor]:
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items() if name != "grad"}
     channels, x = tensors["x"].shape[1], tensors["x"]
     wide = torch.promote_types(x.dtype, FLOAT)
-    mean, variance = (torch.zeros(channels, dtype=wide, device=x.device) for _ in range(2))
-    out = norm(leaves, relu, mean, variance)
+    names = ["mean", "variance", *(["residual_mean", "residual_variance"] * ("residual_weight" in tensors))]
+    moments = {name: torch.zeros(channels, dtype=wide, device=x.device) for name in names}
+    out = norm(leaves, relu, *moments.values())
     out.backward(tensors["grad"].to(out.dtype))
     gradients = {f"grad_{name}": leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
     assert len(gradients) == len(leaves)
-    return {"out": out.detach(), "mean": mean, "variance": variance} | gradients
+    return {"out": out.detach()} | moments | gradients
 
 
-def plain(leaves: Given, relu: bool, mean: Tensor | None = None, variance: Tensor | None = None) -> Tensor:
+def plain(leaves: Given, relu: bool, *moments: Tensor) -> Tensor:
     """PyTorch's operations in the dtype of x."""
-    x = leaves["x"]
-    y = F.batch_norm(x, mean, variance, leaves["weight"], leaves["bias"], training=True, momentum=MOMENTUM)
-    if "residual" in leaves:
+
+    def norm(name: str, before: str, mean: Tensor | None = None, variance: Tensor | None = None) -> Tensor:
+        vectors = leaves[f"{before}weight"], leaves[f"{before}bias"]
+        return F.batch_norm(leaves[name], mean, variance, *vectors, training=True, momentum=MOMENTUM)
+
+    y = norm("x", "", *moments[:2])
+    if "residual_weight" in leaves:
+        y = y + norm("residual", "residual_", *moments[2:])
+    elif "residual" in leaves:
         y = y + leaves["residual"]
     return y.relu() if relu else y
 
 
 def ours(backend: str) -> Any:
-    def norm(leaves: Given, relu: bool, mean: Tensor, variance: Tensor) -> Tensor:
-        named = {name: leaves[name] for name in ("x", "weight", "bias")}
-        running = RunningMoments(mean, variance, momentum=MOMENTUM)
-        return batch_norm(**named, residual=leaves.get("residual"), relu=relu, running=running, backend=backend)
+    def norm(leaves: Given, relu: bool, *moments: Tensor) -> Tensor:
+        return batch_norm(**options_of(leaves, *moments), relu=relu, backend=backend)
 
     return norm
 
 
-def check(runner: Runner, shape: tuple[int, ...], residual: bool, relu: bool, mean: float = 0.5) -> None:
-    tensors = given(runner, shape, residual, mean)
+def options_of(leaves: Given, *moments: Tensor) -> dict[str, Any]:
+    """What batch_norm takes of tensors by their names, with running averages if given."""
+    found: dict[str, Any] = {name: leaves[name] for name in ("x", "weight", "bias", "residual") if name in leaves}
+    if moments:
+        found["running"] = RunningMoments(*moments[:2], momentum=MOMENTUM)
+    if "residual_weight" in leaves:
+        running = RunningMoments(*moments[2:], momentum=MOMENTUM) if moments else None
+        found["residual_norm"] = ResidualNorm(leaves["residual_weight"], leaves["residual_bias"], running)
+    return found
+
+
+def check(
+    runner: Runner, shape: tuple[int, ...], residual: bool, relu: bool, mean: float = 0.5, joint: bool = False
+) -> None:
+    """Results and gradients against float64, where nothing may be read that was not written."""
+    tensors = given(runner, shape, residual, mean, joint)
     doubles = {name: tensor.to(DOUBLE) for name, tensor in tensors.items()}
     if relu:  # where its input is nearly 0, rounding may let through what float64 does not: no gradient comes there
         before = plain(doubles, False).abs()
