@@ -4,9 +4,9 @@
 
 PyTorch's operations, the same compiled, and `fastmetro_kernels.batch_norm`, each held against float64 first. On a GPU
 each pass is a CUDA graph; microseconds, timed in turn. "floor" is reading and writing what a pass has to once: x and
-what is added, the result; then the gradient, x, what the ReLU let through where it cannot be made anew, and the
-gradients. The last lines add up all layers of the network, as often as it has them. With `--all-configs` every tile
-is a contender, too.
+what is added, the result; then the gradient, x and the gradients; and a bit for each number where what the ReLU let
+through cannot be made anew. The last lines add up all layers of the network, as often as it has them. With
+`--all-configs` every tile is a contender, too.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ def floors(layer: Layer, batch: int, dtype: torch.dtype) -> tuple[float, float]:
     """Microseconds of the forward pass, and of both."""
     one = 1e6 * batch * layer.channels * layer.size**2 * dtype.itemsize / BYTES_PER_SECOND
     kept = layer.residual and layer.relu
-    return (2 + layer.residual) * one, (2 + layer.residual + 3 + 2 * kept) * one
+    bits = kept * one / (8 * dtype.itemsize)
+    return (2 + layer.residual) * one, (2 + layer.residual + 3 + kept) * one + 2 * bits
 
 
 def _tensors(layer: Layer, batch: int, dtype: torch.dtype, device: torch.device) -> list[Tensor | None]:

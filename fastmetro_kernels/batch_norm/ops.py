@@ -1,4 +1,5 @@
-"""Schemas and shape rules of the batch norm's ops; ``triton.py``, imported by the first call, implements them.
+"""Schemas and shape rules of the batch norm's ops; ``triton_forward.py``
+and ``triton_backward.py``, imported by the first call, implement them.
 
 They carry no autograd formula of their own; ``api.py`` adds it.
 """
@@ -18,18 +19,20 @@ NAMESPACE = "fastmetro_kernels"
 torch.library.define(
     f"{NAMESPACE}::batch_norm_triton",
     "(Tensor x, Tensor? residual, Tensor weight, Tensor bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
-    "Tensor(c!)? batches, Tensor(d!)? counters, float momentum, float epsilon, bool relu, int[] config) -> "
-    "(Tensor, Tensor, Tensor)",
+    "Tensor(c!)? batches, Tensor(d!)? counters, float momentum, float epsilon, bool relu, bool bits, int[] config) -> "
+    "(Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 # `config` is a BatchNormConfig, or empty for the pinned one.
 # `counters` are zeros, one for each CHANNELS channels, and zeros again afterwards: they belong to one call at a time.
-# The gradient is grad + more. `out` is that of the forward pass where the ReLU's input also had a residual, else None:
-# it is then made anew. The last result, the gradient in front of the ReLU, is empty unless `behind` asks for it, as it
-# must where there is an `out`: the second kernel reads it.
+# The last result of the forward pass is empty unless `bits` asks for it: of each row of channels ceil(C / 8) bytes, bit
+# j of byte k of channel 8 k + j, which is set where out > 0. A ReLU with a residual in front of it needs them backward;
+# without one, `bits` is None, and what it let through is made anew. The gradient is grad + more. The last result, the
+# gradient in front of the ReLU, is empty unless `behind` asks for it, as it must where there are `bits`: the second
+# kernel reads it.
 torch.library.define(
     f"{NAMESPACE}::batch_norm_backward_triton",
-    "(Tensor grad, Tensor? more, Tensor x, Tensor? out, Tensor weight, Tensor bias, Tensor mean, Tensor variance, "
+    "(Tensor grad, Tensor? more, Tensor x, Tensor? bits, Tensor weight, Tensor bias, Tensor mean, Tensor variance, "
     "Tensor(a!)? counters, float epsilon, bool relu, bool behind, int[] config) -> (Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -75,14 +78,28 @@ def check_forward(
 
 
 def check_backward(
-    grad: Tensor, more: Tensor | None, x: Tensor, out: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor,
-    variance: Tensor, counters: Tensor | None, behind: bool,
+    grad: Tensor, more: Tensor | None, x: Tensor, bits: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor,
+    variance: Tensor, counters: Tensor | None, relu: bool, behind: bool,
 ) -> None:  # fmt: skip
     """All rules of the backward op."""
     vectors = {"weight": weight, "bias": bias, "mean": mean, "variance": variance}
-    check_arguments(x, {"grad": grad, "more": more, "out": out}, vectors)
-    torch._check(behind or out is None, lambda: "behind must be asked for where out is given")
+    check_arguments(x, {"grad": grad, "more": more}, vectors)
+    if bits is not None:
+        check_bits(x, bits)
+        torch._check(relu and behind, lambda: "relu and behind must be asked for where bits are given")
     check_counters(x, counters)
+
+
+def bits_shape(x: Tensor) -> tuple[int, int]:
+    """A byte for eight channels of each row."""
+    return x.size(0) * x.size(2) * x.size(3), (x.size(1) + 7) // 8
+
+
+def check_bits(x: Tensor, bits: Tensor) -> None:
+    """Of the backward op."""
+    shape = bits_shape(x)
+    fits = bits.shape == shape and bits.dtype == torch.uint8 and bits.is_contiguous()
+    torch._check(fits, lambda: f"bits must be uint8 {shape}, contiguous")
 
 
 def check_counters(x: Tensor, counters: Tensor | None) -> None:
@@ -97,20 +114,21 @@ def check_counters(x: Tensor, counters: Tensor | None) -> None:
 def _fake(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, running_mean: Tensor | None,
     running_var: Tensor | None, batches: Tensor | None, counters: Tensor | None, momentum: float, epsilon: float,
-    relu: bool, config: Sequence[int],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    relu: bool, bits: bool, config: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     check_forward(x, residual, weight, bias, running_mean, running_var, batches, counters)
     check_tile(config)
-    return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
+    let = x.new_empty(bits_shape(x) if bits else 0, dtype=torch.uint8)
+    return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight), let
 
 
 @torch.library.register_fake(f"{NAMESPACE}::batch_norm_backward_triton")
 def _fake_backward(
-    grad: Tensor, more: Tensor | None, x: Tensor, out: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor,
+    grad: Tensor, more: Tensor | None, x: Tensor, bits: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor,
     variance: Tensor, counters: Tensor | None, epsilon: float, relu: bool, behind: bool, config: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     check_tile(config)
-    check_backward(grad, more, x, out, weight, bias, mean, variance, counters, behind)
+    check_backward(grad, more, x, bits, weight, bias, mean, variance, counters, relu, behind)
     before = torch.empty_like(x) if behind else x.new_empty(0)
     return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight), before
 
@@ -118,23 +136,23 @@ def _fake_backward(
 def _forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, running_mean: Tensor | None,
     running_var: Tensor | None, batches: Tensor | None, counters: Tensor | None, momentum: float, epsilon: float,
-    relu: bool, config: Sequence[int],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    from fastmetro_kernels.batch_norm import triton
+    relu: bool, bits: bool, config: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    from fastmetro_kernels.batch_norm import triton_forward
 
-    return triton.forward(
-        x, residual, weight, bias, running_mean, running_var, batches, counters, momentum, epsilon, relu, config
+    return triton_forward.forward(
+        x, residual, weight, bias, running_mean, running_var, batches, counters, momentum, epsilon, relu, bits, config
     )  # fmt: skip
 
 
 def _backward(
-    grad: Tensor, more: Tensor | None, x: Tensor, out: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor,
+    grad: Tensor, more: Tensor | None, x: Tensor, bits: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor,
     variance: Tensor, counters: Tensor | None, epsilon: float, relu: bool, behind: bool, config: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    from fastmetro_kernels.batch_norm import triton
+    from fastmetro_kernels.batch_norm import triton_backward
 
-    return triton.backward(
-        grad, more, x, out, weight, bias, mean, variance, counters, epsilon, relu, behind, config
+    return triton_backward.backward(
+        grad, more, x, bits, weight, bias, mean, variance, counters, epsilon, relu, behind, config
     )  # fmt: skip
 
 

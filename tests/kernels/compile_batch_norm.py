@@ -17,11 +17,18 @@ from compile_attention import resources
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastmetro_kernels.batch_norm import triton as norm
+from fastmetro_kernels.batch_norm import triton_backward, triton_forward, triton_joint
 from fastmetro_kernels.batch_norm.plan import CHANNELS, plan
+from fastmetro_kernels.batch_norm.triton_shared import PARTS
 
-IMAGES = {"x", "residual", "out", "grad", "more", "grad_x", "behind"}
-VECTORS = {"weight", "bias", "mean", "variance", "partials", "running_mean", "running_var", "grad_weight", "grad_bias"}
+IMAGES = {"x", "residual", "out", "grad", "more", "grad_x", "grad_residual", "behind"}
+_OF_A_NORM = {"weight", "bias", "mean", "variance"}
+VECTORS = (
+    {"partials", "running_mean", "running_var", "grad_weight", "grad_bias"}
+    | {"grad_residual_weight", "grad_residual_bias"}
+    | _OF_A_NORM
+    | {f"residual_{name}" for name in _OF_A_NORM}
+)
 ROWS = (401408, 100352, 25088, 6272, 1568)
 """Positions of ResNet-50's layers in 32 images."""
 
@@ -32,7 +39,8 @@ def source(kernel: Any, dtype: str, constants: dict[str, Any]) -> ASTSource:
     for position, name in enumerate(kernel.arg_names):
         kind = f"*{dtype}" if name in IMAGES else "*fp32" if name in VECTORS else "i32"
         kind = "*i32" if name == "counters" else kind
-        kind = "*i64" if name == "batches" else "fp32" if name in ("epsilon", "momentum") else kind
+        kind = "*u8" if name == "bits" else kind
+        kind = "*i64" if name == "batches" else "fp32" if name in ("epsilon", "residual_epsilon", "momentum") else kind
         signature[name] = "constexpr" if name in constants else kind
         if name not in constants and (signature[name].startswith("*") or name == "channels"):
             attributes[(position,)] = [["tt.divisibility", 16]]
@@ -43,16 +51,21 @@ def source(kernel: Any, dtype: str, constants: dict[str, Any]) -> ASTSource:
 def jobs() -> list[tuple[str, Any, dict[str, Any]]]:
     """Names, kernels and what is fixed of them beside the tile."""
     flags: dict[str, Any] = {"RUNNING": True, "COUNTED": True}
-    found: list[tuple[str, Any, dict[str, Any]]] = [("moments", norm.batch_norm_moments_kernel, flags)]
+    found: list[tuple[str, Any, dict[str, Any]]] = [("moments", triton_forward.batch_norm_moments_kernel, flags)]
     for residual in (False, True):
-        absent: dict[str, Any] = {} if residual else {"residual": None}
-        flags = {"RESIDUAL": residual, "RELU": True, **absent}
-        found.append((f"norm {'residual' * residual}", norm.batch_norm_kernel, flags))
-        absent = {} if residual else {"out": None, "more": None, "behind": None}
-        flags = {"MORE": residual, "RELU": True, "KEPT": residual, "BEHIND": residual, **absent}
-        found.append((f"backward_sums {'residual' * residual}", norm.batch_norm_backward_sums_kernel, flags))
+        absent: dict[str, Any] = {} if residual else {"residual": None, "bits": None}
+        flags = {"RESIDUAL": residual, "RELU": True, "BITS": residual, **absent}
+        found.append((f"norm {'residual' * residual}", triton_forward.batch_norm_kernel, flags))
+        absent = {} if residual else {"bits": None, "more": None, "behind": None}
+        flags = {"MORE": residual, "RELU": True, "BITS": residual, "BEHIND": residual, **absent}
+        found.append((f"backward_sums {'residual' * residual}", triton_backward.batch_norm_backward_sums_kernel, flags))
         flags = {"MORE": False, "RELU": not residual, "more": None}
-        found.append((f"backward {'residual' * residual}", norm.batch_norm_backward_kernel, flags))
+        found.append((f"backward {'residual' * residual}", triton_backward.batch_norm_backward_kernel, flags))
+    flags = {"RELU": True, "BITS": True}
+    found.append(("joint", triton_joint.batch_norm_joint_kernel, flags))
+    flags = {"MORE": True, "BITS": True, "BEHIND": True, "PARTS": triton_joint.PARTS}
+    found.append(("joint_sums", triton_joint.batch_norm_joint_sums_kernel, flags))
+    found.append(("joint_backward", triton_joint.batch_norm_joint_backward_kernel, {}))
     return found
 
 
@@ -63,7 +76,7 @@ def main() -> None:
     report = {}
     for rows, warps in tiles:
         for name, kernel, flags in jobs():
-            constants = {"ROWS": rows, "CHANNELS": CHANNELS, "PARTS": norm.PARTS, "EARLY": early, **flags}
+            constants = {"ROWS": rows, "CHANNELS": CHANNELS, "PARTS": PARTS, "EARLY": early, **flags}
             constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
             options = {"num_warps": warps} | ({"launch_pdl": True} if early else {})
             compiled = triton.compile(

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from batch_norm_cases import LARGE, LAST, MOMENTUM, SMALL, Given, check, given, kinds, ours, results
 from compilation import compile_report, needs_triton
 from fused_cases import (
-    DOUBLE,
     FLOAT,
     HALF,
     Runner,
@@ -17,96 +17,13 @@ from fused_cases import (
     on_cuda,
     on_each_backend,
     on_triton,
-    poisoned_memory,
     randn,
 )
 from torch import Tensor
-from torch.nn import functional as F
 
 from fastmetro_kernels import BackendUnavailable
 from fastmetro_kernels.batch_norm import RunningMoments, batch_norm, batch_norm_twice, make_counters, ops, reference
 from fastmetro_kernels.batch_norm.plan import CONFIGS, BatchNormConfig, pinned, plan
-
-LAST = torch.channels_last
-MOMENTUM = 0.75
-Given = dict[str, Tensor]
-# B, C, H, W: two values per channel, odd channels and rows, more channels than a program has, several groups.
-SMALL = [(2, 1, 1, 1), (3, 5, 4, 3), (2, 64, 5, 7), (1, 130, 9, 2), (2, 96, 24, 11)]
-LARGE = [(32, 64, 56, 56), (32, 256, 56, 56), (4, 2048, 7, 7), (32, 512, 28, 28), (3, 24, 61, 67), (32, 1024, 14, 14)]
-KINDS = [(False, False), (False, True), (True, True), (True, False)]
-"""With a residual, with a ReLU."""
-kinds = pytest.mark.parametrize(("residual", "relu"), KINDS, ids=["norm", "relu", "residual-relu", "residual"])
-
-
-def given(runner: Runner, shape: tuple[int, ...], residual: bool, mean: float = 0.5) -> Given:
-    """x, weight, bias, the gradient of the result and perhaps a residual, in channels_last."""
-    wide = torch.promote_types(runner.dtype, FLOAT)
-    channels = shape[1]
-    found = {
-        "x": (randn(runner, *shape) + mean).contiguous(memory_format=LAST),
-        "weight": randn(runner, channels, seed=1).to(wide) + 1,
-        "bias": randn(runner, channels, seed=2).to(wide),
-        "grad": randn(runner, *shape, seed=3).contiguous(memory_format=LAST),
-    }
-    if residual:
-        found["residual"] = randn(runner, *shape, seed=4).contiguous(memory_format=LAST)
-    return found
-
-
-def results(norm: Any, tensors: Given, relu: bool) -> dict[str, Tensor]:
-    """What a batch norm returns, and the gradients of everything that it takes."""
-    leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items() if name != "grad"}
-    channels, x = tensors["x"].shape[1], tensors["x"]
-    wide = torch.promote_types(x.dtype, FLOAT)
-    mean, variance = (torch.zeros(channels, dtype=wide, device=x.device) for _ in range(2))
-    out = norm(leaves, relu, mean, variance)
-    out.backward(tensors["grad"].to(out.dtype))
-    gradients = {f"grad_{name}": leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
-    assert len(gradients) == len(leaves)
-    return {"out": out.detach(), "mean": mean, "variance": variance} | gradients
-
-
-def plain(leaves: Given, relu: bool, mean: Tensor | None = None, variance: Tensor | None = None) -> Tensor:
-    """PyTorch's operations in the dtype of x."""
-    x = leaves["x"]
-    y = F.batch_norm(x, mean, variance, leaves["weight"], leaves["bias"], training=True, momentum=MOMENTUM)
-    if "residual" in leaves:
-        y = y + leaves["residual"]
-    return y.relu() if relu else y
-
-
-def ours(backend: str) -> Any:
-    def norm(leaves: Given, relu: bool, mean: Tensor, variance: Tensor) -> Tensor:
-        named = {name: leaves[name] for name in ("x", "weight", "bias")}
-        running = RunningMoments(mean, variance, momentum=MOMENTUM)
-        return batch_norm(**named, residual=leaves.get("residual"), relu=relu, running=running, backend=backend)
-
-    return norm
-
-
-def check(runner: Runner, shape: tuple[int, ...], residual: bool, relu: bool, mean: float = 0.5) -> None:
-    tensors = given(runner, shape, residual, mean)
-    doubles = {name: tensor.to(DOUBLE) for name, tensor in tensors.items()}
-    if relu:  # where its input is nearly 0, rounding may let through what float64 does not: no gradient comes there
-        before = plain(doubles, False).abs()
-        tiny = 16 * torch.finfo(runner.dtype).eps if runner.dtype != DOUBLE else 1e-9
-        for some in (tensors, doubles):
-            some["grad"] = some["grad"].masked_fill(before <= tiny * (1 + before), 0.0)
-        assert before.numel() < 1000 or float((tensors["grad"] == 0).double().mean()) < 0.3
-    with poisoned_memory():
-        got = results(ours(runner.backend), tensors, relu)
-    assert got["out"].dtype == runner.dtype and got["out"].is_contiguous(memory_format=LAST)
-    exact = results(plain, doubles, relu)
-    near = results(plain, tensors, relu)
-    for name, value in exact.items():
-        # The reference's sums are PyTorch's general ones, on a GPU up to 2.6 times as far off as cuDNN's.
-        times = 4 if runner.backend == "reference" and runner.device == "cuda" else 2
-        error, allowed = (got[name].to(DOUBLE) - value).abs(), times * (near[name].to(DOUBLE) - value).abs().amax()
-        rounding = 2 * torch.finfo(got[name].dtype).eps * (value.abs() + 4 + abs(mean))
-        if runner.dtype == DOUBLE:  # PyTorch's own result is what is compared with
-            rounding = rounding + 1e-11 * (1 + value.abs())
-        wrong = error > allowed + rounding
-        assert not wrong.any(), f"{name}: {error[wrong].max():.3g}, allowed {float(allowed):.3g}"
 
 
 @everywhere
@@ -251,17 +168,20 @@ def test_opcheck_and_compile(runner: Runner) -> None:
     tensors = given(runner, (2, 6, 4, 5), True)
     x, weight, bias, residual, grad = (tensors[name] for name in ("x", "weight", "bias", "residual", "grad"))
     mean, variance = torch.zeros_like(weight), torch.ones_like(weight)
-    out, *_ = ops.batch_norm_triton(x, residual, weight, bias, None, None, None, None, 0.0, 1e-5, True, ())
+    *_, bits = ops.batch_norm_triton(x, residual, weight, bias, None, None, None, None, 0.0, 1e-5, True, True, ())
     counters = make_counters(6, x.device)
     batches = torch.zeros((), dtype=torch.int64, device=x.device)
     for running in ((None, None, None), (mean, variance, batches)):
-        arguments = (x, residual, weight, bias, *running, counters, 0.1, 1e-5, True, ())
-        torch.library.opcheck(ops.batch_norm_triton, arguments)
+        for asked in (False, True):
+            arguments = (x, residual, weight, bias, *running, counters, 0.1, 1e-5, True, asked, ())
+            torch.library.opcheck(ops.batch_norm_triton, arguments)
     for more in (None, grad.clone()):
-        arguments = (grad, more, x, out, weight, bias, mean, variance, counters, 1e-5, True, True, ())
+        arguments = (grad, more, x, bits, weight, bias, mean, variance, counters, 1e-5, True, True, ())
         torch.library.opcheck(ops.batch_norm_backward_triton, arguments)
-    with pytest.raises(RuntimeError, match="behind must be asked for where out is given"):
+    with pytest.raises(RuntimeError, match="relu and behind must be asked for where bits are given"):
         ops.batch_norm_backward_triton(*arguments[:-2], False, ())
+    with pytest.raises(RuntimeError, match=r"bits must be uint8 \(40, 1\), contiguous"):
+        ops.batch_norm_backward_triton(*arguments[:3], bits[1:], *arguments[4:])
     assert not counters.any()
     expected = results(ours("triton"), tensors, True)
     for dynamic in (False, True):
@@ -310,7 +230,9 @@ def test_every_tile(runner: Runner) -> None:
 @pytest.mark.parametrize(("capability", "dtype"), [(90, "bf16"), (80, "fp16")])
 def test_kernels_compile_without_spilling(capability: int, dtype: str) -> None:
     found = compile_report("compile_batch_norm.py", capability, dtype, 256)
-    assert {name.split()[0] for name in found} == {"moments", "norm", "backward_sums", "backward"}
+    assert {name.split()[0] for name in found} == {
+        "moments", "norm", "backward_sums", "backward", "joint", "joint_sums", "joint_backward",
+    }  # fmt: skip
     for name, used in found.items():
         few = 0 if capability >= 90 else 8  # bytes, in the smallest tile by the assembler of Triton 3.6
         assert used["stack"] <= few and used["wide"], (name, used)

@@ -30,12 +30,14 @@ def _projection(in_channels: int, out_channels: int, stride: int) -> nn.Sequenti
     return nn.Sequential(conv1x1(in_channels, out_channels, stride), nn.BatchNorm2d(out_channels))
 
 
-def shortcut(x: Tensor, projection: nn.Sequential | None) -> Tensor:
-    """What a block adds to its result: its input, or that behind a convolution and a batch norm."""
+def end_block(norm: nn.BatchNorm2d, y: Tensor, x: Tensor, projection: nn.Sequential | None) -> Tensor:
+    """The last batch norm of a block, its sum with the shortcut from the block's input x, and the ReLU."""
+    x = twin_of(x)
     if projection is None:
-        return x
-    convolution, norm = projection
-    return norm_relu(cast("nn.BatchNorm2d", norm), convolve(cast("nn.Conv2d", convolution), x), relu=False)
+        return norm_relu(norm, y, residual=x, twin=True)
+    convolution, of_shortcut = projection
+    x = convolve(cast("nn.Conv2d", convolution), x)
+    return norm_relu(norm, y, residual=x, residual_norm=cast("nn.BatchNorm2d", of_shortcut), twin=True)
 
 
 class BasicBlock(nn.Module):
@@ -61,7 +63,7 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, in_channels, h, w]`` to ``[B, width, h / stride, w / stride]``."""
         y = norm_relu(self.bn1, convolve(self.conv1, x))
-        return norm_relu(self.bn2, convolve(self.conv2, y), residual=shortcut(twin_of(x), self.downsample), twin=True)
+        return end_block(self.bn2, convolve(self.conv2, y), x, self.downsample)
 
 
 class Bottleneck(nn.Module):
@@ -93,7 +95,7 @@ class Bottleneck(nn.Module):
         """Map ``[B, in_channels, h, w]`` to ``[B, 4 * width, h / stride, w / stride]``."""
         y = norm_relu(self.bn1, convolve(self.conv1, x))
         y = norm_relu(self.bn2, convolve(self.conv2, y))
-        return norm_relu(self.bn3, convolve(self.conv3, y), residual=shortcut(twin_of(x), self.downsample), twin=True)
+        return end_block(self.bn3, convolve(self.conv3, y), x, self.downsample)
 
 
 def residual_stage(

@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fastmetro_kernels.batch_norm import RunningMoments, batch_norm, batch_norm_twice, make_counters
+from fastmetro_kernels.batch_norm import ResidualNorm, RunningMoments, batch_norm, batch_norm_twice, make_counters
 from fastmetro_kernels.max_pool import max_pool, max_pool_twice
 
 _FUSED = "fused_in_training"
@@ -31,19 +31,32 @@ def fuse_batch_norms(module: nn.Module, fused: bool = True) -> int:
 
 
 def norm_relu(
-    norm: nn.BatchNorm2d, x: Tensor, *, residual: Tensor | None = None, relu: bool = True, twin: bool = False
+    norm: nn.BatchNorm2d,
+    x: Tensor,
+    *,
+    residual: Tensor | None = None,
+    residual_norm: nn.BatchNorm2d | None = None,
+    relu: bool = True,
+    twin: bool = False,
 ) -> Tensor:
     """``relu(norm(x) + residual)`` of [B, C, H, W], without either if not asked; x may be overwritten.
 
     Args:
+        residual_norm: what the residual goes through before it is added. Where both norms are fused, they are one op.
         twin: whether two will take the result; the second one calls :func:`twin_of` for it. Where the op is taken, it
             then adds their gradients.
     """
+    if residual is not None and residual_norm is not None:
+        joint = _taken(norm) and _taken(residual_norm) and residual.dtype == x.dtype
+        if not joint:
+            residual, residual_norm = norm_relu(residual_norm, residual, relu=False), None
     alike = residual is None or residual.dtype == x.dtype  # else PyTorch's operations promote one
-    if norm.training and getattr(norm, _FUSED, False) and _ordinary(norm) and alike:
-        assert norm.running_mean is not None and norm.running_var is not None and norm.momentum is not None
-        running = RunningMoments(norm.running_mean, norm.running_var, norm.num_batches_tracked, norm.momentum)
-        options: Any = {"residual": residual, "relu": relu, "running": running, "epsilon": norm.eps}
+    if _taken(norm) and alike:
+        options: Any = {"residual": residual, "relu": relu, "running": _running(norm), "epsilon": norm.eps}
+        if residual_norm is not None:
+            averages = _running(residual_norm)
+            second = ResidualNorm(residual_norm.weight, residual_norm.bias, averages, residual_norm.eps)
+            options["residual_norm"] = second
         if torch.compiler.is_compiling():  # neither counters nor a twin, which are attributes
             return batch_norm(x, norm.weight, norm.bias, **options)
         options["counters"] = _counters(norm, x.device)
@@ -90,5 +103,12 @@ def _counters(norm: nn.BatchNorm2d, device: torch.device) -> Tensor | None:
     return found
 
 
-def _ordinary(norm: nn.BatchNorm2d) -> bool:
-    return norm.affine and norm.track_running_stats and norm.momentum is not None
+def _running(norm: nn.BatchNorm2d) -> RunningMoments:
+    assert norm.running_mean is not None and norm.running_var is not None and norm.momentum is not None
+    return RunningMoments(norm.running_mean, norm.running_var, norm.num_batches_tracked, norm.momentum)
+
+
+def _taken(norm: nn.BatchNorm2d) -> bool:
+    """Whether the op takes this norm: in training, where it is fused and ordinary."""
+    ordinary = norm.affine and norm.track_running_stats and norm.momentum is not None
+    return norm.training and getattr(norm, _FUSED, False) and ordinary
