@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from bench import common
 from bench.convolution.measure import Timer, take_in_turn
 from bench.fused.basis import BYTES_PER_SECOND
-from fastmetro_kernels.batch_norm import BatchNormConfig, batch_norm, make_counters
+from fastmetro_kernels.batch_norm import BatchNormConfig, ResidualNorm, batch_norm, make_counters
 from fastmetro_kernels.batch_norm.plan import CONFIGS
 
 OURS = "ours"
@@ -31,41 +31,52 @@ COLUMNS = ("layer", "times", "batch", "dtype", "contender", "forward_us", "both_
 
 
 class Layer(NamedTuple):
-    """Channels, height and width, what stands behind the norm, and how many of these ResNet-50 has."""
+    """Channels, height and width, what stands behind the norm, how many of these ResNet-50 has, and whether the
+    residual has a norm of its own."""
 
     channels: int
     size: int
     residual: bool
     relu: bool
     times: int
+    joint: bool = False
 
     def __str__(self) -> str:
-        return f"{self.channels} x {self.size}^2{', residual' * self.residual}{', ReLU' * self.relu}"
+        added = ", norm of residual" if self.joint else ", residual" * self.residual
+        return f"{self.channels} x {self.size}^2{added}{', ReLU' * self.relu}"
 
 
 LAYERS = (
-    Layer(64, 112, False, True, 1), Layer(64, 56, False, True, 6), Layer(256, 56, True, True, 3),
-    Layer(256, 56, False, False, 1), Layer(128, 56, False, True, 1), Layer(128, 28, False, True, 7),
-    Layer(512, 28, True, True, 4), Layer(512, 28, False, False, 1), Layer(256, 28, False, True, 1),
-    Layer(256, 14, False, True, 11), Layer(1024, 14, True, True, 6), Layer(1024, 14, False, False, 1),
-    Layer(512, 14, False, True, 1), Layer(512, 7, False, True, 5), Layer(2048, 7, True, True, 3),
-    Layer(2048, 7, False, False, 1),
+    Layer(64, 112, False, True, 1), Layer(64, 56, False, True, 6), Layer(256, 56, True, True, 2),
+    Layer(256, 56, True, True, 1, joint=True), Layer(128, 56, False, True, 1), Layer(128, 28, False, True, 7),
+    Layer(512, 28, True, True, 3), Layer(512, 28, True, True, 1, joint=True), Layer(256, 28, False, True, 1),
+    Layer(256, 14, False, True, 11), Layer(1024, 14, True, True, 5), Layer(1024, 14, True, True, 1, joint=True),
+    Layer(512, 14, False, True, 1), Layer(512, 7, False, True, 5), Layer(2048, 7, True, True, 2),
+    Layer(2048, 7, True, True, 1, joint=True),
 )  # fmt: skip
-Norm = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+Norm = Callable[..., Tensor]
+"""Of x, weight, bias, and perhaps a residual, its weight and its bias."""
 
 
-def _plain(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+def _plain(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None, residual_weight: Tensor | None = None,
+    residual_bias: Tensor | None = None, *, relu: bool,
+) -> Tensor:  # fmt: skip
     y = F.batch_norm(x, None, None, weight, bias, training=True)
+    if residual is not None and residual_weight is not None:
+        residual = F.batch_norm(residual, None, None, residual_weight, residual_bias, training=True)
     if residual is not None:
         y = y + residual
     return y.relu() if relu else y
 
 
 def _ours(
-    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: bool, counters: Tensor,
-    config: BatchNormConfig | None = None,
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None, *second: Tensor, relu: bool,
+    counters: Tensor, config: BatchNormConfig | None = None,
 ) -> Tensor:  # fmt: skip
-    return batch_norm(x, weight, bias, residual=residual, relu=relu, counters=counters, config=config)
+    norm = ResidualNorm(*second) if second else None
+    options = {"relu": relu, "counters": counters, "config": config}
+    return batch_norm(x, weight, bias, residual=residual, residual_norm=norm, **options)
 
 
 def contenders(layer: Layer, device: torch.device, every: bool = False) -> dict[str, Norm]:
@@ -84,25 +95,26 @@ def floors(layer: Layer, batch: int, dtype: torch.dtype) -> tuple[float, float]:
     one = 1e6 * batch * layer.channels * layer.size**2 * dtype.itemsize / BYTES_PER_SECOND
     kept = layer.residual and layer.relu
     bits = kept * one / (8 * dtype.itemsize)
-    return (2 + layer.residual) * one, (2 + layer.residual + 3 + kept) * one + 2 * bits
+    return (2 + layer.residual) * one, (2 + layer.residual + 3 + kept + layer.joint) * one + 2 * bits
 
 
-def _tensors(layer: Layer, batch: int, dtype: torch.dtype, device: torch.device) -> list[Tensor | None]:
+def _tensors(layer: Layer, batch: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
 
     def image() -> Tensor:
         drawn = torch.randn(batch, layer.size, layer.size, layer.channels, generator=generator)
         return drawn.to(device, dtype).permute(0, 3, 1, 2).requires_grad_()
 
-    ones = torch.ones(layer.channels, device=device).requires_grad_()
-    return [image(), ones, torch.zeros_like(ones).requires_grad_(), image() if layer.residual else None]
+    def vectors() -> list[Tensor]:
+        return [make(layer.channels, device=device).requires_grad_() for make in (torch.ones, torch.zeros)]
+
+    return [image(), *vectors(), *([image()] if layer.residual else []), *(vectors() if layer.joint else [])]
 
 
-def _both(norm: Norm, tensors: Sequence[Tensor | None], grad: Tensor) -> tuple[Tensor, ...]:
+def _both(norm: Norm, tensors: Sequence[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
     """The result and the gradients."""
-    leaves = [tensor for tensor in tensors if tensor is not None]
-    out = norm(*tensors)  # type: ignore[arg-type]
-    return out, *torch.autograd.grad(out, leaves, grad)
+    out = norm(*tensors)
+    return out, *torch.autograd.grad(out, tensors, grad)
 
 
 def measure(
@@ -110,10 +122,9 @@ def measure(
 ) -> list[dict[str, Any]]:
     """A row per contender."""
     tensors = _tensors(layer, batch, dtype, device)
-    assert tensors[0] is not None
     grad = torch.randn_like(tensors[0].detach())
     norms = contenders(layer, device, every)
-    exact_tensors = [None if one is None else one.detach().double().requires_grad_() for one in tensors]
+    exact_tensors = [one.detach().double().requires_grad_() for one in tensors]
     exact = [one.detach() for one in _both(functools.partial(_plain, relu=layer.relu), exact_tensors, grad.double())]
     errors = {}
     for name, norm in norms.items():

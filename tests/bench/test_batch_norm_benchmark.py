@@ -31,7 +31,7 @@ def test_the_layers_are_those_of_the_network() -> None:
         network(torch.zeros(1, 3, 224, 224))
     told: Counter[tuple[int, int]] = Counter()
     for one in batch_norm.LAYERS:
-        told[one.channels, one.size] += one.times
+        told[one.channels, one.size] += one.times * (1 + one.joint)
     assert told == found and sum(found.values()) == 53
 
 
@@ -42,9 +42,13 @@ def test_rows_and_floors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     rows = read_rows(path, batch_norm.COLUMNS)
     assert [row["contender"] for row in rows] == ["pytorch", "ours"] * 2
     assert "forward" in capsys.readouterr().out
-    with_residual, without = (batch_norm.floors(layer, 2, torch.bfloat16) for layer in batch_norm.LAYERS[-2:])
+    one = batch_norm.Layer(8, 4, False, False, 1)
+    residual = one._replace(residual=True, relu=True)
+    layers = residual, one, residual._replace(joint=True)
+    with_residual, without, joint = (batch_norm.floors(layer, 2, torch.bfloat16) for layer in layers)
     assert with_residual[0] == pytest.approx(1.5 * without[0])  # x, residual, result
     assert with_residual[1] == pytest.approx(without[1] * (7 + 2 / 16) / 5)  # a bit is written and read
+    assert joint[0] == with_residual[0] and joint[1] == pytest.approx(without[1] * (8 + 2 / 16) / 5)  # residual, again
 
 
 SPOILED = {"scale": lambda y: 1.01 * y, "shift": lambda y: y + 0.01, "gradient": Scaled.apply}

@@ -226,11 +226,9 @@ def test_bits_tell_where_the_result_is_positive(runner: Runner) -> None:
         with poisoned_memory():
             out, *_, bits = joint_ops.batch_norm_joint_triton(*_arguments(tensors, False, True, True))
         let = (out > 0).permute(0, 2, 3, 1).flatten(0, 2)
-        columns = bits.unsqueeze(2) >> torch.arange(8, device=bits.device) & 1
+        columns = (bits.unsqueeze(2) >> torch.arange(8, device=bits.device) & 1).flatten(1)
         assert out.isnan().any() and bits.shape == ops.bits_shape(out)
-        assert (
-            torch.equal(columns.flatten(1)[:, : shape[1]].bool(), let) and not columns.flatten(1)[:, shape[1] :].any()
-        )
+        assert torch.equal(columns[:, : shape[1]].bool(), let) and not columns[:, shape[1] :].any()
     assert joint_ops.batch_norm_joint_triton(*_arguments(tensors, False, True, False))[-1].numel() == 0
 
 

@@ -110,5 +110,6 @@ def _running(norm: nn.BatchNorm2d) -> RunningMoments:
 
 def _taken(norm: nn.BatchNorm2d) -> bool:
     """Whether the op takes this norm: in training, where it is fused and ordinary."""
-    ordinary = norm.affine and norm.track_running_stats and norm.momentum is not None
-    return norm.training and getattr(norm, _FUSED, False) and ordinary
+    if not (norm.training and getattr(norm, _FUSED, False)):  # first: a folded one is an nn.Identity
+        return False
+    return norm.affine and norm.track_running_stats and norm.momentum is not None
