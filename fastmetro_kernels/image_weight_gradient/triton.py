@@ -3,9 +3,6 @@
 A row of a window of an image in channels_last lies in memory as one run of `kernel * C` numbers. So a program reads
 for its positions the gradient once, [positions, O], and one such run per row of the window, [positions, 32], and adds
 up one product, [O, 32], per row. The second kernel adds up the programs' sums.
-
-In half precision a run is read in words of two numbers where all runs begin alike. Where that is in the middle of a
-word the number in front is read, too: it gets a column of the product that nobody looks at.
 """
 
 # mypy: disable-error-code="no-untyped-def, assignment"
@@ -65,36 +62,13 @@ def _row_of_windows(
     return tl.load(x + offset[:, None] + run[None, :], mask=there, other=0.0)
 
 
-@triton.jit
-def _row_of_windows_in_pairs(
-    pairs, image, row, column, inside, height, width,
-    ROW: tl.constexpr, KERNEL: tl.constexpr, CHANNELS: tl.constexpr, PATCH: tl.constexpr, SHIFT: tl.constexpr,
-    DTYPE: tl.constexpr,
-):  # fmt: skip
-    """The same behind SHIFT numbers, 0 or 1, of which each run begins in the middle of a word.
-
-    Lines of the image begin with a word, so a word is outside with both of its numbers or with none.
-    """
-    word = tl.arange(0, PATCH // 2)
-    at = row + ROW
-    first = (column * CHANNELS - SHIFT)[:, None] // 2 + word[None, :]  # of its line of the image
-    line = width * CHANNELS // 2
-    there = (inside & (at >= 0) & (at < height))[:, None] & (first >= 0) & (first < line)
-    there &= (2 * word < KERNEL * CHANNELS + SHIFT)[None, :]
-    found = tl.load(pairs + ((image * height + at) * line)[:, None] + first, mask=there, other=0)
-    low = found.to(tl.uint16).to(DTYPE, bitcast=True)
-    high = (found >> 16).to(tl.uint16).to(DTYPE, bitcast=True)
-    return tl.reshape(tl.join(low, high), [found.shape[0], PATCH])
-
-
 @triton.jit(do_not_specialize=SIZES)
 def image_weight_gradient_kernel(
     x, grad, partials, positions, each, height, width, out_height, out_width,
     CHANNELS: tl.constexpr, OUTPUTS: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
-    POSITIONS: tl.constexpr, PATCH: tl.constexpr, PAIRS: tl.constexpr, SHIFT: tl.constexpr, WIDE: tl.constexpr,
-    EARLY: tl.constexpr,
+    POSITIONS: tl.constexpr, PATCH: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """The sums of a program over its positions, [KERNEL, OUTPUTS, PATCH]; PAIRS: x is read in words of two numbers."""
+    """The sums of a program over its positions, [KERNEL, OUTPUTS, PATCH]."""
     await_earlier_kernels(EARLY)
     program = tl.program_id(0)
     begin = program.to(tl.int64) * each if WIDE else program * each
@@ -111,15 +85,9 @@ def image_weight_gradient_kernel(
         found = ()
         for i in tl.static_range(7):
             if i < KERNEL:
-                if PAIRS:
-                    window = _row_of_windows_in_pairs(
-                        x, image, row, column, inside, height, width, i, KERNEL, CHANNELS, PATCH, SHIFT,
-                        grad.dtype.element_ty,
-                    )  # fmt: skip
-                else:
-                    window = _row_of_windows(
-                        x, image, row, column, inside, height, width, i, KERNEL, CHANNELS, PATCH
-                    )  # fmt: skip
+                window = _row_of_windows(
+                    x, image, row, column, inside, height, width, i, KERNEL, CHANNELS, PATCH
+                )  # fmt: skip
                 found = found + (tl.dot(given, window, sums[i], input_precision="ieee"),)  # noqa: RUF005 - Triton has no other way
             else:
                 found = found + (sums[i],)  # noqa: RUF005
@@ -134,7 +102,7 @@ def image_weight_gradient_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def image_weight_gradient_join_kernel(
     partials, weight, programs,
-    CHANNELS: tl.constexpr, OUTPUTS: tl.constexpr, KERNEL: tl.constexpr, PATCH: tl.constexpr, SHIFT: tl.constexpr,
+    CHANNELS: tl.constexpr, OUTPUTS: tl.constexpr, KERNEL: tl.constexpr, PATCH: tl.constexpr,
     COLUMNS: tl.constexpr, PARTS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """The sums over all programs, in the weight's order of memory: [OUTPUTS, KERNEL, KERNEL * CHANNELS]."""
@@ -145,25 +113,11 @@ def image_weight_gradient_join_kernel(
     for start in range(0, programs, PARTS):
         at = (start + part)[:, None] * (KERNEL * OUTPUTS * PATCH) + entry[None, :]
         found += tl.load(partials + at, mask=(start + part < programs)[:, None], other=0.0)
-    run = entry % PATCH - SHIFT
+    run = entry % PATCH
     o = entry // PATCH % OUTPUTS
     row = entry // (PATCH * OUTPUTS)
     to = (o * KERNEL + row) * (KERNEL * CHANNELS) + run
-    tl.store(weight + to, tl.sum(found, 0).to(weight.dtype.element_ty), mask=(run >= 0) & (run < KERNEL * CHANNELS))
-
-
-def _pairs(x: Tensor, kernel: int, stride: int, padding: int) -> tuple[bool, int]:
-    """Whether x can be read in words of two numbers, and how many numbers of its first one are in front of a run."""
-    channels, width = x.shape[1], x.shape[3]
-    alike = width * channels % 2 == 0 and stride * channels % 2 == 0 and x.data_ptr() % 4 == 0
-    shift = padding * channels % 2
-    pairs = x.element_size() == 2 and alike and kernel * channels + shift <= PATCH
-    return pairs, shift if pairs else 0
-
-
-def _in_words(x: Tensor) -> Tensor:
-    """The memory of x, [B, H, W, C] in channels_last, as words of 32 bits."""
-    return x.permute(0, 2, 3, 1).reshape(-1).view(torch.int32)
+    tl.store(weight + to, tl.sum(found, 0).to(weight.dtype.element_ty), mask=run < KERNEL * CHANNELS)
 
 
 def weight_gradient(x: Tensor, grad: Tensor, kernel: int, stride: int, padding: int, config: Sequence[int]) -> Tensor:
@@ -177,18 +131,14 @@ def weight_gradient(x: Tensor, grad: Tensor, kernel: int, stride: int, padding: 
     partials = torch.empty(programs * entries, dtype=torch.float32, device=x.device)
     weight = ops.empty_weight(x, grad, kernel)
     early = launches_early(x)
-    pairs, shift = _pairs(x, kernel, stride, padding)
-    fixed: dict[str, Any] = {
-        "CHANNELS": x.shape[1], "OUTPUTS": outputs, "KERNEL": kernel, "PATCH": PATCH, "SHIFT": shift
-    }  # fmt: skip
+    fixed: dict[str, Any] = {"CHANNELS": x.shape[1], "OUTPUTS": outputs, "KERNEL": kernel, "PATCH": PATCH}
     options = launch_options(early) | {"EARLY": early}
     wide = max(x.numel(), grad.numel()) > _INT32_NUMBERS
     with on_device(x):
         if programs:
             image_weight_gradient_kernel[(programs,)](
-                _in_words(x) if pairs else x, grad, partials, positions, each, *x.shape[2:], out_height, out_width,
-                STRIDE=stride, PADDING=padding, POSITIONS=tile.positions, PAIRS=pairs, WIDE=wide, num_warps=tile.warps,
-                **fixed, **options,
+                x, grad, partials, positions, each, *x.shape[2:], out_height, out_width, STRIDE=stride, PADDING=padding,
+                POSITIONS=tile.positions, WIDE=wide, num_warps=tile.warps, **fixed, **options,
             )  # fmt: skip
         image_weight_gradient_join_kernel[(entries // COLUMNS,)](
             partials, weight, programs, COLUMNS=COLUMNS, PARTS=PARTS, num_warps=4, **fixed, **options

@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastmetro_kernels.image_weight_gradient import triton as kernels
-from fastmetro_kernels.image_weight_gradient.plan import CONFIGS, PATCH, PINNED
+from fastmetro_kernels.image_weight_gradient.plan import CONFIGS, PATCH
 
 
 def source(kernel: Any, dtype: str, constants: dict[str, Any]) -> ASTSource:
@@ -25,8 +25,6 @@ def source(kernel: Any, dtype: str, constants: dict[str, Any]) -> ASTSource:
     signature, attributes = {}, {}
     for position, name in enumerate(kernel.arg_names):
         kind = f"*{dtype}" if name in ("x", "grad", "weight") else "*fp32" if name == "partials" else "i32"
-        if name == "x" and constants.get("PAIRS"):
-            kind = "*i32"
         signature[name] = "constexpr" if name in constants else kind
         if name not in constants and kind.startswith("*"):
             attributes[(position,)] = [["tt.divisibility", 16]]
@@ -37,14 +35,11 @@ def source(kernel: Any, dtype: str, constants: dict[str, Any]) -> ASTSource:
 def main() -> None:
     capability, dtype, outputs = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     early = capability >= 90
-    common = {"CHANNELS": 3, "OUTPUTS": outputs, "KERNEL": 7, "PATCH": PATCH, "SHIFT": 1, "EARLY": early}
+    common = {"CHANNELS": 3, "OUTPUTS": outputs, "KERNEL": 7, "PATCH": PATCH, "EARLY": early}
     jobs: list[tuple[str, Any, dict[str, Any], int]] = []
     for positions, warps in dict.fromkeys((one.positions, one.warps) for one in CONFIGS):
-        flags = {"STRIDE": 2, "PADDING": 3, "POSITIONS": positions, "PAIRS": True, "WIDE": False}
+        flags = {"STRIDE": 2, "PADDING": 3, "POSITIONS": positions, "WIDE": False}
         jobs.append((f"sums {positions} x {warps}", kernels.image_weight_gradient_kernel, flags, warps))
-        if (positions, warps) == PINNED[:2]:
-            flags = flags | {"PAIRS": False, "SHIFT": 0}
-            jobs.append(("sums of single numbers", kernels.image_weight_gradient_kernel, flags, warps))
     flags = {"COLUMNS": kernels.COLUMNS, "PARTS": kernels.PARTS}
     jobs.append(("join", kernels.image_weight_gradient_join_kernel, flags, 4))
     report = {}

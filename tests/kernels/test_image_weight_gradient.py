@@ -84,7 +84,7 @@ def test_what_is_no_number_spreads_to_what_it_touches(runner: Runner) -> None:
     grad[1, 5, 2, 3] = torch.nan
     got = image_weight_gradient(x, grad, **options(SMALL[0]), backend=runner.backend)
     assert bool(got[5].isnan().all()) and not bool(got[torch.arange(64) != 5].isnan().any())
-    for sizes in (SMALL[0], ((2, 3, 20, 24), 16, 7, 2, 3)):  # the second in words of two numbers in half precision
+    for sizes in (SMALL[0], ((2, 3, 20, 24), 16, 7, 2, 3)):
         x, grad = given(runner, sizes)
         x[1, 2, 19, 5] = torch.nan
         found = [image_weight_gradient(x, grad, **options(sizes), backend=name).isnan()
