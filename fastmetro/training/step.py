@@ -161,6 +161,9 @@ class CapturedStep:
         self._step = step  # the graph works in the memory of its weights, and does not keep them
         self._images = images.clone(memory_format=torch.preserve_format)
         self._labels = map_labels(labels, Tensor.clone)
+        self._mine = _by_name(self._images, self._labels)
+        dtypes = {tensor.dtype for tensor in self._mine.values()}
+        self._alike = [[name for name, tensor in self._mine.items() if tensor.dtype == one] for one in dtypes]
         before = _Snapshot(step)
         side = torch.cuda.Stream(step.device)
         side.wait_stream(torch.cuda.current_stream(step.device))
@@ -180,7 +183,7 @@ class CapturedStep:
         """As :meth:`TrainingStep.__call__`; the next call overwrites what is returned.
 
         Raises:
-            ValueError: the batch has another shape than that of the capture.
+            ValueError: the batch has another shape than that of the capture, or other labels.
         """
         if images.shape != self._images.shape:
             raise ValueError(f"images must be {list(self._images.shape)}, as captured, got {list(images.shape)}")
@@ -193,14 +196,17 @@ class CapturedStep:
 
     def _take_over(self, images: Tensor, labels: MeshLabels) -> None:
         """Copy a batch to where the graph reads it, with one call for all of a dtype: the device waits for the host."""
-        pairs = [(self._images, images)]
-        for field in fields(labels):
-            mine, theirs = getattr(self._labels, field.name), getattr(labels, field.name)
-            if isinstance(mine, Tensor):
-                pairs.append((mine, theirs))
-        for dtype in {mine.dtype for mine, _ in pairs}:
-            alike = [pair for pair in pairs if pair[0].dtype == dtype]
-            torch._foreach_copy_([mine for mine, _ in alike], [theirs for _, theirs in alike])
+        theirs = _by_name(images, labels)
+        if theirs.keys() != self._mine.keys():
+            raise ValueError(f"labels must be {', '.join(self._mine)}, as captured, got {', '.join(theirs)}")
+        for names in self._alike:
+            torch._foreach_copy_([self._mine[name] for name in names], [theirs[name] for name in names])
+
+
+def _by_name(images: Tensor, labels: MeshLabels) -> dict[str, Tensor]:
+    """The tensors of a batch."""
+    found = {field.name: getattr(labels, field.name) for field in fields(labels)}
+    return {"images": images} | {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
 
 class _Snapshot:

@@ -10,7 +10,7 @@ import collections
 import functools
 import threading
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,8 @@ STEM = (64, 3, 7, 7)
 """Shape of the weight of ResNet's first convolution, for which this project has a kernel."""
 WINDOW = 8
 """Convolutions whose inputs and gradients are kept for the second stream: then the first one waits for the oldest."""
+GROUP = 4
+"""Convolutions whose weights' gradients go to the second stream together: each time the graph forks."""
 
 
 def overlap_weight_gradients(module: nn.Module, overlapped: bool = True) -> int:
@@ -171,13 +173,22 @@ def _accumulate(parameter: Tensor, found: Tensor) -> None:
         parameter.grad.add_(found)
 
 
+class _Work(NamedTuple):
+    """A weight, what computes its gradient, and what that reads."""
+
+    parameter: Tensor
+    compute: Callable[[], Tensor]
+    read: tuple[Tensor, ...]
+
+
 class _SecondStream:
-    """Of a device, with what it still reads."""
+    """Of a device, with what waits for it and what it still reads."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)
-        self._kept: collections.deque[tuple[torch.cuda.Event, tuple[Tensor, ...]]] = collections.deque()
+        self._waiting: list[_Work] = []
+        self._kept: collections.deque[tuple[torch.cuda.Event, list[_Work]]] = collections.deque()
         self._backward = -1  # the pass at whose end the caller's stream will wait
 
     def add(self, parameter: Tensor, compute: Callable[[], Tensor], read: tuple[Tensor, ...]) -> None:
@@ -185,18 +196,29 @@ class _SecondStream:
         for the device."""
         if self._backward != (now := torch._C._current_graph_task_id()):
             self._backward = now
+            self._waiting.clear()  # of a pass that failed
             torch.autograd.Variable._execution_engine.queue_callback(self._join)
+        self._waiting.append(_Work(parameter, compute, read))
+        if len(self._waiting) >= GROUP:
+            self._compute()
+
+    @torch.no_grad()
+    def _compute(self) -> None:
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
-            _accumulate(parameter, compute())
+            for work in self._waiting:
+                _accumulate(work.parameter, work.compute())
         # Their memory may be used for something else once the current stream has waited for the second one.
-        self._kept.append((self._stream.record_event(), read))
-        if len(self._kept) > WINDOW:
+        self._kept.append((self._stream.record_event(), self._waiting))
+        self._waiting = []
+        if len(self._kept) * GROUP > WINDOW:
             event, _ = self._kept.popleft()
             current.wait_event(event)
 
     def _join(self) -> None:
+        if self._waiting:
+            self._compute()
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
         self._kept.clear()
 
