@@ -25,8 +25,9 @@ torch.library.define(
 )
 # `config` is a BatchNormConfig, or empty for the pinned one.
 # `counters` are zeros, one for each CHANNELS channels, and zeros again afterwards: they belong to one call at a time.
-# The last result of the forward pass is empty unless `bits` asks for it: of each row of channels ceil(C / 8) bytes, bit
-# j of byte k of channel 8 k + j, which is set where out > 0. A ReLU with a residual in front of it needs them backward;
+# The last result of the forward pass is empty unless `bits` asks for it: of each block of CHANNELS channels, and of
+# each row, a byte for eight channels, bit j of byte k of the block's channel 8 k + j, which is set where out > 0
+# (channels that are not there have none). A ReLU with a residual in front of it needs them backward;
 # without one, `bits` is None, and what it let through is made anew. The gradient is grad + more. The last result, the
 # gradient in front of the ReLU, is empty unless `behind` asks for it, as it must where there are `bits`: the second
 # kernel reads it.
@@ -90,9 +91,9 @@ def check_backward(
     check_counters(x, counters)
 
 
-def bits_shape(x: Tensor) -> tuple[int, int]:
-    """A byte for eight channels of each row."""
-    return x.size(0) * x.size(2) * x.size(3), (x.size(1) + 7) // 8
+def bits_shape(x: Tensor) -> tuple[int, int, int]:
+    """A byte for eight channels of each row, block of channels by block."""
+    return -(-x.size(1) // CHANNELS), x.size(0) * x.size(2) * x.size(3), CHANNELS // 8
 
 
 def check_bits(x: Tensor, bits: Tensor) -> None:

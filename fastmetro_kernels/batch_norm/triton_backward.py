@@ -15,6 +15,7 @@ from fastmetro_kernels.batch_norm import ops
 from fastmetro_kernels.batch_norm.triton_shared import (
     PARTS,
     SIZES,
+    bits_of_channels,
     channels_of,
     last_of_its_channels,
     load_four,
@@ -59,6 +60,8 @@ def batch_norm_backward_sums_kernel(
     middle, inverse, scale, low = channels_of(mean, variance, weight, bias, channels, c, epsilon)
     begin = tl.program_id(1) * each
     end = tl.minimum(begin + each, rows)
+    if BITS:
+        bits = bits_of_channels(bits, rows, CHANNELS)
     first = tl.zeros([ROWS, CHANNELS], tl.float32)
     second = tl.zeros([ROWS, CHANNELS], tl.float32)
     for row in range(begin, end, 4 * ROWS):
@@ -67,7 +70,7 @@ def batch_norm_backward_sums_kernel(
         if MORE:
             others = load_four(more, row, end, channels, c, ROWS)
         if BITS:
-            let = load_four_bits(bits, row, end, channels, ROWS, CHANNELS)
+            let = load_four_bits(bits, row, end, ROWS, CHANNELS)
         for i in tl.static_range(4):
             offset, inside = place(row + i * ROWS, end, channels, c, ROWS)
             g = gradients[i].to(tl.float32)

@@ -16,6 +16,7 @@ from fastmetro_kernels.batch_norm.triton_shared import (
     PARTS,
     SIZES,
     Shared,
+    bits_of_channels,
     channels_of,
     last_of_its_channels,
     load,
@@ -105,7 +106,7 @@ def store_result(
     y = y.to(out.dtype.element_ty)
     tl.store(out + offset, y, mask=inside)
     if BITS:
-        store_bits(bits, y.to(tl.float32) > 0.0, row, end, channels, ROWS, CHANNELS)
+        store_bits(bits, y.to(tl.float32) > 0.0, row, end, ROWS, CHANNELS)
 
 
 @triton.jit
@@ -135,6 +136,8 @@ def batch_norm_kernel(
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     begin = tl.program_id(1) * each
     end = tl.minimum(begin + each, rows)
+    if BITS:
+        bits = bits_of_channels(bits, rows, CHANNELS)
     row = begin + (tl.cdiv(end - begin, 4 * ROWS) - 1) * 4 * ROWS
     these = load_four(x, row, end, channels, c, ROWS)
     those = load_four(residual, row, end, channels, c, ROWS) if RESIDUAL else these

@@ -19,6 +19,7 @@ from fastmetro_kernels.batch_norm import joint_ops, ops
 from fastmetro_kernels.batch_norm.triton_forward import launch_moments, store_result
 from fastmetro_kernels.batch_norm.triton_shared import (
     SIZES,
+    bits_of_channels,
     channels_of,
     last_of_its_channels,
     load,
@@ -45,6 +46,8 @@ def batch_norm_joint_kernel(
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     begin = tl.program_id(1) * each
     end = tl.minimum(begin + each, rows)
+    if BITS:
+        bits = bits_of_channels(bits, rows, CHANNELS)
     row = begin + (tl.cdiv(end - begin, 4 * ROWS) - 1) * 4 * ROWS
     these = load_four(x, row, end, channels, c, ROWS)  # as in the kernel of one norm
     those = load_four(residual, row, end, channels, c, ROWS)
@@ -72,11 +75,11 @@ def _load_two(base, row, end, channels, c, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _load_two_bits(bits, row, end, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+def _load_two_bits(bits, row, end, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
     """Of two tiles, one behind the other."""
     return (
-        load_bits(bits, row, end, channels, ROWS, CHANNELS),
-        load_bits(bits, row + ROWS, end, channels, ROWS, CHANNELS),
+        load_bits(bits, row, end, ROWS, CHANNELS),
+        load_bits(bits, row + ROWS, end, ROWS, CHANNELS),
     )
 
 
@@ -119,6 +122,8 @@ def batch_norm_joint_sums_kernel(
     other_middle, other_inverse = _mean_and_inverse(residual_mean, residual_variance, channels, c, residual_epsilon)
     begin = tl.program_id(1) * each
     end = tl.minimum(begin + each, rows)
+    if BITS:
+        bits = bits_of_channels(bits, rows, CHANNELS)
     first = tl.zeros([ROWS, CHANNELS], tl.float32)
     second = tl.zeros([ROWS, CHANNELS], tl.float32)
     third = tl.zeros([ROWS, CHANNELS], tl.float32)
@@ -129,7 +134,7 @@ def batch_norm_joint_sums_kernel(
         if MORE:
             others = _load_two(more, row, end, channels, c, ROWS)
         if BITS:
-            let = _load_two_bits(bits, row, end, channels, ROWS, CHANNELS)
+            let = _load_two_bits(bits, row, end, ROWS, CHANNELS)
         for i in tl.static_range(2):
             offset, inside = place(row + i * ROWS, end, channels, c, ROWS)
             g = gradients[i].to(tl.float32)

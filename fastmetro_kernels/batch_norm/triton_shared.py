@@ -52,37 +52,42 @@ def load_four(base, row, end, channels, c, ROWS: tl.constexpr):
 
 
 @triton.jit
-def place_bits(row, end, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Offsets of a tile's bytes, which hold eight channels each, and which of them are there."""
-    rows = row + tl.arange(0, ROWS)
-    k = tl.program_id(0) * (CHANNELS // 8) + tl.arange(0, CHANNELS // 8)
-    width = (channels + 7) // 8
-    return rows.to(tl.int64)[:, None] * width + k[None, :], (rows < end)[:, None] & (k < width)[None, :]
+def bits_of_channels(bits, rows, CHANNELS: tl.constexpr):
+    """Where those of this program's channels begin. All of theirs lie together, so that it uses what it reads whole."""
+    return bits + tl.program_id(0).to(tl.int64) * rows * (CHANNELS // 8)
 
 
 @triton.jit
-def store_bits(bits, let, row, end, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+def place_bits(row, end, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Offsets of a tile's bytes, which hold eight channels each, and which of them are there."""
+    rows = row + tl.arange(0, ROWS)
+    k = tl.arange(0, CHANNELS // 8)
+    return rows.to(tl.int64)[:, None] * (CHANNELS // 8) + k[None, :], (rows < end)[:, None] & (k >= 0)[None, :]
+
+
+@triton.jit
+def store_bits(bits, let, row, end, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
     """What a tile's ReLU let through. A lane with eight channels side by side makes their byte alone."""
-    offset, inside = place_bits(row, end, channels, ROWS, CHANNELS)
+    offset, inside = place_bits(row, end, ROWS, CHANNELS)
     each = tl.reshape(let.to(tl.int32), [ROWS, CHANNELS // 8, 8]) << tl.arange(0, 8)[None, None, :]
     tl.store(bits + offset, tl.sum(each, 2).to(tl.uint8), mask=inside)
 
 
 @triton.jit
-def load_bits(bits, row, end, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+def load_bits(bits, row, end, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
     """A tile's bytes."""
-    offset, inside = place_bits(row, end, channels, ROWS, CHANNELS)
+    offset, inside = place_bits(row, end, ROWS, CHANNELS)
     return tl.load(bits + offset, mask=inside, other=0)
 
 
 @triton.jit
-def load_four_bits(bits, row, end, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+def load_four_bits(bits, row, end, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
     """Of four tiles, one behind the other."""
     return (
-        load_bits(bits, row, end, channels, ROWS, CHANNELS),
-        load_bits(bits, row + ROWS, end, channels, ROWS, CHANNELS),
-        load_bits(bits, row + 2 * ROWS, end, channels, ROWS, CHANNELS),
-        load_bits(bits, row + 3 * ROWS, end, channels, ROWS, CHANNELS),
+        load_bits(bits, row, end, ROWS, CHANNELS),
+        load_bits(bits, row + ROWS, end, ROWS, CHANNELS),
+        load_bits(bits, row + 2 * ROWS, end, ROWS, CHANNELS),
+        load_bits(bits, row + 3 * ROWS, end, ROWS, CHANNELS),
     )
 
 

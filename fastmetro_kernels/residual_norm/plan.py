@@ -47,11 +47,10 @@ def block_of(width: int) -> int:
 def pinned(width: int, backward: bool) -> ResidualNormConfig:
     """Four warps, five such programs on a multiprocessor forward and four backward; they must all be there at once.
 
-    A lane has 16 numbers of each tensor: forward that is 61 KB under way on a multiprocessor in the mixed precision of
-    a training step. Backward it has eight of narrow rows, whose few tiles are then shared out better.
+    A lane has 16 numbers of each tensor forward: 61 KB under way on a multiprocessor in the mixed precision of a
+    training step. Backward it has eight, which it keeps in registers of both sums, too.
     """
-    block = block_of(width)
-    lane = 8 if backward and block < 512 else 16
+    block, lane = block_of(width), 8 if backward else 16
     warps = min(32, max(4, block // 256))
     rows = min(64, max(1, 32 * lane * warps // block))
     return ResidualNormConfig(rows, warps, 528 if backward else 660)

@@ -180,7 +180,7 @@ def test_opcheck_and_compile(runner: Runner) -> None:
         torch.library.opcheck(ops.batch_norm_backward_triton, arguments)
     with pytest.raises(RuntimeError, match="relu and behind must be asked for where bits are given"):
         ops.batch_norm_backward_triton(*arguments[:-2], False, ())
-    with pytest.raises(RuntimeError, match=r"bits must be uint8 \(40, 1\), contiguous"):
+    with pytest.raises(RuntimeError, match=r"bits must be uint8 \(1, 40, 8\), contiguous"):
         ops.batch_norm_backward_triton(*arguments[:3], bits[1:], *arguments[4:])
     assert not counters.any()
     expected = results(ours("triton"), tensors, True)

@@ -27,7 +27,7 @@ STEM = (64, 3, 7, 7)
 """Shape of the weight of ResNet's first convolution, for which this project has a kernel."""
 WINDOW = 8
 """Convolutions whose inputs and gradients are kept for the second stream: then the first one waits for the oldest."""
-GROUP = 4
+GROUP = 8
 """Convolutions whose weights' gradients go to the second stream together: each time the graph forks."""
 
 
