@@ -30,10 +30,11 @@ tests="tests/training/test_step.py tests/training/test_interrupted.py tests/trai
   tests/training/test_half_weights.py tests/training/test_fused_training.py tests/kernels/test_adamw.py
   tests/kernels/test_adamw_launches.py tests/kernels/test_max_pool.py tests/kernels/test_image_weight_gradient.py
   tests/kernels/test_convolution_stem.py tests/kernels/test_render_crops.py
-  tests/kernels/test_batch_norm.py tests/kernels/test_residual_norm.py
+  tests/kernels/test_batch_norm.py tests/kernels/test_batch_norm_bits.py tests/kernels/test_batch_norm_joint.py
+  tests/kernels/test_residual_norm.py
   tests/kernels/test_residual_norm_contract.py tests/kernels/test_relu_dropout.py
   tests/models/test_backbone_norms.py tests/models/test_backbone_pool.py tests/models/test_backbone_overlap.py
-  tests/models/test_fused_transformer.py tests/data"
+  tests/models/test_fused_transformer.py tests/models/test_half_matrices.py tests/data"
 # shellcheck disable=SC2086 # several words
 step tests 280 env OMP_NUM_THREADS=1 "$PY" -m pytest -vv -p no:cacheprovider -n 12 ${TESTS:-$tests}
 
