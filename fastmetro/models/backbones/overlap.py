@@ -26,9 +26,10 @@ _OWN_STEM = "own_stem"
 STEM = (64, 3, 7, 7)
 """Shape of the weight of ResNet's first convolution, for which this project has a kernel."""
 WINDOW = 8
-"""Convolutions whose inputs and gradients are kept for the second stream: then the first one waits for the oldest."""
+"""Convolutions whose inputs and gradients the second stream may still read when more come: then the first one waits for
+the oldest group of them."""
 GROUP = 8
-"""Convolutions whose weights' gradients go to the second stream together: each time the graph forks."""
+"""Convolutions whose weights' gradients go to the second stream together: a fork of the graph for each costs more."""
 
 
 def overlap_weight_gradients(module: nn.Module, overlapped: bool = True) -> int:
