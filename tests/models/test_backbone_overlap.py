@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from fastmetro.models.backbones import CompactTrunk, ResNet50Trunk, overlap
@@ -122,6 +125,73 @@ def test_a_failed_backward_pass_spoils_nothing() -> None:
     for module in (plain, other):
         module(x).square().sum().backward()
     check_gradients(plain, other)
+
+
+class _FakeStream:
+    """Nothing is beside anything: what is left is which gradients are computed, and when."""
+
+    def __init__(self, *_device: object) -> None:
+        self.waits = 0
+
+    def wait_stream(self, _other: object) -> None:
+        self.waits += 1
+
+    def wait_event(self, _event: object) -> None: ...
+
+    def record_event(self) -> None: ...
+
+
+@pytest.fixture
+def second_stream(monkeypatch: pytest.MonkeyPatch) -> _FakeStream:
+    """The second stream of the CPU."""
+    monkeypatch.setattr(torch.cuda, "Stream", _FakeStream)
+    monkeypatch.setattr(torch.cuda, "current_stream", _FakeStream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _stream: contextlib.nullcontext())
+    monkeypatch.setattr(overlap, "_has_streams", lambda _tensor: True)
+    monkeypatch.setattr(overlap, "_streams", {})
+    found: _FakeStream = overlap._of(torch.device("cpu"))._stream  # type: ignore[assignment]
+    return found
+
+
+@pytest.mark.parametrize("group", [1, 3, 8, 100])
+def test_groups_of_gradients(group: int, second_stream: _FakeStream, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All are there when the pass ends, also those of the last group, and the graph forks once for each."""
+    monkeypatch.setattr(overlap, "GROUP", group)
+    torch.manual_seed(0)
+    plain = CompactTrunk().double().train()
+    other = copy.deepcopy(plain)
+    count = overlap_weight_gradients(other)
+    for module in (plain, other):
+        module(images(2, 3, 64, 64)).square().mean().backward()
+    check_gradients(plain, other)
+    assert second_stream.waits == -(-count // group)
+
+
+def test_a_pass_inside_another_and_a_failed_one(second_stream: _FakeStream) -> None:
+    """Each computes its own gradients; what a failed one left is gone, with its memory."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(*(BasicBlock(8, 8) for _ in range(3))).double()
+    other = copy.deepcopy(plain)
+    overlap_weight_gradients(other)
+
+    def run(module: nn.Sequential, fail: bool = False) -> None:
+        x = images(2, 8, 5, 5).requires_grad_()
+        y = module[0](x)
+        if fail:
+            y.register_hook(lambda _: 1 / 0)
+        y = torch.utils.checkpoint.checkpoint(module[1], y, use_reentrant=True)
+        module[2](y).square().sum().backward()
+
+    with pytest.raises(ZeroDivisionError):
+        run(other, fail=True)
+    gc.collect()
+    assert not overlap._of(torch.device("cpu"))._passes
+    other.zero_grad()
+    other.load_state_dict(plain.state_dict())
+    for module in (plain, other):
+        run(module)
+    check_gradients(plain, other)
+    assert second_stream.waits >= 3
 
 
 @pytest.mark.parametrize("device", DEVICES)

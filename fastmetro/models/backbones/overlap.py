@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import functools
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -106,11 +107,15 @@ class _Convolution(torch.autograd.Function):
         if ctx.needs_input_grad[0]:  # first: others wait for it
             found = _gradient(grad, x, weight, ctx.options, 0)
         compute = functools.partial(_own_gradient if ctx.own else _weight_gradient, grad, x, weight, ctx.options)
-        if grad.is_cuda:
-            _of(grad.device).add(ctx.parameter, compute, (grad, x, weight))
+        if _has_streams(grad):
+            _of(grad.device).add(_Work(ctx.parameter, compute, (grad, x, weight)))
         else:
             _accumulate(ctx.parameter, compute())
         return found, None, None
+
+
+def _has_streams(tensor: Tensor) -> bool:
+    return tensor.is_cuda
 
 
 def _is_stem(weight: Tensor, options: tuple[Any, ...]) -> bool:
@@ -182,26 +187,29 @@ class _Work(NamedTuple):
     read: tuple[Tensor, ...]
 
 
-class _SecondStream:
-    """Of a device, with what waits for it and what it still reads."""
+class _Pass:
+    """A backward pass, with what waits for the second stream and what that still reads.
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = torch.cuda.Stream(device)
+    The engine keeps it as long as the pass goes on: what waits is gone with a pass that fails.
+    """
+
+    def __init__(self, device: torch.device, stream: torch.cuda.Stream) -> None:
+        self._device, self._stream = device, stream
         self._waiting: list[_Work] = []
         self._kept: collections.deque[tuple[torch.cuda.Event, list[_Work]]] = collections.deque()
-        self._backward = -1  # the pass at whose end the caller's stream will wait
 
-    def add(self, parameter: Tensor, compute: Callable[[], Tensor], read: tuple[Tensor, ...]) -> None:
-        """Compute a weight's gradient from what is read for it; called in a backward pass, by the one thread that works
-        for the device."""
-        if self._backward != (now := torch._C._current_graph_task_id()):
-            self._backward = now
-            self._waiting.clear()  # of a pass that failed
-            torch.autograd.Variable._execution_engine.queue_callback(self._join)
-        self._waiting.append(_Work(parameter, compute, read))
+    def add(self, work: _Work) -> None:
+        """Compute it, or let it wait for more."""
+        self._waiting.append(work)
         if len(self._waiting) >= GROUP:
             self._compute()
+
+    def join(self) -> None:
+        """Compute what still waits, and let the current stream wait for all."""
+        if self._waiting:
+            self._compute()
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        self._kept.clear()
 
     @torch.no_grad()
     def _compute(self) -> None:
@@ -217,11 +225,23 @@ class _SecondStream:
             event, _ = self._kept.popleft()
             current.wait_event(event)
 
-    def _join(self) -> None:
-        if self._waiting:
-            self._compute()
-        torch.cuda.current_stream(self._device).wait_stream(self._stream)
-        self._kept.clear()
+
+class _SecondStream:
+    """Of a device, and the backward passes that use it: one inside another, as checkpoints make, or of threads."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._passes: weakref.WeakValueDictionary[int, _Pass] = weakref.WeakValueDictionary()
+
+    def add(self, work: _Work) -> None:
+        """Called in a backward pass, by the one thread that works for the device."""
+        number = torch._C._current_graph_task_id()
+        found = self._passes.get(number)
+        if found is None:
+            found = self._passes[number] = _Pass(self._device, self._stream)
+            torch.autograd.Variable._execution_engine.queue_callback(found.join)
+        found.add(work)
 
 
 _streams: dict[torch.device, _SecondStream] = {}
