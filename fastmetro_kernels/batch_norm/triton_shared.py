@@ -36,6 +36,7 @@ def place(row, end, channels, c, ROWS: tl.constexpr):
 
 @triton.jit
 def load(base, row, end, channels, c, ROWS: tl.constexpr):
+    """A tile of rows, 0 where it is not there."""
     offset, inside = place(row, end, channels, c, ROWS)
     return tl.load(base + offset, mask=inside, other=0.0)
 

@@ -18,9 +18,11 @@ from fastmetro_kernels.residual_norm import final_residual_norm, residual_norm
 WIDTH, HEADS, FEEDFORWARD, LAYERS = 16, 2, 40, 2
 
 
-def stage(dropout: float, dtype: torch.dtype, device: torch.device | str = "cpu", layers: int = LAYERS) -> Transformer:
+def stage(
+    dropout: float, dtype: torch.dtype, device: torch.device | str = "cpu", layers: int = LAYERS, seed: int = 0
+) -> Transformer:
     """In training, with norms whose weights and biases count, and linear layers whose biases do."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     found = Transformer(WIDTH, HEADS, FEEDFORWARD, dropout, layers).to(device, dtype).train()
     for layer in found.modules():
         if isinstance(layer, nn.LayerNorm):
@@ -137,27 +139,31 @@ def test_what_the_ops_do_not_take_stays_pytorchs(change: str, tiny: Any, calls: 
 
 @pytest.mark.parametrize("token_dtype", [torch.float32, torch.bfloat16])
 def test_dtypes_under_autocast(token_dtype: torch.dtype, tiny: Any, calls: list[Any]) -> None:
-    """Results have those of PyTorch's layers; norms that linear layers alone take are in half precision."""
-    plain = stage(0.0, torch.float32)
-    fused = copy.deepcopy(plain)
-    fuse_transformer(fused)
-    given = [one.detach().to(token_dtype).requires_grad_() for one in inputs(tiny.topology, torch.float32)]
+    """Results have those of PyTorch's layers; norms that linear layers alone take are in half precision.
+
+    Errors are medians over networks: which numbers in front of a ReLU rounding moves over 0 is chance in each.
+    """
     attend = attention(tiny.topology)
-    exact = step(copy.deepcopy(plain).double(), [one.detach().double().requires_grad_() for one in given], attend)
-    with torch.autocast("cpu", torch.bfloat16):
-        expected, found = step(plain, given, attend), step(fused, given, attend)
-    dtypes = [dtype for name, dtype in calls if name != "relu_dropout"]
-    wide, narrow = token_dtype, torch.bfloat16  # on a GPU wide is float32 of half precision, too
-    assert dtypes == [wide, narrow] * LAYERS + [wide] + [narrow] * 3 * LAYERS + [wide]
-    ratios = []
-    for name, value in expected.items():
-        assert found[name].dtype == value.dtype, name
-        size = float(exact[name].norm())
-        errors = [float((one.double() - exact[name]).norm()) / size for one in (found[name], value)]
-        # Biases are not rounded, so that other numbers in front of a ReLU are on the wrong side of 0 than PyTorch's.
-        assert errors[0] < 1.5 * errors[1] + 0.02, (name, errors)
-        ratios.append(errors[0] / errors[1])
-    assert statistics.geometric_mean(ratios) < 1.1  # without rounding the biases 0.85 in the mean of many networks
+    given = [one.detach().to(token_dtype).requires_grad_() for one in inputs(tiny.topology, torch.float32)]
+    errors: dict[str, tuple[list[float], list[float]]] = {}
+    for seed in range(8):
+        plain = stage(0.0, torch.float32, seed=seed)
+        fused = copy.deepcopy(plain)
+        fuse_transformer(fused)
+        exact = step(copy.deepcopy(plain).double(), [one.detach().double().requires_grad_() for one in given], attend)
+        calls.clear()
+        with torch.autocast("cpu", torch.bfloat16):
+            expected, found = step(plain, given, attend), step(fused, given, attend)
+        dtypes = [dtype for name, dtype in calls if name != "relu_dropout"]
+        wide, narrow = token_dtype, torch.bfloat16  # on a GPU wide is float32 of half precision, too
+        assert dtypes == [wide, narrow] * LAYERS + [wide] + [narrow] * 3 * LAYERS + [wide]
+        for name, value in expected.items():
+            assert found[name].dtype == value.dtype, name
+            size = float(exact[name].norm())
+            for one, kept in zip((found[name], value), errors.setdefault(name, ([], [])), strict=True):
+                kept.append(float((one.double() - exact[name]).norm()) / size)
+    for name, (ours, theirs) in errors.items():
+        assert statistics.median(ours) < 1.5 * statistics.median(theirs) + 1e-6, (name, ours, theirs)
 
 
 @pytest.mark.parametrize(("dynamic", "dropout", "autocast"), [(False, 0.1, True), (True, 0.1, False)])
