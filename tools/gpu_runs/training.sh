@@ -23,7 +23,7 @@ for case in s-r50 l-r50; do
   step "profile_$case" 220 "$PY" -m bench training --cases $case --contenders 'ours, all, not compiled' 'ours, all' \
     --csv "$R/profile_$case.csv" --profile "$R/profile_$case.json"
 done
-step data 260 "$PY" -m bench data --workers 4 8 16 --steps 100 --csv "$R/data.csv"
+step data 260 "$PY" -m bench data --workers 8 14 15 16 --steps 150 --csv "$R/data.csv"
 step crops 60 "$PY" -m bench crops --csv "$R/crops.csv"
 # TESTS: some of them only.
 tests="tests/training/test_step.py tests/training/test_interrupted.py tests/training/test_optimizer.py
