@@ -35,9 +35,9 @@ from fastmetro.data.ground_truth import ground_truth
 from fastmetro.data.synthetic.dataset import SyntheticPeople
 from fastmetro.data.synthetic.photographs import load_tiles
 from fastmetro.data.tsv import TsvSource
-from fastmetro.data.tsv.batch import TsvBatch
 from fastmetro.data.tsv.build import build_data
-from fastmetro.data.tsv.dataset import PackedBatch, TsvDataset
+from fastmetro.data.tsv.dataset import TsvDataset
+from fastmetro.data.tsv.slots import READ_AHEAD
 from fastmetro.distributed import World
 from fastmetro.meshes.mesh import load_mesh
 from fastmetro.models import create_model
@@ -49,8 +49,6 @@ from fastmetro.training.sources import Batch, TsvBatches, make_sampler
 from fastmetro.training.step import CapturedStep, TrainingStep
 
 SIZE = (640, 480)
-_READ_AHEAD = 2
-"""Batches per worker; what a DataLoader does by default."""
 COLUMNS = ("model", "batch", "pixels", "workers", "steps", "step_ms", "step_without_data_ms", "busy", "kernels_busy",
            "waiting_ms", "host_ms", "images_per_second", "images_per_second_alone")  # fmt: skip
 
@@ -64,7 +62,7 @@ class TimedBatches(TsvBatches):
 
     waited = 0.0
 
-    def _read(self, step: int) -> TsvBatch | PackedBatch:
+    def _read(self, step: int) -> Any:
         start = time.perf_counter()
         batch = super()._read(step)
         self.waited += time.perf_counter() - start
@@ -130,7 +128,7 @@ def _seconds(call: Any, steps: int, device: torch.device, skip: int = 2) -> floa
 
 def _skipped(workers: int) -> int:
     """Batches that workers have read ahead when the first one comes, twice: they would be counted as fast ones."""
-    return 2 + 2 * _READ_AHEAD * workers
+    return 2 + 2 * READ_AHEAD * workers
 
 
 def make_step(path: Path, options: argparse.Namespace, device: torch.device) -> tuple[Any, Batch]:

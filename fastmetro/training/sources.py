@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing.connection
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -13,9 +14,9 @@ from torch import Tensor
 from fastmetro.data.labels import MeshLabels
 from fastmetro.data.mixing import MixedSampler, Pick, Source
 from fastmetro.data.synthetic.dataset import SyntheticBatch, normalize_images
-from fastmetro.data.tsv.batch import TsvBatch
-from fastmetro.data.tsv.dataset import PackedBatch, TsvDataset, UnusableData
+from fastmetro.data.tsv.dataset import TsvDataset, UnusableData
 from fastmetro.data.tsv.loader import MixedDataset, make_loader
+from fastmetro.data.tsv.slots import Slots
 from fastmetro.distributed import World
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ People = Callable[[Tensor], SyntheticBatch]
 """int64 sample indices [B] -> images and labels, on the device of the indices."""
 
 _SECONDS_TO_DIE = 2.0
+_AHEAD = 2
 
 
 class SourceFailed(RuntimeError):
@@ -111,21 +113,30 @@ class TsvBatches:
         self._sets, self._truth, self._sampler, self._people = list(sets), truth, sampler, people
         self._device, self._workers = device, workers
         self._batches: Iterator[Any] | None = None
+        self._slots: Slots | None = None
         self._next = -1
+        self._beside = _Beside(device) if device.type == "cuda" else None
 
     def __call__(self, step: int) -> Batch:
         """See :class:`Batches`. A step that does not follow the one before starts the workers anew."""
         if self._batches is None or step != self._next:
             self._batches = self._read_from(step)
         self._next = step + 1
-        batch = self._read(step).to(self._device)
+        return self._make(step) if self._beside is None else self._beside(lambda: self._make(step))
+
+    def _make(self, step: int) -> Batch:
+        batch = self._read(step)
+        if self._slots is not None:
+            batch = self._slots.take(batch, self._device)
+        batch = batch.to(self._device)
         read = Batch(_channels_last(batch.images), self._truth(batch), batch.skipped)
         if self._people is None:
             return read
         synthetic = [pick.row for pick in self._sampler.picks(step) if pick.source == len(self._sets)]
         return _joined(read, self._people(torch.tensor(synthetic, device=self._device))) if synthetic else read
 
-    def _read(self, step: int) -> TsvBatch | PackedBatch:
+    def _read(self, step: int) -> Any:
+        """The next batch of the loader, as it comes."""
         assert self._batches is not None
         try:
             return next(self._batches)
@@ -137,8 +148,51 @@ class TsvBatches:
     def _read_from(self, step: int) -> Iterator[Any]:
         sets: list[TsvDataset | None] = [*self._sets, None] if self._people is not None else [*self._sets]
         steps = _Steps(self._sampler, step)
-        pin = self._device.type == "cuda"
-        return iter(make_loader(MixedDataset(sets), steps, workers=self._workers, pin_memory=pin))
+        on_gpu = self._device.type == "cuda"
+        self._slots = None
+        if self._workers and Slots.exist():
+            self._slots = Slots(self._workers, self._share * _slot_bytes(self._sets[0]))
+            if on_gpu:
+                self._slots.lock_pages()
+        pin = on_gpu and self._slots is None
+        return iter(make_loader(MixedDataset(sets), steps, workers=self._workers, pin_memory=pin, slots=self._slots))
+
+    @property
+    def _share(self) -> int:
+        """Samples of this process in a batch."""
+        return self._sampler.batch_size // self._sampler.world_size
+
+
+def _slot_bytes(dataset: TsvDataset) -> int:
+    """Of a sample in a slot: its labels, and its pixels; of cuts those of a box of 2.3 times the side of the crop."""
+    return (16 if dataset.pixels == "device" else 12) * dataset.size**2 + 8192
+
+
+class _Beside:
+    """Makes batches on a stream of their own, so that copies and crops run beside the training step before.
+
+    The host runs at most ``_AHEAD`` steps ahead of the device, so that not more batches than that are on it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._stream = device, torch.cuda.Stream(device)
+        self._stream.wait_stream(torch.cuda.current_stream(device))  # what batches are made with was made there
+        self._ends: deque[torch.cuda.Event] = deque()
+
+    def __call__(self, make: Callable[[], Batch]) -> Batch:
+        current = torch.cuda.current_stream(self._device)
+        end = torch.cuda.Event(blocking=True)
+        end.record(current)
+        self._ends.append(end)
+        if len(self._ends) > _AHEAD:
+            self._ends.popleft().synchronize()
+        with torch.cuda.stream(self._stream):
+            batch = make()
+        current.wait_stream(self._stream)
+        for tensor in (batch.images, *vars(batch.labels).values()):
+            if isinstance(tensor, Tensor):
+                tensor.record_stream(current)
+        return batch
 
 
 def _dead_workers(batches: Iterator[Any], error: Exception) -> str:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils.data import BatchSampler
-from tsv_cases import Rows, cell, jpeg, label, rows, write_set
+from tsv_cases import Rows, assert_equal, cell, good, jpeg, label, rows, write_set
 
 from fastmetro.data.augmentation import Draw, augment_label, cut_image, draw_samples, finish_image
 from fastmetro.data.mixing import MixedSampler, Pick, Source
@@ -22,14 +22,6 @@ from fastmetro.data.tsv.loader import MixedDataset, make_loader
 from fastmetro.data.tsv.rows import encode_image
 
 SIZE = 32
-
-
-def good(count: int, start: int = 0) -> Rows:
-    """Usable rows with an image and a box of their own each."""
-    return [
-        (f"im{i}", encode_image(jpeg(40 + i % 3, 30, 31 * i)), cell(label(scale=0.1 + 0.01 * i)), f"{40 + i % 3} 30")
-        for i in range(start, start + count)
-    ]
 
 
 def broken(name: str) -> tuple[str, bytes, str, str]:
@@ -44,16 +36,6 @@ def broken(name: str) -> tuple[str, bytes, str, str]:
 
 def dataset(folder: Path, content: Rows, **options) -> TsvDataset:
     return TsvDataset(TsvSource(write_set(folder, content)), "body", **({"size": SIZE} | options))
-
-
-def assert_equal(actual: TsvBatch, expected: TsvBatch, tolerance: float = 0.0) -> None:
-    for name, value in vars(expected).items():
-        other = getattr(actual, name)
-        if isinstance(value, torch.Tensor):
-            bound = tolerance if name == "images" else 0.0
-            torch.testing.assert_close(other.cpu(), value, rtol=0, atol=bound, msg=lambda text, n=name: f"{n}: {text}")
-        else:
-            assert other == value, name
 
 
 @pytest.mark.parametrize("compat", [None, "published"])

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from fastmetro.data.tsv import TsvWriter
+from fastmetro.data.tsv.batch import TsvBatch
 from fastmetro.data.tsv.rows import encode_image
 
 
@@ -68,9 +70,28 @@ def write_tables(folder: Path, content: Rows, stem: str = "train") -> dict[str, 
     return names
 
 
+def good(count: int, start: int = 0) -> Rows:
+    """Usable rows with an image and a box of their own each."""
+    return [
+        (f"im{i}", encode_image(jpeg(40 + i % 3, 30, 31 * i)), cell(label(scale=0.1 + 0.01 * i)), f"{40 + i % 3} 30")
+        for i in range(start, start + count)
+    ]
+
+
 def write_set(folder: Path, content: Rows, **further: str) -> Path:
     """A single set and its YAML file."""
     names = write_tables(folder, content) | further
     path = folder / "train.yaml"
     path.write_text("".join(f"{key}: {value}\n" for key, value in names.items() if value))
     return path
+
+
+def assert_equal(actual: TsvBatch, expected: TsvBatch, tolerance: float = 0.0) -> None:
+    """All that a batch holds; images within a tolerance."""
+    for name, value in vars(expected).items():
+        other = getattr(actual, name)
+        if isinstance(value, torch.Tensor):
+            bound = tolerance if name == "images" else 0.0
+            torch.testing.assert_close(other.cpu(), value, rtol=0, atol=bound, msg=lambda text, n=name: f"{n}: {text}")
+        else:
+            assert other == value, name

@@ -184,3 +184,24 @@ def test_errors(tmp_path: Path, mesh: Mesh) -> None:
     smpl = type("Named", (), {"name": "smpl"})()
     with pytest.raises(ValueError, match=r"made by the SMPL model, whose file is yours .*data\.body_model"):
         ground_truth(smpl, None)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("pixels", ["worker", "device"])
+def test_batches_are_made_beside_a_busy_device(tmp_path: Path, mesh: Mesh, pixels) -> None:
+    """Each step keeps what it got until the device is there, which is long after the host has gone on."""
+    data = TsvDataset(TsvSource(tables(tmp_path, 30)), "body", seed=3, size=SIZE, pixels=pixels)
+    sampler = make_sampler([data], (), 0.0, batch_size=12, seed=3, world=World())
+    device = torch.device("cuda")
+    busy = TsvBatches([data], GroundTruth(mesh).to(device), sampler, device, 2)
+    alone = TsvBatches([data], GroundTruth(mesh), sampler, CPU, 0)
+    kept = []
+    for step in range(20):
+        batch = busy(step)
+        torch.cuda._sleep(20_000_000)  # some 10 ms
+        kept.append((batch.images * 1, batch.labels.joints_3d * 1))
+        del batch  # its memory may be taken for the next one
+    for step, (images, joints) in enumerate(kept):
+        expected = alone(step)
+        torch.testing.assert_close(images.cpu(), expected.images, rtol=0, atol=0.06)
+        torch.testing.assert_close(joints.cpu(), expected.labels.joints_3d)

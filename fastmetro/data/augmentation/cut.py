@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -46,13 +46,16 @@ class PackedCuts:
     noise: Tensor
 
     @classmethod
-    def pack(cls, cuts: Sequence[Cut], draws: Sequence[Draw]) -> PackedCuts:
-        """The cuts of some samples (at least one) and their draws."""
+    def pack(
+        cls, cuts: Sequence[Cut], draws: Sequence[Draw], empty: Callable[..., np.ndarray] = np.empty
+    ) -> PackedCuts:
+        """The cuts of some samples (at least one) and their draws; ``empty`` makes the array of the pixels."""
         ends = np.cumsum([cut.pixels.size for cut in cuts])
         # One element where there are none, so that a gather from nothing still has an address.
-        pixels = np.zeros(max(int(ends[-1]), 1), np.uint8)
+        pixels = empty(max(int(ends[-1]), 1), np.uint8)
+        pixels[-1] = 0
         for cut, end in zip(cuts, ends, strict=True):
-            pixels[end - cut.pixels.size : end] = cut.pixels.reshape(-1)
+            pixels[end - cut.pixels.size : end].reshape(cut.pixels.shape)[...] = cut.pixels  # no copy in between
         return cls(
             torch.from_numpy(pixels),
             torch.tensor([int(end) - cut.pixels.size for cut, end in zip(cuts, ends, strict=True)]),

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -210,8 +209,15 @@ class TsvDataset(Dataset):
             what = "left out" if self.seed is None else "replaced"
             warnings.warn(f"{self.source.path}, row {row}, {key}: {error}; it is {what}", RuntimeWarning, stacklevel=2)
 
-    def collate(self, items: Sequence[TsvSample | SkippedRow]) -> TsvBatch | PackedBatch:
-        """The batch of some samples, without those that were skipped; it may be empty."""
+    def collate(
+        self, items: Sequence[TsvSample | SkippedRow], empty: Callable[..., np.ndarray] = np.empty
+    ) -> TsvBatch | PackedBatch:
+        """The batch of some samples, without those that were skipped; it may be empty.
+
+        Args:
+            items: the samples.
+            empty: makes the arrays of the pixels, as ``np.empty``.
+        """
         samples = [item for item in items if isinstance(item, TsvSample)]
         skipped = Counter(item.problem for item in items if isinstance(item, SkippedRow))
         skipped.update(problem for sample in samples for problem in sample.skipped)
@@ -221,7 +227,7 @@ class TsvDataset(Dataset):
         side = 0 if cuts else self.size
         batch = TsvBatch(
             keys=[sample.key for sample in samples],
-            images=_stack(images, (len(samples), 3, side, side)),
+            images=_stack(images, (len(samples), 3, side, side), empty),
             joints_2d=_stack([sample.crop.joints_2d for sample in samples], (len(samples), shapes.joints, 3)),
             joints_3d=_stack([sample.crop.joints_3d for sample in samples], (len(samples), shapes.joints, 4)),
             pose=_stack([sample.crop.pose for sample in samples], (len(samples), shapes.pose)),
@@ -234,7 +240,8 @@ class TsvDataset(Dataset):
         )
         if not cuts:
             return batch
-        return PackedBatch(batch, PackedCuts.pack(cuts, [sample.draw for sample in samples]), self.size, self.compat)
+        packed = PackedCuts.pack(cuts, [sample.draw for sample in samples], empty)
+        return PackedBatch(batch, packed, self.size, self.compat)
 
 
 def read_row(source: TsvSource, number: int, kind: Kind, exact: bool = False) -> tuple[str, np.ndarray, Label]:
@@ -244,8 +251,7 @@ def read_row(source: TsvSource, number: int, kind: Kind, exact: bool = False) ->
         source: the rows.
         number: of the row.
         kind: of the label.
-        exact: keep box and 2D joints in float64. Published crops truncate them: a scale of 0.9 in float32 would lose a
-            pixel.
+        exact: keep box and 2D joints in float64, see :func:`~fastmetro.data.tsv.rows.parse_label`.
 
     Raises:
         BadRow: the row cannot be used.
@@ -257,24 +263,18 @@ def read_row(source: TsvSource, number: int, kind: Kind, exact: bool = False) ->
         raise
     except ValueError as error:
         raise BadRow("broken index", str(error)) from None
-    label = parse_label(row.label, kind)
+    label = parse_label(row.label, kind, exact)
     image = decode_image(row.image)
     if row.size is not None and parse_size(row.size) != image.shape[:2]:
         height, width = parse_size(row.size)
         raise BadRow("size differs", f"hw says {height} x {width}, the image is {image.shape[0]} x {image.shape[1]}")
-    if exact:
-        found = json.loads(row.label)[0]
-        label = replace(
-            label,
-            center=np.array(found["center"], np.float64).reshape(2),
-            scale=float(np.array(found["scale"], np.float64).reshape(())),
-            joints_2d=np.array(found["2d_joints"], np.float64).reshape(label.joints_2d.shape),
-        )
     return row.key, image, label
 
 
-def _stack(arrays: Sequence[np.ndarray], shape: tuple[int, ...]) -> Tensor:
-    return torch.from_numpy(np.stack(arrays)) if arrays else torch.zeros(shape)
+def _stack(arrays: Sequence[np.ndarray], shape: tuple[int, ...], empty: Callable[..., np.ndarray] = np.empty) -> Tensor:
+    if not arrays:
+        return torch.zeros(shape)
+    return torch.from_numpy(np.stack(arrays, out=empty((len(arrays), *arrays[0].shape), arrays[0].dtype)))
 
 
 def _check(name: str, value: object, accepted: tuple[object, ...]) -> None:

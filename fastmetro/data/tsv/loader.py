@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import cv2
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from fastmetro.data.mixing import Pick
 from fastmetro.data.tsv.batch import TsvBatch
 from fastmetro.data.tsv.dataset import PackedBatch, SkippedRow, TsvDataset, TsvSample
+from fastmetro.data.tsv.slots import READ_AHEAD, SlotBatch, Slots, keep_freed_memory
 
 
 class MixedDataset(Dataset):
@@ -54,9 +57,11 @@ class MixedDataset(Dataset):
                 samples += part.__getitems__([pick for pick in picks if pick.source == number])
         return samples
 
-    def collate(self, items: Sequence[TsvSample | SkippedRow]) -> TsvBatch | PackedBatch:
+    def collate(
+        self, items: Sequence[TsvSample | SkippedRow], empty: Callable[..., np.ndarray] = np.empty
+    ) -> TsvBatch | PackedBatch:
         """As :meth:`TsvDataset.collate`."""
-        return self._first.collate(items)
+        return self._first.collate(items, empty)
 
 
 def make_loader(
@@ -66,6 +71,7 @@ def make_loader(
     workers: int = 0,
     pin_memory: bool = False,
     start_method: str | None = None,
+    slots: Slots | None = None,
 ) -> DataLoader:
     """A DataLoader that gives a TsvBatch or PackedBatch per batch of indices; ``batch.to(device)`` is a TsvBatch.
 
@@ -76,20 +82,35 @@ def make_loader(
         workers: processes; 0 reads in this one.
         pin_memory: have batches in page-locked memory.
         start_method: "fork", "spawn" or "forkserver" of the workers; None for the platform's.
+        slots: of these workers. It gives a SlotBatch instead, for :meth:`~fastmetro.data.tsv.slots.Slots.take`; each is
+            to be taken before the next one is asked for.
     """
     return DataLoader(
         dataset,
         batch_sampler=batches,
         num_workers=workers,
-        collate_fn=dataset.collate,
+        collate_fn=dataset.collate if slots is None else _Collate(dataset, slots),
         pin_memory=pin_memory,
-        worker_init_fn=_use_one_thread,
+        worker_init_fn=_prepare_worker,
+        prefetch_factor=READ_AHEAD if workers else None,
         multiprocessing_context=start_method if workers else None,
         persistent_workers=workers > 0,
         generator=torch.Generator(),  # else starting workers would draw from the generator that dropout goes on with
     )
 
 
-def _use_one_thread(worker: int) -> None:
+@dataclass(frozen=True)
+class _Collate:
+    """Writes batches into slots."""
+
+    dataset: TsvDataset | MixedDataset
+    slots: Slots
+
+    def __call__(self, items: Sequence[TsvSample | SkippedRow]) -> SlotBatch:
+        return self.slots.write(lambda empty: self.dataset.collate(items, empty))
+
+
+def _prepare_worker(worker: int) -> None:
     """OpenCV would start as many threads in each worker as the machine has cores."""
     cv2.setNumThreads(0)
+    keep_freed_memory()

@@ -11,12 +11,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import simplejpeg
 from PIL import Image, ImageOps
 
 from fastmetro.data.limits import MAX_PIXELS
 
 Kind = Literal["body", "hand"]
 MAX_LABEL_BYTES = 1 << 20
+_LARGEST = np.finfo(np.float32).max
+_ORIENTATION = 0x0112  # of EXIF
 
 
 class BadRow(ValueError):
@@ -70,8 +73,14 @@ class Label:
     gender: str
 
 
-def parse_label(text: bytes, kind: Kind) -> Label:
+def parse_label(text: bytes, kind: Kind, exact: bool = False) -> Label:
     """The label of a cell: JSON, a list whose first element is an object.
+
+    Args:
+        text: of the cell.
+        kind: what the label is of.
+        exact: keep box and 2D joints in float64. Published crops truncate them: a scale of 0.9 in float32 would lose a
+            pixel.
 
     Raises:
         BadRow: broken JSON, a missing key, an array of another size, a number that is not finite, an empty box.
@@ -86,8 +95,8 @@ def parse_label(text: bytes, kind: Kind) -> Label:
         raise BadRow("broken JSON", "a list of objects is expected")
     found: dict[str, Any] = content[0]
     shapes = SHAPES[kind]
-    center = _array(found, "center", (2,))
-    scale = float(_array(found, "scale", ()))
+    center = _array(found, "center", (2,), exact)
+    scale = float(_array(found, "scale", (), exact))
     if scale <= 0:
         raise BadRow("empty box", f"scale must be positive, got {scale}")
     gender = found.get("gender", "none")
@@ -96,7 +105,7 @@ def parse_label(text: bytes, kind: Kind) -> Label:
     return Label(
         center=center,
         scale=scale,
-        joints_2d=_array(found, "2d_joints", (shapes.joints, 3)),
+        joints_2d=_array(found, "2d_joints", (shapes.joints, 3), exact),
         joints_3d=_array(found, "3d_joints", (shapes.joints, 4)),
         pose=_array(found, "pose", (shapes.pose,)),
         betas=_array(found, "betas", (BETAS,)),
@@ -107,19 +116,19 @@ def parse_label(text: bytes, kind: Kind) -> Label:
     )
 
 
-def _array(found: dict[str, Any], key: str, shape: tuple[int, ...]) -> np.ndarray:
-    """float32, of that shape; published labels may have a leading axis of 1."""
+def _array(found: dict[str, Any], key: str, shape: tuple[int, ...], exact: bool = False) -> np.ndarray:
+    """float32 (float64: ``exact``), of that shape; published labels may have a leading axis of 1."""
     if key not in found:
         raise BadRow("missing key", key)
     try:
-        values = np.array(found[key], dtype=np.float32)
+        values = np.array(found[key], dtype=np.float64 if exact else np.float32)
     except (TypeError, ValueError, OverflowError):
         raise BadRow("wrong value", f"{key} must be numbers, got {str(found[key])[:60]}") from None
     if values.shape == (1, *shape):
         values = values[0]
     if values.shape != shape:
         raise BadRow("wrong shape", f"{key} must be {list(shape)}, got {list(values.shape)}")
-    if not bool(np.isfinite(values).all()):
+    if not bool((np.abs(values) <= _LARGEST).all()):
         raise BadRow("not finite", f"{key} holds NaN or infinity")
     return values
 
@@ -140,6 +149,11 @@ def decode_image(text: bytes) -> np.ndarray:
             with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as opened:
                 if opened.width * opened.height > MAX_PIXELS:
                     raise BadRow("image too large", f"{opened.width} x {opened.height} pixels")
+                if opened.format == "JPEG" and opened.mode == "RGB" and opened.getexif().get(_ORIENTATION, 1) == 1:
+                    try:
+                        return simplejpeg.decode_jpeg(data, "RGB", strict=True)
+                    except (ValueError, MemoryError):  # at the least doubt: Pillow knows what can be read, and why not
+                        pass
                 ImageOps.exif_transpose(opened, in_place=True)
                 return np.asarray(opened if opened.mode == "RGB" else opened.convert("RGB"))
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
