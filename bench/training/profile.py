@@ -19,10 +19,11 @@ LONGEST = 120
 KINDS = (
     ("update", r"adam|multi_tensor|foreach|lpnorm"),
     ("batch norms", r"batch_?norm|bn_(fw|bw)"),
-    ("layer norms", r"layer_?norm|GammaBeta"),
+    ("layer norms", r"layer_?norm|residual_norm|GammaBeta"),
     ("pooling", r"max_?pool"),
+    ("attention", r"attention|flash|fmha|efficient|sdp|convert_dq|dot_do_o"),  # also cuDNN's
+    ("dropout", r"(?<!native_)dropout"),
     ("convolutions", r"conv|cudnn|xmma_(fprop|dgrad|wgrad)|implicit|(fprop|dgrad|wgrad)"),
-    ("attention", r"attention|flash|fmha|efficient|sdp"),
     ("products", r"gemm|gemv|nvjet|cutlass|cublas|splitk|linear|matmul|addmm|bmm"),
     ("upsampling", r"upsampl|fm_upsampling|spmm|csr"),
     ("copies and fills", r"^(?!triton_).*(memcpy|memset|copy|fill)"),

@@ -68,6 +68,11 @@ def test_where_a_step_spends_its_time(small: None, tmp_path: Path) -> None:
         ("triton_poi_fused__to_copy_view_3", "compiled, fused"),
         ("void at::native::unrolled_elementwise_kernel<at::native::direct_copy_kernel_cuda>", "copies and fills"),
         ("adamw_update_kernel", "update"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26_64x64x64_1x4x1", "attention"),
+        ("void cudnn::fusion::convert_dq_to_16bits<true>(void const*, void*)", "attention"),
+        ("residual_norm_backward_kernel", "layer norms"),
+        ("biased_relu_dropout_kernel", "dropout"),
+        ("triton_poi_fused_native_dropout_relu_view_102", "compiled, fused"),
         ("void at::native::vectorized_elementwise_kernel<4>", "others"),
     ],
 )
