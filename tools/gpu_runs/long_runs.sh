@@ -1,21 +1,23 @@
 #!/bin/bash
-# Trains S and L with ResNet-50 on synthetic people, each for half of the time. long_runs.sh COMMIT [LIMIT [STEP...]]
-# MORE='--capture-step' adds options to both runs. Weights stay there: they do not fit into what comes back.
+# Trains FastMETRO-S or -L with ResNet-50 on synthetic people. long_runs.sh COMMIT LIMIT train_s-r50|train_l-r50
+# TOTAL=1400: seconds of stepping, over as many calls as they take: a call goes on where the one before stopped, as long
+# as out/ is there. AGAIN=1 begins anew. MORE='...' replaces the options of both, the same in each call of a run.
+# Weights stay there: they do not fit into what comes back.
 NEEDS_WHEELS=1
 source "$(dirname "$0")/common.sh"
 RUNS=out/long_runs
-rm -rf "$RUNS"
+[[ ${AGAIN:-} ]] && rm -rf "$RUNS"
 mkdir -p "$RUNS"
-AROUND=${AROUND:-60} # seconds of a run that are no stepping: start, evaluations, export, report
-LAST=25              # curves and packing
+LAST=50 # seconds for the checkpoint, in the last call for the report on 1,000 images, for curves and packing
+read -ra more <<<"${MORE:---fused --compile-model --capture-step}"
 
-train() { # NAME MODEL SECONDS
-  local more=()
-  read -ra more <<<"${MORE:-}"
+train() { # NAME MODEL
+  local resume=()
+  [[ -f $RUNS/$1/checkpoint.pt ]] && resume=(--resume)
   # A checkpoint of half a gigabyte every 500 steps would count against --total-seconds; one is written at the end.
-  step "train_$1" $(($3 + 2 * AROUND)) "$PY" -m fastmetro train configs/synthetic.yaml --model "$2" \
-    --output "$RUNS/$1" --total-seconds "$3" --steps 200000 --save-every 1000000 --eval-every 1000 \
-    --commit "$COMMIT" "${more[@]}"
+  step "train_$1" $(($(left) - 15)) "$PY" -m fastmetro train configs/synthetic.yaml --model "$2" \
+    --output "$RUNS/$1" --total-seconds "${TOTAL:-1400}" --max-seconds $(($(left) - LAST)) --steps 400000 \
+    --save-every 1000000 --log-every 250 --eval-every 2500 --commit "$COMMIT" "${more[@]}" "${resume[@]}"
 }
 
 collect() {
@@ -24,29 +26,20 @@ collect() {
     [[ -d $RUNS/$name ]] || continue
     mkdir -p "$LOGS/$name"
     cp -r "$RUNS/$name"/{log.csv,report.json,tensorboard} "$LOGS/$name/" 2>/dev/null
-    [[ -f $RUNS/$name/report.json ]] || echo "$name: no report.json, the run did not come to its end"
+    tail -n 1 "$RUNS/$name/log.csv" | cut -c1-160
+    [[ -f $RUNS/$name/report.json ]] || echo "$name: no report.json, the run did not come to its end yet"
   done
   return 0
 }
 
-each=$((($(left) - LAST) / 2 - AROUND))
-# A run alone gets what two would have.
-[[ $ONLY == *[!\ ]* && ($ONLY != *' train_s-r50 '* || $ONLY != *' train_l-r50 '*) ]] && each=$(($(left) - LAST - AROUND))
-((each >= 20)) || { echo "LIMIT $LIMIT leaves $each s for each run"; exit 2; }
-begin=$SECONDS
-train s-r50 fastmetro-s "$each"
-if [[ -f $RUNS/s-r50/report.json ]]; then # what the first needed beside its stepping, and a sixth more
-  around=$(((SECONDS - begin - each) * 7 / 6 + 2))
-  rest=$(($(left) - LAST - around))
-  ((rest < each)) && each=$rest
-fi
-((each >= 20)) || { echo "only $each s are left for L"; exit 1; }
-train l-r50 fastmetro-l "$each"
+[[ $ONLY == *' train_s-r50 '* ]] && train s-r50 fastmetro-s
+[[ $ONLY == *' train_l-r50 '* ]] && train l-r50 fastmetro-l
+DONE+='train_s-r50 train_l-r50 '
+[[ $ONLY == *' train_'* ]] || { echo "name a run: train_s-r50 or train_l-r50"; exit 2; }
 
 curves=()
 for name in s-r50 l-r50; do
   [[ -f $RUNS/$name/log.csv ]] && curves+=("$name=$RUNS/$name/log.csv")
 done
-if ((${#curves[@]})) || [[ $DRY ]]; then
-  step curves 20 "$PY" -m bench curves "${curves[@]}" --values loss pa_mpjpe --out "$R/curves.png" --csv "$R/curves.csv"
-fi
+ONLY=' ' # whatever was named
+((${#curves[@]})) && step curves 20 "$PY" -m bench curves "${curves[@]}" --values loss pa_mpjpe --out "$R/curves.png" --csv "$R/curves.csv"
