@@ -14,7 +14,7 @@ from torch import Tensor
 from fastmetro.data.labels import MeshLabels
 from fastmetro.data.mixing import MixedSampler, Pick, Source
 from fastmetro.data.synthetic.dataset import SyntheticBatch, normalize_images
-from fastmetro.data.tsv.dataset import TsvDataset, UnusableData
+from fastmetro.data.tsv.dataset import TsvDataset
 from fastmetro.data.tsv.loader import MixedDataset, make_loader
 from fastmetro.data.tsv.slots import Slots
 from fastmetro.distributed import World
@@ -140,7 +140,7 @@ class TsvBatches:
         assert self._batches is not None
         try:
             return next(self._batches)
-        except (RuntimeError, OSError, EOFError, UnusableData) as error:
+        except Exception as error:  # whatever a worker may raise: the state of the training is whole, and is saved
             why = f"{error}{_dead_workers(self._batches, error)}"
             self._batches = None
             raise SourceFailed(f"the samples of step {step} could not be read: {why}") from error

@@ -57,7 +57,8 @@ class TrainState:
     """Model, average, optimizer, loss scale and position of a run. The next batch is that of ``step``.
 
     ``commands`` are all that led here, in order, and ``samples_before`` counts the images of earlier runs whose weights
-    this one started from; ``best`` is the smallest PA-MPJPE that an evaluation has found.
+    this one started from; ``best`` is the smallest PA-MPJPE that an evaluation has found, and ``skipped`` counts the
+    bad rows that all processes have replaced.
     """
 
     model: nn.Module
@@ -69,6 +70,7 @@ class TrainState:
     commands: list[str] = field(default_factory=list)
     samples_before: int = 0
     best: float = math.inf
+    skipped: int = 0
 
     def random_state(self) -> tuple[Tensor, Tensor | None]:
         """The random number generators of this process: the CPU's and the device's."""
@@ -96,6 +98,7 @@ class TrainState:
             "commands": self.commands,
             "samples_before": self.samples_before,
             "best": self.best,
+            "skipped": self.skipped,
             "model": self.model.state_dict(),
             "average": self.average.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -141,7 +144,7 @@ class TrainState:
             self.scaler.load_state_dict(content["scaler"])
         self.step, self.seconds = content["step"], content["seconds"]
         self.commands, self.samples_before = content["commands"], content["samples_before"]
-        self.best = content["best"]
+        self.best, self.skipped = content["best"], content.get("skipped", 0)  # which older checkpoints lack
         if rank < len(content["random"]):
             on_cpu, on_device = content["random"][rank]
             torch.set_rng_state(on_cpu)

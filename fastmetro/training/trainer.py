@@ -6,7 +6,6 @@ import math
 import signal
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,7 +104,7 @@ class Trainer:
         self._open_logs()
         self._run_step: TrainingStep | CapturedStep = self.step
         self._sum: Tensor | None = None
-        self._skipped: Counter[str] = Counter()
+        self._skipped = 0
         self._since = self.state.step
         self._stop = False
         self._last: Batch | None = None
@@ -191,7 +190,7 @@ class Trainer:
         state.average.update(self.model, state.step)
         state.step += 1
         self._sum = values.clone() if self._sum is None else self._sum.add_(values)
-        self._skipped.update(batch.skipped)
+        self._skipped += sum(batch.skipped.values())
         self._last = batch
 
     def _report(self, mark: float, bar: Any) -> float:
@@ -200,6 +199,9 @@ class Trainer:
         if steps == 0 or self._sum is None:
             return mark
         mean = self.world.sum(self._sum) / (steps * self.world.size)
+        skipped = torch.tensor(self._skipped, device=self.device)
+        state.skipped += int(self.world.sum(skipped))
+        self._skipped = 0
         means = dict(zip(self.step.names, mean.tolist(), strict=True))
         now = time.monotonic()
         state.seconds += now - mark
@@ -212,8 +214,8 @@ class Trainer:
         speed = steps * self.config.batch_size / max(now - mark, 1e-9)
         self._write(means, speed)
         bar.n = round(100 * self.progress, 1)
-        skipped = f", {sum(self._skipped.values())} bad rows replaced" if self._skipped else ""
-        bar.set_postfix_str(f"step {state.step}, loss {means['loss']:.4f}, {speed:.0f} images/s{skipped}")
+        replaced = f", {state.skipped} bad rows replaced" if state.skipped else ""
+        bar.set_postfix_str(f"step {state.step}, loss {means['loss']:.4f}, {speed:.0f} images/s{replaced}")
         return now
 
     def _write(self, means: dict[str, float], speed: float) -> None:
@@ -223,7 +225,7 @@ class Trainer:
             "seconds": round(self.state.seconds, 3),
             "images_per_second": round(speed, 1),
             "learning_rate": float(self.state.optimizer.param_groups[0]["lr"]),
-            "skipped": sum(self._skipped.values()),
+            "skipped": self.state.skipped,
             **{name: round(value, 6) for name, value in means.items()},
         }
         if self.log is not None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tsv_cases import jpeg
+from tsv_cases import jpeg, rows, write_set
 
 from fastmetro import cli
 from fastmetro.data.tsv import TsvSource, build_data, check_data, decode_image, parse_label
@@ -67,6 +67,16 @@ def test_hands(tmp_path: Path) -> None:
     path = annotations(tmp_path, 2, 21, 48)
     report = build_data(path, tmp_path / "images", tmp_path / "hand", "hand")
     assert check_data(report.path, "hand").bad == 0 and check_data(report.path, "body").bad == 2
+
+
+def test_a_check_names_keys_and_what_is_asked_wrongly(tmp_path: Path) -> None:
+    path = write_set(tmp_path, [*rows(2), ("the key", b"!", "[{", "40 30")])
+    assert "row 2: 'the key', broken base64" in check_data(path).text()
+    with pytest.raises(ValueError, match="kind must be one of 'body', 'hand', got 'feet'"):
+        check_data(path, "feet")  # type: ignore[arg-type]
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ValueError, match="has no rows"):
+        check_data(write_set(tmp_path / "none", []))
 
 
 def test_rows_that_cannot_be_used_are_skipped_and_told(tmp_path: Path) -> None:

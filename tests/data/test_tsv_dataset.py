@@ -140,14 +140,27 @@ def test_a_broken_index_is_a_problem_of_its_rows(tmp_path: Path) -> None:
     assert batch.keys == ["im0", "im3"] and batch.skipped == {"broken index": 1}
 
 
-def test_too_many_bad_rows_raise(tmp_path: Path) -> None:
-    content = [*good(3), *[broken("json")] * 20]
-    data = dataset(tmp_path, content, seed=2)
-    with pytest.warns(RuntimeWarning), pytest.raises(UnusableData, match=r"rows that were tried .*broken JSON: \d+"):
-        data.__getitems__(list(range(3, 19)))
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_too_many_bad_rows_raise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     only = dataset(tmp_path, [broken("image")], seed=2)
-    with pytest.warns(RuntimeWarning), pytest.raises(UnusableData, match=r"16 of 16 rows .*broken image: 16"):
+    with pytest.raises(UnusableData, match=r"100 rows that were tried for one sample .*broken image: 100"):
         only[0]
+    monkeypatch.setattr("fastmetro.data.tsv.dataset.MIN_TRIED", 64)
+    data = dataset(tmp_path, [*good(3), *[broken("json")] * 20], seed=2)
+    with pytest.raises(UnusableData, match=r"\d+ of \d+ rows that were tried .*broken JSON: \d+"):
+        for _ in range(64):
+            data.__getitems__(list(range(8, 12)))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_bad_luck_is_not_unusable(tmp_path: Path) -> None:
+    """A batch of bad rows alone, in a set that has better ones."""
+    data = dataset(tmp_path, [*good(30), *[broken("json")] * 19], seed=2)
+    batch = data.collate(data.__getitems__(list(range(30, 49))))
+    assert len(batch.keys) == 19 and batch.skipped["broken JSON"] >= 19
+    for _ in range(100):
+        data.__getitems__(list(range(0, 48, 4)))
+    assert data._tried[0] > 1000
 
 
 def test_evaluation_leaves_bad_rows_out(tmp_path: Path) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
+import struct
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 from tsv_cases import cell, jpeg, label
 
 from fastmetro.data.tsv import BadRow, decode_image, parse_label
@@ -80,6 +82,82 @@ def test_an_image_is_decoded_upright() -> None:
     assert decode_image(encode_image(turned.getvalue())).shape == (30, 40, 3)
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation(orientation: int) -> None:
+    with Image.open(io.BytesIO(jpeg())) as opened:
+        exif, turned = Image.Exif(), io.BytesIO()
+        exif[0x0112] = orientation
+        opened.save(turned, "JPEG", exif=exif, quality=95)
+    with Image.open(turned) as opened:
+        assert np.array_equal(
+            decode_image(encode_image(turned.getvalue())), np.asarray(ImageOps.exif_transpose(opened))
+        )
+
+
+def _exif(value: bytes) -> bytes:
+    """A JPEG that is to be turned, with another entry that no writer of EXIF accepts."""
+    entries = [b"\x01\x12\x00\x03\x00\x00\x00\x01\x00\x06\x00\x00", value]
+    body = b"MM\x00*\x00\x00\x00\x08" + len(entries).to_bytes(2, "big") + b"".join(entries) + b"\x00" * 4
+    marker = b"\xff\xe1" + (len(body) + 8).to_bytes(2, "big") + b"Exif\x00\x00" + body
+    plain = jpeg()
+    return plain[:2] + marker + plain[2:]
+
+
+@pytest.mark.parametrize(
+    "value", [b"\x01\x1a\x00\x05\x00\x00\x00\x01\x00\x00\xff\xff", b"\x87\x69\x00\x02\x00\x00\x00\x03\x41\x00\xff\xff"]
+)
+def test_odd_metadata_cost_no_picture(value: bytes) -> None:
+    assert decode_image(encode_image(_exif(value))).shape[2] == 3
+
+
+def test_no_exception_of_a_library_comes_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise struct.error("unpack requires a buffer of 4 bytes")
+
+    monkeypatch.setattr(rows_module, "_decoded", fail)
+    with pytest.raises(BadRow, match=r"broken image: error: unpack requires"):
+        decode_image(encode_image(jpeg()))
+    png = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(png, "PNG")
+    for at in range(8, len(png.getvalue())):
+        for byte in (0, 1, 127, 255):
+            data = bytearray(png.getvalue())
+            data[at] = byte
+            with contextlib.suppress(BadRow):
+                decode_image(encode_image(bytes(data)))
+
+
+def test_16_bits_a_pixel_are_not_cut_off() -> None:
+    png = io.BytesIO()
+    Image.fromarray(np.array([[0, 256, 32768, 65535]], np.uint16)).save(png, "PNG")
+    assert decode_image(encode_image(png.getvalue()))[0, :, 0].tolist() == [0, 1, 128, 255]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("options", [{"subsampling": 0}, {"subsampling": 2}, {"progressive": True}])
+def test_the_fast_decoder_gives_the_pixels_of_pillow(mode: str, options: dict) -> None:
+    """Also of damaged files: what Pillow reads is read, and what it does not is not."""
+    pixels = np.random.default_rng(0).integers(0, 256, (37, 53, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(file, "JPEG", quality=80, **options)
+    whole = file.getvalue()
+    generator = np.random.default_rng(1)
+    files = [whole, whole + b"more"]
+    for _ in range(60):
+        cut, changed = whole[: generator.integers(2, len(whole))], bytearray(whole)
+        changed[generator.integers(2, len(whole))] = generator.integers(256)
+        files += [cut, bytes(changed)]
+    for data in files:
+        try:
+            with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as opened:
+                expected = np.asarray(opened.convert("RGB"))
+        except Exception:
+            with pytest.raises(BadRow):
+                decode_image(encode_image(data))
+        else:
+            assert np.array_equal(decode_image(encode_image(data)), expected)
+
+
 def _gif() -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (4, 4)).save(file, "GIF")
@@ -111,7 +189,15 @@ def test_images_that_claim_too_many_pixels_are_not_decoded(monkeypatch: pytest.M
 
 def test_sizes_come_in_two_forms() -> None:
     assert parse_size(b'[{"height": 40, "width": 30}]') == parse_size(b"40 30") == (40, 30)
-    for text in (b"40", b"40 30 20", b"a b", b"[{}]", b"[]", b'[{"height": null, "width": 1}]'):
+    for text in (
+        b"40",
+        b"40 30 20",
+        b"a b",
+        b"[{}]",
+        b"[]",
+        b'[{"height": null, "width": 1}]',
+        b'[{"height": Infinity, "width": 1}]',
+    ):
         with pytest.raises(BadRow, match="expected height and width"):
             parse_size(text)
     with pytest.raises(BadRow, match="must be positive, got 0 and 3"):

@@ -155,6 +155,20 @@ def test_bad_rows_are_counted_in_the_log(tmp_path: Path) -> None:
     trainer = small(tmp_path / "run", lambda step: usual(step)._replace(skipped=bad(step)))
     trainer.run()
     assert [row["skipped"] for row in rows(tmp_path / "run")] == ["0", "1", "3", "5", "7", "9"]
+    assert torch.load(trainer.checkpoint, weights_only=True)["skipped"] == 9
+
+
+def test_the_count_of_bad_rows_goes_on(tmp_path: Path) -> None:
+    usual = small(tmp_path / "x").source
+    bad = lambda step: usual(step)._replace(skipped={"broken image": 2, "wrong shape": 1})  # noqa: E731
+    stopped = small(tmp_path / "run", bad)
+    stopped.state.skipped = 5
+    stopped.state.save(stopped.checkpoint, stopped.settings)
+    again = small(tmp_path / "run", bad, resume=True)
+    assert again.state.skipped == 5
+    again.run()
+    count = [int(row["skipped"]) for row in rows(tmp_path / "run")]
+    assert count[-1] == 5 + 3 * again.state.step and count == sorted(count)
 
 
 def test_a_row_that_was_cut_off_is_dropped(tmp_path: Path) -> None:

@@ -91,7 +91,20 @@ def test_bad_rows_are_replaced_and_counted(tmp_path: Path, mesh: Mesh) -> None:
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_unusable_data_fails(tmp_path: Path, mesh: Mesh) -> None:
     with pytest.raises(SourceFailed, match=r"samples of step 0 could not be read: .*cannot be used"):
-        source(mesh, [tables(tmp_path, 24, bad=tuple(range(20)))])(0)
+        source(mesh, [tables(tmp_path, 24, bad=tuple(range(24)))])(0)
+
+
+def test_whatever_a_worker_raises_is_a_failed_source(
+    tmp_path: Path, mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = source(mesh, [tables(tmp_path, 24)])
+
+    def fail(*arguments: object) -> None:
+        raise KeyError("a mistake of ours")
+
+    monkeypatch.setattr(TsvDataset, "_sample", fail)
+    with pytest.raises(SourceFailed, match="step 0 could not be read: 'a mistake of ours'"):
+        made(0)
 
 
 def lose_a_worker(folder: Path, said: Path) -> None:

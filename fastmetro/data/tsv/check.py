@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from fastmetro.data.tsv.rows import BadRow, Kind, decode_image, parse_label, parse_size
+from fastmetro.data.tsv.rows import SHAPES, BadRow, Kind, decode_image, parse_label, parse_size
 from fastmetro.data.tsv.source import TsvSource
 
 _CHUNK = 64
@@ -24,7 +24,8 @@ class Report:
     Attributes:
         rows: of the data set.
         problems: by kind, the number of rows that have it (the first one that was found in a row counts).
-        examples: (row, kind, message) of the first rows of each kind.
+        examples: (row, kind, message) of the first rows of each kind; the message begins with the row's key, if it has
+            one that can be read.
         flags: how many usable rows have 2D joints, 3D joints, a mesh.
     """
 
@@ -61,13 +62,17 @@ def check_data(
         progress: whether a bar is shown.
 
     Raises:
-        FileNotFoundError, ValueError: the set itself cannot be opened (see :class:`TsvSource`), or a number is
-            negative.
+        FileNotFoundError, ValueError: the set itself cannot be opened (see :class:`TsvSource`) or has no rows, there is
+            no such kind, or a number is negative.
     """
+    if kind not in SHAPES:
+        raise ValueError(f"kind must be one of {', '.join(map(repr, SHAPES))}, got {kind!r}")
     for name, value in (("workers", workers), ("examples", examples)):
         if value < 0:
             raise ValueError(f"{name} must not be negative, got {value}")
     source = TsvSource(path)
+    if not len(source):
+        raise ValueError(f"{path} has no rows")
     report = Report(len(source))
     chunks = [range(start, min(start + _CHUNK, len(source))) for start in range(0, len(source), _CHUNK)]
     named: Counter[str] = Counter()
@@ -116,10 +121,18 @@ def _look(source: TsvSource, chunk: range, kind: Kind) -> _Found:
         try:
             found.append((number, "", "", _flags(source, number, kind)))
         except BadRow as error:
-            found.append((number, error.problem, str(error), []))
+            found.append((number, error.problem, f"{_key(source, number)}{error}", []))
         except ValueError as error:  # an index that does not fit
             found.append((number, "broken index", str(error), []))
     return found
+
+
+def _key(source: TsvSource, number: int) -> str:
+    """Of a row; in a composite set its file is part of it."""
+    try:
+        return f"{source.row(number).key!r}, "
+    except ValueError:
+        return ""
 
 
 def _flags(source: TsvSource, number: int, kind: Kind) -> list[str]:

@@ -24,8 +24,10 @@ from fastmetro.data.tsv.rows import BETAS, SHAPES, BadRow, Kind, Label, decode_i
 from fastmetro.data.tsv.source import TsvSource
 
 Place = Literal["worker", "device"]
-MIN_TRIED = 16
-"""Rows of a batch that must have been tried before most of them being bad is an error."""
+MIN_TRIED = 1000
+"""Rows that must have been tried before most of them being bad is an error, which chance then does not make."""
+MAX_TRIES = 100
+"""Rows that are tried for one sample."""
 
 
 class UnusableData(ValueError):
@@ -139,6 +141,7 @@ class TsvDataset(Dataset):
         self.source, self.kind, self.seed, self.view, self.size = source, kind, seed, view or Draw(), size
         self.pixels, self.compat = pixels, compat
         self._reported = torch.zeros(len(source), dtype=torch.bool).share_memory_()  # by all workers
+        self._tried = torch.zeros(2, dtype=torch.int64).share_memory_()  # rows, and how many of them were bad
 
     def __len__(self) -> int:
         return len(self.source)
@@ -151,17 +154,29 @@ class TsvDataset(Dataset):
 
         Raises:
             IndexError: there is no such row.
-            UnusableData: more than half of at least ``MIN_TRIED`` rows of the batch cannot be used (training).
+            UnusableData: of at least ``MIN_TRIED`` rows that were tried, over all workers, more than half cannot be
+                used, or none of ``MAX_TRIES`` for one sample (training).
         """
         picks = [index if isinstance(index, Pick) else Pick(0, index, index) for index in indices]
         if self.seed is None:
             return [self._evaluated(pick.row) for pick in picks]
         draws = draw_samples(self.seed, [pick.number for pick in picks], self.kind)
-        problems: list[str] = []
-        samples: list[TsvSample | SkippedRow] = []
-        for pick, draw in zip(picks, draws, strict=True):
-            samples.append(self._usable(pick, draw, len(samples), problems))
-        return samples
+        samples = [self._usable(pick, draw) for pick, draw in zip(picks, draws, strict=True)]
+        self._check_tried(samples)
+        return list(samples)
+
+    def _check_tried(self, samples: Sequence[TsvSample]) -> None:
+        bad = sum(len(sample.skipped) for sample in samples)
+        self._tried += torch.tensor([len(samples) + bad, bad])
+        tried, bad = self._tried.tolist()
+        if tried >= MIN_TRIED and 2 * bad > tried:
+            raise self._unusable(f"{bad} of {tried} rows that were tried", [p for one in samples for p in one.skipped])
+
+    def _unusable(self, rows: str, problems: Sequence[str]) -> UnusableData:
+        found = ", ".join(f"{problem}: {count}" for problem, count in Counter(problems).most_common())
+        return UnusableData(
+            f"{self.source.path}: {rows} cannot be used (the last ones: {found}); `fastmetro data check` names them"
+        )
 
     def _evaluated(self, row: int) -> TsvSample | SkippedRow:
         try:
@@ -170,22 +185,19 @@ class TsvDataset(Dataset):
             self._report(row, error)
             return SkippedRow(error.problem)
 
-    def _usable(self, pick: Pick, draw: Draw, usable: int, problems: list[str]) -> TsvSample:
-        """The picked row or, while it is bad, another one; adds to ``problems``, those of the batch so far."""
-        row, first = pick.row, len(problems)
+    def _usable(self, pick: Pick, draw: Draw) -> TsvSample:
+        """The picked row or, while it is bad, another one."""
+        row = pick.row
+        problems: list[str] = []
         while True:
             try:
-                return replace(self._sample(row, draw), skipped=tuple(problems[first:]))
+                return replace(self._sample(row, draw), skipped=tuple(problems))
             except BadRow as error:
                 self._report(row, error)
                 problems.append(error.problem)
-            if usable + len(problems) >= MIN_TRIED and len(problems) > usable:
-                found = ", ".join(f"{problem}: {count}" for problem, count in Counter(problems).most_common())
-                raise UnusableData(
-                    f"{self.source.path}: {len(problems)} of {usable + len(problems)} rows that were tried for a batch "
-                    f"cannot be used ({found}); `fastmetro data check` names all of them"
-                )
-            row = self._replacement(pick.number, len(problems) - first)
+            if len(problems) == MAX_TRIES:
+                raise self._unusable(f"{MAX_TRIES} rows that were tried for one sample", problems)
+            row = self._replacement(pick.number, len(problems))
 
     def _replacement(self, number: int, attempt: int) -> int:
         assert self.seed is not None

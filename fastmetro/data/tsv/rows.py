@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageOps
+from PIL import Image, UnidentifiedImageError
 
 from fastmetro.data.limits import MAX_PIXELS
 
@@ -20,6 +20,10 @@ Kind = Literal["body", "hand"]
 MAX_LABEL_BYTES = 1 << 20
 _LARGEST = np.finfo(np.float32).max
 _ORIENTATION = 0x0112  # of EXIF
+_Turn = Image.Transpose
+_TURNS = {2: _Turn.FLIP_LEFT_RIGHT, 3: _Turn.ROTATE_180, 4: _Turn.FLIP_TOP_BOTTOM, 5: _Turn.TRANSPOSE,
+          6: _Turn.ROTATE_270, 7: _Turn.TRANSVERSE, 8: _Turn.ROTATE_90}  # fmt: skip
+"""By orientation, what makes a picture upright; others are."""
 
 
 class BadRow(ValueError):
@@ -121,7 +125,8 @@ def _array(found: dict[str, Any], key: str, shape: tuple[int, ...], exact: bool 
     if key not in found:
         raise BadRow("missing key", key)
     try:
-        values = np.array(found[key], dtype=np.float64 if exact else np.float32)
+        with np.errstate(over="ignore"):  # infinity, which is told below
+            values = np.array(found[key], dtype=np.float64 if exact else np.float32)
     except (TypeError, ValueError, OverflowError):
         raise BadRow("wrong value", f"{key} must be numbers, got {str(found[key])[:60]}") from None
     if values.shape == (1, *shape):
@@ -145,19 +150,40 @@ def decode_image(text: bytes) -> np.ndarray:
         raise BadRow("broken base64", str(error)) from None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below replaces it
+            warnings.simplefilter("ignore")  # of Pillow, about limits that this one replaces, and about odd metadata
             with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as opened:
-                if opened.width * opened.height > MAX_PIXELS:
-                    raise BadRow("image too large", f"{opened.width} x {opened.height} pixels")
-                if opened.format == "JPEG" and opened.mode == "RGB" and opened.getexif().get(_ORIENTATION, 1) == 1:
-                    try:
-                        return simplejpeg.decode_jpeg(data, "RGB", strict=True)
-                    except (ValueError, MemoryError):  # at the least doubt: Pillow knows what can be read, and why not
-                        pass
-                ImageOps.exif_transpose(opened, in_place=True)
-                return np.asarray(opened if opened.mode == "RGB" else opened.convert("RGB"))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BadRow("broken image", str(error)) from None
+                return _decoded(opened, data)
+    except (BadRow, MemoryError):
+        raise
+    except UnidentifiedImageError:
+        raise BadRow("broken image", f"neither a JPEG nor a PNG file, {data[:16]!r}") from None
+    except Exception as error:  # Pillow raises whatever a damaged file leads to
+        raise BadRow("broken image", f"{type(error).__name__}: {error}") from None
+
+
+def _decoded(opened: Image.Image, data: bytes) -> np.ndarray:
+    """The pixels of an opened file."""
+    if opened.width * opened.height > MAX_PIXELS:
+        raise BadRow("image too large", f"{opened.width} x {opened.height} pixels")
+    turn = _TURNS.get(_orientation(opened))
+    if opened.format == "JPEG" and opened.mode == "RGB" and turn is None:
+        try:
+            return simplejpeg.decode_jpeg(data, "RGB", strict=True)
+        except (ValueError, MemoryError):  # at the least doubt: Pillow knows what can be read, and why not
+            pass
+    found: Image.Image = opened
+    if opened.mode.startswith("I"):  # 16 bits a pixel, which a conversion would cut off at 255
+        found = Image.fromarray((np.asarray(opened) >> 8).astype(np.uint8))
+    found = found if turn is None else found.transpose(turn)
+    return np.asarray(found if found.mode == "RGB" else found.convert("RGB"))
+
+
+def _orientation(opened: Image.Image) -> Any:
+    """As the camera was held; 1 where that is not said in a way that can be read."""
+    try:
+        return opened.getexif().get(_ORIENTATION, 1)
+    except Exception:  # damaged metadata says nothing about the picture
+        return 1
 
 
 def encode_image(data: bytes) -> bytes:
@@ -177,7 +203,7 @@ def parse_size(text: bytes) -> tuple[int, int]:
             height, width = int(entry["height"]), int(entry["width"])
         else:
             height, width = (int(number) for number in text.split())
-    except (ValueError, KeyError, IndexError, TypeError, RecursionError):
+    except (ValueError, KeyError, IndexError, TypeError, OverflowError, RecursionError):
         raise BadRow("broken size", f"expected height and width, got {text[:60]!r}") from None
     if height < 1 or width < 1:
         raise BadRow("broken size", f"height and width must be positive, got {height} and {width}")
