@@ -26,8 +26,8 @@ class GroundTruth(nn.Module):
 
     Vertices are those of the body model of pose and betas: of the neutral one or, where they are given, of that of the
     sample's gender; an unknown gender gets the neutral one, and a RuntimeWarning names it once. Joints and vertices are
-    moved so that the root (the middle of the hips, the wrist) is the origin, joints by the labelled root and vertices by
-    that regressed from them.
+    moved so that the root (the middle of the hips, the wrist) is the origin, joints by the labelled root and vertices
+    by that regressed from them.
 
     Args:
         mesh: of the network. Of a mesh that is neither SMPL's nor MANO's a batch gives joints only, and
