@@ -81,6 +81,25 @@ class World:
             dist.barrier()
 
 
+def find_device(name: str = "auto") -> torch.device:
+    """The device of that name, which is there.
+
+    Args:
+        name: "cpu", "cuda", "cuda:1" and the like, or "auto": a GPU where there is one.
+
+    Raises:
+        ValueError: another name, or a GPU that PyTorch does not find.
+    """
+    count = torch.cuda.device_count()
+    if name == "auto":
+        return torch.device("cuda" if count else "cpu")
+    gpus = ["cuda", *(f"cuda:{number}" for number in range(count))] if count else []
+    if name not in ("cpu", *gpus):
+        why = "" if count else " (PyTorch finds no GPU here)"
+        raise ValueError(f"device must be one of {', '.join(map(repr, ('auto', 'cpu', *gpus)))}{why}, got {name!r}")
+    return torch.device(name)
+
+
 @contextlib.contextmanager
 def open_world(device: str = "auto") -> Iterator[tuple[World, torch.device]]:
     """This process's world, and its device, for the time of the block.
@@ -92,18 +111,16 @@ def open_world(device: str = "auto") -> Iterator[tuple[World, torch.device]]:
         device: "cpu", "cuda", or "auto": a GPU where there is one. "cuda:1" and the like only for one process alone.
 
     Raises:
-        ValueError: a numbered device for one of several processes.
+        ValueError: a device that is not there, or a numbered one for one of several processes.
         RuntimeError: more processes on this node than GPUs, or the processes do not find each other.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
-        yield World(), torch.device(device)
-        return
-    if ":" in device:
+    if size > 1 and ":" in device:
         raise ValueError(f"device must be 'cpu', 'cuda' or 'auto' under torchrun, got {device!r}")
-    chosen = torch.device(device)
+    chosen = find_device(device)
+    if size == 1:
+        yield World(), chosen
+        return
     if chosen.type == "cuda":
         local = int(os.environ.get("LOCAL_RANK", "0"))
         if local >= torch.cuda.device_count():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from fastmetro.data.labels import MeshLabels, fit_weak_perspective
 from fastmetro.data.tsv.batch import TsvBatch
+from fastmetro.data.tsv.rows import GENDERS
 from fastmetro.meshes.body import axis_angle_to_matrix
 from fastmetro.meshes.mano import MANO
 from fastmetro.meshes.mesh import Mesh
@@ -23,8 +25,9 @@ class GroundTruth(nn.Module):
     """From a batch of TSV files to labels of a network.
 
     Vertices are those of the body model of pose and betas: of the neutral one or, where they are given, of that of the
-    sample's gender. Joints and vertices are moved so that the root (the
-    middle of the hips, the wrist) is the origin, joints by the labelled root and vertices by that regressed from them.
+    sample's gender; an unknown gender gets the neutral one, and a RuntimeWarning names it once. Joints and vertices are
+    moved so that the root (the middle of the hips, the wrist) is the origin, joints by the labelled root and vertices
+    by that regressed from them.
 
     Args:
         mesh: of the network. Of a mesh that is neither SMPL's nor MANO's a batch gives joints only, and
@@ -58,6 +61,7 @@ class GroundTruth(nn.Module):
         self.mesh_name, self.num_vertices = mesh.name, mesh.num_vertices
         self.model = model if model is not None and model.name == mesh.name else None
         self.gendered = nn.ModuleDict(dict(gendered or {}))
+        self._named: set[str] = set()  # unknown genders that were warned of
         regressor = torch.from_numpy(mesh.joint_regressor.toarray()).float()
         self.register_buffer("regressor", regressor, persistent=False)
         chosen = J24_TO_J14 if mesh.part == "body" else range(21)
@@ -95,6 +99,8 @@ class GroundTruth(nn.Module):
         if self.model is None:
             return batch.images.new_zeros((len(batch.images), self.num_vertices, 3)), None
         vertices, _ = self.model(batch.pose, batch.betas)
+        if self.gendered:
+            self._name_unknown(batch.genders)
         for gender, model in self.gendered.items():
             rows = [row for row, found in enumerate(batch.genders) if found == gender]
             if rows:
@@ -102,6 +108,19 @@ class GroundTruth(nn.Module):
         root = (self.regressor @ vertices)[:, self.roots].mean(dim=1, keepdim=True)
         body = self.mesh_name == "smpl"
         return vertices - root, axis_angle_to_matrix(batch.pose.unflatten(1, (-1, 3))) if body else None
+
+    def _name_unknown(self, genders: Iterable[str]) -> None:
+        accepted = set(GENDERS.values())
+        unknown = sorted(set(genders) - accepted - self._named)
+        if unknown:
+            self._named.update(unknown)
+            found = ", ".join(repr(gender[:60]) for gender in unknown[:5])
+            known = ", ".join(map(repr, sorted(accepted)))
+            warnings.warn(
+                f"gender of labels must be one of {known}, got {found}; their vertices are the neutral model's",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
 
 def ground_truth(

@@ -26,7 +26,12 @@ def _check_points(prediction: Tensor, target: Tensor) -> None:
 
 
 def root_position(joints: Tensor, roots: Sequence[int]) -> Tensor:
-    """Mean of the root joints: [B, J, 3] -> [B, 1, 3]. For the body they are the hips, for the hand the wrist."""
+    """Mean of the root joints: [B, J, 3] -> [B, 1, 3]. For the body they are the hips, for the hand the wrist.
+
+    Raises:
+        ValueError: if there are no roots.
+        IndexError: if a root is not one of the joints.
+    """
     if not roots:
         raise ValueError("roots must name at least one joint")
     return joints[:, list(roots)].mean(dim=1, keepdim=True)
@@ -44,7 +49,13 @@ def point_error(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def mpjpe(prediction: Tensor, target: Tensor, roots: Sequence[int]) -> Tensor:
-    """Mean per-joint position error after recentring both at the mean of ``roots``: two [B, J, 3] -> [B]."""
+    """Mean per-joint position error after recentring both at the mean of ``roots``: two [B, J, 3] -> [B].
+
+    Raises:
+        TypeError: if an input is no floating point tensor.
+        ValueError: if the shapes are not [B, J, 3] or differ, or there are no roots.
+        IndexError: if a root is not one of the joints.
+    """
     _check_points(prediction, target)
     return point_error(prediction - root_position(prediction, roots), target - root_position(target, roots))
 
@@ -77,30 +88,47 @@ def procrustes_align(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def pa_mpjpe(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean distance after :func:`procrustes_align`, for joints or vertices alike: two [B, N, 3] -> [B]."""
+    """Mean distance after :func:`procrustes_align`, for joints or vertices alike: two [B, N, 3] -> [B].
+
+    Raises:
+        TypeError: if an input is no floating point tensor.
+        ValueError: if the shapes are not [B, N, 3] or differ, or a value is not finite.
+    """
     return point_error(procrustes_align(prediction, target), target)
 
 
 class MeanMetrics:
-    """Running means of per-sample values, kept in float64.
-
-    ``update`` takes tensors [B] and an optional bool mask [B] of the samples that have the label; samples
-    without it count for nothing. ``compute`` gives NaN for a metric that no sample had.
-    """
+    """Running means of per-sample values, summed in float64."""
 
     def __init__(self) -> None:
         self._sums: dict[str, float] = {}
         self._counts: dict[str, int] = {}
 
     def update(self, valid: Tensor | None = None, **values: Tensor) -> None:
+        """Add the values of some samples.
+
+        Args:
+            valid: bool [B], which samples have the label; the others count for nothing. None: all have it.
+            values: by metric, [B] each.
+
+        Raises:
+            TypeError: ``valid`` is not bool. Numbers of samples would read as a mask.
+            ValueError: values are not [B], or ``valid`` has another shape than they. Nothing was added then.
+        """
+        if valid is not None and valid.dtype != torch.bool:
+            raise TypeError(f"valid must be a bool mask [B], got {valid.dtype}")
         for name, value in values.items():
             if value.ndim != 1:
                 raise ValueError(f"{name} must have shape [B], got {tuple(value.shape)}")
-            kept = value if valid is None else value[valid.bool()]
+            if valid is not None and valid.shape != value.shape:
+                raise ValueError(f"valid must have the shape of {name}, {tuple(value.shape)}, got {tuple(valid.shape)}")
+        for name, value in values.items():
+            kept = value if valid is None else value[valid]
             self._sums[name] = self._sums.get(name, 0.0) + float(kept.double().sum())
             self._counts[name] = self._counts.get(name, 0) + kept.numel()
 
     def compute(self) -> dict[str, float]:
+        """The mean of each metric over all samples that have it so far, in the unit given; NaN where none has."""
         return {
             name: total / self._counts[name] if self._counts[name] else float("nan")
             for name, total in self._sums.items()

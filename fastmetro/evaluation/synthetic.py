@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastmetro.data.labels import MeshLabels
 from fastmetro.data.synthetic.dataset import SyntheticPeople, normalize_images
 from fastmetro.evaluation.metrics import MeanMetrics, mpjpe, pa_mpjpe, point_error, root_position
+from fastmetro.evaluation.outputs import check_vertices, fine_vertices
 from fastmetro.meshes.mesh import Mesh, load_mesh
 
 HELD_OUT_SEED = 900_001
@@ -22,8 +23,9 @@ SYNTHETIC_PROTOCOL = (
     "joints; PA-MPJPE after a similarity transform without reflection; mean over images, millimetres"
 )
 
-Predict = Callable[[Tensor, MeshLabels], Tensor]
-"""Normalised images [B, 3, H, W] and their labels (for baselines alone) -> fine vertices [B, M, 3] in metres."""
+Predict = Callable[[Tensor, MeshLabels], Tensor | Mapping[str, Tensor]]
+"""Normalised images [B, 3, H, W] and their labels (for baselines alone) -> fine vertices [B, M, 3] in metres, or the
+outputs of a network, which hold them as "pred_3d_vertices_fine"."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,11 @@ class MeanMeshes:
 
 
 def mean_meshes(people: SyntheticPeople, count: int = MEAN_MESH_SAMPLES, batch_size: int = 100) -> MeanMeshes:
-    """Average the first ``count`` bodies of ``people``, in float64."""
+    """Average the first ``count`` bodies of ``people``, in float64.
+
+    Raises:
+        ValueError: if ``count`` or ``batch_size`` is less than 1.
+    """
     camera = facing = torch.zeros((), dtype=torch.float64, device=people.faces.device)
     for indices in _batches(count, batch_size, people.faces.device):
         camera = camera + people.labels(indices).vertices.double().sum(dim=0) / count
@@ -47,7 +53,13 @@ def mean_meshes(people: SyntheticPeople, count: int = MEAN_MESH_SAMPLES, batch_s
     return MeanMeshes(camera.float(), facing.float())
 
 
+def _check_counts(count: int, batch_size: int) -> None:
+    if count < 1 or batch_size < 1:
+        raise ValueError(f"count and batch_size must be at least 1, got {count} and {batch_size}")
+
+
 def _batches(count: int, batch_size: int, device: torch.device) -> Iterator[Tensor]:
+    _check_counts(count, batch_size)
     for first in range(0, count, batch_size):
         yield torch.arange(first, min(first + batch_size, count), device=device)
 
@@ -55,14 +67,22 @@ def _batches(count: int, batch_size: int, device: torch.device) -> Iterator[Tens
 def evaluate_vertices(
     predict: Predict, people: SyntheticPeople, count: int, batch_size: int, progress: bool = False
 ) -> dict[str, float]:
-    """mpjpe, pa_mpjpe and mpvpe in mm of ``predict`` on the first ``count`` images of ``people``."""
+    """mpjpe, pa_mpjpe and mpvpe in mm of ``predict`` on the first ``count`` images of ``people``.
+
+    Raises:
+        TypeError: ``predict`` gives neither vertices nor outputs that hold them.
+        ValueError: if ``count`` or ``batch_size`` is less than 1, or predicted vertices have another shape than the
+            mesh or are not finite.
+    """
     from tqdm import tqdm
 
     meter = MeanMetrics()
     device = people.faces.device
     for indices in tqdm(list(_batches(count, batch_size, device)), disable=not progress, desc="evaluating"):
         batch = people(indices)
-        predicted = predict(normalize_images(batch.images), batch.labels).float()
+        predicted = fine_vertices(predict(normalize_images(batch.images), batch.labels))
+        names = [f"image {number}" for number in indices.tolist()]
+        check_vertices(predicted, batch.labels.vertices.shape[1], names, f"synthetic people of seed {people.seed}")
         meter.update(**mesh_errors(predicted, batch.labels.vertices, people.joint_regressor, people.root_joints))
     return meter.compute()
 
@@ -114,10 +134,11 @@ def evaluate_synthetic(
         ``mean_mesh_facing``; ``count``, ``seed`` and ``protocol``.
 
     Raises:
-        ValueError: if ``count`` or ``batch_size`` is less than 1, or ``seed`` is ``training_seed``.
+        TypeError: the outputs of ``model`` have no "pred_3d_vertices_fine".
+        ValueError: if ``count`` or ``batch_size`` is less than 1, ``seed`` is ``training_seed``, or the vertices of
+            ``model`` have another shape than the mesh or are not finite.
     """
-    if count < 1 or batch_size < 1:
-        raise ValueError(f"count and batch_size must be at least 1, got {count} and {batch_size}")
+    _check_counts(count, batch_size)
     if seed == training_seed:
         raise ValueError(f"seed {seed} is the training seed: its images are not held out")
     mesh = load_mesh(mesh) if isinstance(mesh, str) else mesh
@@ -129,11 +150,7 @@ def evaluate_synthetic(
         network, was_training = model, model.training
         network.eval()
         try:
-            report.update(
-                evaluate_vertices(
-                    lambda images, _: network(images)["pred_3d_vertices_fine"], people, count, batch_size, progress
-                )
-            )
+            report.update(evaluate_vertices(lambda images, _: network(images), people, count, batch_size, progress))
         finally:
             network.train(was_training)
     if baselines:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from fastmetro.data.tsv.batch import TsvBatch
 from fastmetro.data.tsv.dataset import SkippedRow, TsvDataset, TsvSample
 from fastmetro.distributed import World
 from fastmetro.evaluation.metrics import pa_mpjpe, point_error, root_position
+from fastmetro.evaluation.outputs import check_vertices, fine_vertices
 from fastmetro.evaluation.protocols import Protocol
 from fastmetro.evaluation.samples import SampleErrors
 from fastmetro.meshes.mesh import Mesh
@@ -112,7 +113,7 @@ class Measure:
 
 @torch.no_grad()
 def evaluate_tsv(
-    predict: Callable[[Tensor], Tensor],
+    predict: Callable[[Tensor], Tensor | Mapping[str, Tensor]],
     source: TsvSource,
     truth: GroundTruth,
     mesh: Mesh,
@@ -130,7 +131,8 @@ def evaluate_tsv(
     """Measure a network on the rows of a data set; every process calls this, and all get the whole result.
 
     Args:
-        predict: normalised images [B, 3, size, size] -> fine vertices [B, M, 3] in metres.
+        predict: normalised images [B, 3, size, size] -> fine vertices [B, M, 3] in metres, or the outputs of a network
+            or an engine, which hold them as "pred_3d_vertices_fine".
         source: the rows.
         truth: makes the labels; on the device, and in float64 if the means are not to depend on the batches.
         mesh: of the network.
@@ -141,32 +143,48 @@ def evaluate_tsv(
         batch_size: images at a time, of each process.
         workers: processes that read ahead.
         size: side of the images.
-        count: only the first so many rows.
+        count: only the first so many rows; None: all of them.
         compat: crop as the released code does.
         progress: show a bar in the first process.
 
     Raises:
-        ValueError: the mesh does not fit the protocol, or there is no row that can be used.
+        ValueError: the mesh does not fit the protocol, a number is too small, there is no row that can be used, or
+            predicted vertices have another shape than the mesh or are not finite.
+        TypeError: ``predict`` gives something else.
     """
+    _check_numbers(batch_size, workers, count)
     world = world or World()
     measure = Measure(mesh, protocol, device)
     dataset = TsvDataset(source, protocol.kind, size=size, compat="published" if compat else None)
-    rows = range(min(len(source), count or len(source)))
+    rows = range(len(source) if count is None else min(len(source), count))
     batches = [list(rows[first : first + batch_size]) for first in range(0, len(rows), batch_size)]
     errors: list[SampleErrors] = []
     hands: list[tuple[Tensor, Tensor]] = []
     skipped: Counter[str] = Counter()
-    mine = batches[world.rank :: world.size]
-    for numbers, batch in _read(dataset, mine, workers, progress and world.first):
+    for numbers, batch in _read(dataset, batches[world.rank :: world.size], workers, progress and world.first):
         skipped.update(batch.skipped)
         if not len(numbers):
             continue
         moved = batch.to(device)
-        vertices = predict(moved.images).float()
+        vertices = _checked(predict(moved.images), numbers, batch, mesh, source.path)
         errors.append(measure(numbers, vertices, truth(moved)))
         if protocol.kind == "hand":
             hands.append(measure.hand(vertices))
     return _gathered(world, errors, hands, skipped, protocol, source.path)
+
+
+def _check_numbers(batch_size: int, workers: int, count: int | None) -> None:
+    for name, value, least in (("batch_size", batch_size, 1), ("workers", workers, 0), ("count", count, 1)):
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def _checked(output: Tensor | Mapping[str, Tensor], rows: Tensor, batch: TsvBatch, mesh: Mesh, path: Path) -> Tensor:
+    """The vertices [B, M, 3] that a network gave for a batch; those that cannot be measured are refused by row."""
+    vertices = fine_vertices(output)
+    names = [f"row {row} ({key!r})" for row, key in zip(rows.tolist(), batch.keys, strict=True)]
+    check_vertices(vertices, mesh.num_vertices, names, str(path))
+    return vertices
 
 
 def _read(
@@ -208,4 +226,4 @@ def _gathered(
 
 def mesh_of(network: nn.Module) -> Callable[[Tensor], Tensor]:
     """What of a network's outputs is evaluated: the fine vertices."""
-    return lambda images: network(images)["pred_3d_vertices_fine"]
+    return lambda images: fine_vertices(network(images))

@@ -36,6 +36,15 @@ def test_a_hand_has_other_sizes_and_gender_is_optional() -> None:
     assert found.joints_3d.shape == (21, 4) and found.pose.shape == (48,) and found.gender == "none"
 
 
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [("male", "male"), ("m", "male"), ("F", "female"), ("Female", "female"), (" N ", "neutral"), ("NEUTRAL", "neutral"),
+     ("None", "none"), ("Man", "Man"), ("", "")],
+)  # fmt: skip
+def test_genders_are_read_in_any_spelling_and_unknown_ones_kept(written: str, read: str) -> None:
+    assert parse_label(cell(label(gender=written)).encode(), "body").gender == read
+
+
 def _without(key: str) -> dict[str, Any]:
     return {name: value for name, value in label().items() if name != key}
 

@@ -124,3 +124,13 @@ def test_mean_metrics_weighs_samples_not_batches():
     meter.update(valid=torch.tensor([False]), missing=torch.tensor([1.0]))
     result = meter.compute()
     assert result["error"] == 4.0 and result["other"] == 4.0 and np.isnan(result["missing"])
+
+
+def test_mean_metrics_take_masks_only():
+    """Numbers of samples would read as a mask; after a refusal nothing was added."""
+    meter = metrics.MeanMetrics()
+    with pytest.raises(TypeError, match=r"valid must be a bool mask \[B\], got torch\.int64"):
+        meter.update(valid=torch.tensor([0, 2]), error=torch.ones(2))
+    with pytest.raises(ValueError, match=r"valid must have the shape of other, \(3,\), got \(2,\)"):
+        meter.update(valid=torch.tensor([True, False]), error=torch.ones(2), other=torch.ones(3))
+    assert meter.compute() == {}

@@ -43,6 +43,22 @@ def test_batches_do_not_change_the_result(people):
     assert whole["pa_mpjpe"] > 1
 
 
+def test_predictions_and_counts_that_cannot_be_measured_are_named(people):
+    def predict(_, labels):
+        vertices = labels.vertices.clone()
+        vertices[::2, 0] = torch.inf
+        return {"pred_3d_vertices_fine": vertices}
+
+    with pytest.raises(ValueError, match=r"seed 5 must be finite, .* 2 of 3 images of a batch: image 0, image 2$"):
+        synthetic.evaluate_vertices(predict, people, 3, 3)
+    with pytest.raises(ValueError, match=r"must have shape \[2, \d+, 3\] .*, got \[2, 9, 3\]"):
+        synthetic.evaluate_vertices(lambda _, labels: labels.vertices[:, :9], people, 2, 2)
+    with pytest.raises(ValueError, match="at least 1, got 0 and 3"):
+        synthetic.evaluate_vertices(predict, people, 0, 3)
+    with pytest.raises(ValueError, match="at least 1, got 4 and 0"):
+        synthetic.mean_meshes(people, 4, 0)
+
+
 def test_mean_meshes(mesh, people):
     means = synthetic.mean_meshes(people, count=24, batch_size=10)
     labels = people.labels(torch.arange(24))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import pickle
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -160,6 +161,22 @@ def test_truth_by_gender(tmp_path: Path) -> None:
         torch.testing.assert_close(mixed.vertices[row], (expected if gender == "female" else plain).vertices[row])
     with pytest.raises(ValueError, match="gendered must be 'male' and 'female' models"):
         GroundTruth(mesh, neutral, {"other": female})
+
+
+def test_unknown_genders_are_named_once(tmp_path: Path) -> None:
+    """Where bodies are chosen by gender; else nobody needs to know."""
+    from fastmetro.data.tsv.dataset import TsvDataset
+
+    mesh, model = made_up_mesh("smpl"), body_model("smpl", tmp_path)
+    dataset = TsvDataset(data_set(tmp_path / "data"), "body", size=32)
+    batch = replace(dataset.collate([dataset[row] for row in range(3)]), genders=["Man", "male", "x"])
+    gendered = GroundTruth(mesh, model, {"male": model})
+    with pytest.warns(RuntimeWarning, match=r"must be one of 'female', .*, got 'Man', 'x'; .* neutral model's"):
+        gendered(batch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gendered(batch)
+        GroundTruth(mesh, model)(batch)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")

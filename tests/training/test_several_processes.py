@@ -12,7 +12,7 @@ import torch
 import torch.multiprocessing as mp
 from small_network import MESH, SmallNetwork, labelled
 
-from fastmetro.distributed import World, open_world
+from fastmetro.distributed import World, find_device, open_world
 from fastmetro.training.config import TrainConfig
 from fastmetro.training.losses import MeshRecoveryLoss
 from fastmetro.training.objective import Objective
@@ -125,3 +125,25 @@ def test_numbered_devices_are_for_one_process(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="under torchrun, got 'cuda:1'"), open_world("cuda:1"):
         pass
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+@pytest.mark.parametrize("name", ["cuda", "cuda:99", "gpu", "meta", ""])
+def test_devices_that_are_not_there_are_named(name: str, processes: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything runs; the message says what there is."""
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ValueError, match=rf"^device must be .*'auto'.*, got '{name}'$"), open_world(name):
+        pass
+
+
+def test_devices_that_are_there_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert find_device() == find_device("cpu") == torch.device("cpu")
+    with pytest.raises(ValueError, match=r"one of 'auto', 'cpu' \(PyTorch finds no GPU here\), got 'cuda'"):
+        find_device("cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert find_device() == find_device("cuda") == torch.device("cuda")
+    assert find_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(ValueError, match=r"'cpu', 'cuda', 'cuda:0', 'cuda:1', got 'cuda:2'"):
+        find_device("cuda:2")

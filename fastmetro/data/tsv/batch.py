@@ -23,7 +23,7 @@ class TsvBatch:
         pose: float32 [B, P], axis-angle, augmented.
         betas: float32 [B, 10].
         has_joints_2d, has_joints_3d, has_smpl: bool [B].
-        genders: "male", "female", "neutral" or "none".
+        genders: as :class:`~fastmetro.data.tsv.rows.Label` has them.
         skipped: rows that could not be used, by problem; training replaces them, evaluation leaves them out.
     """
 

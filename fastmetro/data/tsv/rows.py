@@ -48,6 +48,8 @@ class Shapes:
 
 SHAPES: dict[Kind, Shapes] = {"body": Shapes(24, 72), "hand": Shapes(21, 48)}
 BETAS = 10
+GENDERS = {"m": "male", "f": "female", "n": "neutral"} | {name: name for name in ("male", "female", "neutral", "none")}
+"""What a label's gender may be, in any case, and what it is read as."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Label:
         pose: float32 [72] or [48], axis-angle of each joint.
         betas: float32 [10].
         has_joints_2d, has_joints_3d, has_smpl: whether these were measured.
-        gender: "male", "female", "neutral" or "none".
+        gender: "male", "female", "neutral" or "none"; a text that is none of ``GENDERS`` as it stands.
     """
 
     center: np.ndarray
@@ -116,7 +118,8 @@ def parse_label(text: bytes, kind: Kind, exact: bool = False) -> Label:
         has_joints_2d=bool(_array(found, "has_2d_joints", ())),
         has_joints_3d=bool(_array(found, "has_3d_joints", ())),
         has_smpl=bool(_array(found, "has_smpl", ())),
-        gender=gender,
+        # Another text is kept: training needs no gender, and must not lose the row.
+        gender=GENDERS.get(gender.strip().lower(), gender),
     )
 
 
