@@ -24,30 +24,35 @@ def check_table(path: Path) -> None:
         ValueError: it is no file that can be written, no table, has other columns, or a row that is not whole.
     """
     check_output(path, "csv")
-    if not path.exists() or not path.stat().st_size:
+    if path.exists():
+        with path.open("rb") as file:
+            _lock(file.fileno(), fcntl.LOCK_SH)
+            _check_content(path, file.read())
+
+
+def _lock(handle: int, kind: int) -> None:
+    """Until the file is closed. Evaluations that end at the same time would take each other's rows for torn ones."""
+    with contextlib.suppress(OSError):  # some network file systems have no locks
+        fcntl.flock(handle, kind)
+
+
+def _check_content(path: Path, content: bytes) -> None:
+    if not content:
         return
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            _check_rows(path, file)
+        reader = csv.reader(io.StringIO(content.decode("utf-8"), newline=""), strict=True)
+        rows = [(reader.line_num, row) for row in reader if row]
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a table of results: {error}; name another file") from None
-
-
-def _check_rows(path: Path, file: io.TextIOBase) -> None:
-    reader = csv.reader(file, strict=True)
-    found = tuple(next(reader, []))
+    found = tuple(rows[0][1]) if rows else ()
     if found != COLUMNS:
         raise ValueError(f"{path} has the columns {list(found)}, results have {list(COLUMNS)}; name another file")
-    for row in reader:
-        if row and len(row) != len(COLUMNS):
-            raise ValueError(
-                f"{path}: the row that ends in line {reader.line_num} has {len(row)} of {len(COLUMNS)} fields; "
-                "mend it or name another file"
-            )
-    with path.open("rb") as binary:
-        binary.seek(-1, os.SEEK_END)
-        if binary.read() != b"\n":
-            raise ValueError(f"{path}: the last line has no end, it may be torn; mend it or name another file")
+    for line, row in rows:
+        if len(row) != len(COLUMNS):
+            fields = f"{len(row)} of {len(COLUMNS)} fields"
+            raise ValueError(f"{path}: the row that ends in line {line} has {fields}; mend it or name another file")
+    if not content.endswith(b"\n"):
+        raise ValueError(f"{path}: the last line has no end, it may be torn; mend it or name another file")
 
 
 def append_result(path: Path, row: Mapping[str, object]) -> None:
@@ -64,12 +69,13 @@ def append_result(path: Path, row: Mapping[str, object]) -> None:
     unknown = sorted(set(row) - set(COLUMNS))
     if unknown:
         raise ValueError(f"row must have columns of {list(COLUMNS)}, got {unknown}")
-    check_table(path)
+    check_output(path, "csv")
     path.parent.mkdir(parents=True, exist_ok=True)
-    # In place, not by a new file: evaluations that end at the same time would replace each other's rows.
-    with path.open("ab", buffering=0) as file:
-        with contextlib.suppress(OSError):  # some network file systems have no locks
-            fcntl.flock(file, fcntl.LOCK_EX)
+    # In place, not by a new file: that of another evaluation, which ends at the same time, would take its place.
+    with path.open("a+b", buffering=0) as file:
+        _lock(file.fileno(), fcntl.LOCK_EX)
+        file.seek(0)
+        _check_content(path, file.readall())
         before = file.seek(0, os.SEEK_END)
         content = _encoded(row, header=before == 0)
         try:
