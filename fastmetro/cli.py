@@ -208,7 +208,7 @@ class Score:
     def run(self) -> int:
         """Score and print."""
         from fastmetro.evaluation import freihand
-        from fastmetro.evaluation.outputs import check_output
+        from fastmetro.evaluation.output_files import check_output
         from fastmetro.files import replacing
         from fastmetro.inference.predictor import default_device
 

@@ -14,7 +14,7 @@ from fastmetro.data.ground_truth import GroundTruth, ground_truth
 from fastmetro.data.tsv import TsvSource
 from fastmetro.distributed import open_world
 from fastmetro.evaluation import freihand
-from fastmetro.evaluation.outputs import check_output
+from fastmetro.evaluation.output_files import check_output
 from fastmetro.evaluation.protocols import Protocol, find_protocol
 from fastmetro.evaluation.results import append_result, check_table
 from fastmetro.evaluation.settings import EvalSettings

@@ -13,7 +13,7 @@ import pytest
 
 from fastmetro.cli import main
 from fastmetro.evaluation import outputs, results
-from fastmetro.evaluation.outputs import check_output
+from fastmetro.evaluation.output_files import check_output
 from fastmetro.evaluation.results import COLUMNS, append_result, check_table
 
 OLD_COLUMNS = [name for name in COLUMNS if name not in ("auc", "auc_mesh", "f5", "f15")]
