@@ -208,17 +208,21 @@ class Score:
     def run(self) -> int:
         """Score and print."""
         from fastmetro.evaluation import freihand
+        from fastmetro.evaluation.output_files import check_output
+        from fastmetro.files import replacing
         from fastmetro.inference.predictor import default_device
 
+        if self.out is not None:
+            check_output(self.out, "out", (self.predictions, *freihand.truth_files(self.truth)))
         device = default_device() if self.device is None else self.device
         joints, vertices = freihand.read_predictions(self.predictions)
-        names = ("evaluation_xyz.json", "evaluation_verts.json")
-        truth = freihand.read_truth(*(self.truth / name for name in names))
+        truth = freihand.read_truth(*freihand.truth_files(self.truth))
         scores = freihand.score(joints.to(device), vertices.to(device), *truth)
         lines = [f"{name}: {value:.6f}" for name, value in scores.items()]
+        if self.out is not None:  # before printing, which fails where nobody reads on
+            with replacing(self.out) as temporary:
+                temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
         print(f"FreiHAND, {len(joints)} samples, errors in cm", *lines, sep="\n")
-        if self.out is not None:
-            self.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
         return 0
 
 

@@ -5,55 +5,143 @@ from __future__ import annotations
 import shlex
 import sys
 import time
+from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastmetro.data.ground_truth import GroundTruth, ground_truth
 from fastmetro.data.tsv import TsvSource
-from fastmetro.distributed import World, open_world
+from fastmetro.distributed import open_world
 from fastmetro.evaluation import freihand
+from fastmetro.evaluation.output_files import check_output
 from fastmetro.evaluation.protocols import Protocol, find_protocol
 from fastmetro.evaluation.results import append_result, check_table
 from fastmetro.evaluation.settings import EvalSettings
 from fastmetro.evaluation.synthetic import evaluate_synthetic, format_report
-from fastmetro.evaluation.tsv import Evaluation, evaluate_tsv, mesh_of
+from fastmetro.evaluation.tsv import MILLIMETRES, Evaluation, evaluate_tsv, mesh_of
 from fastmetro.inference.pretrained import load_pretrained
 from fastmetro.meshes.mesh import Mesh
 from fastmetro.models import FastMETRO
 from fastmetro.profiling.record import commit, device_name
 
 SYNTHETIC_COUNT = 1000
-_TRUTH = ("evaluation_xyz.json", "evaluation_verts.json")
+_NAMED_ROWS = 5
+"""Of those that are missing, in a message."""
+_SCORES = {"auc": "xyz_al_auc3d", "auc_mesh": "mesh_al_auc3d", "f5": "f_al_score_5", "f15": "f_al_score_15"}
+"""Columns of the table and FreiHAND's scores there: aligned ones, as the others say nothing of wrist-relative hands."""
+_CENTIMETRE = MILLIMETRES / 100
+
+_Points = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class _Result:
+    """What is printed and recorded.
+
+    Attributes:
+        evaluation: on the labels of the set.
+        errors: in mm; of FreiHAND those by the official truth where it is given.
+        scores: by the official truth, under the names of its script; empty without.
+        processes: that ran, or with compat those whose means were taken.
+    """
+
+    evaluation: Evaluation
+    errors: dict[str, float]
+    scores: dict[str, float]
+    processes: int
 
 
 def run_evaluation(settings: EvalSettings) -> dict[str, float]:
-    """Measure, print and record; returns the errors in mm.
+    """Measure, record and print; returns the errors in mm.
 
     Raises:
         FileNotFoundError: a file that is named is not there.
-        ValueError: settings, checkpoint and data do not fit one another.
+        ValueError: settings, checkpoint and data do not fit one another, or a file could not be written.
     """
     if settings.data == "synthetic":
         return _synthetic(settings)
     protocol = find_protocol(settings.protocol)
     check_table(settings.csv)
+    source = TsvSource(settings.data)
+    official = _official_truth(settings, len(source))
     with open_world(settings.device) as (world, device):
         model = load_network(settings).to(device).eval()
-        source = TsvSource(settings.data)
         truth = _truth(settings, protocol, model.mesh).double().to(device)
         evaluation = evaluate_tsv(
-            mesh_of(model), source, truth, model.mesh, protocol, device, world=world, batch_size=settings.batch_size,
-            workers=settings.workers, count=settings.count, compat=settings.compat is not None, progress=True,
+            mesh_of(model), source, truth, model.mesh, protocol, device, world=world, workers=settings.workers,
+            batch_size=settings.images_at_once, count=settings.count, compat=settings.compat is not None, progress=True,
         )  # fmt: skip
-        errors = _means(settings, evaluation)
+        if settings.predictions is not None or official is not None:
+            _check_complete(settings, evaluation, len(source))
+        result = _result(settings, evaluation, official, world.size, device)
         if world.first:
-            print(_report(settings, protocol, evaluation, errors))
-            append_result(settings.csv, _row(settings, protocol, evaluation, errors, world, device))
-            if protocol.name == "freihand":
-                _freihand(settings, evaluation, device)
+            _record(settings, protocol, result, device)
+            print(_report(settings, protocol, result))
         world.wait()
-    return errors
+    return result.errors
+
+
+def _official_truth(settings: EvalSettings, rows: int) -> _Points | None:
+    """FreiHAND's, where it is asked for, and where predictions can be written: before the long work.
+
+    Raises:
+        FileNotFoundError: a file of the truth is not there.
+        ValueError: it is not as it should be or of another number of samples; predictions cannot be written.
+    """
+    files = () if settings.truth is None else freihand.truth_files(settings.truth)
+    if settings.predictions is not None:
+        freihand.check_name(settings.predictions)
+        check_output(settings.predictions, "predictions", files)
+    if not files:
+        return None
+    truth = freihand.read_truth(*files)
+    if len(truth[0]) != rows:
+        raise ValueError(f"truth {settings.truth} has {len(truth[0])} samples, {settings.data} has {rows} rows")
+    return truth
+
+
+def _check_complete(settings: EvalSettings, evaluation: Evaluation, rows: int) -> None:
+    """FreiHAND's predictions are told apart by their places alone: after one that lacks, all are another sample's.
+
+    Raises:
+        ValueError: rows could not be used; the message names them.
+    """
+    missing = sorted(set(range(rows)) - set(evaluation.errors.rows.tolist()))
+    if missing:
+        named = ", ".join(map(str, missing[:_NAMED_ROWS])) + (", ..." if len(missing) > _NAMED_ROWS else "")
+        raise ValueError(
+            f"predictions and truth need every row of {settings.data}, {len(missing)} of {rows} could not be used: "
+            f"{named} ({_problems(evaluation)})"
+        )
+
+
+def _result(
+    settings: EvalSettings, evaluation: Evaluation, official: _Points | None, running: int, device: torch.device
+) -> _Result:
+    processes = running if settings.compat is None else settings.processes or running
+    if official is not None:
+        joints, vertices = _hands(evaluation)
+        scores = freihand.score(joints.to(device), vertices.to(device), *official)
+        aligned = {"pa_mpjpe": scores["xyz_al_mean3d"], "pa_mpvpe": scores["mesh_al_mean3d"]}
+        errors = {name: _CENTIMETRE * value for name, value in aligned.items()}
+        return _Result(evaluation, errors, scores, processes)
+    if settings.compat is None:
+        return _Result(evaluation, evaluation.errors.means(), {}, processes)
+    errors = evaluation.errors.published_means(processes, settings.images_at_once)
+    return _Result(evaluation, errors, {}, processes)
+
+
+def _hands(evaluation: Evaluation) -> _Points:
+    assert evaluation.joints is not None and evaluation.vertices is not None
+    return evaluation.joints, evaluation.vertices
+
+
+def _record(settings: EvalSettings, protocol: Protocol, result: _Result, device: torch.device) -> None:
+    """Write the files. All of them before anything is printed, which fails where nobody reads on."""
+    append_result(settings.csv, _row(settings, protocol, result, device))
+    if settings.predictions is not None:
+        freihand.write_predictions(settings.predictions, [_hands(result.evaluation)])
 
 
 def _truth(settings: EvalSettings, protocol: Protocol, mesh: Mesh) -> GroundTruth:
@@ -81,53 +169,45 @@ def _synthetic(settings: EvalSettings) -> dict[str, float]:
         model: nn.Module = load_network(settings).to(device).eval()
         report = evaluate_synthetic(
             model, settings.count or SYNTHETIC_COUNT, device=device, mesh=model.mesh,  # type: ignore[arg-type]
-            batch_size=settings.batch_size, progress=True,
+            batch_size=settings.images_at_once, progress=True,
         )  # fmt: skip
     print(format_report(report))
     return {name: float(str(report[name])) for name in ("mpjpe", "pa_mpjpe", "mpvpe")}
 
 
-def _means(settings: EvalSettings, evaluation: Evaluation) -> dict[str, float]:
-    if settings.compat is None:
-        return evaluation.errors.means()
-    return evaluation.errors.published_means(settings.processes, settings.batch_size)
-
-
-def _report(settings: EvalSettings, protocol: Protocol, evaluation: Evaluation, errors: dict[str, float]) -> str:
+def _report(settings: EvalSettings, protocol: Protocol, result: _Result) -> str:
     names = {"mpjpe": "MPJPE", "pa_mpjpe": "PA-MPJPE", "mpvpe": "MPVPE", "pa_mpvpe": "PA-MPVPE"}
-    numbers = "   ".join(f"{names[name]} {value:.2f}" for name, value in errors.items())
-    lines = [f"{protocol.name}: {numbers}   mm"]
-    lines.append(f"{len(evaluation.errors.rows)} samples of {settings.data}; {protocol.description}")
+    numbers = "   ".join(f"{names[name]} {value:.2f}" for name, value in result.errors.items())
+    count = len(result.evaluation.errors.rows)
+    lines = [f"{protocol.name}: {numbers}   mm", f"{count} samples of {settings.data}; {protocol.description}"]
     if settings.male_model is not None:
         lines.append("true vertices by the model of each sample's gender")
     if settings.compat is not None:
-        lines.append(
-            f"as published: its crops; PA-MPJPE over all samples; plain mean over {settings.processes} process(es)"
-        )
-    if evaluation.skipped:
-        found = ", ".join(f"{problem}: {count}" for problem, count in sorted(evaluation.skipped.items()))
-        lines.append(f"rows that could not be used: {found}")
+        means = f"; PA-MPJPE over all samples; plain mean over {result.processes} process(es)"
+        lines.append("as published: its crops" + ("" if result.scores else means))
+    if result.evaluation.skipped:
+        lines.append(f"rows that could not be used: {_problems(result.evaluation)}")
+    if settings.predictions is not None:
+        lines.append(f"{count} predictions in {settings.predictions}")
+    lines += [f"{name}: {value:.6f}" for name, value in result.scores.items()]
     return "\n".join(lines)
 
 
-def _row(
-    settings: EvalSettings,
-    protocol: Protocol,
-    evaluation: Evaluation,
-    errors: dict[str, float],
-    world: World,
-    device: torch.device,
-) -> dict[str, object]:
+def _problems(evaluation: Evaluation) -> str:
+    return ", ".join(f"{problem}: {count}" for problem, count in sorted(evaluation.skipped.items()))
+
+
+def _row(settings: EvalSettings, protocol: Protocol, result: _Result, device: torch.device) -> dict[str, object]:
     return {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "protocol": protocol.name + (", gendered truth" if settings.male_model is not None else ""),
         "compat": settings.compat or "",
         "checkpoint": settings.checkpoint,
         "data": settings.data,
-        "count": len(evaluation.errors.rows),
-        "skipped": sum(evaluation.skipped.values()),
-        **{name: f"{value:.4f}" for name, value in errors.items()},
-        "processes": world.size,
+        "count": len(result.evaluation.errors.rows),
+        "skipped": sum(result.evaluation.skipped.values()),
+        **_numbers(protocol, result),
+        "processes": result.processes,
         "commit": commit(),
         "device": device_name(device),
         "torch": torch.__version__,
@@ -135,14 +215,9 @@ def _row(
     }
 
 
-def _freihand(settings: EvalSettings, evaluation: Evaluation, device: torch.device) -> None:
-    """Write pred.json and score it, where that is asked for."""
-    assert evaluation.joints is not None and evaluation.vertices is not None
-    joints, vertices = evaluation.joints, evaluation.vertices
-    if settings.predictions is not None:
-        count = freihand.write_predictions(settings.predictions, [(joints, vertices)])
-        print(f"{count} predictions in {settings.predictions}")
-    if settings.truth is not None:
-        truth = freihand.read_truth(*(settings.truth / name for name in _TRUTH))
-        scores = freihand.score(joints.to(device), vertices.to(device), *truth)
-        print("\n".join(f"{name}: {value:.6f}" for name, value in scores.items()))
+def _numbers(protocol: Protocol, result: _Result) -> dict[str, str]:
+    """The columns of errors and scores. Of FreiHAND there are none without its truth: the labels are dummies."""
+    if protocol.name == "freihand" and not result.scores:
+        return {}
+    scores = {name: result.scores[key] for name, key in _SCORES.items()} if result.scores else {}
+    return {name: f"{value:.4f}" for name, value in (result.errors | scores).items()}

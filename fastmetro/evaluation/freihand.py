@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import IO
@@ -44,8 +45,7 @@ def write_predictions(path: str | Path, batches: Iterable[tuple[Tensor, Tensor]]
         ValueError: another ending of the name or another shape, or a number that is not finite.
     """
     path = Path(path)
-    if path.suffix not in (".json", ".zip"):
-        raise ValueError(f"path must end in .json or .zip, got {path.name!r}")
+    check_name(path)
     joints, vertices = [], []
     for number, (some_joints, some_vertices) in enumerate(batches):
         _check(some_joints, (JOINTS, 3), f"joints of batch {number}")
@@ -61,6 +61,16 @@ def write_predictions(path: str | Path, batches: Iterable[tuple[Tensor, Tensor]]
             with temporary.open("wb") as file:
                 _write(file, joints, vertices)
     return sum(map(len, joints))
+
+
+def check_name(path: Path) -> None:
+    """Raise where :func:`write_predictions` would for the ending of the name.
+
+    Raises:
+        ValueError: it is another than .json and .zip.
+    """
+    if path.suffix not in (".json", ".zip"):
+        raise ValueError(f"predictions must end in .json or .zip, got {path.name!r}")
 
 
 def _write(file: IO[bytes], *parts: list[np.ndarray]) -> None:
@@ -88,39 +98,63 @@ def read_predictions(path: str | Path) -> tuple[Tensor, Tensor]:
     return _points(content[0], JOINTS, f"{path}: joints"), _points(content[1], VERTICES, f"{path}: vertices")
 
 
+def truth_files(folder: Path) -> tuple[Path, Path]:
+    """Where the official truth of joints and that of vertices lie in its folder."""
+    return folder / "evaluation_xyz.json", folder / "evaluation_verts.json"
+
+
 def read_truth(joints: str | Path, vertices: str | Path) -> tuple[Tensor, Tensor]:
-    """evaluation_xyz.json [N, 21, 3] and evaluation_verts.json [N, 778, 3], as float64; errors as above."""
-    return (
+    """evaluation_xyz.json [N, 21, 3] and evaluation_verts.json [N, 778, 3], as float64.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a file does not hold these points, or they are of different numbers of samples.
+    """
+    points = (
         _points(_load(Path(joints)), JOINTS, str(joints)),
         _points(_load(Path(vertices)), VERTICES, str(vertices)),
     )
+    if len(points[0]) != len(points[1]):
+        counts = f"{len(points[0])} and {len(points[1])}"
+        raise ValueError(f"{joints} and {vertices} must have as many samples each, got {counts}")
+    return points
 
 
 def _load(path: Path) -> object:
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"{str(path)!r} does not exist")
+    if not path.is_file():
+        raise ValueError(f"{path} must be a file, got {'a folder' if path.is_dir() else 'no plain file'}")
     try:
-        if path.suffix != ".zip":
-            _check_size(path.stat().st_size, path)
-            return json.loads(path.read_bytes())
-        with zipfile.ZipFile(path) as archive:
-            _check_size(archive.getinfo("pred.json").file_size, path)
-            return json.loads(archive.read("pred.json"))
-    except KeyError:
-        raise ValueError(f"{path} must hold pred.json, got {archive.namelist()[:5]}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, zipfile.BadZipFile) as error:
+        return json.loads(_unpacked(path))
+    # RuntimeError: an encrypted archive, nesting that is too deep. ValueError: also integers of too many digits.
+    except (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
 
 
-def _check_size(size: int, path: Path) -> None:
+def _unpacked(path: Path) -> bytes:
+    if path.suffix != ".zip":
+        _check_size(path.stat().st_size)
+        return path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        if "pred.json" not in archive.namelist():
+            raise ValueError(f"it must hold pred.json, got {archive.namelist()[:5]}")
+        entry = archive.getinfo("pred.json")
+        if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError(f"pred.json must be stored or deflated, got compression method {entry.compress_type}")
+        _check_size(entry.file_size)
+        return archive.read(entry)
+
+
+def _check_size(size: int) -> None:
     if size > MAX_BYTES:
-        raise ValueError(f"{path} holds {size} bytes, at most {MAX_BYTES} are read")
+        raise ValueError(f"it holds {size} bytes, at most {MAX_BYTES} are read")
 
 
 def _points(content: object, count: int, name: str) -> Tensor:
     try:
         array = np.array(content, dtype=np.float64)
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         raise ValueError(f"{name} must be [N, {count}, 3] numbers") from None
     points = torch.from_numpy(array)
     _check(points, (count, 3), name)
@@ -135,7 +169,7 @@ def _check(points: Tensor, shape: tuple[int, ...], name: str) -> None:
 
 
 def score(joints: Tensor, vertices: Tensor, true_joints: Tensor, true_vertices: Tensor) -> dict[str, float]:
-    """The scores under the names of the official script: errors in cm, areas and F-scores from 0 to 1.
+    """The scores under the names and in the order of the official script: errors in cm, the others from 0 to 1.
 
     Computed in float64 on the device of `joints`.
 
@@ -168,13 +202,13 @@ def score(joints: Tensor, vertices: Tensor, true_joints: Tensor, true_vertices: 
                     for label, threshold in _F_THRESHOLDS.items():
                         errors.setdefault(f"f{infix}_score_{label}", []).append(_f_score(distances, threshold))
     scores = {}
-    for name, values in errors.items():
-        whole = torch.cat(values)
-        if name.startswith("f"):
-            scores[name] = whole.mean().item()
-        else:
-            scores[f"{name}_mean3d"] = 100 * whole.mean().item()
-            scores[f"{name}_auc3d"] = _area(whole)
+    for name in ("xyz", "xyz_al", "mesh", "mesh_al"):
+        whole = torch.cat(errors[name])
+        scores[f"{name}_mean3d"] = 100 * whole.mean().item()
+        scores[f"{name}_auc3d"] = _area(whole)
+    for label in _F_THRESHOLDS:
+        for name in (f"f_score_{label}", f"f_al_score_{label}"):
+            scores[name] = torch.cat(errors[name]).mean().item()
     return scores
 
 

@@ -22,15 +22,15 @@ class EvalSettings:
             file of a TSV data set.
         protocol: of a TSV data set: "h36m-p2", "3dpw" or "freihand".
         compat: "published" crops, and takes means, as the released code does.
-        processes: with compat, of how many processes' results the plain mean is taken.
+        processes: with compat, of how many processes' results the plain mean is taken; of those that run by default.
         network: what the checkpoint does not say of its network. Its body model also makes the true vertices.
         male_model, female_model: SMPL model files for the true vertices of samples of that gender (3DPW); the published
             protocol takes the neutral one for all.
         count: images; of a TSV data set the first so many, all by default. 1000 synthetic ones by default.
-        batch_size: images at once, in each process.
+        batch_size: images at once, in each process. 32 by default; with compat 16, as the released code has it.
         workers: processes that read ahead.
         csv: where a row is appended, for a TSV data set.
-        predictions: with "freihand", where pred.json, or a .zip that holds it, is written.
+        predictions: with "freihand", where pred.json, or a .zip that holds it, is written; of all rows of the set.
         truth: with "freihand", the folder of evaluation_xyz.json and evaluation_verts.json, to score them.
         attention: backend of the decoder's attention; "dense" is plain PyTorch.
         device: cpu, cuda, cuda:1, ...; the first GPU by default.
@@ -40,12 +40,12 @@ class EvalSettings:
     data: str = "synthetic"
     protocol: str = "h36m-p2"
     compat: Compat | None = None
-    processes: int = 1
+    processes: int | None = None
     network: Annotated[NetworkChoice, tyro.conf.arg(name="")] = field(default_factory=NetworkChoice)
     male_model: Path | None = None
     female_model: Path | None = None
     count: int | None = None
-    batch_size: int = 32
+    batch_size: int | None = None
     workers: int = 0
     csv: Path = Path("out/eval.csv")
     predictions: Path | None = None
@@ -54,18 +54,30 @@ class EvalSettings:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "processes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.count is not None and self.count < 1:
-            raise ValueError(f"count must be at least 1, got {self.count}")
+        for name in ("batch_size", "processes", "count"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         if self.workers < 0:
             raise ValueError(f"workers must not be negative, got {self.workers}")
-        if self.processes > 1 and self.compat is None:
+        if (self.processes or 1) > 1 and self.compat is None:
             raise ValueError("processes is of compat 'published'; exact means do not depend on it")
         if (self.male_model is None) != (self.female_model is None):
             raise ValueError("male_model and female_model go together, or half of the truth would be another")
         if self.male_model is not None and self.compat is not None:
             raise ValueError("male_model and female_model do not go with compat 'published', whose truth is neutral")
-        if self.protocol != "freihand" and (self.predictions or self.truth):
+        if self.predictions or self.truth:
+            self._check_freihand()
+
+    def _check_freihand(self) -> None:
+        if self.protocol != "freihand":
             raise ValueError(f"predictions and truth go with protocol 'freihand', got {self.protocol!r}")
+        if self.data == "synthetic":
+            raise ValueError("predictions and truth go with a TSV data set, got data 'synthetic'")
+        if self.count is not None:
+            raise ValueError(f"predictions and truth are of all rows and do not go with count, got {self.count}")
+
+    @property
+    def images_at_once(self) -> int:
+        """The batch size that was given, or the default."""
+        return self.batch_size or (32 if self.compat is None else 16)

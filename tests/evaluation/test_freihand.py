@@ -137,6 +137,8 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
         ("[[], [], []]", "a list of joints and vertices"),
         ("[[[1]], []]", r"joints must be \[N, 21, 3\], got \[1, 1\]"),
         ('[["a"], []]', r"joints must be \[N, 21, 3\] numbers"),
+        (f"[[[[{'1' * 400}]]], []]", r"pred\.json: joints must be \[N, 21, 3\] numbers"),
+        (f"[[[[{'1' * 5000}]]], []]", r"pred\.json cannot be read: Exceeds the limit"),
     ],
 )
 def test_files_that_are_no_predictions(tmp_path: Path, content: str, message: str) -> None:
@@ -162,6 +164,47 @@ def test_archives_that_are_no_predictions(tmp_path: Path, monkeypatch: pytest.Mo
         freihand.read_predictions(tmp_path / "bomb.zip")
 
 
+def _damaged(path: Path, change: dict[int, bytes]) -> Path:
+    """An archive with other bytes at some places of its entry, and of the header where the directory repeats that."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("pred.json", "[[1.5, 2.5], [3.5]]" * 9)
+    content = bytearray(path.read_bytes())
+    local, central = content.index(b"PK\x03\x04"), content.index(b"PK\x01\x02")
+    for place, value in change.items():
+        for start in (local + place, central + place + 2) if place < 30 else (local + place,):
+            content[start : start + len(value)] = value
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({6: b"\x01"}, "is encrypted"),
+        ({8: b"\x62"}, "stored or deflated, got compression method 98"),
+        ({39: b"\xff\xff\xff"}, "Error -3 while decompressing"),
+    ],
+    ids=["encrypted", "compression", "stream"],
+)
+def test_archives_that_cannot_be_unpacked(tmp_path: Path, change: dict[int, bytes], message: str) -> None:
+    path = _damaged(tmp_path / "damaged.zip", change)
+    with pytest.raises(ValueError, match=rf"damaged\.zip cannot be read: .*{message}"):
+        freihand.read_predictions(path)
+
+
+def test_a_folder_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="must be a file, got a folder"):
+        freihand.read_predictions(tmp_path)
+
+
+def test_truth_of_different_numbers(tmp_path: Path) -> None:
+    joints, vertices = freihand.truth_files(tmp_path)
+    joints.write_text(json.dumps(np.zeros((3, 21, 3)).tolist()))
+    vertices.write_text(json.dumps(np.zeros((2, 778, 3)).tolist()))
+    with pytest.raises(ValueError, match=r"evaluation_verts\.json must have as many samples each, got 3 and 2"):
+        freihand.read_truth(joints, vertices)
+
+
 def test_samples_that_do_not_match() -> None:
     joints, vertices, true_joints, true_vertices = samples(3)
     with pytest.raises(ValueError, match="true_vertices must have as many samples as joints, one at least, got 2"):
@@ -170,15 +213,58 @@ def test_samples_that_do_not_match() -> None:
         freihand.score(joints[:0], vertices[:0], true_joints[:0], true_vertices[:0])
 
 
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    joints, vertices, true_joints, true_vertices = samples(4)
+@pytest.fixture
+def scored(tmp_path: Path) -> Path:
+    """A folder with predictions and truth."""
+    joints, vertices, *truth = samples(4)
     freihand.write_predictions(tmp_path / "pred.zip", [(joints, vertices)])
-    for name, points in (("evaluation_xyz.json", true_joints), ("evaluation_verts.json", true_vertices)):
-        (tmp_path / name).write_text(json.dumps(points.tolist()))
-    arguments = ["--truth", str(tmp_path), "--out", str(tmp_path / "s.txt")]
-    assert cli.main(["score", str(tmp_path / "pred.zip"), *arguments]) == 0
-    printed, written = capsys.readouterr().out, (tmp_path / "s.txt").read_text()
-    expected = freihand.score(joints, vertices, true_joints, true_vertices)
+    for path, points in zip(freihand.truth_files(tmp_path), truth, strict=True):
+        path.write_text(json.dumps(points.tolist()))
+    return tmp_path
+
+
+def score_command(folder: Path, *options: object) -> int:
+    return cli.main(["score", *map(str, [folder / "pred.zip", "--truth", folder, *options])])
+
+
+def test_the_command(scored: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The names in the order of the official script, in a folder that is made."""
+    assert score_command(scored, "--out", scored / "new" / "s.txt") == 0
+    printed, written = capsys.readouterr().out, (scored / "new" / "s.txt").read_text()
+    expected = freihand.score(*samples(4))
     assert "FreiHAND" in printed and f"xyz_al_mean3d: {expected['xyz_al_mean3d']:.6f}" in written
-    assert len(written.splitlines()) == 12
-    assert cli.main(["score", str(tmp_path / "no.zip"), "--truth", str(tmp_path)]) == 1
+    assert [line.split(": ")[0] for line in written.splitlines()] == [
+        "xyz_mean3d", "xyz_auc3d", "xyz_al_mean3d", "xyz_al_auc3d",
+        "mesh_mean3d", "mesh_auc3d", "mesh_al_mean3d", "mesh_al_auc3d",
+        "f_score_5", "f_al_score_5", "f_score_15", "f_al_score_15",
+    ]  # fmt: skip
+    assert cli.main(["score", str(scored / "no.zip"), "--truth", str(scored)]) == 1
+
+
+def test_a_place_for_scores_is_checked_first(
+    scored: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (scored / "pred.zip").read_bytes()
+    monkeypatch.setattr(freihand, "score", lambda *_: pytest.fail("scored before the check"))
+    for out, message in (
+        (scored / "pred.zip", "out must be another file than"),
+        (scored / "evaluation_xyz.json", "out must be another file than"),
+        (scored, "out must be a file, got the folder"),
+        (scored / "pred.zip" / "s.txt", "pred.zip is a file"),
+    ):
+        assert score_command(scored, "--out", out) == 1
+        assert message in capsys.readouterr().err
+    assert (scored / "pred.zip").read_bytes() == before
+
+
+def test_scores_that_could_not_be_written_leave_those_before(scored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, write = scored / "s.txt", Path.write_text
+    out.write_text("before")
+
+    def full(path: Path, text: str, **options: str) -> int:
+        write(path, text[:3], **options)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    assert score_command(scored, "--out", out) == 1
+    assert out.read_text() == "before" and len(list(scored.iterdir())) == 4
