@@ -207,14 +207,14 @@ class Score:
 
     def run(self) -> int:
         """Score and print."""
+        from fastmetro.distributed import find_device
         from fastmetro.evaluation import freihand
         from fastmetro.evaluation.output_files import check_output
         from fastmetro.files import replacing
-        from fastmetro.inference.predictor import default_device
 
         if self.out is not None:
             check_output(self.out, "out", (self.predictions, *freihand.truth_files(self.truth)))
-        device = default_device() if self.device is None else self.device
+        device = find_device(self.device or "auto")
         joints, vertices = freihand.read_predictions(self.predictions)
         truth = freihand.read_truth(*freihand.truth_files(self.truth))
         scores = freihand.score(joints.to(device), vertices.to(device), *truth)
