@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fastmetro.cli import main
-from fastmetro.evaluation import outputs, results
+from fastmetro.evaluation import output_files, results
 from fastmetro.evaluation.output_files import check_output
 from fastmetro.evaluation.results import COLUMNS, append_result, check_table
 
@@ -129,7 +129,7 @@ def test_paths_that_cannot_be_written_are_found_at_once(tmp_path: Path, monkeypa
     def full(**_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(outputs.tempfile, "TemporaryFile", full)
+    monkeypatch.setattr(output_files.tempfile, "TemporaryFile", full)
     with pytest.raises(ValueError, match="cannot be written: No space left on device"):
         check_output(tmp_path / "new.csv", "csv")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
