@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import tempfile
 from collections.abc import Iterator
@@ -19,18 +20,33 @@ def replacing(path: Path) -> Iterator[Path]:
     folders are made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_UNFINISHED)
-    os.fchmod(handle, 0o644)  # mkstemp makes files that only the owner can read
-    os.close(handle)
-    temporary = Path(name)
-    try:
+    with temporary_beside(path) as temporary:
         yield temporary
         os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def temporary_beside(path: Path) -> Iterator[Path]:
+    """Yield an empty file beside ``path``, which is removed when the block ends unless it was moved away."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_UNFINISHED)
+    temporary = Path(name)
+    try:
+        try:
+            os.fchmod(handle, 0o644)  # mkstemp makes files that only the owner can read
+        finally:
+            os.close(handle)
+        yield temporary
     finally:
-        temporary.unlink(missing_ok=True)
+        remove_quietly(temporary)
+
+
+def remove_quietly(path: Path) -> None:
+    """Remove a file if that is possible: what went wrong before must not be hidden by an error of tidying up."""
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
 
 
 def remove_unfinished(path: Path) -> None:
     """Remove what a process that was killed within :func:`replacing` of ``path`` has left beside it."""
-    for left in path.parent.glob(f".{path.name}.*{_UNFINISHED}"):
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*{_UNFINISHED}"):
         left.unlink(missing_ok=True)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
+import os
 import pickle
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -98,6 +101,30 @@ def test_an_index_that_cannot_be_saved_is_kept_in_memory(tmp_path: Path) -> None
     (tmp_path / "x.lineidx").mkdir()
     assert content(TsvFile(path)) == ROWS
     assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.fixture
+def read_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No file can be made, moved or removed, as on a read-only mount (root may write anywhere)."""
+
+    def refuse(*arguments: object, **_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(arguments))
+
+    for owner, name in ((Path, "write_text"), (Path, "unlink"), (os, "replace"), (tempfile, "mkstemp")):
+        monkeypatch.setattr(owner, name, refuse)
+
+
+def test_a_file_without_an_index_opens_on_a_read_only_mount(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    path = write(tmp_path / "x.tsv")
+    (tmp_path / "x.lineidx").unlink()
+    request.getfixturevalue("read_only")
+    assert content(TsvFile(path)) == ROWS
+
+
+def test_an_error_of_tidying_up_does_not_hide_the_first(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    with pytest.raises(RuntimeError, match="half way"), TsvWriter(tmp_path / "x.tsv"):
+        request.getfixturevalue("read_only")
+        raise RuntimeError("half way")
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])

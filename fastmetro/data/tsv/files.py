@@ -5,6 +5,7 @@ Beside X.tsv lies X.lineidx, which holds the byte at which each line starts, one
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 from collections.abc import Sequence
@@ -13,6 +14,8 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
+
+from fastmetro.files import remove_quietly, replacing
 
 MAX_ROW_BYTES = 256 << 20
 """Longer rows are refused: a broken index must not read a whole file into memory."""
@@ -104,13 +107,9 @@ class TsvFile:
         return starts if begins and tail.find(b"\n", min(last, 1)) in (-1, len(tail) - 1) else None
 
     def _save(self, starts: np.ndarray) -> None:
-        target = index_path(self.path)
-        temporary = target.with_name(f"{target.name}.{os.getpid()}.part")
-        try:
+        # A folder that cannot be written: the index is made again next time.
+        with contextlib.suppress(OSError), replacing(index_path(self.path)) as temporary:
             temporary.write_text("".join(f"{start}\n" for start in starts), encoding="ascii")
-            os.replace(temporary, target)
-        except OSError:  # a folder that cannot be written: the index is made again next time
-            temporary.unlink(missing_ok=True)
 
 
 def _line_starts(path: Path) -> np.ndarray:
@@ -189,4 +188,4 @@ class TsvWriter:
                     os.replace(part, target)
         finally:
             for part in self._parts:
-                part.unlink(missing_ok=True)
+                remove_quietly(part)
