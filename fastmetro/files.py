@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 _UNFINISHED = ".part"
@@ -38,6 +39,54 @@ def temporary_beside(path: Path) -> Iterator[Path]:
         yield temporary
     finally:
         remove_quietly(temporary)
+
+
+def replace_all(moves: Sequence[tuple[Path, Path]]) -> None:
+    """Put finished files in the places of others: all of them, or none where that fails.
+
+    The old files are set aside first, from the last to the first, and the new ones follow from the first to the last.
+    A last file that names the others (YAML of a data set) is so missing, rather than wrong, while they change places.
+
+    Args:
+        moves: each finished file, beside its place, and that place.
+
+    Raises:
+        OSError: a file cannot be moved; it names the place.
+    """
+    aside: list[tuple[Path, Path]] = []
+    placed: list[Path] = []
+    try:
+        for finished, place in reversed(moves):
+            with naming(place):
+                if place.is_dir():
+                    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+                if place.exists():
+                    old = finished.with_suffix(f".old{_UNFINISHED}")
+                    os.replace(place, old)
+                    aside.append((old, place))
+        for finished, place in moves:
+            with naming(place):
+                os.replace(finished, place)
+            placed.append(place)
+    except BaseException:
+        for place in placed:
+            remove_quietly(place)
+        for old, place in aside:
+            os.replace(old, place)
+        raise
+    for old, _ in aside:
+        remove_quietly(old)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let errors of the system name the file that the user knows: a full disk names none, a temporary file its own."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def remove_quietly(path: Path) -> None:

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +119,71 @@ def test_nothing_is_left_where_no_row_can_be_used(tmp_path: Path) -> None:
         build_data(path, tmp_path / "images", tmp_path / "no" / "train")
     with pytest.raises(FileNotFoundError, match="annotations"):
         build_data(tmp_path / "no.npz", tmp_path / "images", tmp_path / "train")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def fail_at(monkeypatch: pytest.MonkeyPatch, name: str, call: int, code: int) -> None:
+    """Let a function of `os` fail at one of its calls."""
+    calls, real = itertools.count(1), getattr(os, name)
+
+    def function(*arguments: Any) -> Any:
+        if next(calls) == call:
+            raise OSError(code, os.strerror(code))
+        return real(*arguments)
+
+    monkeypatch.setattr(os, name, function)
+
+
+@pytest.mark.parametrize(
+    ("name", "call"), [("fsync", 1), ("fsync", 6), ("fsync", 9), *(("replace", call) for call in range(1, 19))]
+)
+def test_a_failed_rebuild_leaves_the_set_that_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, call: int
+) -> None:
+    path, sets = annotations(tmp_path), tmp_path / "sets"
+    sets.mkdir()
+    build_data(path, tmp_path / "images", sets / "train")
+    before = contents(sets)
+    path = annotations(tmp_path, 2)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"No space left on device: '.*/sets/train\."):
+        fail_at(patch, name, call, errno.ENOSPC)
+        build_data(path, tmp_path / "images", sets / "train")
+    assert contents(sets) == before
+    assert build_data(path, tmp_path / "images", sets / "train").rows == 2
+    assert contents(sets).keys() == before.keys() and len(TsvSource(sets / "train.yaml")) == 2
+
+
+def test_a_failed_first_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = annotations(tmp_path)
+    fail_at(monkeypatch, "replace", 9, errno.EIO)
+    with pytest.raises(OSError, match=r"/train\.yaml"):
+        build_data(path, tmp_path / "images", tmp_path / "train")
+    assert not [*tmp_path.glob("train*"), *tmp_path.glob(".train*")]
+
+
+def test_a_folder_in_the_place_of_a_file_is_named(tmp_path: Path) -> None:
+    path, folder = annotations(tmp_path), tmp_path / "train.hw.lineidx"
+    folder.mkdir()
+    with pytest.raises(IsADirectoryError, match=r"/train\.hw\.lineidx"):
+        build_data(path, tmp_path / "images", tmp_path / "train")
+    assert [*tmp_path.glob("train*"), *tmp_path.glob(".train*")] == [folder]
+
+
+def test_what_a_killed_build_left_is_removed(tmp_path: Path) -> None:
+    path = annotations(tmp_path)
+    command = (
+        "import os, signal, sys; from fastmetro.data.tsv import build, build_data\n"
+        "build.yaml.safe_dump = lambda names: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "build_data(*sys.argv[1:])"
+    )
+    arguments = [str(path), str(tmp_path / "images"), str(tmp_path / "train")]
+    killed = subprocess.run([sys.executable, "-c", command, *arguments], check=False)
+    assert killed.returncode == -signal.SIGKILL and len(list(tmp_path.glob(".train*"))) == 9
+    build_data(path, tmp_path / "images", tmp_path / "train")
+    assert not list(tmp_path.glob(".train*")) and len(TsvSource(tmp_path / "train.yaml")) == 4
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

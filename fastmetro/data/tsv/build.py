@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from tqdm import tqdm
 
 from fastmetro.data.tsv.files import TsvWriter
 from fastmetro.data.tsv.rows import BETAS, SHAPES, BadRow, Kind, decode_image, encode_image, parse_label
+from fastmetro.files import naming, remove_unfinished, replace_all, temporary_beside
 
 MAX_IMAGE_BYTES = 128 << 20
 _TABLES = ("img", "label", "hw", "linelist")
@@ -42,7 +44,7 @@ def build_data(
     """Write OUT.yaml, OUT.img.tsv, OUT.label.tsv, OUT.hw.tsv, OUT.linelist.tsv and their index files.
 
     One image is in memory at a time. A row whose image is missing or broken, or whose numbers are not finite, is
-    skipped and reported. Nothing is left behind where the whole fails.
+    skipped and reported. Where the whole fails, nothing is left behind, and a set that was there before stays whole.
 
     Args:
         annotations: a .npz file as GraphCMR and SPIN have them, N samples: `imgname` [N] (below `images`), `center`
@@ -58,6 +60,7 @@ def build_data(
     Raises:
         FileNotFoundError: no such annotations, or no folder for the result.
         ValueError: an array is missing or has another shape; the message names it.
+        OSError: a file cannot be written; the message names it.
     """
     arrays = _read_annotations(Path(annotations), kind)
     out, folder = Path(out), Path(images)
@@ -83,8 +86,20 @@ def build_data(
             report.rows += 1
         if not report.rows:
             raise ValueError(f"{annotations}: no row can be used, the first because of {report.skipped[:1]}")
-    report.path.write_text(yaml.safe_dump(names), encoding="utf-8")
+        _place(list(writers.values()), names, report.path, stack)
     return report
+
+
+def _place(writers: Sequence[TsvWriter], names: dict[str, str], path: Path, stack: ExitStack) -> None:
+    """Put all files in their places when the last one is on the disk: until then the set that was there is whole."""
+    remove_unfinished(path)
+    with naming(path):
+        temporary = stack.enter_context(temporary_beside(path))
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(yaml.safe_dump(names))
+            file.flush()
+            os.fsync(file.fileno())
+    replace_all([*(move for writer in writers for move in writer.finish()), (temporary, path)])
 
 
 def _read_annotations(path: Path, kind: Kind) -> dict[str, np.ndarray]:
