@@ -8,7 +8,9 @@ looked up, imported or called. The records are turned into arrays afterwards, wi
 from __future__ import annotations
 
 import io
+import math
 import pickle
+import reprlib
 import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -37,12 +39,21 @@ def read_pickle(path: Path, max_bytes: int = MAX_BYTES) -> Any:
     return loads(path.read_bytes(), str(path))
 
 
-def read_object_npz(path: Path, keys: Iterable[str], max_bytes: int = MAX_BYTES) -> dict[str, Any]:
+def read_object_npz(
+    path: Path, keys: Iterable[str], max_bytes: int = MAX_BYTES, optional: Iterable[str] = ()
+) -> dict[str, Any]:
     """Chosen arrays of a `.npz` file; arrays of objects are read as `read_pickle` does. Other keys are not touched.
+
+    Args:
+        path: the file.
+        keys: of arrays that must be there.
+        max_bytes: of each array.
+        optional: keys of arrays that are read where they are there.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not such a file, a key that is missing, a member larger than `max_bytes`, or a refused pickle.
+        ValueError: not such a file or a damaged one, a key that is missing, a member larger than `max_bytes`, or a
+            refused pickle.
     """
     result: dict[str, Any] = {}
     try:
@@ -50,14 +61,20 @@ def read_object_npz(path: Path, keys: Iterable[str], max_bytes: int = MAX_BYTES)
     except zipfile.BadZipFile as error:
         raise ValueError(f"{path} is not a .npz file: {error}") from None
     with archive:
-        for key in keys:
-            try:
-                member = archive.getinfo(f"{key}.npy")
-            except KeyError:
-                raise ValueError(f"{path} has no array {key!r}; it has {archive.namelist()}") from None
+        members = {member.filename: member for member in archive.infolist()}
+        required = list(keys)
+        for key in required:
+            if f"{key}.npy" not in members:
+                raise ValueError(f"{path} has no array {key!r}; it has {reprlib.repr(list(members))}")
+        for key in [*required, *(key for key in optional if f"{key}.npy" in members)]:
+            member = members[f"{key}.npy"]
             if member.file_size > max_bytes:
                 raise ValueError(f"{path}: {key!r} has {member.file_size} bytes; at most {max_bytes} are read")
-            result[key] = _read_npy(archive.read(member), f"{path}: {key!r}")
+            try:
+                content = archive.read(member)
+            except Exception as error:  # each compression has errors of its own for damaged data
+                raise ValueError(f"{path}: {key!r} cannot be read: {type(error).__name__}: {error}") from None
+            result[key] = _read_npy(content, f"{path}: {key!r}")
     return result
 
 
@@ -71,9 +88,13 @@ def _read_npy(content: bytes, source: str) -> Any:
             header = np.lib.format.read_array_header_2_0(stream)
         else:
             raise ValueError(f"format {version}")
-        if not header[2].hasobject:
+        shape, _, dtype = header
+        if not dtype.hasobject:
+            expected, found = math.prod(shape) * dtype.itemsize, len(content) - stream.tell()
+            if expected != found:  # before memory is taken for what the header claims
+                raise ValueError(f"{list(shape)} of {dtype} are {expected} bytes, it has {found}")
             return np.load(io.BytesIO(content), allow_pickle=False)
-    except ValueError as error:
+    except Exception as error:  # a broken header can raise nearly anything
         raise ValueError(f"{source} is not a .npy array: {error}") from None
     return loads(stream.read(), source)
 

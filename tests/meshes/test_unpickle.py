@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import pickle
@@ -168,6 +169,38 @@ def test_object_npz(tmp_path) -> None:
         archive.writestr("U.npy", b"nonsense")
     with pytest.raises(ValueError, match=r"not a \.npy"):
         read_object_npz(path, ("U",))
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_damaged_npz_is_named(tmp_path, save) -> None:
+    path = tmp_path / "file.npz"
+    save(path, U=np.random.default_rng(0).integers(0, 9, 5000))
+    whole = path.read_bytes()
+    for start in range(0, len(whole), 97):
+        damaged = bytearray(whole)
+        damaged[start : start + 8] = bytes(value ^ 0xFF for value in damaged[start : start + 8])
+        path.write_bytes(damaged)
+        with contextlib.suppress(ValueError):  # anything else fails
+            read_object_npz(path, ("U",))
+    middle = len(whole) // 2
+    path.write_bytes(whole[:middle] + bytes(8) + whole[middle + 8 :])
+    with pytest.raises(ValueError, match=r"file\.npz: 'U' cannot be read: (BadZipFile|error)"):
+        read_object_npz(path, ("U",))
+
+
+def test_a_header_that_claims_more_than_there_is(tmp_path) -> None:
+    path, buffer = tmp_path / "file.npz", io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": "<f8", "fortran_order": False, "shape": (10**15,)})
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("U.npy", buffer.getvalue())
+    with pytest.raises(ValueError, match=r"'U' is not a \.npy array: .* 8000000000000000 bytes, it has 0"):
+        read_object_npz(path, ("U",))
+
+
+def test_optional_arrays_are_read_where_they_are(tmp_path) -> None:
+    path = tmp_path / "file.npz"
+    np.savez(path, a=np.arange(3), b=np.arange(4), c=np.arange(5))
+    assert set(read_object_npz(path, ("a",), optional=("b", "d"))) == {"a", "b"}
 
 
 def test_size_limit_of_pickles(tmp_path) -> None:
