@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import io
 import itertools
 import os
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import pytest
 from tsv_cases import jpeg
 
 from fastmetro import cli
-from fastmetro.data.tsv import TsvSource, build_data, check_data, decode_image, parse_label
+from fastmetro.data.tsv import TsvSource, build, build_data, check_data, decode_image, parse_label
 
 
 def annotations(folder: Path, count: int = 4, joints: int = 24, pose: int = 72, **changed: Any) -> Path:
@@ -97,7 +99,12 @@ def test_image_names_stay_below_their_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"center": None}, "center is missing"),
+        ({"center": None}, "annotations: .* has no array 'center'"),
+        ({"imgname": np.array("a/0.jpg")}, r"imgname must be \[N\], got \[\]"),
+        ({"imgname": np.arange(4)}, "imgname must hold texts, got int64"),
+        ({"scale": np.ones(4, complex)}, "scale must hold numbers of up to 8 bytes, got complex128"),
+        ({"scale": np.ones(4, np.longdouble)}, "scale must hold numbers of up to 8 bytes, got "),
+        ({"center": np.zeros((4, 2), "datetime64[s]")}, r"center must hold numbers .*, got datetime64\[s\]"),
         ({"scale": np.ones(3)}, r"scale must be \[4\], got \[3\]"),
         ({"S": np.ones((4, 17, 4))}, r"S must be \[4, 24, 4\], got \[4, 17, 4\]"),
         ({"gender": np.array([None] * 4, dtype=object)}, "is not a file of plain arrays"),
@@ -108,6 +115,55 @@ def test_annotations_that_do_not_fit_are_named(tmp_path: Path, changed: dict[str
     with pytest.raises(ValueError, match=message):
         build_data(path, tmp_path / "images", tmp_path / "train")
     assert not list(tmp_path.glob("train*"))
+
+
+def test_files_that_are_no_npz_are_named(tmp_path: Path) -> None:
+    path = annotations(tmp_path, 2)
+    whole = path.read_bytes()
+    buffer = io.BytesIO()
+    np.save(buffer, np.zeros(3))
+    with zipfile.ZipFile(path) as archive:
+        middle = archive.getinfo("imgname.npy").header_offset + 60
+    compressed = io.BytesIO()
+    np.savez_compressed(compressed, **np.load(io.BytesIO(whole)))
+    deflate = compressed.getvalue()
+    damaged = deflate[:middle] + bytes(16) + deflate[middle + 16 :]
+    for content in (b"", b"nonsense", buffer.getvalue(), whole[:1000], damaged):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"annotations: .*some\.npz"):
+            build_data(path, tmp_path / "images", tmp_path / "train")
+    assert not list(tmp_path.glob("train*"))
+
+
+def test_arrays_are_read_up_to_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = annotations(tmp_path, 2)
+    monkeypatch.setattr(build, "MAX_ARRAY_BYTES", 400)
+    with pytest.raises(ValueError, match=r"'part' has [0-9]+ bytes; at most 400 are read"):
+        build_data(path, tmp_path / "images", tmp_path / "train")
+
+
+def test_names_in_bytes_are_texts(tmp_path: Path) -> None:
+    names, genders = np.array([b"a/0.jpg", b"b/1.jpg", b"\xff.jpg"]), np.array([b"male", b"female", b"none"])
+    path = annotations(tmp_path, 3, imgname=names, gender=genders)
+    report = build_data(path, tmp_path / "images", tmp_path / "train")
+    source = TsvSource(report.path)
+    assert [source.row(number).key for number in range(2)] == ["a/0.jpg", "b/1.jpg"]
+    assert [parse_label(source.row(number).label, "body").gender for number in range(2)] == ["male", "female"]
+    assert [(name, why.split(":")[0]) for name, why in report.skipped] == [("row 2", "broken text")]
+
+
+@pytest.mark.parametrize("name", ["\ud800.jpg", "a\0b.jpg"])
+def test_a_name_that_no_file_can_have_is_one_bad_row(tmp_path: Path, name: str) -> None:
+    path = annotations(tmp_path, 2, imgname=np.array([name, "b/1.jpg"]))
+    report = build_data(path, tmp_path / "images", tmp_path / "train")
+    assert report.rows == 1 and report.skipped[0][1].startswith("broken ")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_flag_that_is_not_finite_is_one_bad_row(tmp_path: Path, value: float) -> None:
+    path = annotations(tmp_path, has_smpl=np.array([1, value, 0, 1]))
+    report = build_data(path, tmp_path / "images", tmp_path / "train")
+    assert report.rows == 3 and report.skipped == [("b/1.jpg", "not finite: has_smpl holds NaN or infinity")]
 
 
 def test_nothing_is_left_where_no_row_can_be_used(tmp_path: Path) -> None:
