@@ -8,6 +8,7 @@ import os
 import pickle
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -167,6 +168,25 @@ def test_cells_that_would_break_a_row_are_refused(tmp_path: Path) -> None:
     assert content(TsvFile(tmp_path / "x.tsv")) == [["key", "value"]]
     with pytest.raises(RuntimeError, match="within its `with` block"):
         writer.write(["late"])
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        (["k", 17], "cells: number 1 must be text or bytes, got 17"),
+        ([None], "cells: number 0 must be text or bytes, got None"),
+        (["k", bytearray(b"a")], r"cells: number 1 must be text or bytes, got bytearray\(b'a'\)"),
+        ("abc", "cells must be a list of texts or bytes, got 'abc'"),
+        (b"abc", "cells must be a list of texts or bytes, got b'abc'"),
+        (17, "cells must be a list of texts or bytes, got 17"),
+    ],
+)
+def test_what_is_no_cell_is_named(tmp_path: Path, cells: Any, message: str) -> None:
+    with TsvWriter(tmp_path / "x.tsv") as writer:
+        with pytest.raises(TypeError, match=message):
+            writer.write(cells)
+        writer.write(("key", b"value"))
+    assert content(TsvFile(tmp_path / "x.tsv")) == [["key", "value"]]
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -159,15 +160,14 @@ class TsvWriter:
         """Append a row; its number.
 
         Raises:
+            TypeError: one text instead of a sequence of them, or a cell that is neither text nor bytes.
             ValueError: there is no cell, or one holds a tab, a line feed or a carriage return.
             RuntimeError: outside of the block, or after :meth:`finish`.
             OSError: the row cannot be written; it names the file.
         """
         if not self._files:
             raise RuntimeError("TsvWriter is used within its `with` block")
-        if not cells:
-            raise ValueError("cells: a row has at least one")
-        encoded = [cell.encode() if isinstance(cell, str) else bytes(cell) for cell in cells]
+        encoded = _encoded(cells)
         for number, cell in enumerate(encoded):
             if any(mark in cell for mark in (b"\t", b"\n", b"\r")):
                 raise ValueError(f"cells: number {number} holds a tab or a line end, {cell[:60]!r}")
@@ -209,3 +209,15 @@ class TsvWriter:
                     with contextlib.suppress(OSError):  # of a full disk: what it still holds is not wanted
                         file.close()
                 self._files, self._moves = [], []
+
+
+def _encoded(cells: Sequence[str | bytes]) -> list[bytes]:
+    """Texts in UTF-8. A text is a sequence of texts, too, and bytes(17) are 17 zeros: neither may pass unnoticed."""
+    if isinstance(cells, (str, bytes)) or not isinstance(cells, Sequence):
+        raise TypeError(f"cells must be a list of texts or bytes, got {reprlib.repr(cells)}")
+    if not cells:
+        raise ValueError("cells: a row has at least one")
+    for number, cell in enumerate(cells):
+        if not isinstance(cell, (str, bytes)):
+            raise TypeError(f"cells: number {number} must be text or bytes, got {reprlib.repr(cell)}")
+    return [cell.encode() if isinstance(cell, str) else cell for cell in cells]
