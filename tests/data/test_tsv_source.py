@@ -49,6 +49,17 @@ def test_a_misspelt_key_is_refused_and_another_one_warned_of(tmp_path: Path) -> 
         assert len(TsvSource(write_set(tmp_path, rows(), caption="some.tsv"))) == 3
 
 
+@pytest.mark.parametrize("key", ["img", "linelist", "composite"])
+def test_aliases_make_no_message_of_megabytes(tmp_path: Path, key: str) -> None:
+    path, text = write_set(tmp_path, rows()), f"a0: &a0 [{', '.join(['x' * 50] * 9)}]\n"
+    text += "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 5))
+    kept = "".join(f"{line}\n" for line in path.read_text().splitlines() if not line.startswith(f"{key}:"))
+    path.write_text(f"{kept}{text}{key}: *a4\n")
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match=key) as caught:
+        TsvSource(path)
+    assert len(str(caught.value)) < 2000
+
+
 def test_sizes_are_optional(tmp_path: Path) -> None:
     source = TsvSource(write_set(tmp_path, rows(), hw=""))
     assert source.row(0).size is None and check_data(source.path).bad == 0

@@ -17,6 +17,8 @@ from fastmetro.yaml_file import read_yaml
 
 _TABLES = ("img", "label", "hw")
 _KEYS = (*_TABLES, "linelist", "composite")
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 2  # aliases of YAML make lists of lists of lists: the usual six levels would be 250 KB
 
 
 class Row(NamedTuple):
@@ -57,7 +59,7 @@ class TsvSource:
         _check_keys(settings, self.path)
         self.composite = settings.get("composite", False)
         if not isinstance(self.composite, bool):
-            raise ValueError(f"{self.path}: composite must be true or false, got {self.composite!r}")
+            raise ValueError(f"{self.path}: composite must be true or false, got {_SHORT.repr(self.composite)}")
         self._names: dict[str, list[str]] = {
             table: _names(settings, table, self.composite, self.path) for table in _TABLES if table in settings
         }
@@ -117,7 +119,7 @@ class TsvSource:
             parts = [np.stack([np.full(n, i), np.arange(n)], axis=1) for i, n in enumerate(lengths)]
             return np.concatenate(parts).astype(np.int32)
         if not isinstance(linelist, str):
-            raise ValueError(f"{self.path}: linelist must name a file, got {linelist!r}")
+            raise ValueError(f"{self.path}: linelist must name a file, got {_SHORT.repr(linelist)}")
         path = self._find(linelist)
         if not path.is_file():
             raise FileNotFoundError(f"{self.path}: linelist {linelist!r} does not exist")
@@ -172,5 +174,5 @@ def _names(settings: dict[str, Any], key: str, composite: bool, path: Path) -> l
     names = value if composite else [value]
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         accepted = "a list of files, because composite is true" if composite else "a file"
-        raise ValueError(f"{path}: {key} must name {accepted}, got {value!r}")
+        raise ValueError(f"{path}: {key} must name {accepted}, got {_SHORT.repr(value)}")
     return names
