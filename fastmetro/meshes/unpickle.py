@@ -145,6 +145,10 @@ class _Array(_Record):
     pass
 
 
+class _Buffer(_Record):
+    """An array as protocol 5 writes it: bytes, dtype, shape, order, and with order K that of the axes."""
+
+
 class _Scalar(_Record):
     pass
 
@@ -220,12 +224,15 @@ _PLAIN = {
     ("builtins", "object"): _Object,
 }
 _NUMPY_MODULES = ("numpy", "numpy.core.multiarray", "numpy._core.multiarray")
+_NUMERIC_MODULES = ("numpy.core.numeric", "numpy._core.numeric")
 
 
 class _Restricted(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module in _NUMPY_MODULES and name in _NUMPY:
             return _NUMPY[name]
+        if module in _NUMERIC_MODULES and name == "_frombuffer":
+            return _Buffer
         if module.startswith("scipy.sparse") and name in _SPARSE:
             return _SPARSE[name]
         if module.split(".")[0] == "chumpy":
@@ -256,6 +263,8 @@ class _Converter:
             return type(value)(self.convert(item) for item in value)
         if isinstance(value, _Array):
             return self.array(value)
+        if isinstance(value, _Buffer):
+            return self.buffer(value)
         if isinstance(value, _Scalar):
             dtype = self.dtype(value.arguments[0])
             return np.frombuffer(_as_bytes(value.arguments[1]), dtype, 1)[0]
@@ -283,8 +292,7 @@ class _Converter:
             raise ValueError("an array without values")
         _, shape, dtype_record, fortran, content = record.state
         dtype = self.dtype(dtype_record)
-        if not isinstance(shape, tuple) or not all(isinstance(n, int) and n >= 0 for n in shape):
-            raise ValueError(f"an array of shape {shape}")
+        _check_shape(shape)
         if dtype.kind == "O":
             if not isinstance(content, list) or len(content) != int(np.prod(shape, dtype=object)):
                 raise ValueError("an array of objects without its objects")
@@ -292,9 +300,23 @@ class _Converter:
             for index, item in enumerate(content):
                 result[index] = self.convert(item)
         else:
-            raw = _as_bytes(content)
-            result = np.frombuffer(raw, dtype).copy() if raw else np.empty(0, dtype)
+            result = _values(content, dtype)
         return result.reshape(shape, order="F" if fortran else "C")
+
+    def buffer(self, record: _Buffer) -> np.ndarray:
+        if len(record.arguments) not in (4, 5):
+            raise ValueError("an array without values")
+        content, dtype_record, shape, order, *axes = record.arguments
+        dtype = self.dtype(dtype_record)
+        _check_shape(shape)
+        if dtype.kind == "O":
+            raise ValueError("objects are not bytes")
+        values = _values(content, dtype)
+        if order in ("C", "F"):
+            return values.reshape(shape, order=order)
+        if order != "K" or not axes or not isinstance(axes[0], tuple):
+            raise ValueError(f"an array in order {order!r}")
+        return values.reshape(shape).transpose(axes[0])
 
     def sparse(self, record: _Sparse) -> Any:
         state = {key: self.convert(item) for key, item in dict(record.state).items()}
@@ -321,9 +343,19 @@ class _Converter:
         raise ValueError(f"chumpy's {type(record).__name__} is computed, not stored: save the file with plain arrays")
 
 
+def _check_shape(shape: Any) -> None:
+    if not isinstance(shape, tuple) or not all(isinstance(n, int) and n >= 0 for n in shape):
+        raise ValueError(f"an array of shape {shape}")
+
+
+def _values(content: Any, dtype: np.dtype) -> np.ndarray:
+    raw = _as_bytes(content)
+    return np.frombuffer(raw, dtype).copy() if raw else np.empty(0, dtype)
+
+
 def _as_bytes(content: Any) -> bytes:
     if isinstance(content, str):
         return content.encode("latin1")
-    if isinstance(content, bytes):
-        return content
+    if isinstance(content, (bytes, bytearray)):
+        return bytes(content)
     raise ValueError("an array without bytes")

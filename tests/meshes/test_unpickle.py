@@ -45,10 +45,11 @@ ARRAYS = [
     np.arange(5, dtype=">i4"),
     np.array(["neutral", "male"]),
     np.array(2.5),
+    np.arange(24.0).reshape(2, 3, 4).transpose(1, 0, 2),
 ]
 
 
-@pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4])
+@pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])
 def test_arrays_survive(protocol) -> None:
     for array in ARRAYS:
         result = loads(pickle.dumps({"a": array, "b": [array, (array, None, 3, "text")]}, protocol))
@@ -129,6 +130,39 @@ def test_calls_are_refused(function, protocol, tmp_path) -> None:
 def test_tricks_are_refused(content) -> None:
     with pytest.raises(ValueError, match="refused"):
         loads(content)
+
+
+class FromBuffer:
+    """Pickles to an array as protocol 5 writes it, of any arguments."""
+
+    def __init__(self, *arguments) -> None:
+        self.arguments = arguments
+
+    def __reduce__(self):
+        return np.zeros(1).__reduce_ex__(5)[0], self.arguments
+
+
+def test_arrays_of_protocol_5_are_checked() -> None:
+    raw, kind = bytes(range(48)), np.dtype("f8")
+    expected = np.frombuffer(raw).reshape(2, 3).T
+    assert np.array_equal(loads(pickle.dumps(FromBuffer(raw, kind, (2, 3), "K", (1, 0)))), expected)
+    for arguments in (
+        (),
+        (raw, kind, (2, 3)),
+        (raw, kind, (7,), "C"),
+        (raw, kind, (10**12,), "C"),
+        (raw, kind, (-1,), "C"),
+        (raw, kind, 6, "C"),
+        (raw, kind, (6,), "A"),
+        (raw, kind, (2, 3), "K"),
+        (raw, kind, (2, 3), "K", (0, 0)),
+        (raw, np.dtype(object), (6,), "C"),
+        (raw, np.dtype([("a", "f8")]), (6,), "C"),
+        (17, kind, (6,), "C"),
+        ([1.0], kind, (1,), "C"),
+    ):
+        with pytest.raises(ValueError, match="refused"):
+            loads(pickle.dumps(FromBuffer(*arguments)))
 
 
 def test_sparse_indices_are_checked() -> None:
