@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import glob
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 _UNFINISHED = ".part"
@@ -19,18 +21,81 @@ def replacing(path: Path) -> Iterator[Path]:
     folders are made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_UNFINISHED)
-    os.fchmod(handle, 0o644)  # mkstemp makes files that only the owner can read
-    os.close(handle)
-    temporary = Path(name)
-    try:
+    with temporary_beside(path) as temporary:
         yield temporary
         os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def temporary_beside(path: Path) -> Iterator[Path]:
+    """Yield an empty file beside ``path``, which is removed when the block ends unless it was moved away."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_UNFINISHED)
+    temporary = Path(name)
+    try:
+        try:
+            os.fchmod(handle, 0o644)  # mkstemp makes files that only the owner can read
+        finally:
+            os.close(handle)
+        yield temporary
     finally:
-        temporary.unlink(missing_ok=True)
+        remove_quietly(temporary)
+
+
+def replace_all(moves: Sequence[tuple[Path, Path]]) -> None:
+    """Put finished files in the places of others: all of them, or none where that fails.
+
+    The old files are set aside first, from the last to the first, and the new ones follow from the first to the last.
+    A last file that names the others (YAML of a data set) is so missing, rather than wrong, while they change places.
+
+    Args:
+        moves: each finished file, beside its place, and that place.
+
+    Raises:
+        OSError: a file cannot be moved; it names the place.
+    """
+    aside: list[tuple[Path, Path]] = []
+    placed: list[Path] = []
+    try:
+        for finished, place in reversed(moves):
+            with naming(place):
+                if place.is_dir():
+                    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+                if place.exists():
+                    old = finished.with_suffix(f".old{_UNFINISHED}")
+                    os.replace(place, old)
+                    aside.append((old, place))
+        for finished, place in moves:
+            with naming(place):
+                os.replace(finished, place)
+            placed.append(place)
+    except BaseException:
+        for place in placed:
+            remove_quietly(place)
+        for old, place in aside:
+            os.replace(old, place)
+        raise
+    for old, _ in aside:
+        remove_quietly(old)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let errors of the system name the file that the user knows: a full disk names none, a temporary file its own."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def remove_quietly(path: Path) -> None:
+    """Remove a file if that is possible: what went wrong before must not be hidden by an error of tidying up."""
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
 
 
 def remove_unfinished(path: Path) -> None:
     """Remove what a process that was killed within :func:`replacing` of ``path`` has left beside it."""
-    for left in path.parent.glob(f".{path.name}.*{_UNFINISHED}"):
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*{_UNFINISHED}"):
         left.unlink(missing_ok=True)

@@ -8,7 +8,9 @@ looked up, imported or called. The records are turned into arrays afterwards, wi
 from __future__ import annotations
 
 import io
+import math
 import pickle
+import reprlib
 import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -37,12 +39,21 @@ def read_pickle(path: Path, max_bytes: int = MAX_BYTES) -> Any:
     return loads(path.read_bytes(), str(path))
 
 
-def read_object_npz(path: Path, keys: Iterable[str], max_bytes: int = MAX_BYTES) -> dict[str, Any]:
+def read_object_npz(
+    path: Path, keys: Iterable[str], max_bytes: int = MAX_BYTES, optional: Iterable[str] = ()
+) -> dict[str, Any]:
     """Chosen arrays of a `.npz` file; arrays of objects are read as `read_pickle` does. Other keys are not touched.
+
+    Args:
+        path: the file.
+        keys: of arrays that must be there.
+        max_bytes: of each array.
+        optional: keys of arrays that are read where they are there.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not such a file, a key that is missing, a member larger than `max_bytes`, or a refused pickle.
+        ValueError: not such a file or a damaged one, a key that is missing, a member larger than `max_bytes`, or a
+            refused pickle.
     """
     result: dict[str, Any] = {}
     try:
@@ -50,14 +61,20 @@ def read_object_npz(path: Path, keys: Iterable[str], max_bytes: int = MAX_BYTES)
     except zipfile.BadZipFile as error:
         raise ValueError(f"{path} is not a .npz file: {error}") from None
     with archive:
-        for key in keys:
-            try:
-                member = archive.getinfo(f"{key}.npy")
-            except KeyError:
-                raise ValueError(f"{path} has no array {key!r}; it has {archive.namelist()}") from None
+        members = {member.filename: member for member in archive.infolist()}
+        required = list(keys)
+        for key in required:
+            if f"{key}.npy" not in members:
+                raise ValueError(f"{path} has no array {key!r}; it has {reprlib.repr(list(members))}")
+        for key in [*required, *(key for key in optional if f"{key}.npy" in members)]:
+            member = members[f"{key}.npy"]
             if member.file_size > max_bytes:
                 raise ValueError(f"{path}: {key!r} has {member.file_size} bytes; at most {max_bytes} are read")
-            result[key] = _read_npy(archive.read(member), f"{path}: {key!r}")
+            try:
+                content = archive.read(member)
+            except Exception as error:  # each compression has errors of its own for damaged data
+                raise ValueError(f"{path}: {key!r} cannot be read: {type(error).__name__}: {error}") from None
+            result[key] = _read_npy(content, f"{path}: {key!r}")
     return result
 
 
@@ -71,9 +88,13 @@ def _read_npy(content: bytes, source: str) -> Any:
             header = np.lib.format.read_array_header_2_0(stream)
         else:
             raise ValueError(f"format {version}")
-        if not header[2].hasobject:
+        shape, _, dtype = header
+        if not dtype.hasobject:
+            expected, found = math.prod(shape) * dtype.itemsize, len(content) - stream.tell()
+            if expected != found:  # before memory is taken for what the header claims
+                raise ValueError(f"{list(shape)} of {dtype} are {expected} bytes, it has {found}")
             return np.load(io.BytesIO(content), allow_pickle=False)
-    except ValueError as error:
+    except Exception as error:  # a broken header can raise nearly anything
         raise ValueError(f"{source} is not a .npy array: {error}") from None
     return loads(stream.read(), source)
 
@@ -122,6 +143,10 @@ class _Record:
 
 class _Array(_Record):
     pass
+
+
+class _Buffer(_Record):
+    """An array as protocol 5 writes it: bytes, dtype, shape, order, and with order K that of the axes."""
 
 
 class _Scalar(_Record):
@@ -199,12 +224,15 @@ _PLAIN = {
     ("builtins", "object"): _Object,
 }
 _NUMPY_MODULES = ("numpy", "numpy.core.multiarray", "numpy._core.multiarray")
+_NUMERIC_MODULES = ("numpy.core.numeric", "numpy._core.numeric")
 
 
 class _Restricted(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module in _NUMPY_MODULES and name in _NUMPY:
             return _NUMPY[name]
+        if module in _NUMERIC_MODULES and name == "_frombuffer":
+            return _Buffer
         if module.startswith("scipy.sparse") and name in _SPARSE:
             return _SPARSE[name]
         if module.split(".")[0] == "chumpy":
@@ -235,6 +263,8 @@ class _Converter:
             return type(value)(self.convert(item) for item in value)
         if isinstance(value, _Array):
             return self.array(value)
+        if isinstance(value, _Buffer):
+            return self.buffer(value)
         if isinstance(value, _Scalar):
             dtype = self.dtype(value.arguments[0])
             return np.frombuffer(_as_bytes(value.arguments[1]), dtype, 1)[0]
@@ -262,8 +292,7 @@ class _Converter:
             raise ValueError("an array without values")
         _, shape, dtype_record, fortran, content = record.state
         dtype = self.dtype(dtype_record)
-        if not isinstance(shape, tuple) or not all(isinstance(n, int) and n >= 0 for n in shape):
-            raise ValueError(f"an array of shape {shape}")
+        _check_shape(shape)
         if dtype.kind == "O":
             if not isinstance(content, list) or len(content) != int(np.prod(shape, dtype=object)):
                 raise ValueError("an array of objects without its objects")
@@ -271,9 +300,23 @@ class _Converter:
             for index, item in enumerate(content):
                 result[index] = self.convert(item)
         else:
-            raw = _as_bytes(content)
-            result = np.frombuffer(raw, dtype).copy() if raw else np.empty(0, dtype)
+            result = _values(content, dtype)
         return result.reshape(shape, order="F" if fortran else "C")
+
+    def buffer(self, record: _Buffer) -> np.ndarray:
+        if len(record.arguments) not in (4, 5):
+            raise ValueError("an array without values")
+        content, dtype_record, shape, order, *axes = record.arguments
+        dtype = self.dtype(dtype_record)
+        _check_shape(shape)
+        if dtype.kind == "O":
+            raise ValueError("objects are not bytes")
+        values = _values(content, dtype)
+        if order in ("C", "F"):
+            return values.reshape(shape, order=order)
+        if order != "K" or not axes or not isinstance(axes[0], tuple):
+            raise ValueError(f"an array in order {order!r}")
+        return values.reshape(shape).transpose(axes[0])
 
     def sparse(self, record: _Sparse) -> Any:
         state = {key: self.convert(item) for key, item in dict(record.state).items()}
@@ -300,9 +343,19 @@ class _Converter:
         raise ValueError(f"chumpy's {type(record).__name__} is computed, not stored: save the file with plain arrays")
 
 
+def _check_shape(shape: Any) -> None:
+    if not isinstance(shape, tuple) or not all(isinstance(n, int) and n >= 0 for n in shape):
+        raise ValueError(f"an array of shape {shape}")
+
+
+def _values(content: Any, dtype: np.dtype) -> np.ndarray:
+    raw = _as_bytes(content)
+    return np.frombuffer(raw, dtype).copy() if raw else np.empty(0, dtype)
+
+
 def _as_bytes(content: Any) -> bytes:
     if isinstance(content, str):
         return content.encode("latin1")
-    if isinstance(content, bytes):
-        return content
+    if isinstance(content, (bytes, bytearray)):
+        return bytes(content)
     raise ValueError("an array without bytes")

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +18,7 @@ import pytest
 from tsv_cases import jpeg, rows, write_set
 
 from fastmetro import cli
-from fastmetro.data.tsv import TsvSource, build_data, check_data, decode_image, parse_label
+from fastmetro.data.tsv import TsvSource, build, build_data, check_data, decode_image, parse_label
 
 
 def annotations(folder: Path, count: int = 4, joints: int = 24, pose: int = 72, **changed: Any) -> Path:
@@ -101,7 +109,12 @@ def test_image_names_stay_below_their_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"center": None}, "center is missing"),
+        ({"center": None}, "annotations: .* has no array 'center'"),
+        ({"imgname": np.array("a/0.jpg")}, r"imgname must be \[N\], got \[\]"),
+        ({"imgname": np.arange(4)}, "imgname must hold texts, got int64"),
+        ({"scale": np.ones(4, complex)}, "scale must hold numbers of up to 8 bytes, got complex128"),
+        ({"scale": np.ones(4, np.longdouble)}, "scale must hold numbers of up to 8 bytes, got "),
+        ({"center": np.zeros((4, 2), "datetime64[s]")}, r"center must hold numbers .*, got datetime64\[s\]"),
         ({"scale": np.ones(3)}, r"scale must be \[4\], got \[3\]"),
         ({"S": np.ones((4, 17, 4))}, r"S must be \[4, 24, 4\], got \[4, 17, 4\]"),
         ({"gender": np.array([None] * 4, dtype=object)}, "is not a file of plain arrays"),
@@ -114,6 +127,55 @@ def test_annotations_that_do_not_fit_are_named(tmp_path: Path, changed: dict[str
     assert not list(tmp_path.glob("train*"))
 
 
+def test_files_that_are_no_npz_are_named(tmp_path: Path) -> None:
+    path = annotations(tmp_path, 2)
+    whole = path.read_bytes()
+    buffer = io.BytesIO()
+    np.save(buffer, np.zeros(3))
+    with zipfile.ZipFile(path) as archive:
+        middle = archive.getinfo("imgname.npy").header_offset + 60
+    compressed = io.BytesIO()
+    np.savez_compressed(compressed, **np.load(io.BytesIO(whole)))
+    deflate = compressed.getvalue()
+    damaged = deflate[:middle] + bytes(16) + deflate[middle + 16 :]
+    for content in (b"", b"nonsense", buffer.getvalue(), whole[:1000], damaged):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"annotations: .*some\.npz"):
+            build_data(path, tmp_path / "images", tmp_path / "train")
+    assert not list(tmp_path.glob("train*"))
+
+
+def test_arrays_are_read_up_to_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = annotations(tmp_path, 2)
+    monkeypatch.setattr(build, "MAX_ARRAY_BYTES", 400)
+    with pytest.raises(ValueError, match=r"'part' has [0-9]+ bytes; at most 400 are read"):
+        build_data(path, tmp_path / "images", tmp_path / "train")
+
+
+def test_names_in_bytes_are_texts(tmp_path: Path) -> None:
+    names, genders = np.array([b"a/0.jpg", b"b/1.jpg", b"\xff.jpg"]), np.array([b"male", b"female", b"none"])
+    path = annotations(tmp_path, 3, imgname=names, gender=genders)
+    report = build_data(path, tmp_path / "images", tmp_path / "train")
+    source = TsvSource(report.path)
+    assert [source.row(number).key for number in range(2)] == ["a/0.jpg", "b/1.jpg"]
+    assert [parse_label(source.row(number).label, "body").gender for number in range(2)] == ["male", "female"]
+    assert [(name, why.split(":")[0]) for name, why in report.skipped] == [("row 2", "broken text")]
+
+
+@pytest.mark.parametrize("name", ["\ud800.jpg", "a\0b.jpg"])
+def test_a_name_that_no_file_can_have_is_one_bad_row(tmp_path: Path, name: str) -> None:
+    path = annotations(tmp_path, 2, imgname=np.array([name, "b/1.jpg"]))
+    report = build_data(path, tmp_path / "images", tmp_path / "train")
+    assert report.rows == 1 and report.skipped[0][1].startswith("broken ")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_flag_that_is_not_finite_is_one_bad_row(tmp_path: Path, value: float) -> None:
+    path = annotations(tmp_path, has_smpl=np.array([1, value, 0, 1]))
+    report = build_data(path, tmp_path / "images", tmp_path / "train")
+    assert report.rows == 3 and report.skipped == [("b/1.jpg", "not finite: has_smpl holds NaN or infinity")]
+
+
 def test_nothing_is_left_where_no_row_can_be_used(tmp_path: Path) -> None:
     path = annotations(tmp_path, scale=np.zeros(4))
     with pytest.raises(ValueError, match=r"no row can be used, the first because of .*empty box"):
@@ -123,6 +185,71 @@ def test_nothing_is_left_where_no_row_can_be_used(tmp_path: Path) -> None:
         build_data(path, tmp_path / "images", tmp_path / "no" / "train")
     with pytest.raises(FileNotFoundError, match="annotations"):
         build_data(tmp_path / "no.npz", tmp_path / "images", tmp_path / "train")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def fail_at(monkeypatch: pytest.MonkeyPatch, name: str, call: int, code: int) -> None:
+    """Let a function of `os` fail at one of its calls."""
+    calls, real = itertools.count(1), getattr(os, name)
+
+    def function(*arguments: Any) -> Any:
+        if next(calls) == call:
+            raise OSError(code, os.strerror(code))
+        return real(*arguments)
+
+    monkeypatch.setattr(os, name, function)
+
+
+@pytest.mark.parametrize(
+    ("name", "call"), [("fsync", 1), ("fsync", 6), ("fsync", 9), *(("replace", call) for call in range(1, 19))]
+)
+def test_a_failed_rebuild_leaves_the_set_that_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, call: int
+) -> None:
+    path, sets = annotations(tmp_path), tmp_path / "sets"
+    sets.mkdir()
+    build_data(path, tmp_path / "images", sets / "train")
+    before = contents(sets)
+    path = annotations(tmp_path, 2)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"No space left on device: '.*/sets/train\."):
+        fail_at(patch, name, call, errno.ENOSPC)
+        build_data(path, tmp_path / "images", sets / "train")
+    assert contents(sets) == before
+    assert build_data(path, tmp_path / "images", sets / "train").rows == 2
+    assert contents(sets).keys() == before.keys() and len(TsvSource(sets / "train.yaml")) == 2
+
+
+def test_a_failed_first_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = annotations(tmp_path)
+    fail_at(monkeypatch, "replace", 9, errno.EIO)
+    with pytest.raises(OSError, match=r"/train\.yaml"):
+        build_data(path, tmp_path / "images", tmp_path / "train")
+    assert not [*tmp_path.glob("train*"), *tmp_path.glob(".train*")]
+
+
+def test_a_folder_in_the_place_of_a_file_is_named(tmp_path: Path) -> None:
+    path, folder = annotations(tmp_path), tmp_path / "train.hw.lineidx"
+    folder.mkdir()
+    with pytest.raises(IsADirectoryError, match=r"/train\.hw\.lineidx"):
+        build_data(path, tmp_path / "images", tmp_path / "train")
+    assert [*tmp_path.glob("train*"), *tmp_path.glob(".train*")] == [folder]
+
+
+def test_what_a_killed_build_left_is_removed(tmp_path: Path) -> None:
+    path = annotations(tmp_path)
+    command = (
+        "import os, signal, sys; from fastmetro.data.tsv import build, build_data\n"
+        "build.yaml.safe_dump = lambda names: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "build_data(*sys.argv[1:])"
+    )
+    arguments = [str(path), str(tmp_path / "images"), str(tmp_path / "train")]
+    killed = subprocess.run([sys.executable, "-c", command, *arguments], check=False)
+    assert killed.returncode == -signal.SIGKILL and len(list(tmp_path.glob(".train*"))) == 9
+    build_data(path, tmp_path / "images", tmp_path / "train")
+    assert not list(tmp_path.glob(".train*")) and len(TsvSource(tmp_path / "train.yaml")) == 4
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

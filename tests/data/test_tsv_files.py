@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
+import os
 import pickle
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -100,6 +104,30 @@ def test_an_index_that_cannot_be_saved_is_kept_in_memory(tmp_path: Path) -> None
     assert not list(tmp_path.glob("*.part"))
 
 
+@pytest.fixture
+def read_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No file can be made, moved or removed, as on a read-only mount (root may write anywhere)."""
+
+    def refuse(*arguments: object, **_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(arguments))
+
+    for owner, name in ((Path, "write_text"), (Path, "unlink"), (os, "replace"), (tempfile, "mkstemp")):
+        monkeypatch.setattr(owner, name, refuse)
+
+
+def test_a_file_without_an_index_opens_on_a_read_only_mount(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    path = write(tmp_path / "x.tsv")
+    (tmp_path / "x.lineidx").unlink()
+    request.getfixturevalue("read_only")
+    assert content(TsvFile(path)) == ROWS
+
+
+def test_an_error_of_tidying_up_does_not_hide_the_first(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    with pytest.raises(RuntimeError, match="half way"), TsvWriter(tmp_path / "x.tsv"):
+        request.getfixturevalue("read_only")
+        raise RuntimeError("half way")
+
+
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_other_processes_read_the_same(tmp_path: Path, method: str) -> None:
     file = TsvFile(write(tmp_path / "x.tsv"))
@@ -140,6 +168,25 @@ def test_cells_that_would_break_a_row_are_refused(tmp_path: Path) -> None:
     assert content(TsvFile(tmp_path / "x.tsv")) == [["key", "value"]]
     with pytest.raises(RuntimeError, match="within its `with` block"):
         writer.write(["late"])
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        (["k", 17], "cells: number 1 must be text or bytes, got 17"),
+        ([None], "cells: number 0 must be text or bytes, got None"),
+        (["k", bytearray(b"a")], r"cells: number 1 must be text or bytes, got bytearray\(b'a'\)"),
+        ("abc", "cells must be a list of texts or bytes, got 'abc'"),
+        (b"abc", "cells must be a list of texts or bytes, got b'abc'"),
+        (17, "cells must be a list of texts or bytes, got 17"),
+    ],
+)
+def test_what_is_no_cell_is_named(tmp_path: Path, cells: Any, message: str) -> None:
+    with TsvWriter(tmp_path / "x.tsv") as writer:
+        with pytest.raises(TypeError, match=message):
+            writer.write(cells)
+        writer.write(("key", b"value"))
+    assert content(TsvFile(tmp_path / "x.tsv")) == [["key", "value"]]
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

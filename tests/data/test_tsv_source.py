@@ -31,6 +31,35 @@ def test_a_line_list_chooses_rows(tmp_path: Path) -> None:
     assert keys(TsvSource(write_set(tmp_path, rows(), linelist="some.tsv"))) == ["im2", "im0", "im2"]
 
 
+@pytest.mark.parametrize(
+    ("content", "line"), [("0\n0\t1\n", 2), ("0\t1\n2\t0\n", 1), ("1\n\n0\n", 2), ("0 1", 1), ("a\n", 1), ("9" * 30, 1)]
+)
+def test_a_line_list_of_a_single_set_has_one_column(tmp_path: Path, content: str, line: int) -> None:
+    (tmp_path / "some.tsv").write_text(content)
+    message = rf"some.tsv, line {line}: each line must hold 1 number \(row\), because composite is false, got b'"
+    with pytest.raises(ValueError, match=message):
+        TsvSource(write_set(tmp_path, rows(), linelist="some.tsv"))
+
+
+def test_a_misspelt_key_is_refused_and_another_one_warned_of(tmp_path: Path) -> None:
+    for key in ("linelst", "Composite", "labels", "lable"):
+        with pytest.raises(ValueError, match=rf"unknown key '{key}'; known are img, label, hw, linelist, composite$"):
+            TsvSource(write_set(tmp_path, rows(), **{key: "some.tsv"}))
+    with pytest.warns(UserWarning, match=r"train.yaml: unknown key 'caption'; known are .*: it is ignored"):
+        assert len(TsvSource(write_set(tmp_path, rows(), caption="some.tsv"))) == 3
+
+
+@pytest.mark.parametrize("key", ["img", "linelist", "composite"])
+def test_aliases_make_no_message_of_megabytes(tmp_path: Path, key: str) -> None:
+    path, text = write_set(tmp_path, rows()), f"a0: &a0 [{', '.join(['x' * 50] * 9)}]\n"
+    text += "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 5))
+    kept = "".join(f"{line}\n" for line in path.read_text().splitlines() if not line.startswith(f"{key}:"))
+    path.write_text(f"{kept}{text}{key}: *a4\n")
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match=key) as caught:
+        TsvSource(path)
+    assert len(str(caught.value)) < 2000
+
+
 def test_sizes_are_optional(tmp_path: Path) -> None:
     source = TsvSource(write_set(tmp_path, rows(), hw=""))
     assert source.row(0).size is None and check_data(source.path).bad == 0
@@ -58,6 +87,9 @@ def test_a_composite_set_names_the_file_in_its_keys(composite: Path) -> None:
             TsvSource(composite)
     (composite.parent / "list.tsv").write_text("1\t2\n0\n")
     with pytest.raises(ValueError, match="each line must hold 2 numbers"):
+        TsvSource(composite)
+    (composite.parent / "list.tsv").write_text("0\n1\n1\n0\n")  # as many numbers as two lines of a composite set
+    with pytest.raises(ValueError, match=r"list.tsv, line 1: .* 2 numbers \(file and row\), because composite is true"):
         TsvSource(composite)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import pickle
@@ -44,10 +45,11 @@ ARRAYS = [
     np.arange(5, dtype=">i4"),
     np.array(["neutral", "male"]),
     np.array(2.5),
+    np.arange(24.0).reshape(2, 3, 4).transpose(1, 0, 2),
 ]
 
 
-@pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4])
+@pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])
 def test_arrays_survive(protocol) -> None:
     for array in ARRAYS:
         result = loads(pickle.dumps({"a": array, "b": [array, (array, None, 3, "text")]}, protocol))
@@ -130,6 +132,39 @@ def test_tricks_are_refused(content) -> None:
         loads(content)
 
 
+class FromBuffer:
+    """Pickles to an array as protocol 5 writes it, of any arguments."""
+
+    def __init__(self, *arguments) -> None:
+        self.arguments = arguments
+
+    def __reduce__(self):
+        return np.zeros(1).__reduce_ex__(5)[0], self.arguments
+
+
+def test_arrays_of_protocol_5_are_checked() -> None:
+    raw, kind = bytes(range(48)), np.dtype("f8")
+    expected = np.frombuffer(raw).reshape(2, 3).T
+    assert np.array_equal(loads(pickle.dumps(FromBuffer(raw, kind, (2, 3), "K", (1, 0)))), expected)
+    for arguments in (
+        (),
+        (raw, kind, (2, 3)),
+        (raw, kind, (7,), "C"),
+        (raw, kind, (10**12,), "C"),
+        (raw, kind, (-1,), "C"),
+        (raw, kind, 6, "C"),
+        (raw, kind, (6,), "A"),
+        (raw, kind, (2, 3), "K"),
+        (raw, kind, (2, 3), "K", (0, 0)),
+        (raw, np.dtype(object), (6,), "C"),
+        (raw, np.dtype([("a", "f8")]), (6,), "C"),
+        (17, kind, (6,), "C"),
+        ([1.0], kind, (1,), "C"),
+    ):
+        with pytest.raises(ValueError, match="refused"):
+            loads(pickle.dumps(FromBuffer(*arguments)))
+
+
 def test_sparse_indices_are_checked() -> None:
     matrix = sp.csc_matrix(np.eye(4))
     matrix.indices[0] = 10**6  # would read outside of an array
@@ -168,6 +203,38 @@ def test_object_npz(tmp_path) -> None:
         archive.writestr("U.npy", b"nonsense")
     with pytest.raises(ValueError, match=r"not a \.npy"):
         read_object_npz(path, ("U",))
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_damaged_npz_is_named(tmp_path, save) -> None:
+    path = tmp_path / "file.npz"
+    save(path, U=np.random.default_rng(0).integers(0, 9, 5000))
+    whole = path.read_bytes()
+    for start in range(0, len(whole), 97):
+        damaged = bytearray(whole)
+        damaged[start : start + 8] = bytes(value ^ 0xFF for value in damaged[start : start + 8])
+        path.write_bytes(damaged)
+        with contextlib.suppress(ValueError):  # anything else fails
+            read_object_npz(path, ("U",))
+    middle = len(whole) // 2
+    path.write_bytes(whole[:middle] + bytes(8) + whole[middle + 8 :])
+    with pytest.raises(ValueError, match=r"file\.npz: 'U' cannot be read: (BadZipFile|error)"):
+        read_object_npz(path, ("U",))
+
+
+def test_a_header_that_claims_more_than_there_is(tmp_path) -> None:
+    path, buffer = tmp_path / "file.npz", io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": "<f8", "fortran_order": False, "shape": (10**15,)})
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("U.npy", buffer.getvalue())
+    with pytest.raises(ValueError, match=r"'U' is not a \.npy array: .* 8000000000000000 bytes, it has 0"):
+        read_object_npz(path, ("U",))
+
+
+def test_optional_arrays_are_read_where_they_are(tmp_path) -> None:
+    path = tmp_path / "file.npz"
+    np.savez(path, a=np.arange(3), b=np.arange(4), c=np.arange(5))
+    assert set(read_object_npz(path, ("a",), optional=("b", "d"))) == {"a", "b"}
 
 
 def test_size_limit_of_pickles(tmp_path) -> None:

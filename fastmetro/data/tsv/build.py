@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import zipfile
-from collections.abc import Iterator
+import math
+import os
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +17,11 @@ from tqdm import tqdm
 
 from fastmetro.data.tsv.files import TsvWriter
 from fastmetro.data.tsv.rows import BETAS, SHAPES, BadRow, Kind, decode_image, encode_image, parse_label
+from fastmetro.files import naming, remove_unfinished, replace_all, temporary_beside
+from fastmetro.meshes.unpickle import MAX_BYTES, read_object_npz
 
 MAX_IMAGE_BYTES = 128 << 20
+MAX_ARRAY_BYTES = MAX_BYTES  # a small file may hold zeros without end
 _TABLES = ("img", "label", "hw", "linelist")
 
 
@@ -42,14 +46,14 @@ def build_data(
     """Write OUT.yaml, OUT.img.tsv, OUT.label.tsv, OUT.hw.tsv, OUT.linelist.tsv and their index files.
 
     One image is in memory at a time. A row whose image is missing or broken, or whose numbers are not finite, is
-    skipped and reported. Nothing is left behind where the whole fails.
+    skipped and reported. Where the whole fails, nothing is left behind, and a set that was there before stays whole.
 
     Args:
         annotations: a .npz file as GraphCMR and SPIN have them, N samples: `imgname` [N] (below `images`), `center`
             [N, 2] and `scale` [N] (box side / 200, pixels); optional `part` [N, J, 3] (2D joints and confidence,
             pixels), `S` [N, J, 4] (3D joints and confidence, metres), `pose` [N, P], `shape` [N, 10], `has_smpl` [N],
-            `gender` [N]. A body has J = 24 and P = 72, a hand 21 and 48. Flags are 1 where an array is given, unless
-            `has_smpl` is, too.
+            `gender` [N]. A body has J = 24 and P = 72, a hand 21 and 48. Names and genders are texts, or bytes in
+            UTF-8. Flags are 1 where an array is given, unless `has_smpl` is, too.
         images: the folder that image names start from.
         out: path and first part of the names of the files.
         kind: what the annotations are of.
@@ -57,7 +61,9 @@ def build_data(
 
     Raises:
         FileNotFoundError: no such annotations, or no folder for the result.
-        ValueError: an array is missing or has another shape; the message names it.
+        ValueError: not such a file, or an array is missing, too large, or has another type or shape; the message names
+            it.
+        OSError: a file cannot be written; the message names it.
     """
     arrays = _read_annotations(Path(annotations), kind)
     out, folder = Path(out), Path(images)
@@ -68,10 +74,12 @@ def build_data(
     report = BuildReport(out.with_name(f"{out.name}.yaml"))
     with ExitStack() as stack:
         writers = {table: stack.enter_context(TsvWriter(out.parent / name)) for table, name in names.items()}
-        for key, label in tqdm(_labels(arrays, kind), total=len(arrays["imgname"]), unit="row", disable=not progress):
+        for row in tqdm(range(len(arrays["imgname"])), unit="row", disable=not progress):
+            key = f"row {row}"  # until its name is known
             try:
+                key = _text(arrays["imgname"][row])
                 image, size = _image(folder, key)
-                text = json.dumps([label])
+                text = json.dumps([_label(arrays, row, kind)])
                 parse_label(text.encode(), kind)
             except BadRow as error:
                 report.skipped.append((key, str(error)))
@@ -83,8 +91,20 @@ def build_data(
             report.rows += 1
         if not report.rows:
             raise ValueError(f"{annotations}: no row can be used, the first because of {report.skipped[:1]}")
-    report.path.write_text(yaml.safe_dump(names), encoding="utf-8")
+        _place(list(writers.values()), names, report.path, stack)
     return report
+
+
+def _place(writers: Sequence[TsvWriter], names: dict[str, str], path: Path, stack: ExitStack) -> None:
+    """Put all files in their places when the last one is on the disk: until then the set that was there is whole."""
+    remove_unfinished(path)
+    with naming(path):
+        temporary = stack.enter_context(temporary_beside(path))
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(yaml.safe_dump(names))
+            file.flush()
+            os.fsync(file.fileno())
+    replace_all([*(move for writer in writers for move in writer.finish()), (temporary, path)])
 
 
 def _read_annotations(path: Path, kind: Kind) -> dict[str, np.ndarray]:
@@ -96,14 +116,19 @@ def _read_annotations(path: Path, kind: Kind) -> dict[str, np.ndarray]:
         "imgname": (), "center": (2,), "scale": (), "part": (shapes.joints, 3), "S": (shapes.joints, 4),
         "pose": (shapes.pose,), "shape": (BETAS,), "has_smpl": (), "gender": (),
     }  # fmt: skip
+    names = ("imgname", "center", "scale")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in known if name in file.files}
-    except (ValueError, OSError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is not a file of plain arrays: {error}") from None
-    for name in ("imgname", "center", "scale"):
-        if name not in arrays:
-            raise ValueError(f"{path}: {name} is missing")
+        arrays = read_object_npz(path, names, MAX_ARRAY_BYTES, optional=(name for name in known if name not in names))
+    except ValueError as error:
+        raise ValueError(f"annotations: {error}") from None
+    for name, array in arrays.items():
+        if not isinstance(array, np.ndarray) or array.dtype.hasobject:
+            raise ValueError(f"{path} is not a file of plain arrays: {name} holds objects")
+        accepted, kinds = ("texts", "SU") if name in ("imgname", "gender") else ("numbers of up to 8 bytes", "biuf")
+        if array.dtype.kind not in kinds or (kinds == "biuf" and array.dtype.itemsize > 8):
+            raise ValueError(f"{path}: {name} must hold {accepted}, got {array.dtype}")
+    if arrays["imgname"].ndim != 1:
+        raise ValueError(f"{path}: imgname must be [N], got {list(arrays['imgname'].shape)}")
     count = len(arrays["imgname"])
     for name, array in arrays.items():
         if array.shape != (count, *known[name]):
@@ -112,36 +137,46 @@ def _read_annotations(path: Path, kind: Kind) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _labels(arrays: dict[str, np.ndarray], kind: Kind) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Key and label of each sample."""
+def _label(arrays: dict[str, np.ndarray], row: int, kind: Kind) -> dict[str, Any]:
+    """The label of a sample."""
     shapes = SHAPES[kind]
     zeros = {"part": (shapes.joints, 3), "S": (shapes.joints, 4), "pose": (shapes.pose,), "shape": (BETAS,)}
 
-    def value(name: str, row: int) -> list[Any]:
+    def value(name: str) -> list[Any]:
         found: list[Any] = (arrays[name][row] if name in arrays else np.zeros(zeros[name])).tolist()
         return found
 
-    for row, name in enumerate(arrays["imgname"]):
-        yield (
-            str(name),
-            {
-                "center": arrays["center"][row].tolist(),
-                "scale": float(arrays["scale"][row]),
-                "2d_joints": value("part", row),
-                "3d_joints": value("S", row),
-                "pose": value("pose", row),
-                "betas": value("shape", row),
-                "has_2d_joints": int("part" in arrays),
-                "has_3d_joints": int("S" in arrays),
-                "has_smpl": int(arrays["has_smpl"][row]) if "has_smpl" in arrays else int("pose" in arrays),
-                "gender": str(arrays["gender"][row]) if "gender" in arrays else "none",
-            },
-        )
+    has_smpl = float(arrays["has_smpl"][row]) if "has_smpl" in arrays else float("pose" in arrays)
+    return {
+        "center": arrays["center"][row].tolist(),
+        "scale": float(arrays["scale"][row]),
+        "2d_joints": value("part"),
+        "3d_joints": value("S"),
+        "pose": value("pose"),
+        "betas": value("shape"),
+        "has_2d_joints": int("part" in arrays),
+        "has_3d_joints": int("S" in arrays),
+        # What is not finite stays: parse_label refuses the row and says why.
+        "has_smpl": int(has_smpl) if math.isfinite(has_smpl) else has_smpl,
+        "gender": _text(arrays["gender"][row]) if "gender" in arrays else "none",
+    }
+
+
+def _text(value: Any) -> str:
+    """A text of an array of texts or of bytes."""
+    try:
+        text = value.decode() if isinstance(value, bytes) else str(value)
+        text.encode()  # a lone surrogate cannot be written
+    except UnicodeError as error:
+        raise BadRow("broken text", str(error)) from None
+    return text
 
 
 def _image(folder: Path, key: str) -> tuple[bytes, dict[str, int]]:
     """The file's bytes, and the size of the image in it."""
     path = folder / key
+    if "\0" in key:
+        raise BadRow("broken key", repr(key))
     if not path.resolve().is_relative_to(folder.resolve()):
         raise BadRow("image outside of the folder", key)
     if any(mark in key for mark in "\t\r\n"):

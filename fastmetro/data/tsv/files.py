@@ -5,14 +5,18 @@ Beside X.tsv lies X.lineidx, which holds the byte at which each line starts, one
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
+
+from fastmetro.files import naming, remove_unfinished, replace_all, replacing, temporary_beside
 
 MAX_ROW_BYTES = 256 << 20
 """Longer rows are refused: a broken index must not read a whole file into memory."""
@@ -104,13 +108,9 @@ class TsvFile:
         return starts if begins and tail.find(b"\n", min(last, 1)) in (-1, len(tail) - 1) else None
 
     def _save(self, starts: np.ndarray) -> None:
-        target = index_path(self.path)
-        temporary = target.with_name(f"{target.name}.{os.getpid()}.part")
-        try:
+        # A folder that cannot be written: the index is made again next time.
+        with contextlib.suppress(OSError), replacing(index_path(self.path)) as temporary:
             temporary.write_text("".join(f"{start}\n" for start in starts), encoding="ascii")
-            os.replace(temporary, target)
-        except OSError:  # a folder that cannot be written: the index is made again next time
-            temporary.unlink(missing_ok=True)
 
 
 def _line_starts(path: Path) -> np.ndarray:
@@ -129,64 +129,95 @@ class TsvWriter:
     """Writes X.tsv and X.lineidx, row by row, with bounded memory.
 
     Both files appear when the block ends without an exception; else nothing does, and what was there before stays.
+    What a writer of the same file that was killed has left behind is removed.
 
         with TsvWriter("train.label.tsv") as writer:
             writer.write([key, json.dumps([label])])
 
     Args:
-        path: X.tsv; its folder must exist.
+        path: X.tsv; its folder must exist. One writer at a time may write it.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.rows = 0
         self._offset = 0
-        self._parts = [
-            target.with_name(f"{target.name}.{os.getpid()}.part") for target in (self.path, index_path(self.path))
-        ]
+        self._stack = contextlib.ExitStack()
+        self._moves: list[tuple[Path, Path]] = []
         self._files: list[BinaryIO] = []
 
     def __enter__(self) -> TsvWriter:
-        self._files = [part.open("wb") for part in self._parts]
+        with naming(self.path), contextlib.ExitStack() as stack:
+            for place in (self.path, index_path(self.path)):
+                remove_unfinished(place)
+                part = stack.enter_context(temporary_beside(place))
+                self._moves.append((part, place))
+                self._files.append(part.open("wb"))
+            self._stack = stack.pop_all()
         return self
 
     def write(self, cells: Sequence[str | bytes]) -> int:
         """Append a row; its number.
 
         Raises:
+            TypeError: one text instead of a sequence of them, or a cell that is neither text nor bytes.
             ValueError: there is no cell, or one holds a tab, a line feed or a carriage return.
-            RuntimeError: outside of the block.
+            RuntimeError: outside of the block, or after :meth:`finish`.
+            OSError: the row cannot be written; it names the file.
         """
         if not self._files:
             raise RuntimeError("TsvWriter is used within its `with` block")
-        if not cells:
-            raise ValueError("cells: a row has at least one")
-        encoded = [cell.encode() if isinstance(cell, str) else bytes(cell) for cell in cells]
+        encoded = _encoded(cells)
         for number, cell in enumerate(encoded):
             if any(mark in cell for mark in (b"\t", b"\n", b"\r")):
                 raise ValueError(f"cells: number {number} holds a tab or a line end, {cell[:60]!r}")
         line = b"\t".join(encoded) + b"\n"
-        self._files[0].write(line)
-        self._files[1].write(b"%d\n" % self._offset)
+        with naming(self.path):
+            self._files[0].write(line)
+            self._files[1].write(b"%d\n" % self._offset)
         self._offset += len(line)
         self.rows += 1
         return self.rows - 1
 
+    def finish(self) -> list[tuple[Path, Path]]:
+        """Write out what is left, for who puts the files of several writers in their places at once.
+
+        Returns:
+            Each finished file and its place, for :func:`fastmetro.files.replace_all` within the block.
+
+        Raises:
+            OSError: the disk is full, or the like; it names the file.
+        """
+        with naming(self.path):
+            for file in self._files:
+                file.flush()
+                os.fsync(file.fileno())
+                file.close()
+        self._files = []
+        moves, self._moves = self._moves, []
+        return moves
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        files, self._files = self._files, []
-        try:
-            for file in files:
-                with file:
-                    if kind is None:
-                        file.flush()
-                        os.fsync(file.fileno())
-            if kind is None:
-                # First the old index goes: a file beside an index that is not its own would be worse than none.
-                index_path(self.path).unlink(missing_ok=True)
-                for part, target in zip(self._parts, (self.path, index_path(self.path)), strict=True):
-                    os.replace(part, target)
-        finally:
-            for part in self._parts:
-                part.unlink(missing_ok=True)
+        with self._stack:
+            try:
+                if kind is None:
+                    replace_all(self.finish())
+            finally:
+                for file in self._files:
+                    with contextlib.suppress(OSError):  # of a full disk: what it still holds is not wanted
+                        file.close()
+                self._files, self._moves = [], []
+
+
+def _encoded(cells: Sequence[str | bytes]) -> list[bytes]:
+    """Texts in UTF-8. A text is a sequence of texts, too, and bytes(17) are 17 zeros: neither may pass unnoticed."""
+    if isinstance(cells, (str, bytes)) or not isinstance(cells, Sequence):
+        raise TypeError(f"cells must be a list of texts or bytes, got {reprlib.repr(cells)}")
+    if not cells:
+        raise ValueError("cells: a row has at least one")
+    for number, cell in enumerate(cells):
+        if not isinstance(cell, (str, bytes)):
+            raise TypeError(f"cells: number {number} must be text or bytes, got {reprlib.repr(cell)}")
+    return [cell.encode() if isinstance(cell, str) else cell for cell in cells]

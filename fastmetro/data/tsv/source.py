@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+import reprlib
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +16,9 @@ from fastmetro.data.tsv.rows import BadRow
 from fastmetro.yaml_file import read_yaml
 
 _TABLES = ("img", "label", "hw")
+_KEYS = (*_TABLES, "linelist", "composite")
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 2  # aliases of YAML make lists of lists of lists: the usual six levels would be 250 KB
 
 
 class Row(NamedTuple):
@@ -44,15 +50,16 @@ class TsvSource:
 
     Raises:
         FileNotFoundError: a file that is named is not there.
-        ValueError: the YAML file or the line list is not as described; the message names the key.
+        ValueError: the YAML file or the line list is not as described; the message names the key or the line.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         settings = read_yaml(self.path, "data set")
+        _check_keys(settings, self.path)
         self.composite = settings.get("composite", False)
         if not isinstance(self.composite, bool):
-            raise ValueError(f"{self.path}: composite must be true or false, got {self.composite!r}")
+            raise ValueError(f"{self.path}: composite must be true or false, got {_SHORT.repr(self.composite)}")
         self._names: dict[str, list[str]] = {
             table: _names(settings, table, self.composite, self.path) for table in _TABLES if table in settings
         }
@@ -112,19 +119,44 @@ class TsvSource:
             parts = [np.stack([np.full(n, i), np.arange(n)], axis=1) for i, n in enumerate(lengths)]
             return np.concatenate(parts).astype(np.int32)
         if not isinstance(linelist, str):
-            raise ValueError(f"{self.path}: linelist must name a file, got {linelist!r}")
+            raise ValueError(f"{self.path}: linelist must name a file, got {_SHORT.repr(linelist)}")
         path = self._find(linelist)
         if not path.is_file():
             raise FileNotFoundError(f"{self.path}: linelist {linelist!r} does not exist")
-        columns = 2 if self.composite else 1
-        try:
-            places = np.array(path.read_bytes().split(), dtype=np.int64).reshape(-1, columns)
-        except (ValueError, OverflowError):
-            raise ValueError(f"{path}: each line must hold {columns} numbers") from None
+        places = _read_linelist(path, self.composite)
         if not self.composite:
             places = np.concatenate([np.zeros_like(places), places], axis=1)
         _check_places(places, lengths, path)
         return places.astype(np.int32)
+
+
+def _check_keys(settings: dict[Any, Any], path: Path) -> None:
+    """Refuse a misspelt key, without which other rows would count; of others, which a file may have, only warn."""
+    for key in settings:
+        if key in _KEYS:
+            continue
+        message = f"{path}: unknown key {reprlib.repr(key)}; known are {', '.join(_KEYS)}"
+        if difflib.get_close_matches(str(key).lower(), _KEYS, 1):
+            raise ValueError(message)
+        warnings.warn(f"{message}: it is ignored", stacklevel=3)
+
+
+def _read_linelist(path: Path, composite: bool) -> np.ndarray:
+    """int64 [rows, 2] of a composite set, else [rows, 1]."""
+    columns, accepted = (2, "2 numbers (file and row)") if composite else (1, "1 number (row)")
+    rows: list[list[int]] = []
+    for number, line in enumerate(path.read_bytes().rstrip().splitlines(), start=1):
+        try:
+            row = [int(cell) for cell in line.split()]
+        except ValueError:
+            row = []
+        if len(row) != columns or not all(abs(value) < 1 << 31 for value in row):
+            because = f"composite is {str(composite).lower()}"
+            raise ValueError(
+                f"{path}, line {number}: each line must hold {accepted}, because {because}, got {reprlib.repr(line)}"
+            )
+        rows.append(row)
+    return np.array(rows, dtype=np.int64).reshape(-1, columns)
 
 
 def _check_places(places: np.ndarray, lengths: Sequence[int], path: Path) -> None:
@@ -142,5 +174,5 @@ def _names(settings: dict[str, Any], key: str, composite: bool, path: Path) -> l
     names = value if composite else [value]
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         accepted = "a list of files, because composite is true" if composite else "a file"
-        raise ValueError(f"{path}: {key} must name {accepted}, got {value!r}")
+        raise ValueError(f"{path}: {key} must name {accepted}, got {_SHORT.repr(value)}")
     return names
