@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ from fastmetro.evaluation import freihand
 from fastmetro.evaluation.output_files import check_output
 from fastmetro.evaluation.protocols import Protocol, find_protocol
 from fastmetro.evaluation.results import append_result, check_table
-from fastmetro.evaluation.settings import EvalSettings
+from fastmetro.evaluation.settings import SYNTHETIC, EvalSettings
 from fastmetro.evaluation.synthetic import evaluate_synthetic, format_report
 from fastmetro.evaluation.tsv import MILLIMETRES, Evaluation, evaluate_tsv, mesh_of
 from fastmetro.inference.pretrained import load_pretrained
@@ -59,10 +60,10 @@ def run_evaluation(settings: EvalSettings) -> dict[str, float]:
         FileNotFoundError: a file that is named is not there.
         ValueError: settings, checkpoint and data do not fit one another, or a file could not be written.
     """
-    if settings.data == "synthetic":
-        return _synthetic(settings)
-    protocol = find_protocol(settings.protocol)
     check_table(settings.csv)
+    if settings.data == SYNTHETIC:
+        return _synthetic(settings)
+    protocol = find_protocol(settings.protocol_name)
     source = TsvSource(settings.data)
     official = _official_truth(settings, len(source))
     with open_world(settings.device) as (world, device):
@@ -163,16 +164,20 @@ def load_network(settings: EvalSettings) -> FastMETRO:
 
 
 def _synthetic(settings: EvalSettings) -> dict[str, float]:
+    count = settings.count or SYNTHETIC_COUNT
     with open_world(settings.device) as (world, device):
-        if world.size > 1:
-            raise ValueError("synthetic images are evaluated by one process")
         model: nn.Module = load_network(settings).to(device).eval()
         report = evaluate_synthetic(
-            model, settings.count or SYNTHETIC_COUNT, device=device, mesh=model.mesh,  # type: ignore[arg-type]
-            batch_size=settings.images_at_once, progress=True,
+            model, count, device=device, mesh=model.mesh,  # type: ignore[arg-type]
+            batch_size=settings.images_at_once, progress=True, world=world,
         )  # fmt: skip
-    print(format_report(report))
-    return {name: float(str(report[name])) for name in ("mpjpe", "pa_mpjpe", "mpvpe")}
+        errors = {name: float(str(report[name])) for name in ("mpjpe", "pa_mpjpe", "mpvpe")}
+        if world.first:
+            row = {"protocol": SYNTHETIC, "count": count, "skipped": 0, "processes": world.size}
+            append_result(settings.csv, {**row, **_formatted(errors), **_circumstances(settings, device)})
+            print(format_report(report))
+        world.wait()
+    return errors
 
 
 def _report(settings: EvalSettings, protocol: Protocol, result: _Result) -> str:
@@ -199,15 +204,22 @@ def _problems(evaluation: Evaluation) -> str:
 
 def _row(settings: EvalSettings, protocol: Protocol, result: _Result, device: torch.device) -> dict[str, object]:
     return {
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "protocol": protocol.name + (", gendered truth" if settings.male_model is not None else ""),
         "compat": settings.compat or "",
-        "checkpoint": settings.checkpoint,
-        "data": settings.data,
         "count": len(result.evaluation.errors.rows),
         "skipped": sum(result.evaluation.skipped.values()),
         **_numbers(protocol, result),
         "processes": result.processes,
+        **_circumstances(settings, device),
+    }
+
+
+def _circumstances(settings: EvalSettings, device: torch.device) -> dict[str, object]:
+    """What was measured on what, when, where and how."""
+    return {
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "checkpoint": settings.checkpoint,
+        "data": settings.data,
         "commit": commit(),
         "device": device_name(device),
         "torch": torch.__version__,
@@ -215,9 +227,13 @@ def _row(settings: EvalSettings, protocol: Protocol, result: _Result, device: to
     }
 
 
+def _formatted(values: Mapping[str, float]) -> dict[str, str]:
+    return {name: f"{value:.4f}" for name, value in values.items()}
+
+
 def _numbers(protocol: Protocol, result: _Result) -> dict[str, str]:
     """The columns of errors and scores. Of FreiHAND there are none without its truth: the labels are dummies."""
     if protocol.name == "freihand" and not result.scores:
         return {}
     scores = {name: result.scores[key] for name, key in _SCORES.items()} if result.scores else {}
-    return {name: f"{value:.4f}" for name, value in (result.errors | scores).items()}
+    return _formatted(result.errors | scores)

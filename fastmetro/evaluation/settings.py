@@ -11,6 +11,9 @@ import tyro
 from fastmetro.compat import Compat
 from fastmetro.inference.pretrained import NetworkChoice
 
+SYNTHETIC = "synthetic"
+"""Data, and the protocol of their evaluation."""
+
 
 @dataclass(frozen=True)
 class EvalSettings:
@@ -20,7 +23,7 @@ class EvalSettings:
         checkpoint: a checkpoint of this project, or the name of shipped weights, or with `model` a released one.
         data: "synthetic" for people that were never used in training, beside the mean mesh as baseline; or the YAML
             file of a TSV data set.
-        protocol: of a TSV data set: "h36m-p2", "3dpw" or "freihand".
+        protocol: of a TSV data set: "h36m-p2" (the default), "3dpw" or "freihand". Synthetic people have their own.
         compat: "published" crops, and takes means, as the released code does.
         processes: with compat, of how many processes' results the plain mean is taken; of those that run by default.
         network: what the checkpoint does not say of its network. Its body model also makes the true vertices.
@@ -29,7 +32,7 @@ class EvalSettings:
         count: images; of a TSV data set the first so many, all by default. 1000 synthetic ones by default.
         batch_size: images at once, in each process. 32 by default; with compat 16, as the released code has it.
         workers: processes that read ahead.
-        csv: where a row is appended, for a TSV data set.
+        csv: where a row is appended.
         predictions: with "freihand", where pred.json, or a .zip that holds it, is written; of all rows of the set.
         truth: with "freihand", the folder of evaluation_xyz.json and evaluation_verts.json, to score them.
         attention: backend of the decoder's attention; "dense" is plain PyTorch.
@@ -37,8 +40,8 @@ class EvalSettings:
     """
 
     checkpoint: str = "fastmetro-compact"
-    data: str = "synthetic"
-    protocol: str = "h36m-p2"
+    data: str = SYNTHETIC
+    protocol: str | None = None
     compat: Compat | None = None
     processes: int | None = None
     network: Annotated[NetworkChoice, tyro.conf.arg(name="")] = field(default_factory=NetworkChoice)
@@ -68,14 +71,29 @@ class EvalSettings:
             raise ValueError("male_model and female_model do not go with compat 'published', whose truth is neutral")
         if self.predictions or self.truth:
             self._check_freihand()
+        if self.data == SYNTHETIC:
+            self._check_synthetic()
+
+    def _check_synthetic(self) -> None:
+        """What is of TSV data sets alone would be ignored."""
+        if self.protocol not in (None, SYNTHETIC):
+            raise ValueError(f"protocol must be {SYNTHETIC!r} for data {SYNTHETIC!r}, got {self.protocol!r}")
+        for name in ("compat", "male_model"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name} is of TSV data sets and does not go with data {SYNTHETIC!r}")
 
     def _check_freihand(self) -> None:
-        if self.protocol != "freihand":
-            raise ValueError(f"predictions and truth go with protocol 'freihand', got {self.protocol!r}")
-        if self.data == "synthetic":
+        if self.protocol_name != "freihand":
+            raise ValueError(f"predictions and truth go with protocol 'freihand', got {self.protocol_name!r}")
+        if self.data == SYNTHETIC:
             raise ValueError("predictions and truth go with a TSV data set, got data 'synthetic'")
         if self.count is not None:
             raise ValueError(f"predictions and truth are of all rows and do not go with count, got {self.count}")
+
+    @property
+    def protocol_name(self) -> str:
+        """The protocol that was given, or the default."""
+        return self.protocol or (SYNTHETIC if self.data == SYNTHETIC else "h36m-p2")
 
     @property
     def images_at_once(self) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastmetro.data.labels import MeshLabels
 from fastmetro.data.synthetic.dataset import SyntheticPeople, normalize_images
+from fastmetro.distributed import World
 from fastmetro.evaluation.metrics import MeanMetrics, mpjpe, pa_mpjpe, point_error, root_position
 from fastmetro.evaluation.outputs import check_vertices, fine_vertices
 from fastmetro.meshes.mesh import Mesh, load_mesh
@@ -65,9 +66,17 @@ def _batches(count: int, batch_size: int, device: torch.device) -> Iterator[Tens
 
 
 def evaluate_vertices(
-    predict: Predict, people: SyntheticPeople, count: int, batch_size: int, progress: bool = False
+    predict: Predict,
+    people: SyntheticPeople,
+    count: int,
+    batch_size: int,
+    progress: bool = False,
+    world: World | None = None,
 ) -> dict[str, float]:
     """mpjpe, pa_mpjpe and mpvpe in mm of ``predict`` on the first ``count`` images of ``people``.
+
+    Of several processes each measures every world.size-th batch, and all get the means over all images, which do not
+    depend on how many processes there are.
 
     Raises:
         TypeError: ``predict`` gives neither vertices nor outputs that hold them.
@@ -76,14 +85,21 @@ def evaluate_vertices(
     """
     from tqdm import tqdm
 
-    meter = MeanMetrics()
+    world = world or World()
     device = people.faces.device
-    for indices in tqdm(list(_batches(count, batch_size, device)), disable=not progress, desc="evaluating"):
+    mine = list(_batches(count, batch_size, device))[world.rank :: world.size]
+    found: list[tuple[int, dict[str, Tensor]]] = []
+    for indices in tqdm(mine, disable=not (progress and world.first), desc="evaluating"):
         batch = people(indices)
         predicted = fine_vertices(predict(normalize_images(batch.images), batch.labels))
         names = [f"image {number}" for number in indices.tolist()]
         check_vertices(predicted, batch.labels.vertices.shape[1], names, f"synthetic people of seed {people.seed}")
-        meter.update(**mesh_errors(predicted, batch.labels.vertices, people.joint_regressor, people.root_joints))
+        errors = mesh_errors(predicted, batch.labels.vertices, people.joint_regressor, people.root_joints)
+        found.append((int(indices[0]), {name: value.double().cpu() for name, value in errors.items()}))
+    parts = sorted((part for process in world.gather(found) for part in process), key=lambda part: part[0])
+    meter = MeanMetrics()
+    for _, errors in parts:
+        meter.update(**errors)
     return meter.compute()
 
 
@@ -112,6 +128,7 @@ def evaluate_synthetic(
     photographs: bool = True,
     size: int = 224,
     progress: bool = False,
+    world: World | None = None,
 ) -> dict[str, object]:
     """Measure a network on synthetic images it has never seen, beside the mean meshes of the training people.
 
@@ -127,7 +144,8 @@ def evaluate_synthetic(
         training_seed: seed of the people whose labels are averaged. One seed for all, so that networks trained on
             others are held against the same mean mesh.
         photographs, size: as in :class:`SyntheticPeople`.
-        progress: show a bar.
+        progress: show a bar, in the first process.
+        world: the processes, which share the images; all of them call this, and get the same.
 
     Returns:
         ``mpjpe``, ``pa_mpjpe``, ``mpvpe`` in mm of the model; the same three of each baseline under ``mean_mesh`` and
@@ -150,7 +168,8 @@ def evaluate_synthetic(
         network, was_training = model, model.training
         network.eval()
         try:
-            report.update(evaluate_vertices(lambda images, _: network(images), people, count, batch_size, progress))
+            errors = evaluate_vertices(lambda images, _: network(images), people, count, batch_size, progress, world)
+            report.update(errors)
         finally:
             network.train(was_training)
     if baselines:
@@ -170,7 +189,7 @@ def _evaluate_constant(mesh: Tensor, people: SyntheticPeople, count: int, batch_
 
 def format_report(report: dict[str, object]) -> str:
     """The report as a table for people, with the rule it follows."""
-    rows = [f"{'':<22}{'MPJPE':>10}{'PA-MPJPE':>10}{'MPVPE':>10}   (mm)"]
+    rows = [f"{'synthetic:':<22}{'MPJPE':>10}{'PA-MPJPE':>10}{'MPVPE':>10}   (mm)"]
     entries = [("network", report), ("mean mesh", report.get("mean_mesh")),
                ("mean mesh, facing", report.get("mean_mesh_facing"))]  # fmt: skip
     for name, entry in entries:

@@ -225,7 +225,7 @@ class Setup:
         config = self.config
         return evaluate_synthetic(
             network, count, mesh=self.mesh, photographs=config.photographs, size=config.image_size,
-            baselines=baselines, progress=baselines and self.world.first,
+            baselines=baselines, progress=baselines, world=self.world,
         )  # fmt: skip
 
     def show(self, network: nn.Module, batch: Batch) -> Any:

@@ -63,9 +63,13 @@ def test_shipped_weights_beat_the_mean_mesh_on_held_out_images(device: torch.dev
             assert float(str(report[name])) < limit * float(errors[name].mean()), name
 
 
-def test_eval_prints_network_and_mean_mesh(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_eval_prints_network_and_mean_mesh(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(synthetic.mean_meshes, "__defaults__", (8, 8))
-    assert main(["eval", "--data", "synthetic", "--count", "2", "--batch-size", "2", "--device", "cpu"]) == 0
+    table = str(tmp_path / "eval.csv")
+    options = ["--count", "2", "--batch-size", "2", "--device", "cpu", "--csv", table]
+    assert main(["eval", "--data", "synthetic", *options]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "PA-MPJPE" in lines[0] and "mm" in lines[0]
     rows = {line[:22].strip(): [float(value) for value in line[22:].split()] for line in lines[1:4]}
