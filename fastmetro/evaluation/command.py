@@ -5,8 +5,8 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,10 @@ from fastmetro.evaluation.protocols import Protocol, find_protocol
 from fastmetro.evaluation.results import append_result, check_table
 from fastmetro.evaluation.settings import SYNTHETIC, EvalSettings
 from fastmetro.evaluation.synthetic import evaluate_synthetic, format_report
-from fastmetro.evaluation.tsv import MILLIMETRES, Evaluation, evaluate_tsv, mesh_of
+from fastmetro.evaluation.tsv import MILLIMETRES, Evaluation, body_of, evaluate_tsv, mesh_of
 from fastmetro.inference.pretrained import load_pretrained
 from fastmetro.meshes.mesh import Mesh
+from fastmetro.meshes.smpl import SMPL
 from fastmetro.models import FastMETRO
 from fastmetro.profiling.record import commit, device_name
 
@@ -69,18 +70,31 @@ def run_evaluation(settings: EvalSettings) -> dict[str, float]:
     with open_world(settings.device) as (world, device):
         model = load_network(settings).to(device).eval()
         truth = _truth(settings, protocol, model.mesh).double().to(device)
-        evaluation = evaluate_tsv(
-            mesh_of(model), source, truth, model.mesh, protocol, device, world=world, workers=settings.workers,
-            batch_size=settings.images_at_once, count=settings.count, compat=settings.compat is not None, progress=True,
-        )  # fmt: skip
-        if settings.predictions is not None or official is not None:
-            _check_complete(settings, evaluation, len(source))
-        result = _result(settings, evaluation, official, world.size, device)
-        if world.first:
-            _record(settings, protocol, result, device)
-            print(_report(settings, protocol, result))
+        results = []
+        for what, predict in _outputs(settings, model, device).items():
+            evaluation = evaluate_tsv(
+                predict, source, truth, model.mesh, protocol, device, world=world, workers=settings.workers,
+                batch_size=settings.images_at_once, count=settings.count, compat=settings.compat is not None,
+                progress=True,
+            )  # fmt: skip
+            if settings.predictions is not None or official is not None:
+                _check_complete(settings, evaluation, len(source))
+            result = _result(settings, evaluation, official, world.size, device)
+            if world.first:
+                named = replace(protocol, name=protocol.name + what)
+                _record(settings, named, result, device)
+                print(_report(settings, named, result))
+            results.append(result)
         world.wait()
-    return result.errors
+    return results[0].errors
+
+
+def _outputs(settings: EvalSettings, model: FastMETRO, device: torch.device) -> dict[str, Callable[[Tensor], Tensor]]:
+    """What of a network is evaluated, by what is added to the protocol's name: its mesh, and SMPL's, if it has one."""
+    outputs: dict[str, Callable[[Tensor], Tensor]] = {"": mesh_of(model)}
+    if model.config.smpl_head and settings.network.body_model is not None:
+        outputs[", SMPL parameters"] = body_of(model, SMPL(settings.network.body_model).to(device))
+    return outputs
 
 
 def _official_truth(settings: EvalSettings, rows: int) -> _Points | None:
@@ -159,7 +173,8 @@ def load_network(settings: EvalSettings) -> FastMETRO:
         FileNotFoundError: there is no such file.
         ValueError: the checkpoint does not say what it is, or does not fit; its mesh needs files of the user.
     """
-    network = settings.network.build(settings.checkpoint, settings.attention)
+    published = settings.compat is not None
+    network = settings.network.build(settings.checkpoint, settings.attention, smpl_compat=published)
     return load_pretrained(settings.checkpoint, model=network, attention=settings.attention)
 
 

@@ -22,6 +22,7 @@ from fastmetro.evaluation.outputs import check_vertices, fine_vertices
 from fastmetro.evaluation.protocols import Protocol
 from fastmetro.evaluation.samples import SampleErrors
 from fastmetro.meshes.mesh import Mesh
+from fastmetro.meshes.smpl import SMPL
 
 MILLIMETRES = 1000.0
 
@@ -227,3 +228,14 @@ def _gathered(
 def mesh_of(network: nn.Module) -> Callable[[Tensor], Tensor]:
     """What of a network's outputs is evaluated: the fine vertices."""
     return lambda images: fine_vertices(network(images))
+
+
+def body_of(network: nn.Module, smpl: SMPL) -> Callable[[Tensor], Tensor]:
+    """The vertices of SMPL with the parameters that a network with such a head gives."""
+
+    def vertices(images: Tensor) -> Tensor:
+        found = network(images)
+        body: Tensor = smpl(found["pred_rotmat"].float(), found["pred_betas"].float())[0]
+        return body
+
+    return vertices

@@ -25,6 +25,7 @@ class NetworkChoice:
         backbone, upsampling, mesh: of that network.
         mesh_data: folder of the data files of the published repository, for the meshes "smpl" and "mano".
         body_model: the SMPL or MANO model file of those meshes.
+        smpl_head: whether that network has the regressor of SMPL parameters.
     """
 
     model: str | None = None
@@ -33,16 +34,25 @@ class NetworkChoice:
     mesh: Literal["smpl", "mano"] = "smpl"
     mesh_data: Path | None = None
     body_model: Path | None = None
+    smpl_head: bool = False
 
-    def build(self, checkpoint: str | Path, attention: str = "auto") -> FastMETRO | None:
+    def build(self, checkpoint: str | Path, attention: str = "auto", smpl_compat: bool = False) -> FastMETRO | None:
         """The network to load a checkpoint into; None where :func:`load_pretrained` builds it from what the file says.
+
+        Args:
+            checkpoint: a file, or the name of shipped weights.
+            attention: backend, as in :func:`fastmetro.create_model`.
+            smpl_compat: for a released checkpoint, the published sign of its rotations.
 
         Raises:
             FileNotFoundError: a file of the mesh is absent.
             ValueError: a name that is not known, or the mesh needs files that are not given.
         """
         if self.model is not None:
-            return create_model(self.model, self.backbone, self._mesh(self.mesh), self.upsampling, attention)
+            mesh = self._mesh(self.mesh)
+            return create_model(
+                self.model, self.backbone, mesh, self.upsampling, attention, self.smpl_head, smpl_compat=smpl_compat
+            )
         path = SHIPPED.get(str(checkpoint), Path(checkpoint))
         record = weights_record(path) if path.is_file() else {}
         if record.get("mesh") not in ("smpl", "mano") or "model" not in record:
@@ -97,4 +107,5 @@ def _options(record: dict[str, str]) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ValueError("the record of the weights has settings that are not JSON")
     options = {name: settings[name] for name in ("backbone", "upsampling", "masking") if settings.get(name) is not None}
-    return {**options, "smpl_head": settings.get("stage") == "smpl"}
+    published = settings.get("compat") == "published"
+    return {**options, "smpl_head": settings.get("stage") == "smpl", "smpl_compat": published}

@@ -76,6 +76,10 @@ def test_from_rows_to_a_report(mesh: str, protocol: str, options: list[str], pub
     if mesh == "mano":
         evaluated += ["--predictions", str(run / "pred.zip")]
     assert main(evaluated) == 0
+    with (run / "eval.csv").open() as file:
+        found = {row["protocol"]: row["pa_mpvpe"] for row in csv.DictReader(file)}
+    assert list(found) == [protocol, *([f"{protocol}, SMPL parameters"] if "smpl" in options else [])]
+    assert len(set(found.values())) == len(found)
     assert (run / "pred.zip").is_file() == (mesh == "mano")
     (tmp_path / "photo.jpg").write_bytes(jpeg(60, 50))
     predicted = ["predict", str(tmp_path / "photo.jpg"), "--out", str(run / "out"), "--device", "cpu"]
