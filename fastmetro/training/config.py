@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -176,13 +177,19 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("learning_rate", "gradient_clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay must be finite and not negative, got {self.weight_decay}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must satisfy 0 <= seed < 2**63, got {self.seed}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must lie in [0, 1), got {self.betas}")
         for name in ("epochs", "total_seconds", "max_seconds"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if min(self.overfit, self.eval_every, self.eval_count, self.weight_decay) < 0:
-            raise ValueError("overfit, eval_every, eval_count and weight_decay must not be negative")
+        if min(self.overfit, self.eval_every, self.eval_count) < 0:
+            raise ValueError("overfit, eval_every and eval_count must not be negative")
         for name, low, high in (("warmup", 0.0, 0.99), ("ema_decay", 0.0, 1.0), ("dropout", 0.0, 0.99)):
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} must lie in [{low}, {high}], got {getattr(self, name)}")
@@ -193,8 +200,6 @@ class TrainConfig:
         self._check_combinations()
 
     def _check_combinations(self) -> None:
-        if self.resume and self.initialise is not None:
-            raise ValueError("resume and initialise exclude each other: a checkpoint brings its own weights")
         if self.capture_step and self.precision == "fp16":
             raise ValueError("capture_step goes with precision bf16 or fp32, got 'fp16'")
         if self.batch_size % self.accumulate:

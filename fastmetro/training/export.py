@@ -30,7 +30,9 @@ def export_weights(model: nn.Module, path: Path, record: Mapping[str, object], m
 
     Raises:
         ValueError: if a weight is not finite, or the file would be larger than ``max_bytes``.
+        OSError: if it cannot be written.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors = {}
@@ -41,7 +43,11 @@ def export_weights(model: nn.Module, path: Path, record: Mapping[str, object], m
         tensors[name] = value.detach().to("cpu", torch.bfloat16 if narrow else value.dtype).contiguous()
     metadata = {name: value if isinstance(value, str) else json.dumps(value) for name, value in record.items()}
     with replacing(Path(path)) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt", **metadata})
+        try:
+            save_file(tensors, temporary, metadata={"format": "pt", **metadata})
+        except SafetensorError as error:
+            raise OSError(f"{path} could not be written: {error}") from error
+        os.chmod(temporary, 0o644)  # it makes files that only the owner can read
         size = os.path.getsize(temporary)
         if max_bytes is not None and size > max_bytes:
             raise ValueError(f"the weights take {size} bytes, more than {max_bytes}; nothing was written to {path}")

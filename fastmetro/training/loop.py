@@ -52,7 +52,7 @@ def train(config: TrainConfig) -> dict[str, object]:
             setup.config, setup.model, setup.objective, setup.source, setup.evaluation(max(config.eval_count // 4, 1)),
             export_average, setup.show, started, world,
         )  # fmt: skip
-        if config.initialise is not None:
+        if config.initialise is not None and not config.resume:
             _take_over_history(trainer.state, config.initialise)
         trainer.state.commands.append(shlex.join(["python", *sys.orig_argv[1:]]))
         finished = trainer.run()
@@ -69,8 +69,9 @@ def _check_world(config: TrainConfig, world: World, device: torch.device) -> Non
         raise ValueError("total_seconds is for one process, whose clock decides; give several processes steps")
     if config.sync_batch_norm and (world.size > 1) and device.type != "cuda":
         raise ValueError("sync_batch_norm needs GPUs")
-    if config.capture_step and device.type != "cuda":
-        raise ValueError(f"capture_step needs a CUDA device, got {device}")
+    for name in ("capture_step", "capture_images"):
+        if getattr(config, name) and device.type != "cuda":
+            raise ValueError(f"{name} needs a CUDA device, got {device}: give --no-{name.replace('_', '-')}")
 
 
 def _take_over_history(state: TrainState, initial: Path) -> None:

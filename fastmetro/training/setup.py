@@ -87,9 +87,10 @@ class Setup:
     def _make_model(self) -> nn.Module:
         config = self.config
         model: nn.Module = self._network(smpl_head=config.stage == "smpl")
-        if config.backbone_weights is not None:
+        # A checkpoint that is resumed brings its own weights.
+        if config.backbone_weights is not None and not config.resume:
             load_checkpoint(model.get_submodule("backbone"), config.backbone_weights)
-        if config.initialise is not None:
+        if config.initialise is not None and not config.resume:
             self._initialise(model, config.initialise)
         if config.sync_batch_norm and self.world.size > 1:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)

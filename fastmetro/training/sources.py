@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing.connection
+import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -155,7 +157,12 @@ class TsvBatches:
             if on_gpu:
                 self._slots.lock_pages()
         pin = on_gpu and self._slots is None
-        return iter(make_loader(MixedDataset(sets), steps, workers=self._workers, pin_memory=pin, slots=self._slots))
+        batches = iter(make_loader(MixedDataset(sets), steps, workers=self._workers, pin_memory=pin, slots=self._slots))
+        if self._workers and threading.current_thread() is threading.main_thread():
+            # PyTorch's handler raises wherever this process is when a worker dies, amid a step: its state would be
+            # lost. The next batch that is asked for finds out, too.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        return batches
 
     @property
     def _share(self) -> int:

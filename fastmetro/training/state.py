@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -109,7 +110,8 @@ class TrainState:
             try:
                 torch.save(content, temporary)
             except RuntimeError as error:  # what PyTorch's own writer makes of a full disk
-                raise OSError(f"{path} could not be written: {error}") from error
+                free = shutil.disk_usage(path.parent).free
+                raise OSError(f"{path} could not be written, {free} bytes are free there: {error}") from error
 
     def load(self, path: Path, settings: dict[str, Any], rank: int = 0) -> None:
         """Go back to what :meth:`save` wrote.

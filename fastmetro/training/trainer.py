@@ -139,7 +139,8 @@ class Trainer:
             TrainingFailed: batches ended (a dead worker, unusable data), or files cannot be written (a full disk).
         """
         self.model.train()
-        bar = tqdm(total=100, unit="%", bar_format=_BAR, disable=not self.world.first)
+        done = round(100 * self.progress, 1)  # time left is reckoned from what this call does
+        bar = tqdm(total=100, initial=done, unit="%", bar_format=_BAR, disable=not self.world.first)
         try:
             with self._graceful_signals(), bar:
                 self._loop(bar)
@@ -164,19 +165,21 @@ class Trainer:
             try:
                 batch = self.source(state.step)
             except SourceFailed as error:
+                if self._stop and self.world.size == 1:
+                    break  # the signal went to the workers, too
                 self._report(mark, bar)
                 self._save()
                 raise TrainingFailed(f"{error}; {self._last_good()}") from error
             self._train_on(batch)
             if state.step % config.log_every == 0:
                 mark = self._report(mark, bar)
-            if state.step % config.save_every == 0:
-                mark = self._report(mark, bar)
-                self._save()
             if config.eval_every and state.step % config.eval_every == 0:
                 mark = self._report(mark, bar)
                 self._write_evaluation(bar)
                 mark = time.monotonic()
+            if state.step % config.save_every == 0:  # after the evaluation, which else would be lost if it is killed
+                mark = self._report(mark, bar)
+                self._save()
         self._report(mark, bar)
         self._save()
 

@@ -18,6 +18,7 @@ from fastmetro.evaluation import command, freihand
 from fastmetro.evaluation.results import COLUMNS
 from fastmetro.evaluation.settings import EvalSettings
 from fastmetro.meshes.mesh import HAND_21, Mesh, MeshLevel
+from fastmetro.models.config import FastMETROConfig
 
 ROWS = 5
 
@@ -30,6 +31,7 @@ class Network(torch.nn.Module):
         dense = np.random.default_rng(1).dirichlet(np.ones(freihand.VERTICES), freihand.JOINTS)
         level = MeshLevel(None, None, np.zeros((0, 2), np.int64), np.arange(freihand.VERTICES))
         regressor = sp.csr_matrix(dense.astype(np.float32))
+        self.config = FastMETROConfig()
         self.mesh = Mesh("made-up", "hand", (level,), (), HAND_21, regressor, (0,), {})
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:

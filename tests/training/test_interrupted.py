@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import resource
 import signal
 import subprocess
@@ -67,6 +68,59 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path: Path, device: torc
     whole, other = (torch.load(x / "checkpoint.pt", weights_only=True) for x in (tmp_path / "whole", parts))
     for part in ("model", "average"):
         assert all(torch.equal(value, other[part][name]) for name, value in whole[part].items())
+
+
+def started(arguments: list[str], output: Path) -> subprocess.Popen[str]:
+    """A training in a group of its own that has made its first steps."""
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 200
+    while not ((output / "log.csv").is_file() and len(rows(output)) >= 2):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    return process
+
+
+def children(process: subprocess.Popen[str]) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def test_a_worker_that_is_killed_costs_no_step(tmp_path: Path) -> None:
+    """The step goes on to its end, and the state behind it is saved, though no checkpoint was due."""
+    output = tmp_path / "run"
+    process = started([*command(tables(tmp_path / "data", 11), output, "--device", "cpu"), "--steps", "100000",
+                       "--save-every", "100000"], output)  # fmt: skip
+    os.kill(children(process)[0], signal.SIGKILL)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 1 and "DataLoader worker" in said and "the last good state is in" in said
+    assert torch.load(output / "checkpoint.pt", weights_only=True)["step"] == int(rows(output)[-1]["step"]) >= 2
+
+
+def test_a_signal_to_the_workers_too_is_an_ordinary_stop(tmp_path: Path) -> None:
+    """As `timeout` and service managers send it: to the whole group."""
+    output = tmp_path / "run"
+    process = started([*command(tables(tmp_path / "data", 11), output, "--device", "cpu"), "--steps", "100000",
+                       "--save-every", "100000"], output)  # fmt: skip
+    os.killpg(process.pid, signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert torch.load(output / "checkpoint.pt", weights_only=True)["step"] == int(rows(output)[-1]["step"]) >= 2
+
+
+def test_a_run_that_is_killed_in_an_evaluation_repeats_it(tmp_path: Path) -> None:
+    class Killed(BaseException):
+        pass
+
+    def killed(network: object) -> dict[str, float]:
+        raise Killed
+
+    trainer = small(tmp_path, eval_every=8)
+    trainer.evaluate = killed
+    with pytest.raises(Killed):
+        trainer.run()
+    again = small(tmp_path, eval_every=8, resume=True)
+    assert again.state.step == 4  # not 8, behind which nobody would look back
+    again.evaluate = lambda network: {"pa_mpjpe": 7.0}
+    assert again.run() and [row["step"] for row in rows(tmp_path) if row["pa_mpjpe"]] == ["8"]
 
 
 def small(output: Path, source=None, **options) -> Trainer:

@@ -29,7 +29,7 @@ def test_train_and_predict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     [
         (["--model", "fastmetro-xl"], "'fastmetro-compact', got 'fastmetro-xl'"),
         (["--mesh", "anny-hand"], "mesh must be anny-body to train on synthetic images alone, got 'anny-hand'"),
-        (["--capture-images"], "must be on a CUDA device to be captured"),
+        (["--capture-images"], "capture_images needs a CUDA device, got cpu: give --no-capture-images"),
         (["--learning-rate", "0"], "learning_rate must be positive"),
         (["--initialise", "absent.safetensors"], "no checkpoint at absent.safetensors"),
     ],
