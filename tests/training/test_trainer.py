@@ -276,6 +276,7 @@ def test_bad_settings_are_named():
             TrainConfig(**{name: value})
     with pytest.raises(ValueError, match="precision"):
         TrainConfig(precision="fp8")
+    assert TrainConfig(resume=True, initialise="absent.safetensors").resume  # a checkpoint brings its own weights
     assert "output" not in TrainConfig().settings() and "seed" in TrainConfig().settings()
     names = {field.name for field in dataclasses.fields(TrainConfig)}
     assert {name.partition(".")[0] for name in TrainConfig().settings()} <= names
