@@ -177,7 +177,8 @@ def test_unknown_genders_are_named_once(tmp_path: Path) -> None:
         warnings.simplefilter("always")
         again = gendered(batch)
         plain = GroundTruth(mesh, model)(batch)
-    assert not more and torch.equal(again.vertices, plain.vertices)
+    assert not more
+    torch.testing.assert_close(again.vertices, plain.vertices)  # a part of a batch is rounded differently
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
