@@ -5,13 +5,15 @@
                             [--csv FILE] [--curves FILE] [--output out/scaling]
 
 "curve": one process, the same again, and several under torchrun train with the same images, --batch of them in each
-step, in float32; on GPUs batch norms take the moments of the whole batch (on CPUs they cannot, and the curves differ).
+step, in float32, without dropout, whose random numbers each process has for itself; on GPUs batch norms take the
+moments of the whole batch (on CPUs they cannot, and the curves differ).
 Compared are the losses of the log, means over a twentieth of the run: the largest relative difference to the first run
 must not exceed the tolerance. How far the repeated run is from it tells what the order of additions does alone.
 
-"speed": in bfloat16, with captured images and steps (on GPUs): images per second of one process and of several, with as
-many images for each process, with as many in all, and with batch norms over the whole batch. --seconds is the limit of
-each run; what fails has a row that says why. Rows go to bench/results/scaling_<device>.csv.
+"speed": in bfloat16, on GPUs with --fused --compile-model and captured images and steps: images per second of one
+process and of several, with as many images for each process, with as many in all, and with batch norms over the whole
+batch, which are PyTorch's. --seconds is the limit of each run; what fails has a row that says why. Rows go to
+bench/results/scaling_<device>.csv.
 """
 
 from __future__ import annotations
@@ -83,10 +85,14 @@ def training(options: argparse.Namespace, case: Case) -> runs.Run:
         "log-every": max(options.steps // 20, 1), "save-every": options.steps, "eval-count": 0,
         "device": options.device, "commit": common.commit(),
     }  # fmt: skip
+    if case.part == "curve":
+        settings["dropout"] = 0.0
     if case.sync:
         settings["sync-batch-norm"] = True
     if options.device == "cuda":
         settings["capture-images"] = True
+    if options.device == "cuda" and case.part == "speed":
+        settings |= {"fused": True, "compile-model": True}
     if case.captured:
         settings["capture-step"] = True
     folder = "".join(letter if letter.isalnum() else "-" for letter in f"{case.part} {case.name}")

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fastmetro_kernels.adamw import same_layout
+
 
 @dataclass(frozen=True)
 class World:
@@ -43,23 +45,30 @@ class World:
             return flag
         return bool(self.sum(torch.tensor(float(flag), device=device)) > 0)
 
-    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replace the gradients by their means over all processes, in one call for each dtype.
+    def average_gradients(self, gradients: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Replace gradients by their means over all processes, in one call for each dtype, which adds in that dtype.
 
-        A parameter without a gradient here must have none anywhere: all processes run the same network.
+        Args:
+            gradients: parameters and their gradients, the same ones with the same dtypes in all processes, as these
+                run the same network.
         """
         if self.size == 1:
             return
-        by_dtype: dict[torch.dtype, list[Tensor]] = {}
-        for parameter in parameters:
-            if parameter.grad is not None:
-                by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
-        for gradients in by_dtype.values():
-            flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        by_dtype: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
+        for parameter, gradient in gradients:
+            laid_out = gradient
+            if not same_layout(gradient, parameter):  # whose order is the same in all processes
+                laid_out = torch.empty_like(parameter, dtype=gradient.dtype).copy_(gradient)
+            by_dtype.setdefault(gradient.dtype, []).append((gradient, laid_out))
+        for pairs in by_dtype.values():
+            parts = [_in_memory_order(laid_out) for _, laid_out in pairs]
+            flat = torch.cat(parts)
             dist.all_reduce(flat)
             flat /= self.size
-            parts = flat.split([gradient.numel() for gradient in gradients])
-            torch._foreach_copy_(gradients, [p.view_as(g) for p, g in zip(parts, gradients, strict=True)])
+            torch._foreach_copy_(parts, list(flat.split([part.numel() for part in parts])))
+            for gradient, laid_out in pairs:
+                if laid_out is not gradient:
+                    gradient.copy_(laid_out)
 
     def share_state(self, model: nn.Module) -> None:
         """Give all processes the parameters and buffers of rank 0."""
@@ -79,6 +88,11 @@ class World:
         """Wait until all processes are here."""
         if self.size > 1:
             dist.barrier()
+
+
+def _in_memory_order(tensor: Tensor) -> Tensor:
+    """The numbers of a tensor that fills its memory, as they lie there: flattening others' strides copies each."""
+    return tensor.as_strided((tensor.numel(),), (1,))
 
 
 def find_device(name: str = "auto") -> torch.device:

@@ -79,8 +79,8 @@ class TrainConfig:
         accumulate: into how many parts a process splits its share of a batch, to save memory.
         steps: length of the run, and of the learning-rate schedule, in optimizer steps.
         epochs: length of the run in passes over the rows of ``data.files`` instead.
-        total_seconds: length of the run in seconds of stepping instead (over all resumed parts); ``steps`` then
-            is an upper limit only.
+        total_seconds: length of the run in seconds of stepping instead (over all resumed parts, each without its
+            first step, which compiles and captures); ``steps`` then is an upper limit only.
         max_seconds: stop this call after so many seconds of wall time, set-up included, with everything saved.
         resume: go on from the checkpoint in ``output``.
         initialise: start from the weights of this safetensors file (and a fresh optimizer).

@@ -13,7 +13,7 @@ from fastmetro.models.transformer import fuse_transformer as fuse_layers
 from fastmetro.training.step import Precision
 
 
-def fuse_backbone(model: nn.Module, precision: Precision, processes: int = 1) -> None:
+def fuse_backbone(model: nn.Module, precision: Precision) -> None:
     """Let the backbone of a network train with fused kernels; nothing changes in its parameters and their names.
 
     - Batch norms take the residual and the ReLU with them, and the stem's max pool keeps one byte a window
@@ -22,36 +22,34 @@ def fuse_backbone(model: nn.Module, precision: Precision, processes: int = 1) ->
       (:func:`~fastmetro.models.backbones.overlap.overlap_weight_gradients`).
     - ResNet's first convolution and the gradient of its weight are kernels of this project in half precision
       (:func:`~fastmetro.models.backbones.overlap.take_own_stem`).
-    - In "bf16" with one process the optimizer keeps these weights in bfloat16, too, for which it must be
+    - In "bf16" the optimizer keeps these weights in bfloat16, too, for which it must be
       :class:`~fastmetro.training.optimizer.ClippedAdamW`
       (:func:`~fastmetro.models.backbones.half_weights.keep_half_weights`).
 
     Args:
         model: a network with a ``backbone``, or a backbone; its weights in float32.
         precision: of its forward pass.
-        processes: that share a batch.
     """
     backbone = getattr(model, "backbone", model)
     fuse_batch_norms(backbone)
     overlap_weight_gradients(backbone)
     take_own_stem(backbone)
-    if precision == "bf16" and processes == 1:
+    if precision == "bf16":
         keep_half_weights(backbone, torch.bfloat16)
 
 
-def fuse_transformer(model: nn.Module, precision: Precision, processes: int = 1) -> None:
+def fuse_transformer(model: nn.Module, precision: Precision) -> None:
     """Let the transformers of a network train with fused kernels; nothing changes in its parameters and their names.
 
     - Residual sums, their dropout and the next layer norm are one op, as are ReLUs and their dropout
       (:func:`~fastmetro.models.transformer.fuse_transformer`).
-    - In "bf16" with one process the optimizer keeps the matrices in bfloat16, too, for which it must be
+    - In "bf16" the optimizer keeps the matrices in bfloat16, too, for which it must be
       :class:`~fastmetro.training.optimizer.ClippedAdamW` (:func:`~fastmetro.models.half_matrices.keep_half_matrices`).
 
     Args:
         model: a network with encoders and decoders; its weights in float32.
         precision: of its forward pass.
-        processes: that share a batch.
     """
     fuse_layers(model)
-    if precision == "bf16" and processes == 1:
+    if precision == "bf16":
         keep_half_matrices(model, torch.bfloat16)

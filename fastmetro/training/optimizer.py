@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT, StateDict
 
-from fastmetro.models.backbones.half_weights import HalfCopy, half_copy
+from fastmetro.models.backbones.half_weights import HalfCopy, gradient_of, half_copy
 from fastmetro_kernels.adamw import AdamWGroup, Tables, adamw, same_layout
 
 # As the groups of torch.optim.AdamW(fused=True, capturable=True) have them.
@@ -155,10 +155,10 @@ class ClippedAdamW(torch.optim.Optimizer):
                 raise RuntimeError("a CUDA graph is being captured: lr must be a tensor, or no replay sees it change")
             entries: list[_Entry] = []
             for parameter in group["params"]:
-                gradient, kept = _gradient(parameter)
+                gradient = gradient_of(parameter)
                 if gradient is None:
                     continue
-                half = None
+                half, kept = None, half_copy(parameter)
                 if kept is not None and kept.fits(parameter):
                     half = kept.tensor
                     written.append((parameter, kept))
@@ -209,14 +209,3 @@ def _group(group: dict[str, Any], entries: Sequence[_Entry] = ()) -> AdamWGroup:
         epsilon=group["eps"],
         weight_decay=group["weight_decay"],
     )
-
-
-def _gradient(parameter: Tensor) -> tuple[Tensor | None, HalfCopy | None]:
-    """Of the parameter or of its copy (of both together, if both have one), and the copy."""
-    kept = half_copy(parameter)
-    if kept is None or kept.tensor.grad is None:
-        return parameter.grad, kept
-    if parameter.grad is None:
-        return kept.tensor.grad, kept
-    kept.settle(parameter)
-    return parameter.grad, kept

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastmetro.data.labels import MeshLabels
 from fastmetro.distributed import World
-from fastmetro.models.backbones.half_weights import kept_weights, refresh_half_weights
+from fastmetro.models.backbones.half_weights import gradient_of, kept_weights, refresh_half_weights
 from fastmetro.models.half_matrices import half_matrices_in_use
 from fastmetro.training.objective import Objective
 from fastmetro.training.optimizer import ClippedAdamW
@@ -50,7 +50,7 @@ class TrainingStep:
 
     Raises:
         ValueError: the model keeps half-precision weights, and their gradients would be lost: with another optimizer
-            than ClippedAdamW, in "fp16", or with several processes. Also raised by a step, where they came later.
+            than ClippedAdamW, or in "fp16". Also raised by a step, where they came later.
     """
 
     def __init__(
@@ -80,8 +80,6 @@ class TrainingStep:
             raise ValueError(f"half-precision weights need ClippedAdamW, got {type(self.optimizer).__name__}")
         if self.precision == "fp16":
             raise ValueError("half-precision weights do not go with precision fp16, whose gradients are scaled")
-        if self.world.size > 1:
-            raise ValueError(f"half-precision weights are for one process, got {self.world.size}")
 
     def __call__(self, images: Tensor, labels: MeshLabels) -> Tensor:
         """Train on this process's share of a batch.
@@ -93,7 +91,8 @@ class TrainingStep:
         self._check_half_weights()
         self.optimizer.zero_grad(set_to_none=True)
         values = self._gradients(images, labels)
-        self.world.average_gradients(self.parameters)
+        pairs = ((parameter, gradient_of(parameter)) for parameter in self.parameters)
+        self.world.average_gradients((parameter, found) for parameter, found in pairs if found is not None)
         norm = self._update()
         return torch.cat([values[:1], norm.detach().float().view(1), values[1:]])
 

@@ -73,8 +73,8 @@ class Trainer:
             self.started = time.monotonic()
         self.device = next(self.model.parameters()).device
         if config.fused:
-            fuse_backbone(self.model, config.precision, self.world.size)
-            fuse_transformer(self.model, config.precision, self.world.size)
+            fuse_backbone(self.model, config.precision)
+            fuse_transformer(self.model, config.precision)
         optimizer = make_optimizer(
             self.model, config.learning_rate, config.weight_decay, decay=config.decay, betas=config.betas,
             capturable=config.capture_step, fused="project" if config.fused else "torch",
@@ -106,6 +106,7 @@ class Trainer:
         self._sum: Tensor | None = None
         self._skipped = 0
         self._since = self.state.step
+        self._untimed = 0
         self._stop = False
         self._last: Batch | None = None
 
@@ -159,7 +160,7 @@ class Trainer:
         return self.progress >= 1.0
 
     def _loop(self, bar: Any) -> None:
-        config, state = self.config, self.state
+        config, state, first = self.config, self.state, True
         mark = time.monotonic()
         while self.progress < 1.0 and not self._is_over():
             try:
@@ -171,6 +172,8 @@ class Trainer:
                 self._save()
                 raise TrainingFailed(f"{error}; {self._last_good()}") from error
             self._train_on(batch)
+            if first:
+                first, mark = False, self._begin_timing()
             if state.step % config.log_every == 0:
                 mark = self._report(mark, bar)
             if config.eval_every and state.step % config.eval_every == 0:
@@ -196,6 +199,14 @@ class Trainer:
         self._skipped += sum(batch.skipped.values())
         self._last = batch
 
+    def _begin_timing(self) -> float:
+        """The first step of a call compiles and captures, which may take longer than the warm-up of the rate: it does
+        not count as time of stepping."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self._untimed = 1
+        return time.monotonic()
+
     def _report(self, mark: float, bar: Any) -> float:
         """Wait for the device, check the losses since the last report and log their means; returns the time."""
         state, steps = self.state, self.state.step - self._since
@@ -214,19 +225,20 @@ class Trainer:
             raise TrainingDiverged(
                 f"not finite between steps {state.step - steps} and {state.step}: {broken}; {self._last_good()}"
             )
-        speed = steps * self.config.batch_size / max(now - mark, 1e-9)
-        self._write(means, speed)
+        timed, self._untimed = steps - self._untimed, 0
+        speed = timed * self.config.batch_size / max(now - mark, 1e-9)
+        self._write(means, speed if timed else None)
         bar.n = round(100 * self.progress, 1)
         replaced = f", {state.skipped} bad rows replaced" if state.skipped else ""
         bar.set_postfix_str(f"step {state.step}, loss {means['loss']:.4f}, {speed:.0f} images/s{replaced}")
         return now
 
-    def _write(self, means: dict[str, float], speed: float) -> None:
+    def _write(self, means: dict[str, float], speed: float | None) -> None:
         row: dict[str, float | int] = {
             "step": self.state.step,
             "samples": self.state.step * self.config.batch_size,
             "seconds": round(self.state.seconds, 3),
-            "images_per_second": round(speed, 1),
+            **({} if speed is None else {"images_per_second": round(speed, 1)}),
             "learning_rate": float(self.state.optimizer.param_groups[0]["lr"]),
             "skipped": self.state.skipped,
             **{name: round(value, 6) for name, value in means.items()},

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fastmetro.data.labels import MeshLabels
+from fastmetro.models.backbones.overlap import convolve
 
 VERTICES = 6
 MESH = SimpleNamespace(
@@ -42,6 +43,17 @@ class SmallNetwork(nn.Module):
             "pred_3d_vertices_fine": vertices,
             "pred_3d_vertices_coarse": vertices[:, self.coarse],
         }
+
+
+class ConvolutionalNetwork(SmallNetwork):
+    """The small network behind a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 3, 3, padding=1, bias=False)
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        return super().forward(convolve(self.convolution, images).float())
 
 
 def labelled(indices: torch.Tensor) -> tuple[torch.Tensor, MeshLabels]:

@@ -12,12 +12,11 @@ from typing import Any
 import pytest
 import torch
 from optimizer_cases import BFLOAT, GPU, assert_equal, backward, groups, ours, places, theirs, trunk
-from small_network import MESH, SmallNetwork, labelled
-from torch import Tensor, nn
+from small_network import MESH, ConvolutionalNetwork, SmallNetwork, labelled
+from torch import nn
 
-from fastmetro.distributed import World
 from fastmetro.models.backbones.half_weights import keep_half_weights, kept_weights
-from fastmetro.models.backbones.overlap import convolve, overlap_weight_gradients
+from fastmetro.models.backbones.overlap import overlap_weight_gradients
 from fastmetro.training.losses import MeshRecoveryLoss
 from fastmetro.training.objective import Objective
 from fastmetro.training.optimizer import ClippedAdamW
@@ -188,17 +187,6 @@ def test_which_optimizer_is_made() -> None:
     assert [group["weight_decay"] for group in made.param_groups] == [0.5, 0.0]
 
 
-class ConvolutionalNetwork(SmallNetwork):
-    """The small network behind a convolution."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.convolution = nn.Conv2d(3, 3, 3, padding=1, bias=False)
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        return super().forward(convolve(self.convolution, images).float())
-
-
 def make(device: str = "cpu", half: bool = True, fused: str = "project", capturable: bool = False,
          **options: Any) -> TrainingStep:  # fmt: skip
     torch.manual_seed(0)
@@ -242,8 +230,6 @@ def test_half_weights_that_would_lose_gradients_are_refused() -> None:
         make(fused="torch")
     with pytest.raises(ValueError, match="do not go with precision fp16"):
         make(precision="fp16")
-    with pytest.raises(ValueError, match="are for one process, got 2"):
-        make(world=World(0, 2))
     step = make(half=False, fused="torch")
     keep_half_weights(step.model)
     with pytest.raises(ValueError, match="need ClippedAdamW"):

@@ -10,13 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
-from small_network import MESH, SmallNetwork, labelled
+from small_network import MESH, ConvolutionalNetwork, SmallNetwork, labelled
 
 from fastmetro.distributed import World, find_device, open_world
+from fastmetro.models.backbones.half_weights import keep_half_weights
+from fastmetro.models.backbones.overlap import overlap_weight_gradients
 from fastmetro.training.config import TrainConfig
 from fastmetro.training.losses import MeshRecoveryLoss
 from fastmetro.training.objective import Objective
+from fastmetro.training.schedule import make_optimizer
 from fastmetro.training.sources import Batch, SyntheticBatches
+from fastmetro.training.step import CapturedStep, TrainingStep
 from fastmetro.training.trainer import Trainer
 
 SETTINGS = {"batch_size": 12, "steps": 12, "log_every": 3, "save_every": 6, "precision": "fp32", "learning_rate": 1e-2}
@@ -94,25 +98,98 @@ def test_a_stopped_run_goes_on_with_the_same_bits(tmp_path: Path) -> None:
     assert [row["loss"] for row in rows(tmp_path / "whole")] == [row["loss"] for row in rows(tmp_path / "parts")]
 
 
+def half_step(world: World, device: torch.device) -> TrainingStep:
+    """Of a network with a half-precision copy of a weight, where its gradient is left."""
+    torch.manual_seed(0)
+    model = ConvolutionalNetwork().to(device, memory_format=torch.channels_last)
+    overlap_weight_gradients(model)
+    keep_half_weights(model)
+    optimizer = make_optimizer(model, 1e-2, 0.01, fused="project", capturable=True)
+    objective = Objective(MeshRecoveryLoss(MESH)).to(device)
+    return TrainingStep(model, model, objective, optimizer, clip=1.0, precision="bf16", world=world)
+
+
+def half_steps(step: TrainingStep, device: torch.device) -> torch.Tensor:
+    """Steps with one part and with two, which leave gradients in the copy and in the weight; the weights and losses."""
+    indices = SyntheticBatches(None, 24, device, step.world).indices
+    seen, weight = [], step.model.convolution.weight
+    for number in range(6):
+        step.accumulate = 1 + number % 2
+        seen.append(step.world.sum(step(*labelled(indices(number)))[:1]) / step.world.size)
+        assert (weight.grad is None) == (number % 2 == 0) and (weight.half_copy.tensor.grad is None) == (number % 2)
+    weights = [parameter.detach().reshape(-1) for parameter in step.model.parameters()]
+    return torch.cat([*weights, weight.half_copy.tensor.reshape(-1).float(), *seen])
+
+
+def _half_steps(rank: int, folder: Path) -> None:
+    with open_world("cpu") as (world, device):
+        torch.save(half_steps(half_step(world, device), device), folder / f"{rank}.pt")
+
+
+def test_gradients_in_half_precision_copies_are_averaged(tmp_path: Path) -> None:
+    run_processes(_half_steps, 2, tmp_path)
+    found, same = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    alone = half_steps(half_step(World(), torch.device("cpu")), torch.device("cpu"))
+    assert torch.equal(found, same)
+    torch.testing.assert_close(found[-6:], alone[-6:], rtol=0.003, atol=0)
+    # A step moves a weight by 0.01, and where its gradient is nearly 0, rounding decides where to.
+    assert ((found - alone).abs() > 0.004).float().mean() < 0.003
+
+
+def _captured_steps(rank: int, folder: Path) -> None:
+    with open_world("cuda") as (world, device):
+        indices = SyntheticBatches(None, 24, device, world).indices
+        eager, other = half_step(world, device), half_step(world, device)
+        captured = CapturedStep(other, *labelled(indices(0)))
+        for number in range(5):
+            values = [step(*labelled(indices(number))) for step in (eager, captured)]
+            torch.testing.assert_close(values[0], values[1], rtol=2e-3, atol=1e-4)
+        weights = [torch.cat([p.detach().reshape(-1) for p in step.model.parameters()]) for step in (eager, other)]
+        torch.save([one.cpu() for one in weights], folder / f"{rank}.pt")
+        del captured  # before the process group, for which NCCL would wait
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_steps_of_two_gpus_are_captured(tmp_path: Path) -> None:
+    """Collectives are part of the graph."""
+    run_processes(_captured_steps, 2, tmp_path)
+    (eager, captured), same = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert torch.equal(eager, same[0]) and torch.equal(captured, same[1])
+    assert ((eager - captured).abs() > 0.004).float().mean() < 0.003
+
+
 def _average(rank: int, folder: Path) -> None:
     with open_world("cpu") as (world, device):
-        first, second, without = (torch.nn.Parameter(torch.zeros(2, 3)) for _ in range(3))
-        second.data = second.data.double()
-        first.grad = torch.full((3, 2), float(rank)).T  # not contiguous
-        second.grad = torch.full((2, 3), 10.0 * rank, dtype=torch.float64)
-        world.average_gradients([first, second, without])
+        parameters = [
+            torch.zeros(2, 3), torch.zeros(2, 3).T, torch.zeros(2, 3, dtype=torch.float64),
+            torch.zeros(2, 3, 4, 5).contiguous(memory_format=torch.channels_last),
+        ]  # fmt: skip
+        gradients = [
+            torch.full((3, 2), float(rank)).T,  # of another layout than the parameter
+            torch.full((2, 3), 5.0 * rank).T,
+            torch.full((2, 3), 10.0 * rank, dtype=torch.float64),
+            rank * torch.arange(120.0).view(2, 3, 4, 5).contiguous(memory_format=torch.channels_last),
+        ]  # fmt: skip
+        if rank == 1:  # the same numbers in another order in memory
+            gradients[3] = gradients[3].contiguous()
+        whole = torch.zeros(40)
+        gradients.append(whole[10:16].fill_(rank).view(2, 3))  # amid a storage
+        parameters.append(torch.zeros(2, 3))
+        world.average_gradients(zip(parameters, gradients, strict=True))
+        assert not whole[:10].any() and not whole[16:].any()
         flags = [world.any(rank == 2, device), world.any(False, device)]
-        torch.save([first.grad, second.grad, without.grad, flags, world.gather(rank)], folder / f"{rank}.pt")
+        torch.save([*gradients, flags, world.gather(rank)], folder / f"{rank}.pt")
 
 
 def test_gradients_are_averaged(tmp_path: Path) -> None:
-    """Of any dtype and strides; a parameter without one stays without."""
+    """Of any dtype and strides."""
     run_processes(_average, 3, tmp_path)
     for rank in range(3):
-        first, second, without, flags, ranks = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        assert torch.equal(first, torch.full((2, 3), 1.0))
-        assert torch.equal(second, torch.full((2, 3), 10.0, dtype=torch.float64))
-        assert without is None and flags == [True, False] and ranks == [0, 1, 2]
+        first, second, third, fourth, fifth, flags, ranks = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert torch.equal(first, torch.full((2, 3), 1.0)) and torch.equal(second, torch.full((3, 2), 5.0))
+        assert torch.equal(third, torch.full((2, 3), 10.0, dtype=torch.float64))
+        assert torch.equal(fourth, torch.arange(120.0).view(2, 3, 4, 5)) and torch.equal(fifth, torch.ones(2, 3))
+        assert flags == [True, False] and ranks == [0, 1, 2]
 
 
 def test_alone_there_is_nothing_to_do() -> None:

@@ -1,5 +1,6 @@
 import csv
 import dataclasses
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -168,6 +169,20 @@ def test_time_budget_and_time_based_schedule(tmp_path):
     assert not run.run() and run.state.step > 0 and 0 < run.progress < 0.01
     run = trainer(tmp_path / "b", steps=10**6, total_seconds=0.3)
     assert run.run() and run.state.seconds >= 0.3
+
+
+def test_what_the_first_step_of_a_call_waits_for_is_no_time_of_stepping(tmp_path):
+    """Else compiling would take the warm-up of the rate, and more, of a run whose length is given in seconds."""
+    slow = iter([0.4])
+
+    def delayed(indices):
+        time.sleep(next(slow, 0.0))
+        return source(indices)
+
+    run = trainer(tmp_path, steps=3, total_seconds=0.4, log_every=1)
+    run.source = batches(delayed, run.config)
+    assert run.run() and run.state.step == 3 and 0 < run.state.seconds < 0.4
+    assert [bool(row["images_per_second"]) for row in rows(tmp_path)] == [False, True, True]
 
 
 def test_a_signal_stops_after_the_step_with_everything_saved(tmp_path):

@@ -1,8 +1,9 @@
 #!/bin/bash
-# Trains FastMETRO-S or -L with ResNet-50 on synthetic people. long_runs.sh COMMIT LIMIT train_s-r50|train_l-r50
+# Trains FastMETRO-S and -L with ResNet-50 on synthetic people. long_runs.sh COMMIT LIMIT [train_s-r50] [train_l-r50]
+# Both at once where there are two GPUs, one on each; with one GPU name one of them.
 # TOTAL=1400: seconds of stepping, over as many calls as they take: a call goes on where the one before stopped, as long
-# as out/ is there. AGAIN=1 begins anew. MORE='...' replaces the options of both, the same in each call of a run.
-# Weights stay there: they do not fit into what comes back.
+# as out/ is there. AGAIN=1 begins anew. MORE='...' replaces the options of both, the same in each call of a run;
+# MORE_S='...', MORE_L='...' come behind them. Weights stay there: they do not fit into what comes back.
 NEEDS_WHEELS=1
 source "$(dirname "$0")/common.sh"
 RUNS=out/long_runs
@@ -10,14 +11,18 @@ RUNS=out/long_runs
 mkdir -p "$RUNS"
 LAST=50 # seconds for the checkpoint, in the last call for the report on 1,000 images, for curves and packing
 read -ra more <<<"${MORE:---fused --compile-model --capture-step}"
+read -ra more_s <<<"${MORE_S:-}"
+read -ra more_l <<<"${MORE_L:-}"
+gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
 
-train() { # NAME MODEL
+train() { # GPU NAME MODEL OPTION...
   local resume=()
-  [[ -f $RUNS/$1/checkpoint.pt ]] && resume=(--resume)
-  # A checkpoint of half a gigabyte every 500 steps would count against --total-seconds; one is written at the end.
-  step "train_$1" $(($(left) - 15)) "$PY" -m fastmetro train configs/synthetic.yaml --model "$2" \
-    --output "$RUNS/$1" --total-seconds "${TOTAL:-1400}" --max-seconds $(($(left) - LAST)) --steps 400000 \
-    --save-every 1000000 --log-every 250 --eval-every 2500 --commit "$COMMIT" "${more[@]}" "${resume[@]}"
+  [[ -f $RUNS/$2/checkpoint.pt ]] && resume=(--resume)
+  # A checkpoint of half a gigabyte every 500 steps takes time; one is written at the end.
+  CUDA_VISIBLE_DEVICES=$1 step "train_$2" $(($(left) - 15)) "$PY" -m fastmetro train configs/synthetic.yaml \
+    --model "$3" --output "$RUNS/$2" --total-seconds "${TOTAL:-1400}" --max-seconds $(($(left) - LAST)) \
+    --steps 400000 --save-every 1000000 --log-every 100 --eval-every 1500 --commit "$COMMIT" \
+    "${more[@]}" "${@:4}" "${resume[@]}"
 }
 
 collect() {
@@ -32,10 +37,22 @@ collect() {
   return 0
 }
 
-[[ $ONLY == *' train_s-r50 '* ]] && train s-r50 fastmetro-s
-[[ $ONLY == *' train_l-r50 '* ]] && train l-r50 fastmetro-l
-DONE+='train_s-r50 train_l-r50 '
-[[ $ONLY == *' train_'* ]] || { echo "name a run: train_s-r50 or train_l-r50"; exit 2; }
+jobs=()
+both=
+if [[ $ONLY != *[!\ ]* || ($ONLY == *' train_s-r50 '* && $ONLY == *' train_l-r50 '*) ]]; then
+  both=1
+  ((gpus > 1)) || [[ $DRY ]] || { echo "there is one GPU: name one of train_s-r50 and train_l-r50"; exit 2; }
+fi
+if [[ $both || $ONLY == *' train_s-r50 '* ]]; then
+  train 0 s-r50 fastmetro-s "${more_s[@]}" &
+  jobs+=($!)
+fi
+if [[ $both || $ONLY == *' train_l-r50 '* ]]; then
+  train $((gpus > 1)) l-r50 fastmetro-l "${more_l[@]}" &
+  jobs+=($!)
+fi
+DONE+='train_s-r50 train_l-r50 ' # they are known here, not in the processes above
+for job in "${jobs[@]}"; do wait "$job" || FAILED=$((FAILED + 1)); done
 
 curves=()
 for name in s-r50 l-r50; do

@@ -4,7 +4,7 @@ NEEDS_WHEELS=1
 source "$(dirname "$0")/common.sh"
 
 step topology 10 nvidia-smi topo -m
-step scaling 500 "$PY" -m bench scaling --steps "${STEPS:-200}" --seconds 75 --csv "$R/scaling.csv" \
+step scaling 500 "$PY" -m bench scaling --steps "${STEPS:-200}" --seconds 140 --csv "$R/scaling.csv" \
   --curves "$R/scaling_curves.csv" --output "$R/scaling"
 
 # Weights do not fit into what comes back.

@@ -150,6 +150,17 @@ def kept_weights(parameters: Iterable[Tensor]) -> list[tuple[Tensor, HalfCopy]]:
     return [(parameter, kept) for parameter, kept in found if kept is not None]
 
 
+def gradient_of(parameter: Tensor) -> Tensor | None:
+    """The gradient of a parameter, its own or its copy's; where both have one, the sum, which becomes its own."""
+    kept = half_copy(parameter)
+    if kept is None or kept.tensor.grad is None:
+        return parameter.grad
+    if parameter.grad is None:
+        return kept.tensor.grad
+    kept.settle(parameter)
+    return parameter.grad
+
+
 def usable_copy(parameter: Tensor, dtype: torch.dtype) -> HalfCopy | None:
     """The copy in this dtype, if one is kept and an optimizer writes it."""
     kept = half_copy(parameter)
