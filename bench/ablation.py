@@ -57,7 +57,7 @@ def training(options: argparse.Namespace, variant: str, seed: int, steps: int, g
         "device": options.device, "commit": common.commit(), **VARIANTS[variant],
     }  # fmt: skip
     if options.device == "cuda":
-        settings |= {"capture-images": True} if options.eager else {"capture-images": True, "capture-step": True}
+        settings |= {"capture-images": True} | ({} if options.eager else {"capture-step": True, "fused": True})
     return runs.Run(options.output / f"{variant}-{seed}", runs.arguments(settings), gpu=gpu)
 
 
@@ -175,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--backbone", default="resnet50")
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--eval-count", type=int, default=1000, help="held-out images")
-    parser.add_argument("--eager", action="store_true", help="do not capture steps")
+    parser.add_argument("--eager", action="store_true", help="neither captured steps nor --fused")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--csv", type=Path)

@@ -8,7 +8,8 @@
 step, in float32, without dropout, whose random numbers each process has for itself; on GPUs batch norms take the
 moments of the whole batch (on CPUs they cannot, and the curves differ).
 Compared are the losses of the log, means over a twentieth of the run: the largest relative difference to the first run
-must not exceed the tolerance. How far the repeated run is from it tells what the order of additions does alone.
+must not exceed the tolerance. How far the repeated run is from it tells what the order of additions does alone: at high
+rates the loss goes through jumps that double every difference, and one process does not repeat its own curve.
 
 "speed": in bfloat16, on GPUs with --fused --compile-model and captured images and steps: images per second of one
 process and of several, with as many images for each process, with as many in all, and with batch norms over the whole
@@ -30,8 +31,8 @@ from bench import common, runs
 from bench.curves import write_curves
 
 PARTS = ("curve", "speed")
-COLUMNS = ("part", "run", "processes", "batch", "steps", "sync_batch_norm", "precision", "status", "reason",
-           "loss_difference", "tolerance", "images_per_second", "times_one")  # fmt: skip
+COLUMNS = ("part", "run", "processes", "batch", "steps", "sync_batch_norm", "precision", "learning_rate", "status",
+           "reason", "loss_difference", "tolerance", "images_per_second", "times_one")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         row: dict[str, Any] = dict.fromkeys(COLUMNS, "") | {
             "part": case.part, "run": case.name, "processes": case.processes, "batch": case.batch,
             "steps": options.steps, "sync_batch_norm": case.sync, "precision": case.precision,
+            "learning_rate": options.learning_rate,
         }  # fmt: skip
         try:
             if not reason:
