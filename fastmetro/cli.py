@@ -133,16 +133,16 @@ Kind = Literal["body", "hand"]
 
 @dataclass
 class DataCheck:
-    """Decode every row of a METRO / FastMETRO data set and name those that cannot be used."""
+    """Decode every row of a METRO / FastMETRO data set and name those that cannot be used or are damaged."""
 
     file: Annotated[Path, tyro.conf.Positional]
     """The YAML file of the data set."""
     kind: Kind = "body"
     """What the labels are of: 24 joints of a body, or 21 of a hand."""
-    workers: int = 0
-    """Further processes that decode."""
+    workers: int | None = None
+    """Processes that decode; one per core by default, none beside this one for a small set."""
     examples: int = 5
-    """Bad rows of each kind that are named."""
+    """Rows of each kind of problem that are named."""
 
     def run(self) -> int:
         """Check and print; the exit status is 1 when a row cannot be used."""

@@ -94,6 +94,10 @@ class GroundTruth(nn.Module):
             betas=None if rotations is None else batch.betas,
         )
 
+    def model_of(self, gender: str) -> str:
+        """Whose model makes the vertices of a sample of that gender: "male", "female" or "neutral"."""
+        return gender if gender in self.gendered else "neutral"
+
     def _vertices(self, batch: TsvBatch) -> tuple[Tensor, Tensor | None]:
         """Root-relative vertices [B, M, 3] and, of SMPL, rotations [B, 24, 3, 3]."""
         if self.model is None:

@@ -7,13 +7,14 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from fastmetro.data.ground_truth import GroundTruth, ground_truth
 from fastmetro.data.tsv import TsvSource
-from fastmetro.distributed import open_world
+from fastmetro.distributed import World, open_world
 from fastmetro.evaluation import freihand
 from fastmetro.evaluation.output_files import check_output
 from fastmetro.evaluation.protocols import Protocol, find_protocol
@@ -43,7 +44,7 @@ class _Result:
 
     Attributes:
         evaluation: on the labels of the set.
-        errors: in mm; of FreiHAND those by the official truth where it is given.
+        errors: in mm; of FreiHAND those by the official truth, and none without it: the labels are dummies.
         scores: by the official truth, under the names of its script; empty without.
         processes: that ran, or with compat those whose means were taken.
     """
@@ -55,7 +56,7 @@ class _Result:
 
 
 def run_evaluation(settings: EvalSettings) -> dict[str, float]:
-    """Measure, record and print; returns the errors in mm.
+    """Measure, record and print; returns the errors in mm (of FreiHAND without its truth there are none).
 
     Raises:
         FileNotFoundError: a file that is named is not there.
@@ -66,8 +67,10 @@ def run_evaluation(settings: EvalSettings) -> dict[str, float]:
         return _synthetic(settings)
     protocol = find_protocol(settings.protocol_name)
     source = TsvSource(settings.data)
-    official = _official_truth(settings, len(source))
+    _check_predictions(settings)
     with open_world(settings.device) as (world, device):
+        # A gigabyte and a half for a moment, in the one process that scores, and before the long work.
+        official = _official_truth(settings.truth, settings.data, len(source)) if world.first else None
         model = load_network(settings).to(device).eval()
         truth = _truth(settings, protocol, model.mesh).double().to(device)
         results = []
@@ -77,9 +80,9 @@ def run_evaluation(settings: EvalSettings) -> dict[str, float]:
                 batch_size=settings.images_at_once, count=settings.count, compat=settings.compat is not None,
                 progress=True,
             )  # fmt: skip
-            if settings.predictions is not None or official is not None:
+            if settings.predictions is not None or settings.truth is not None:
                 _check_complete(settings, evaluation, len(source))
-            result = _result(settings, evaluation, official, world.size, device)
+            result = _result(settings, evaluation, official, world, device)
             if world.first:
                 named = replace(protocol, name=protocol.name + what)
                 _record(settings, named, result, device)
@@ -97,22 +100,26 @@ def _outputs(settings: EvalSettings, model: FastMETRO, device: torch.device) -> 
     return outputs
 
 
-def _official_truth(settings: EvalSettings, rows: int) -> _Points | None:
-    """FreiHAND's, where it is asked for, and where predictions can be written: before the long work.
+def _check_predictions(settings: EvalSettings) -> None:
+    """Raise ValueError where predictions could not be written."""
+    if settings.predictions is not None:
+        files = () if settings.truth is None else freihand.truth_files(settings.truth)
+        freihand.check_name(settings.predictions)
+        check_output(settings.predictions, "predictions", files)
+
+
+def _official_truth(folder: Path | None, data: str, rows: int) -> _Points | None:
+    """FreiHAND's, where it is asked for.
 
     Raises:
         FileNotFoundError: a file of the truth is not there.
-        ValueError: it is not as it should be or of another number of samples; predictions cannot be written.
+        ValueError: it is not as it should be, or of another number of samples.
     """
-    files = () if settings.truth is None else freihand.truth_files(settings.truth)
-    if settings.predictions is not None:
-        freihand.check_name(settings.predictions)
-        check_output(settings.predictions, "predictions", files)
-    if not files:
+    if folder is None:
         return None
-    truth = freihand.read_truth(*files)
+    truth = freihand.read_truth(*freihand.truth_files(folder))
     if len(truth[0]) != rows:
-        raise ValueError(f"truth {settings.truth} has {len(truth[0])} samples, {settings.data} has {rows} rows")
+        raise ValueError(f"truth {folder} has {len(truth[0])} samples, {data} has {rows} rows")
     return truth
 
 
@@ -132,19 +139,28 @@ def _check_complete(settings: EvalSettings, evaluation: Evaluation, rows: int) -
 
 
 def _result(
-    settings: EvalSettings, evaluation: Evaluation, official: _Points | None, running: int, device: torch.device
+    settings: EvalSettings, evaluation: Evaluation, official: _Points | None, world: World, device: torch.device
 ) -> _Result:
-    processes = running if settings.compat is None else settings.processes or running
-    if official is not None:
-        joints, vertices = _hands(evaluation)
-        scores = freihand.score(joints.to(device), vertices.to(device), *official)
+    processes = world.size if settings.compat is None else settings.processes or world.size
+    if settings.truth is not None:
+        scores = world.gather(_scores(evaluation, official, device))[0]
         aligned = {"pa_mpjpe": scores["xyz_al_mean3d"], "pa_mpvpe": scores["mesh_al_mean3d"]}
         errors = {name: _CENTIMETRE * value for name, value in aligned.items()}
         return _Result(evaluation, errors, scores, processes)
+    if settings.protocol_name == "freihand":
+        return _Result(evaluation, {}, {}, processes)
     if settings.compat is None:
         return _Result(evaluation, evaluation.errors.means(), {}, processes)
     errors = evaluation.errors.published_means(processes, settings.images_at_once)
     return _Result(evaluation, errors, {}, processes)
+
+
+def _scores(evaluation: Evaluation, official: _Points | None, device: torch.device) -> dict[str, float]:
+    """By the official truth, in the process that has it; else empty."""
+    if official is None:
+        return {}
+    joints, vertices = _hands(evaluation)
+    return freihand.score(joints.to(device), vertices.to(device), *official)
 
 
 def _hands(evaluation: Evaluation) -> _Points:
@@ -199,12 +215,14 @@ def _report(settings: EvalSettings, protocol: Protocol, result: _Result) -> str:
     names = {"mpjpe": "MPJPE", "pa_mpjpe": "PA-MPJPE", "mpvpe": "MPVPE", "pa_mpvpe": "PA-MPVPE"}
     numbers = "   ".join(f"{names[name]} {value:.2f}" for name, value in result.errors.items())
     count = len(result.evaluation.errors.rows)
-    lines = [f"{protocol.name}: {numbers}   mm", f"{count} samples of {settings.data}; {protocol.description}"]
+    numbers = f"{numbers}   mm" if numbers else "no errors without the official truth (--truth)"
+    lines = [f"{protocol.name}: {numbers}", f"{count} samples of {settings.data}; {protocol.description}"]
     if settings.male_model is not None:
-        lines.append("true vertices by the model of each sample's gender")
+        models = ", ".join(f"{name} {samples}" for name, samples in sorted(result.evaluation.models.items()))
+        lines.append(f"true vertices by the model of each sample's gender (neutral without): {models or 'no sample'}")
     if settings.compat is not None:
         means = f"; PA-MPJPE over all samples; plain mean over {result.processes} process(es)"
-        lines.append("as published: its crops" + ("" if result.scores else means))
+        lines.append("as published: its crops" + ("" if protocol.kind == "hand" else means))
     if result.evaluation.skipped:
         lines.append(f"rows that could not be used: {_problems(result.evaluation)}")
     if settings.predictions is not None:
@@ -223,7 +241,7 @@ def _row(settings: EvalSettings, protocol: Protocol, result: _Result, device: to
         "compat": settings.compat or "",
         "count": len(result.evaluation.errors.rows),
         "skipped": sum(result.evaluation.skipped.values()),
-        **_numbers(protocol, result),
+        **_formatted(result.errors | {name: result.scores[key] for name, key in _SCORES.items() if result.scores}),
         "processes": result.processes,
         **_circumstances(settings, device),
     }
@@ -244,11 +262,3 @@ def _circumstances(settings: EvalSettings, device: torch.device) -> dict[str, ob
 
 def _formatted(values: Mapping[str, float]) -> dict[str, str]:
     return {name: f"{value:.4f}" for name, value in values.items()}
-
-
-def _numbers(protocol: Protocol, result: _Result) -> dict[str, str]:
-    """The columns of errors and scores. Of FreiHAND there are none without its truth: the labels are dummies."""
-    if protocol.name == "freihand" and not result.scores:
-        return {}
-    scores = {name: result.scores[key] for name, key in _SCORES.items()} if result.scores else {}
-    return _formatted(result.errors | scores)

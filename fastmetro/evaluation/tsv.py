@@ -34,12 +34,14 @@ class Evaluation:
     Attributes:
         errors: of all samples.
         skipped: rows that could not be used, by problem.
+        models: samples with true vertices, by the gender of the model that made them.
         joints, vertices: float32 [N, 21, 3] and [N, 778, 3] on the CPU, relative to the wrist, metres: what FreiHAND's
             server takes; None for bodies.
     """
 
     errors: SampleErrors
     skipped: dict[str, int] = field(default_factory=dict)
+    models: dict[str, int] = field(default_factory=dict)
     joints: Tensor | None = None
     vertices: Tensor | None = None
 
@@ -162,16 +164,20 @@ def evaluate_tsv(
     errors: list[SampleErrors] = []
     hands: list[tuple[Tensor, Tensor]] = []
     skipped: Counter[str] = Counter()
+    models: Counter[str] = Counter()
     for numbers, batch in _read(dataset, batches[world.rank :: world.size], workers, progress and world.first):
         skipped.update(batch.skipped)
         if not len(numbers):
             continue
         moved = batch.to(device)
         vertices = _checked(predict(moved.images), numbers, batch, mesh, source.path)
-        errors.append(measure(numbers, vertices, truth(moved)))
+        labels = truth(moved)
+        errors.append(measure(numbers, vertices, labels))
+        made = labels.has_vertices.nonzero().flatten().tolist()
+        models.update(truth.model_of(batch.genders[place]) for place in made)
         if protocol.kind == "hand":
             hands.append(measure.hand(vertices))
-    return _gathered(world, errors, hands, skipped, protocol, source.path)
+    return _gathered(world, errors, hands, skipped, models, protocol, source.path)
 
 
 def _check_numbers(batch_size: int, workers: int, count: int | None) -> None:
@@ -206,23 +212,24 @@ def _gathered(
     errors: Sequence[SampleErrors],
     hands: Sequence[tuple[Tensor, Tensor]],
     skipped: Counter[str],
+    models: Counter[str],
     protocol: Protocol,
     path: Path,
 ) -> Evaluation:
-    mine = (list(errors), list(hands), [int(row) for part in errors for row in part.rows], skipped)
+    mine = (list(errors), list(hands), [int(row) for part in errors for row in part.rows], skipped, models)
     everyone = world.gather(mine)
     parts = [part for process in everyone for part in process[0]]
     if not parts:
         raise ValueError(f"{path} has no row that can be used")
-    problems: Counter[str] = sum((process[3] for process in everyone), Counter())
+    problems, used = (dict(sum((process[place] for process in everyone), Counter())) for place in (3, 4))
     result = SampleErrors.join(parts)
     if protocol.kind == "body":
-        return Evaluation(result, dict(problems))
+        return Evaluation(result, problems, used)
     order = torch.tensor([row for process in everyone for row in process[2]]).argsort()
     joints, vertices = (
         torch.cat([hand[place] for process in everyone for hand in process[1]])[order] for place in (0, 1)
     )
-    return Evaluation(result, dict(problems), joints, vertices)
+    return Evaluation(result, problems, used, joints, vertices)
 
 
 def mesh_of(network: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastmetro.data.augmentation import Cut, Draw, PackedCuts, cut_image, finish_image, render_cuts
-from fastmetro.data.augmentation.published import MAX_FILLED, MAX_SIDE
+from fastmetro.data.augmentation.published import MAX_FILLED, MAX_SIDE, _box, render_published
 
 MEAN, DEVIATION = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 LEVEL = 1 / 255 / 0.224  # one level of 255, normalised, to 2 %
@@ -109,6 +109,41 @@ def test_random_published_crops(device: torch.device) -> None:
             np.testing.assert_allclose(finish_image(cut, draw, 32, "published"), expected[-1], rtol=0, atol=1e-6)
     there = render_cuts(PackedCuts.pack(cuts, draws).to(device), 32, "published").cpu().numpy()
     np.testing.assert_allclose(there, np.stack(expected), rtol=0, atol=0.01 * LEVEL)
+
+
+def test_corners_of_published_boxes_are_those_of_torch_inverse() -> None:
+    """They lie at whole pixels, where one rounding more, or less, decides."""
+    random, size = np.random.default_rng(9), 224
+    centers, scales = random.integers(-100, 1500, (4000, 2)) / 2, random.integers(5, 900, 4000) / 100
+    sides = 200 * (1.0 * scales)
+    matrices = np.tile(np.eye(3), (len(scales), 1, 1))
+    matrices[:, 0, 0] = matrices[:, 1, 1] = size / sides
+    matrices[:, :2, 2] = size * (-centers / sides[:, None] + 0.5)
+    inverse = torch.inverse(torch.from_numpy(matrices)).numpy()
+    first, last = (np.trunc((inverse @ [corner, corner, 1.0])[:, :2]) for corner in (0.0, float(size)))
+    expected = np.concatenate([first, last - first], 1).tolist()
+    for center, scale, box in zip(centers, scales, expected, strict=True):
+        assert list(_box(center, float(scale), Draw(), size) or ()) == box, (center, scale)
+
+
+def test_turned_boxes_have_the_bits_of_a_warp_of_the_whole_in_float64() -> None:
+    """The worker computes its middle only, and in float32."""
+    random = np.random.default_rng(8)
+    image = photograph(211, 307, 6)
+    for _ in range(60):
+        center, scale = random.uniform(-20, 320, 2), float(np.exp(random.uniform(-3, 1.5)))
+        draw = Draw(rotation=float(random.uniform(-180, 180)))
+        cut = cut_image(image, center, scale, draw, 32, "published")
+        if not cut.pixels.size:
+            continue
+        width, height, pad, x, y = (int(value) for value in cut.geometry[:5])
+        whole = np.zeros((height + 2 * pad, width + 2 * pad, 3))
+        whole[y : y + cut.pixels.shape[0], x : x + cut.pixels.shape[1]] = cut.pixels
+        turned = cv2.warpAffine(
+            whole, cut.geometry[5:].reshape(2, 3), whole.shape[1::-1], flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+        )
+        box = turned[pad : pad + height, pad : pad + width]
+        assert np.array_equal(render_published(cut, 32), cv2.resize(box, (32, 32))), (center, scale, draw)
 
 
 def test_large_published_boxes_are_not_filled() -> None:

@@ -99,6 +99,37 @@ def test_rows_that_cannot_be_used_are_skipped_and_told(tmp_path: Path) -> None:
     assert TsvSource(report.path).row(0).key == "b/3.jpg"
 
 
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO])
+def test_an_image_that_cannot_be_read_is_one_bad_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], code: int
+) -> None:
+    path, read = annotations(tmp_path), Path.read_bytes
+
+    def refused(file: Path) -> bytes:
+        if file.name == "1.jpg":
+            raise OSError(code, os.strerror(code), str(file))
+        return read(file)
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    arguments = ["data", "build", str(path), "--images", str(tmp_path / "images"), "--out", str(tmp_path / "train")]
+    assert cli.main(arguments) == 0
+    printed, message = capsys.readouterr(), f"unreadable image: [Errno {code}] {os.strerror(code)}: '"
+    assert f"left out b/1.jpg: {message}" in printed.err and "3 rows" in printed.out and "1 left out" in printed.out
+    source = TsvSource(tmp_path / "train.yaml")
+    assert [source.row(number).key for number in range(3)] == ["a/0.jpg", "a/2.jpg", "b/3.jpg"]
+
+
+def test_names_that_lead_nowhere_are_bad_rows(tmp_path: Path) -> None:
+    path = annotations(tmp_path, 3, imgname=np.array(["x" * 300 + ".jpg", "loop.jpg", "a/2.jpg"]))
+    (tmp_path / "images" / "loop.jpg").symlink_to("loop.jpg")
+    report = build_data(path, tmp_path / "images", tmp_path / "train")
+    # Which of the two it is depends on Python: later ones take what they cannot look at for missing.
+    assert report.rows == 1 and {why.split(":")[0] for _, why in report.skipped} <= {
+        "unreadable image",
+        "missing image",
+    }
+
+
 def test_image_names_stay_below_their_folder(tmp_path: Path) -> None:
     path = annotations(tmp_path, 2, imgname=np.array(["../secret.jpg", "b/1.jpg"]))
     (tmp_path / "secret.jpg").write_bytes(jpeg())

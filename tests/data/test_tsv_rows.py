@@ -167,6 +167,55 @@ def test_the_fast_decoder_gives_the_pixels_of_pillow(mode: str, options: dict) -
             assert np.array_equal(decode_image(encode_image(data)), expected)
 
 
+def _remade(data: bytes, mode: str, orientation: int, **options: Any) -> bytes:
+    file, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = orientation
+    with Image.open(io.BytesIO(data)) as opened:
+        opened.convert(mode).save(file, "JPEG", exif=exif, quality=95, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_strict_reader_refuses_damaged_jpegs(mode: str, orientation: int) -> None:
+    """Others read them to the same pixels as before, as every viewer does."""
+    whole = _remade(jpeg(), mode, orientation)
+    early = whole[: len(whole) * 3 // 4] + b"\xff\xd9"
+    stray = whole[:-2] + b"\1" * 40 + whole[-2:]
+    pixels = decode_image(encode_image(whole), strict=True)
+    assert np.array_equal(pixels, decode_image(encode_image(whole)))
+    assert np.array_equal(pixels, decode_image(encode_image(stray)))
+    assert not np.array_equal(pixels, decode_image(encode_image(early)))
+    for data, message in (
+        (early, "premature end of data segment"),
+        (stray, r"\d+ extraneous bytes before marker 0xd9"),
+    ):
+        with pytest.raises(BadRow, match=f"damaged JPEG: Corrupt JPEG data: {message}"):
+            decode_image(encode_image(data), strict=True)
+    with pytest.raises(BadRow, match="broken image"):  # nobody can read it
+        decode_image(encode_image(whole[: len(whole) // 2]), strict=True)
+
+
+def test_bad_huffman_codes_are_damage() -> None:
+    whole = _remade(jpeg(200, 300), "RGB", 1, progressive=True)
+    found = set()
+    for at in range(len(whole) // 3, len(whole), 97):
+        with contextlib.suppress(BadRow):
+            changed = encode_image(whole[:at] + whole[at + 20 :])
+            decode_image(changed)
+            try:
+                decode_image(changed, strict=True)
+            except BadRow as error:
+                found.add((error.problem, "bad Huffman code" in str(error)))
+    assert ("damaged JPEG", True) in found and {problem for problem, _ in found} == {"damaged JPEG"}
+
+
+def test_a_png_is_never_a_damaged_jpeg() -> None:
+    png = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(png, "PNG")
+    assert decode_image(encode_image(png.getvalue()), strict=True).shape == (4, 4, 3)
+
+
 def _gif() -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (4, 4)).save(file, "GIF")

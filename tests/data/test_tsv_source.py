@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import os
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
-from tsv_cases import cell, jpeg, label, rows, write_set, write_tables
+from tsv_cases import cell, damaged_jpeg, jpeg, label, rows, write_set, write_tables
 
 from fastmetro import cli
-from fastmetro.data.tsv import BadRow, TsvSource, check_data, parse_label
+from fastmetro.data.tsv import BadRow, TsvSource, check, check_data, parse_label
+from fastmetro.data.tsv.dataset import TsvDataset
 from fastmetro.data.tsv.rows import encode_image
 
 
@@ -166,6 +171,77 @@ def test_a_check_names_every_bad_row_and_goes_on(tmp_path: Path, workers: int) -
     text = report.text()
     assert "11 rows, 3 can be used, 8 cannot" in text and "hw says 41 x 30, the image is 40 x 30" in text
     assert "with mesh: 0" in text and "row 9" not in text
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_check_names_damaged_images_which_training_uses(
+    tmp_path: Path, workers: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = rows(2)
+    image = encode_image(damaged_jpeg())
+    damaged = [(f"grey{i}", image, *good[0][2:]) for i in range(3)]
+    path = write_set(tmp_path, [good[0], *damaged, ("bad", image, "[{", "40 30"), good[1]])
+    report = check_data(path, workers=workers, examples=2)
+    assert (report.rows, report.bad, report.damaged) == (6, 1, 3) and report.problems == {"broken JSON": 1}
+    assert report.flags["2D joints"] == 5
+    assert [(row, kind) for row, kind, _ in report.examples] == [
+        (1, "damaged JPEG"), (2, "damaged JPEG"), (4, "broken JSON"),
+    ]  # fmt: skip
+    text = report.text()
+    assert "6 rows, 5 can be used, 1 cannot" in text and "damaged JPEG: 3 rows, used as they are" in text
+    assert "row 2: 'grey1', damaged JPEG: Corrupt JPEG data: premature end of data segment" in text
+    dataset = TsvDataset(TsvSource(path), "body", seed=1, size=8)
+    assert [dataset[row].skipped for row in (0, 1, 2, 3)] == [()] * 4  # type: ignore[union-attr]
+    path = write_set(tmp_path, [good[0], *damaged])
+    assert cli.main(["data", "check", str(path)]) == 0 and "'grey0', damaged JPEG" in capsys.readouterr().out
+
+
+def test_a_check_looks_at_many_rows_in_order_with_few_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pool that is given all rows at once would hold what it found in them until it is asked."""
+    submitted, most = 0, 0
+
+    class Pool(concurrent.futures.ThreadPoolExecutor):
+        def __init__(self, workers: int, context: Any, **begin: Any) -> None:
+            super().__init__(workers, **begin)
+
+        def submit(self, *arguments: Any) -> Any:
+            nonlocal submitted
+            submitted += 1
+            return super().submit(*arguments)
+
+    def look(source: TsvSource, chunk: range, kind: str) -> list[check._Finding]:
+        time.sleep(0.002 * (chunk.start % 3))
+        return [check._Finding(row, "odd", str(row), usable=False) for row in chunk]
+
+    monkeypatch.setattr(check, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(check, "_look", look)
+    monkeypatch.setattr(check, "_CHUNK", 1)
+    good = rows(1)
+    lines = write_set(tmp_path, good)
+    (tmp_path / "lines.tsv").write_text("0\n" * 100)
+    lines.write_text(lines.read_text() + "linelist: lines.tsv\n")
+    source = TsvSource(lines)
+    seen = []
+    for found in check._all(source, (range(row, row + 1) for row in range(100)), "body", 2):
+        most = max(most, submitted - len(seen))
+        seen.append(found[0].row)
+    assert seen == list(range(100)) and 2 < most <= 4 * 2 + 1
+
+
+def test_a_large_set_is_shared_by_all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(6)), raising=False)
+    assert check.default_workers(1_000_000) == 6 and check.default_workers(100) == 0
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3}, raising=False)
+    assert check.default_workers(1_000_000) == 0
+
+
+def test_the_command_takes_all_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, calls = write_set(tmp_path, rows()), []
+    monkeypatch.setattr(check, "default_workers", lambda count: calls.append(count) or 0)
+    assert cli.main(["data", "check", str(path)]) == 0 and calls == [3]
+    assert cli.main(["data", "check", str(path), "--workers", "0"]) == 0 and calls == [3]
 
 
 def test_keys_that_differ_and_cells_that_lack(tmp_path: Path) -> None:

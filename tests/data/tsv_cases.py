@@ -25,6 +25,12 @@ def jpeg(height: int = 40, width: int = 30, seed: int = 0) -> bytes:
     return file.getvalue()
 
 
+def damaged_jpeg() -> bytes:
+    """A file whose lower half is missing, with an end behind what is left: decoders fill up with grey."""
+    whole = jpeg()
+    return whole[: len(whole) * 3 // 4] + b"\xff\xd9"
+
+
 def label(joint_count: int = 24, pose_count: int = 72, **changed: Any) -> dict[str, Any]:
     """A label with different numbers everywhere."""
     count = np.arange(joint_count)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
+from test_several_processes import run_processes
 from test_tsv_evaluation import data_set
 
 from fastmetro.cli import main
@@ -92,12 +93,49 @@ def test_scores_by_the_truth_are_recorded(
     assert f"5 predictions in {pred}" in printed and "f_al_score_15: " in printed
 
 
-def test_without_truth_no_errors_are_recorded(tmp_path: Path, loaded: list[EvalSettings]) -> None:
+@pytest.mark.parametrize("options", [(), ("--compat", "published")])
+def test_without_truth_no_errors_are_printed_or_recorded(
+    tmp_path: Path, loaded: list[EvalSettings], capsys: pytest.CaptureFixture[str], options: tuple[str, ...]
+) -> None:
     """Those of the labels would be of dummies."""
-    assert evaluate(tmp_path) == 0
+    assert evaluate(tmp_path, *options) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "freihand: no errors without the official truth (--truth)"
+    assert lines[1].startswith("5 samples of ") and not any(char.isdigit() for char in "".join(lines[2:]))
     (row,) = table(tmp_path)
     numbers = ("mpjpe", "pa_mpjpe", "mpvpe", "pa_mpvpe", "auc", "auc_mesh", "f5", "f15")
     assert all(row[name] == "" for name in numbers) and row["count"] == "5"
+
+
+def _in_two(rank: int, folder: Path) -> None:
+    """Each process counts how often it reads the truth and scores."""
+    calls: list[str] = []
+
+    def counted(name: str) -> None:
+        function = getattr(freihand, name)
+        setattr(freihand, name, lambda *points: (calls.append(name), function(*points))[1])
+
+    counted("read_truth")
+    counted("score")
+    command.load_network = lambda settings: Network()  # type: ignore[assignment,return-value]
+    settings = EvalSettings(
+        data=str(folder / "data" / "train.yaml"), protocol="freihand", truth=folder / "truth", device="cpu",
+        csv=folder / "eval.csv", batch_size=2,
+    )  # fmt: skip
+    torch.save([calls, command.run_evaluation(settings)], folder / f"{rank}.pt")
+
+
+def test_one_of_several_processes_reads_the_truth(tmp_path: Path, loaded: list[EvalSettings]) -> None:
+    official = truth(tmp_path / "truth")
+    data_set(tmp_path / "data", "hand", ROWS)
+    run_processes(_in_two, 2, tmp_path)
+    (calls, errors), (other_calls, other_errors) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert calls == ["read_truth", "score"] and other_calls == [] and errors == other_errors
+    assert evaluate(tmp_path, "--truth", official, "--batch-size", 2) == 0
+    two, one = table(tmp_path)
+    assert two["processes"] == "2" and one["processes"] == "1"
+    for name in ("pa_mpjpe", "pa_mpvpe", "auc", "auc_mesh", "f5", "f15"):
+        assert two[name] == one[name] != "", name
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")

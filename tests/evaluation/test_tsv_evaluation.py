@@ -57,8 +57,10 @@ def body_model(name: str, folder: Path):
     return {"smpl": SMPL, "mano": MANO}[name](path)
 
 
-def data_set(folder: Path, kind: str = "body", count: int = 7, bad: tuple[int, ...] = ()) -> TsvSource:
-    """Rows of random labels; every third has no 3D joints, every fourth no parameters."""
+def data_set(
+    folder: Path, kind: str = "body", count: int = 7, bad: tuple[int, ...] = (), genders: tuple[str, ...] = ("female",)
+) -> TsvSource:
+    """Rows of random labels; every third has no 3D joints, every fourth no parameters. Genders come in turn."""
     folder.mkdir(parents=True, exist_ok=True)
     joints, pose = (24, 72) if kind == "body" else (21, 48)
     content = []
@@ -68,6 +70,7 @@ def data_set(folder: Path, kind: str = "body", count: int = 7, bad: tuple[int, .
         text = label(
             joints, pose, scale=0.15, pose=(0.3 * generator.normal(size=pose)).tolist(),
             betas=generator.normal(size=10).tolist(), has_3d_joints=int(i % 3 != 2), has_smpl=int(i % 4 != 3),
+            gender=genders[i % len(genders)],
             **{"3d_joints": points.tolist(), "2d_joints": np.ones((joints, 3)).tolist()},
         )  # fmt: skip
         content.append((f"im{i}", b"!!" if i in bad else encode_image(jpeg(40, 30, 9 * i)), cell(text), "40 30"))
@@ -240,7 +243,7 @@ def _evaluate(rank: int, folder: Path, out: Path) -> None:
         result = evaluate_tsv(
             predict, source, truth, mesh, PROTOCOLS["3dpw"], device, world=world, batch_size=2, size=32
         )
-    torch.save([result.errors.rows, result.errors.means()], out / f"{rank}.pt")
+    torch.save([result.errors.rows, result.errors.means(), result.models], out / f"{rank}.pt")
 
 
 @pytest.mark.parametrize(("processes", "count"), [(2, 7), (3, 7), (3, 2)])
@@ -250,11 +253,13 @@ def test_any_number_of_processes_gives_the_same(processes: int, count: int, tmp_
     for rank in range(processes):
         (tmp_path / f"{rank}").mkdir()
     truth = GroundTruth(mesh, body_model("smpl", tmp_path)).double()
-    alone = evaluate_tsv(predict, source, truth, mesh, PROTOCOLS["3dpw"], CPU, batch_size=2, size=32).errors
+    found = evaluate_tsv(predict, source, truth, mesh, PROTOCOLS["3dpw"], CPU, batch_size=2, size=32)
+    alone = found.errors
+    assert found.models == {"neutral": int(alone.has_vertices.sum())}
     run_processes(_evaluate, processes, tmp_path / "data", tmp_path)
     for rank in range(processes):
-        rows, means = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        assert torch.equal(rows, alone.rows)
+        rows, means, models = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert torch.equal(rows, alone.rows) and models == found.models
         for name, value in alone.means().items():
             assert means[name] == value or (np.isnan(means[name]) and np.isnan(value)), name
 

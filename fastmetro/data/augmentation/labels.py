@@ -34,6 +34,9 @@ def mirrored(names: tuple[str, ...]) -> list[int]:
     return [names.index(other.get(name[:2], name[:2]) + name[2:]) for name in names]
 
 
+_MIRRORED_JOINTS, _MIRRORED_BONES = mirrored(J24), mirrored(SMPL_BONES)
+
+
 @dataclass(frozen=True)
 class CropLabel:
     """A label in the frame of its crop.
@@ -73,10 +76,10 @@ def augment_label(label: Label, draw: Draw, kind: Kind, size: int = 224, compat:
     pose = label.pose.astype(np.float64)
     pose[:3] = (turn * Rotation.from_rotvec(pose[:3])).as_rotvec()
     if draw.flip:
-        joints_2d, joints_3d = joints_2d[mirrored(J24)], joints_3d[mirrored(J24)]
+        joints_2d, joints_3d = joints_2d[_MIRRORED_JOINTS], joints_3d[_MIRRORED_JOINTS]
         joints_3d[:, 0] *= -1
         # A mirror reverses the sense of rotations, and its own axis once more.
-        pose = (pose.reshape(-1, 3)[mirrored(SMPL_BONES)] * [1, -1, -1]).reshape(-1)
+        pose = (pose.reshape(-1, 3)[_MIRRORED_BONES] * [1, -1, -1]).reshape(-1)
     with np.errstate(over="ignore"):
         single = joints_2d.astype(np.float32)
     if not bool(np.isfinite(single).all()):

@@ -45,8 +45,9 @@ def build_data(
 ) -> BuildReport:
     """Write OUT.yaml, OUT.img.tsv, OUT.label.tsv, OUT.hw.tsv, OUT.linelist.tsv and their index files.
 
-    One image is in memory at a time. A row whose image is missing or broken, or whose numbers are not finite, is
-    skipped and reported. Where the whole fails, nothing is left behind, and a set that was there before stays whole.
+    One image is in memory at a time. A row whose image is missing, broken or may not be read, or whose numbers are not
+    finite, is skipped and reported. Where the whole fails, nothing is left behind, and a set that was there before
+    stays whole.
 
     Args:
         annotations: a .npz file as GraphCMR and SPIN have them, N samples: `imgname` [N] (below `images`), `center`
@@ -174,17 +175,23 @@ def _text(value: Any) -> str:
 
 def _image(folder: Path, key: str) -> tuple[bytes, dict[str, int]]:
     """The file's bytes, and the size of the image in it."""
-    path = folder / key
-    if "\0" in key:
+    if "\0" in key or any(mark in key for mark in "\t\r\n"):
         raise BadRow("broken key", repr(key))
+    try:
+        data = _bytes(folder, key)
+    except (OSError, RuntimeError) as error:  # no permission, a name too long, a damaged disk; a loop of links
+        raise BadRow("unreadable image", str(error)) from None
+    height, width = decode_image(encode_image(data)).shape[:2]
+    return data, {"height": height, "width": width}
+
+
+def _bytes(folder: Path, key: str) -> bytes:
+    """Of an image file below the folder."""
+    path = folder / key
     if not path.resolve().is_relative_to(folder.resolve()):
         raise BadRow("image outside of the folder", key)
-    if any(mark in key for mark in "\t\r\n"):
-        raise BadRow("broken key", repr(key))
     if not path.is_file():
         raise BadRow("missing image", str(path))
     if path.stat().st_size > MAX_IMAGE_BYTES:
         raise BadRow("image too large", f"{path.stat().st_size} bytes, at most {MAX_IMAGE_BYTES} are read")
-    data = path.read_bytes()
-    height, width = decode_image(encode_image(data)).shape[:2]
-    return data, {"height": height, "width": width}
+    return path.read_bytes()

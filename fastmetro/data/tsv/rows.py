@@ -50,6 +50,10 @@ SHAPES: dict[Kind, Shapes] = {"body": Shapes(24, 72), "hand": Shapes(21, 48)}
 BETAS = 10
 GENDERS = {"m": "male", "f": "female", "n": "neutral"} | {name: name for name in ("male", "female", "neutral", "none")}
 """What a label's gender may be, in any case, and what it is read as."""
+DAMAGED = "damaged JPEG"
+"""The problem of images that can be read, but not without a complaint."""
+_COMPLAINTS = ("Corrupt JPEG data", "Premature end of JPEG file")
+"""How libjpeg-turbo begins those that are about the picture; others are about features that it does not know."""
 
 
 @dataclass(frozen=True)
@@ -141,11 +145,17 @@ def _array(found: dict[str, Any], key: str, shape: tuple[int, ...], exact: bool 
     return values
 
 
-def decode_image(text: bytes) -> np.ndarray:
+def decode_image(text: bytes, strict: bool = False) -> np.ndarray:
     """The image of a cell, upright (EXIF orientation applied): base64 of a JPEG or PNG file -> uint8 RGB [H, W, 3].
 
+    Args:
+        text: of the cell.
+        strict: refuse also a JPEG that libjpeg-turbo calls corrupt. Else it is read as every viewer and the published
+            loaders do: a part may be grey, shifted, or, after a stray byte, as it should be.
+
     Raises:
-        BadRow: broken base64, another kind of file, a truncated one, or more than ``MAX_PIXELS`` pixels.
+        BadRow: broken base64, another kind of file, a truncated one, or more than ``MAX_PIXELS`` pixels; with
+            ``strict`` its problem may be ``DAMAGED``.
     """
     try:
         data = base64.b64decode(text, validate=True)
@@ -155,7 +165,7 @@ def decode_image(text: bytes) -> np.ndarray:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Pillow, about limits that this one replaces, and about odd metadata
             with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as opened:
-                return _decoded(opened, data)
+                return _decoded(opened, data, strict)
     except (BadRow, MemoryError):
         raise
     except UnidentifiedImageError:
@@ -164,7 +174,7 @@ def decode_image(text: bytes) -> np.ndarray:
         raise BadRow("broken image", f"{type(error).__name__}: {error}") from None
 
 
-def _decoded(opened: Image.Image, data: bytes) -> np.ndarray:
+def _decoded(opened: Image.Image, data: bytes, strict: bool) -> np.ndarray:
     """The pixels of an opened file."""
     if opened.width * opened.height > MAX_PIXELS:
         raise BadRow("image too large", f"{opened.width} x {opened.height} pixels")
@@ -178,7 +188,19 @@ def _decoded(opened: Image.Image, data: bytes) -> np.ndarray:
     if opened.mode.startswith("I"):  # 16 bits a pixel, which a conversion would cut off at 255
         found = Image.fromarray((np.asarray(opened) >> 8).astype(np.uint8))
     found = found if turn is None else found.transpose(turn)
-    return np.asarray(found if found.mode == "RGB" else found.convert("RGB"))
+    pixels = np.asarray(found if found.mode == "RGB" else found.convert("RGB"))
+    if strict and opened.format == "JPEG":
+        _check_undamaged(data)
+    return pixels
+
+
+def _check_undamaged(data: bytes) -> None:
+    """Raise BadRow where libjpeg-turbo complains of a JPEG that was read; Pillow keeps that to itself."""
+    try:
+        simplejpeg.decode_jpeg(data, "RGB", strict=True)
+    except ValueError as error:
+        if str(error).startswith(_COMPLAINTS):
+            raise BadRow(DAMAGED, str(error)) from None
 
 
 def _orientation(opened: Image.Image) -> Any:
