@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,15 +20,14 @@ from fastmetro.evaluation.output_files import check_output
 from fastmetro.evaluation.protocols import Protocol, find_protocol
 from fastmetro.evaluation.results import append_result, check_table
 from fastmetro.evaluation.settings import SYNTHETIC, EvalSettings
-from fastmetro.evaluation.synthetic import evaluate_synthetic, format_report
-from fastmetro.evaluation.tsv import MILLIMETRES, Evaluation, body_of, evaluate_tsv, mesh_of
+from fastmetro.evaluation.synthetic import SYNTHETIC_COUNT, evaluate_synthetic, format_report
+from fastmetro.evaluation.tsv import MILLIMETRES, Evaluation, Predict, body_of, evaluate_tsv
 from fastmetro.inference.pretrained import load_pretrained
 from fastmetro.meshes.mesh import Mesh
 from fastmetro.meshes.smpl import SMPL
 from fastmetro.models import FastMETRO
 from fastmetro.profiling.record import commit, device_name
 
-SYNTHETIC_COUNT = 1000
 _NAMED_ROWS = 5
 """Of those that are missing, in a message."""
 _SCORES = {"auc": "xyz_al_auc3d", "auc_mesh": "mesh_al_auc3d", "f5": "f_al_score_5", "f15": "f_al_score_15"}
@@ -43,7 +43,7 @@ class _Result:
 
     Attributes:
         evaluation: on the labels of the set.
-        errors: in mm; of FreiHAND those by the official truth where it is given.
+        errors: in mm; of FreiHAND those by the official truth, and none without: the labels of its set are dummies.
         scores: by the official truth, under the names of its script; empty without.
         processes: that ran, or with compat those whose means were taken.
     """
@@ -55,7 +55,7 @@ class _Result:
 
 
 def run_evaluation(settings: EvalSettings) -> dict[str, float]:
-    """Measure, record and print; returns the errors in mm.
+    """Measure, record and print; returns the errors in mm (none of FreiHAND without its truth).
 
     Raises:
         FileNotFoundError: a file that is named is not there.
@@ -89,9 +89,9 @@ def run_evaluation(settings: EvalSettings) -> dict[str, float]:
     return results[0].errors
 
 
-def _outputs(settings: EvalSettings, model: FastMETRO, device: torch.device) -> dict[str, Callable[[Tensor], Tensor]]:
+def _outputs(settings: EvalSettings, model: FastMETRO, device: torch.device) -> dict[str, Predict]:
     """What of a network is evaluated, by what is added to the protocol's name: its mesh, and SMPL's, if it has one."""
-    outputs: dict[str, Callable[[Tensor], Tensor]] = {"": mesh_of(model)}
+    outputs: dict[str, Predict] = {"": model}
     if model.config.smpl_head and settings.network.body_model is not None:
         outputs[", SMPL parameters"] = body_of(model, SMPL(settings.network.body_model).to(device))
     return outputs
@@ -141,6 +141,8 @@ def _result(
         aligned = {"pa_mpjpe": scores["xyz_al_mean3d"], "pa_mpvpe": scores["mesh_al_mean3d"]}
         errors = {name: _CENTIMETRE * value for name, value in aligned.items()}
         return _Result(evaluation, errors, scores, processes)
+    if settings.protocol_name == "freihand":
+        return _Result(evaluation, {}, {}, processes)
     if settings.compat is None:
         return _Result(evaluation, evaluation.errors.means(), {}, processes)
     errors = evaluation.errors.published_means(processes, settings.images_at_once)
@@ -197,14 +199,16 @@ def _synthetic(settings: EvalSettings) -> dict[str, float]:
 
 def _report(settings: EvalSettings, protocol: Protocol, result: _Result) -> str:
     names = {"mpjpe": "MPJPE", "pa_mpjpe": "PA-MPJPE", "mpvpe": "MPVPE", "pa_mpvpe": "PA-MPVPE"}
-    numbers = "   ".join(f"{names[name]} {value:.2f}" for name, value in result.errors.items())
+    texts = {name: "-" if math.isnan(value) else f"{value:.2f}" for name, value in result.errors.items()}
+    numbers = "   ".join(f"{names[name]} {text}" for name, text in texts.items())
     count = len(result.evaluation.errors.rows)
-    lines = [f"{protocol.name}: {numbers}   mm", f"{count} samples of {settings.data}; {protocol.description}"]
+    headline = f"{protocol.name}: {numbers}   mm" if texts else f"{protocol.name}: no errors without --truth"
+    lines = [headline, f"{count} samples of {settings.data}; {protocol.description}"]
     if settings.male_model is not None:
         lines.append("true vertices by the model of each sample's gender")
     if settings.compat is not None:
         means = f"; PA-MPJPE over all samples; plain mean over {result.processes} process(es)"
-        lines.append("as published: its crops" + ("" if result.scores else means))
+        lines.append("as published: its crops" + ("" if protocol.kind == "hand" else means))
     if result.evaluation.skipped:
         lines.append(f"rows that could not be used: {_problems(result.evaluation)}")
     if settings.predictions is not None:
@@ -223,7 +227,7 @@ def _row(settings: EvalSettings, protocol: Protocol, result: _Result, device: to
         "compat": settings.compat or "",
         "count": len(result.evaluation.errors.rows),
         "skipped": sum(result.evaluation.skipped.values()),
-        **_numbers(protocol, result),
+        **_numbers(result),
         "processes": result.processes,
         **_circumstances(settings, device),
     }
@@ -246,9 +250,7 @@ def _formatted(values: Mapping[str, float]) -> dict[str, str]:
     return {name: f"{value:.4f}" for name, value in values.items()}
 
 
-def _numbers(protocol: Protocol, result: _Result) -> dict[str, str]:
-    """The columns of errors and scores. Of FreiHAND there are none without its truth: the labels are dummies."""
-    if protocol.name == "freihand" and not result.scores:
-        return {}
+def _numbers(result: _Result) -> dict[str, str]:
+    """The columns of errors and scores."""
     scores = {name: result.scores[key] for name, key in _SCORES.items()} if result.scores else {}
     return _formatted(result.errors | scores)

@@ -92,9 +92,13 @@ def test_scores_by_the_truth_are_recorded(
     assert f"5 predictions in {pred}" in printed and "f_al_score_15: " in printed
 
 
-def test_without_truth_no_errors_are_recorded(tmp_path: Path, loaded: list[EvalSettings]) -> None:
-    """Those of the labels would be of dummies."""
+def test_without_truth_no_errors_are_recorded(
+    tmp_path: Path, loaded: list[EvalSettings], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those of the labels would be of dummies; they are not printed either."""
     assert evaluate(tmp_path) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("freihand: no errors without --truth\n5 samples of") and "PA-MPJPE 1" not in printed
     (row,) = table(tmp_path)
     numbers = ("mpjpe", "pa_mpjpe", "mpvpe", "pa_mpvpe", "auc", "auc_mesh", "f5", "f15")
     assert all(row[name] == "" for name in numbers) and row["count"] == "5"
