@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,15 +21,14 @@ from fastmetro.evaluation.output_files import check_output
 from fastmetro.evaluation.protocols import Protocol, find_protocol
 from fastmetro.evaluation.results import append_result, check_table
 from fastmetro.evaluation.settings import SYNTHETIC, EvalSettings
-from fastmetro.evaluation.synthetic import evaluate_synthetic, format_report
-from fastmetro.evaluation.tsv import MILLIMETRES, Evaluation, body_of, evaluate_tsv, mesh_of
+from fastmetro.evaluation.synthetic import SYNTHETIC_COUNT, evaluate_synthetic, format_report
+from fastmetro.evaluation.tsv import MILLIMETRES, Evaluation, Predict, body_of, evaluate_tsv
 from fastmetro.inference.pretrained import load_pretrained
 from fastmetro.meshes.mesh import Mesh
 from fastmetro.meshes.smpl import SMPL
 from fastmetro.models import FastMETRO
 from fastmetro.profiling.record import commit, device_name
 
-SYNTHETIC_COUNT = 1000
 _NAMED_ROWS = 5
 """Of those that are missing, in a message."""
 _SCORES = {"auc": "xyz_al_auc3d", "auc_mesh": "mesh_al_auc3d", "f5": "f_al_score_5", "f15": "f_al_score_15"}
@@ -44,7 +44,7 @@ class _Result:
 
     Attributes:
         evaluation: on the labels of the set.
-        errors: in mm; of FreiHAND those by the official truth, and none without it: the labels are dummies.
+        errors: in mm; of FreiHAND those by the official truth, and none without: the labels of its set are dummies.
         scores: by the official truth, under the names of its script; empty without.
         processes: that ran, or with compat those whose means were taken.
     """
@@ -56,7 +56,7 @@ class _Result:
 
 
 def run_evaluation(settings: EvalSettings) -> dict[str, float]:
-    """Measure, record and print; returns the errors in mm (of FreiHAND without its truth there are none).
+    """Measure, record and print; returns the errors in mm (none of FreiHAND without its truth).
 
     Raises:
         FileNotFoundError: a file that is named is not there.
@@ -92,9 +92,9 @@ def run_evaluation(settings: EvalSettings) -> dict[str, float]:
     return results[0].errors
 
 
-def _outputs(settings: EvalSettings, model: FastMETRO, device: torch.device) -> dict[str, Callable[[Tensor], Tensor]]:
+def _outputs(settings: EvalSettings, model: FastMETRO, device: torch.device) -> dict[str, Predict]:
     """What of a network is evaluated, by what is added to the protocol's name: its mesh, and SMPL's, if it has one."""
-    outputs: dict[str, Callable[[Tensor], Tensor]] = {"": mesh_of(model)}
+    outputs: dict[str, Predict] = {"": model}
     if model.config.smpl_head and settings.network.body_model is not None:
         outputs[", SMPL parameters"] = body_of(model, SMPL(settings.network.body_model).to(device))
     return outputs
@@ -213,7 +213,8 @@ def _synthetic(settings: EvalSettings) -> dict[str, float]:
 
 def _report(settings: EvalSettings, protocol: Protocol, result: _Result) -> str:
     names = {"mpjpe": "MPJPE", "pa_mpjpe": "PA-MPJPE", "mpvpe": "MPVPE", "pa_mpvpe": "PA-MPVPE"}
-    numbers = "   ".join(f"{names[name]} {value:.2f}" for name, value in result.errors.items())
+    texts = {name: "-" if math.isnan(value) else f"{value:.2f}" for name, value in result.errors.items()}
+    numbers = "   ".join(f"{names[name]} {text}" for name, text in texts.items())
     count = len(result.evaluation.errors.rows)
     numbers = f"{numbers}   mm" if numbers else "no errors without the official truth (--truth)"
     lines = [f"{protocol.name}: {numbers}", f"{count} samples of {settings.data}; {protocol.description}"]

@@ -24,6 +24,8 @@ SYNTHETIC_PROTOCOL = (
     "joints; PA-MPJPE after a similarity transform without reflection; mean over images, millimetres"
 )
 
+SYNTHETIC_COUNT = 1000
+"""Held-out images of an evaluation, where no other number is given."""
 Predict = Callable[[Tensor, MeshLabels], Tensor | Mapping[str, Tensor]]
 """Normalised images [B, 3, H, W] and their labels (for baselines alone) -> fine vertices [B, M, 3] in metres, or the
 outputs of a network, which hold them as "pred_3d_vertices_fine"."""
@@ -117,7 +119,7 @@ def mesh_errors(predicted: Tensor, truth: Tensor, regressor: Tensor, roots: tupl
 @torch.no_grad()
 def evaluate_synthetic(
     model: nn.Module | None,
-    count: int = 1000,
+    count: int = SYNTHETIC_COUNT,
     seed: int = HELD_OUT_SEED,
     device: torch.device | str | None = None,
     *,

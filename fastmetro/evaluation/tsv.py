@@ -26,6 +26,9 @@ from fastmetro.meshes.smpl import SMPL
 
 MILLIMETRES = 1000.0
 
+Predict = Callable[[Tensor], Tensor | Mapping[str, Tensor]]
+"""Normalised images -> fine vertices, or outputs that hold them; see :func:`evaluate_tsv`."""
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -116,7 +119,7 @@ class Measure:
 
 @torch.no_grad()
 def evaluate_tsv(
-    predict: Callable[[Tensor], Tensor | Mapping[str, Tensor]],
+    predict: Predict,
     source: TsvSource,
     truth: GroundTruth,
     mesh: Mesh,
@@ -230,11 +233,6 @@ def _gathered(
         torch.cat([hand[place] for process in everyone for hand in process[1]])[order] for place in (0, 1)
     )
     return Evaluation(result, problems, used, joints, vertices)
-
-
-def mesh_of(network: nn.Module) -> Callable[[Tensor], Tensor]:
-    """What of a network's outputs is evaluated: the fine vertices."""
-    return lambda images: fine_vertices(network(images))
 
 
 def body_of(network: nn.Module, smpl: SMPL) -> Callable[[Tensor], Tensor]:

@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from fastmetro.compat import Compat
+from fastmetro.training.export import ExportDtype
 from fastmetro.training.losses import LossWeights
 from fastmetro.training.losses.smpl_stage import SMPLStageWeights
 from fastmetro.training.schedule import Decay, Schedule
 from fastmetro.training.step import Precision
 
-_FREE_ON_RESUME = ("output", "max_seconds", "resume", "initialise", "device", "eval_every", "eval_count", "log_every",
-                   "save_every", "fused", "deterministic", "compile_model", "compile_images", "tensorboard",
-                   "capture_images", "export", "commit")  # fmt: skip
+_FREE_ON_RESUME = ("output", "max_seconds", "resume", "initialise", "device", "eval_every", "eval_every_epochs",
+                   "eval_count", "log_every", "save_every", "fused", "deterministic", "compile_model",
+                   "compile_images", "tensorboard", "capture_images", "export", "export_dtype",
+                   "commit")  # fmt: skip
 _FREE_DATA = ("workers", "eval_file", "protocol")
 
 
@@ -72,7 +74,8 @@ class TrainConfig:
         upsampling, masking, attention: for ``create_model``.
         stage: "meshes", or "smpl" to train the SMPL parameter regressor, too.
         compat: "published" trains as the released code does: its crops, its means in the losses, its means of errors
-            over processes, its convention of the SMPL regressor. Its optimizer and schedule are settings.
+            over processes, its convention of the SMPL regressor, its labels of hands, its whole steps in an epoch. Its
+            optimizer and schedule are settings.
         data: TSV files.
         seed: seeds the weights, the dropout and the images; images of other seeds are different people.
         batch_size: images per step, of all processes together.
@@ -111,9 +114,14 @@ class TrainConfig:
         photographs: use scikit-image's photographs as backgrounds.
         overfit: repeat only the first so many images, to see whether the loss falls (0: never repeat one).
         log_every, eval_every, save_every: in steps; 0 for ``eval_every`` evaluates at the end only.
-        eval_count: held-out images of the evaluations (0: none at all).
+        eval_every_epochs: the same in passes over the rows of ``data.files``, rounded down to whole steps.
+        eval_count: how much is measured; 0 for no evaluations at all. Of ``data.eval_file`` the first so many rows, all
+            of them by default; of held-out synthetic images so many in the end, 1000 by default, and a quarter while it
+            trains.
         tensorboard: write scalars and pictures for TensorBoard.
         export: where a finished run puts a second copy of its weights, to ship: at most 16 MiB.
+        export_dtype: of the matrices in all weights that are written, "float32" or "bfloat16". By default "bfloat16"
+            with ``export``, as what ships has it, else "float32", which loses nothing.
         device: "cuda", "cpu" or "auto".
         commit: recorded in the weights; asked from git where it is not given.
         loss: weights of the terms.
@@ -163,10 +171,12 @@ class TrainConfig:
     overfit: int = 0
     log_every: int = 50
     eval_every: int = 0
+    eval_every_epochs: int = 0
     save_every: int = 500
-    eval_count: int = 1000
+    eval_count: int | None = None
     tensorboard: bool = False
     export: Path | None = None
+    export_dtype: ExportDtype | None = None
     device: str = "auto"
     commit: str | None = None
     loss: LossWeights = field(default_factory=LossWeights)
@@ -188,8 +198,9 @@ class TrainConfig:
         for name in ("epochs", "total_seconds", "max_seconds"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if min(self.overfit, self.eval_every, self.eval_count) < 0:
-            raise ValueError("overfit, eval_every and eval_count must not be negative")
+        for name in ("overfit", "eval_every", "eval_every_epochs", "eval_count"):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         for name, low, high in (("warmup", 0.0, 0.99), ("ema_decay", 0.0, 1.0), ("dropout", 0.0, 0.99)):
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} must lie in [{low}, {high}], got {getattr(self, name)}")
@@ -209,10 +220,20 @@ class TrainConfig:
             raise ValueError("overfit repeats synthetic images and does not go with data.files")
         if self.epochs is not None and not self.data.files:
             raise ValueError("epochs are passes over data.files; without them give steps")
+        if self.eval_every_epochs and not self.data.files:
+            raise ValueError("eval_every_epochs counts passes over data.files; without them give eval_every")
+        if self.eval_every_epochs and self.eval_every:
+            given = f"{self.eval_every} and {self.eval_every_epochs}"
+            raise ValueError(f"eval_every and eval_every_epochs say the same thing: one must be 0, got {given}")
         if self.data.synthetic_share and not self.data.files:
             raise ValueError("data.synthetic_share mixes synthetic images into data.files; without them all are")
         if self.stage == "smpl" and not (self.mesh == "smpl" and self.data.body_model):
             raise ValueError("stage 'smpl' needs mesh 'smpl' and data.body_model, the SMPL model file")
+
+    @property
+    def written_dtype(self) -> ExportDtype:
+        """Of the matrices in all weights that are written."""
+        return self.export_dtype or ("float32" if self.export is None else "bfloat16")
 
     def settings(self) -> dict[str, Any]:
         """What decides the course of the run: a checkpoint may be resumed only under the same values.

@@ -1,4 +1,4 @@
-"""Weights that ship: bfloat16 safetensors with a record of how they came about."""
+"""Weights as safetensors files, with a record of how they came about."""
 
 from __future__ import annotations
 
@@ -6,41 +6,54 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 from torch import nn
 
 from fastmetro.files import replacing
 
+ExportDtype = Literal["bfloat16", "float32"]
+"""Of matrices and convolutions in a file."""
 SHIPPED_BYTES = 16 * 2**20
 """Weights inside the package may not be larger."""
 
 
-def export_weights(model: nn.Module, path: Path, record: Mapping[str, object], max_bytes: int | None = None) -> int:
-    """Write the state dict: matrices and convolutions in bfloat16, vectors (norms, biases, statistics) in float32.
+def export_weights(
+    model: nn.Module,
+    path: Path,
+    record: Mapping[str, object],
+    max_bytes: int | None = None,
+    dtype: ExportDtype = "bfloat16",
+) -> int:
+    """Write the state dict: matrices and convolutions in ``dtype``, vectors (norms, biases, statistics) as they are.
 
     Args:
         model: whose weights.
         path: the .safetensors file, which appears complete or not at all.
         record: how they were made; stored as JSON strings in the file's metadata.
         max_bytes: refuse to write more; None writes any size.
+        dtype: "bfloat16", as what ships, or "float32".
 
     Returns:
         The file's size in bytes.
 
     Raises:
-        ValueError: if a weight is not finite, or the file would be larger than ``max_bytes``.
+        ValueError: if a weight is not finite, the file would be larger than ``max_bytes``, or another ``dtype``.
         OSError: if it cannot be written.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    if dtype not in get_args(ExportDtype):
+        raise ValueError(f"dtype must be one of {', '.join(map(repr, get_args(ExportDtype)))}, got {dtype!r}")
+    matrices = torch.bfloat16 if dtype == "bfloat16" else torch.float32
     tensors = {}
     for name, value in model.state_dict().items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise ValueError(f"{name} holds values that are not finite; nothing was written to {path}")
-        narrow = value.is_floating_point() and value.ndim >= 2
-        tensors[name] = value.detach().to("cpu", torch.bfloat16 if narrow else value.dtype).contiguous()
+        is_matrix = value.is_floating_point() and value.ndim >= 2
+        tensors[name] = value.detach().to("cpu", matrices if is_matrix else value.dtype).contiguous()
     metadata = {name: value if isinstance(value, str) else json.dumps(value) for name, value in record.items()}
     with replacing(Path(path)) as temporary:
         try:

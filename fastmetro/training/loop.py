@@ -49,8 +49,8 @@ def train(config: TrainConfig) -> dict[str, object]:
         torch.manual_seed(config.seed)
         setup = Setup(config, world, device)
         trainer = Trainer(
-            setup.config, setup.model, setup.objective, setup.source, setup.evaluation(max(config.eval_count // 4, 1)),
-            export_average, setup.show, started, world,
+            setup.config, setup.model, setup.objective, setup.source, setup.evaluation(), export_average, setup.show,
+            started, world,
         )  # fmt: skip
         if config.initialise is not None and not config.resume:
             _take_over_history(trainer.state, config.initialise)
@@ -83,7 +83,8 @@ def _take_over_history(state: TrainState, initial: Path) -> None:
 
 def export_average(trainer: Trainer, path: Path, metrics: Mapping[str, object] | None = None) -> int:
     """Write the averaged weights with the record of how they were made; returns the size of the file in bytes."""
-    return export_weights(trainer.state.average.model, path, {**_record(trainer), **(metrics or {})})
+    record = {**_record(trainer), **(metrics or {})}
+    return export_weights(trainer.state.average.model, path, record, dtype=trainer.config.written_dtype)
 
 
 def _record(trainer: Trainer) -> dict[str, object]:
@@ -116,7 +117,7 @@ def _finish(trainer: Trainer, setup: Setup, finished: bool) -> dict[str, object]
     trainer.world.wait()
     if not finished:
         return result
-    if config.eval_count:
+    if config.eval_count != 0:
         load_checkpoint(averaged, weights)
         report = setup.report(averaged)
         if trainer.world.first:
@@ -124,7 +125,7 @@ def _finish(trainer: Trainer, setup: Setup, finished: bool) -> dict[str, object]
                 temporary.write_text(json.dumps({**record, "report": report}, indent=1, default=str) + "\n")
             result["report"] = report
     if config.export is not None and trainer.world.first:
-        export_weights(averaged, Path(config.export), record, SHIPPED_BYTES)
+        export_weights(averaged, Path(config.export), record, SHIPPED_BYTES, config.written_dtype)
     return result
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,7 +15,7 @@ from torch import nn
 from fastmetro.data.synthetic.capture import CapturedPeople
 from fastmetro.data.synthetic.dataset import SyntheticPeople
 from fastmetro.distributed import World
-from fastmetro.evaluation.synthetic import evaluate_synthetic, format_report
+from fastmetro.evaluation.synthetic import SYNTHETIC_COUNT, evaluate_synthetic, format_report
 from fastmetro.meshes.mesh import Mesh, load_mesh
 from fastmetro.models import FastMETRO, create_model
 from fastmetro.models.checkpoints import load_checkpoint, read_state_dict
@@ -28,6 +28,7 @@ from fastmetro.training.trainer import METRICS
 
 if TYPE_CHECKING:
     from fastmetro.data.ground_truth import GroundTruth
+    from fastmetro.evaluation.tsv import Evaluation, Predict
 
 SYNTHETIC_MESH = "anny-body"
 """Whose people the synthetic images show."""
@@ -42,7 +43,7 @@ class Setup:
         device: of this one.
 
     Attributes:
-        config: the settings, with ``steps`` made of ``epochs``.
+        config: the settings, with ``steps`` and ``eval_every`` made of what was given in epochs.
         mesh, model, objective, source: see :class:`~fastmetro.training.trainer.Trainer`.
 
     Raises:
@@ -59,23 +60,28 @@ class Setup:
         self.source: Batches
         if config.data.files:
             self.source, rows = self._tsv_source()
-            if config.epochs is not None:
-                read = config.batch_size * (1 - config.data.synthetic_share)
-                self.config = replace(config, steps=math.ceil(config.epochs * rows / read))
+            self.config = in_steps(config, rows)
         else:
             self.source = self._synthetic_source()
 
     def _check_evaluation(self) -> None:
         """Before hours of training, that what is measured at its end can be."""
         config, data = self.config, self.config.data
-        if config.eval_count and data.eval_file is not None:
+        if config.eval_count == 0:
+            return
+        if data.eval_file is not None:
             from fastmetro.data.tsv.source import TsvSource
             from fastmetro.evaluation.protocols import find_protocol
             from fastmetro.evaluation.tsv import Measure
 
+            if data.protocol == "freihand":
+                raise ValueError(
+                    "data.protocol must be another than 'freihand' while training: the labels of FreiHAND's evaluation "
+                    "set are dummies; give eval_count 0, and score the weights with `fastmetro eval --truth`"
+                )
             Measure(self.mesh, find_protocol(data.protocol), self.device)
             TsvSource(data.eval_file)
-        elif config.eval_count and self.mesh.name != SYNTHETIC_MESH:
+        elif self.mesh.name != SYNTHETIC_MESH:
             raise ValueError(f"mesh {self.mesh.name!r} is evaluated on data.eval_file; give one, or eval_count 0")
 
     def _load_mesh(self) -> Mesh:
@@ -182,45 +188,70 @@ class Setup:
     def _ground_truth(self) -> GroundTruth:
         from fastmetro.data.ground_truth import ground_truth
 
-        return ground_truth(self.mesh, self.config.data.body_model)
+        return ground_truth(self.mesh, self.config.data.body_model, compat=self.config.compat)
 
-    def evaluation(self, count: int) -> Callable[[nn.Module], dict[str, float]] | None:
-        """What measures a network while it is trained, on ``count`` images; None where nothing is to be measured."""
-        return (lambda network: self._errors(network, count)) if self.config.eval_count else None
+    def evaluation(self) -> Callable[[nn.Module], dict[str, float]] | None:
+        """What measures a network while it is trained, in mm; None where nothing is to be measured."""
+        config = self.config
+        if config.eval_count == 0:
+            return None
+        if config.data.eval_file is not None:
+            return lambda network: self._errors(self._on_rows(network))
+        count = max((config.eval_count or SYNTHETIC_COUNT) // 4, 1)
+
+        def errors(network: nn.Module) -> dict[str, float]:
+            report = self._synthetic(network, count, baselines=False)
+            return {name: float(str(report[name])) for name in METRICS}
+
+        return errors
 
     def report(self, network: nn.Module) -> dict[str, object]:
-        """All that is measured in the end; printed by the first process."""
-        config = self.config
-        if config.data.eval_file is None:
-            report = self._synthetic(network, config.eval_count, baselines=True)
+        """All that is measured in the end, errors in mm; the first process prints it."""
+        if self.config.data.eval_file is None:
+            report = self._synthetic(network, self.config.eval_count or SYNTHETIC_COUNT, baselines=True)
             text = format_report(report)
         else:
-            errors = self._errors(network, config.eval_count)
-            report = {**errors, "protocol": config.data.protocol, "data": str(config.data.eval_file)}
-            text = f"{config.data.protocol}: " + ", ".join(f"{name} {value:.2f} mm" for name, value in errors.items())
+            report, text = self._report_of_rows(network, self.config.data.protocol)
         if self.world.first:
             print(text)
         return report
 
-    def _errors(self, network: nn.Module, count: int) -> dict[str, float]:
-        """In mm, of ``count`` synthetic images or of the first so many rows of the evaluation's data set."""
-        config, data = self.config, self.config.data
-        if data.eval_file is None:
-            report = self._synthetic(network, count, baselines=False)
-            return {name: float(str(report[name])) for name in METRICS}
+    def _report_of_rows(self, network: nn.Module, protocol: str) -> tuple[dict[str, object], str]:
+        """With None for errors that no row has the labels for; JSON has no NaN."""
+        evaluation = self._on_rows(network, progress=True)
+        errors, count = self._errors(evaluation), len(evaluation.errors.rows)
+        report: dict[str, object] = {name: errors.get(name) for name in METRICS}
+        report |= {"count": count, "skipped": evaluation.skipped, "protocol": protocol}
+        report["data"] = str(self.config.data.eval_file)
+        lines = [f"{protocol}: {_text(errors)}; {count} rows"]
+        stage = self.objective.stage
+        if stage is not None:
+            from fastmetro.evaluation.tsv import body_of
+
+            body = self._errors(self._on_rows(body_of(network, stage.smpl), progress=True))
+            report["smpl_parameters"] = {name: body.get(name) for name in METRICS}
+            lines.append(f"{protocol}, SMPL parameters: {_text(body)}")
+        return report, "\n".join(lines)
+
+    def _on_rows(self, predict: Predict, progress: bool = False) -> Evaluation:
+        """What is measured on the rows of the evaluation's data set."""
         from fastmetro.data.tsv.source import TsvSource
         from fastmetro.evaluation.protocols import find_protocol
-        from fastmetro.evaluation.tsv import evaluate_tsv, mesh_of
+        from fastmetro.evaluation.tsv import evaluate_tsv
 
-        protocol = find_protocol(data.protocol)
-        evaluation = evaluate_tsv(
-            mesh_of(network), TsvSource(data.eval_file), self.exact_truth, self.mesh, protocol, self.device,
-            world=self.world, workers=data.workers, size=config.image_size, count=count,
-            compat=config.compat is not None,
+        config, data = self.config, self.config.data
+        assert data.eval_file is not None
+        return evaluate_tsv(
+            predict, TsvSource(data.eval_file), self.exact_truth, self.mesh, find_protocol(data.protocol), self.device,
+            world=self.world, workers=data.workers, size=config.image_size, count=config.eval_count,
+            compat=config.compat is not None, progress=progress,
         )  # fmt: skip
-        published = config.compat is not None
+
+    def _errors(self, evaluation: Evaluation) -> dict[str, float]:
+        """Means in mm, without those that no row has the labels for."""
+        published = self.config.compat is not None
         errors = evaluation.errors.published_means(self.world.size) if published else evaluation.errors.means()
-        return {name: errors[name] for name in METRICS}
+        return {name: errors[name] for name in METRICS if not math.isnan(errors[name])}
 
     def _synthetic(self, network: nn.Module, count: int, baselines: bool) -> dict[str, object]:
         config = self.config
@@ -232,3 +263,31 @@ class Setup:
     def show(self, network: nn.Module, batch: Batch) -> Any:
         """A picture of what the network makes of a batch; see :func:`~fastmetro.training.pictures.batch_picture`."""
         return batch_picture(network, batch, self.mesh)
+
+
+def in_steps(config: TrainConfig, rows: int) -> TrainConfig:
+    """The settings with ``steps`` and ``eval_every`` made of what is given in epochs of so many rows.
+
+    The released code makes only whole steps of an epoch, and as many in each (protocol 3.8); with its ``compat`` so do
+    these. By default only the whole run is rounded, up.
+
+    Raises:
+        ValueError: the rows are fewer than a batch, with ``compat``.
+    """
+    if config.epochs is None and not config.eval_every_epochs:
+        return config
+    epoch = rows / (config.batch_size * (1 - config.data.synthetic_share))
+    if config.compat == "published":
+        epoch = math.floor(epoch)
+        if epoch == 0:
+            raise ValueError(
+                f"batch_size must be at most the number of rows of data.files with compat 'published', which makes "
+                f"whole steps of each epoch, got {config.batch_size} for {rows} rows"
+            )
+    steps = config.steps if config.epochs is None else math.ceil(config.epochs * epoch)
+    every = max(math.floor(config.eval_every_epochs * epoch), 1) if config.eval_every_epochs else config.eval_every
+    return replace(config, steps=steps, eval_every=every, eval_every_epochs=0)
+
+
+def _text(errors: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.2f} mm" for name, value in errors.items())

@@ -356,6 +356,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     arguments = ["eval", "--data", str(tmp_path / "data" / "train.yaml"), "--protocol", "3dpw", "--device", "cpu"]
     assert main([*arguments, "--csv", str(tmp_path / "eval.csv")]) == 0
     printed = capsys.readouterr().out
+    assert "MPVPE -   " in printed and "nan" not in printed  # these rows have no vertices
     assert "3dpw: MPJPE" in printed and "3 samples of" in printed and "middle of the hips" in printed
     with (tmp_path / "eval.csv").open() as file:
         (row,) = csv.DictReader(file)

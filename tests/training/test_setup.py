@@ -6,15 +6,19 @@ import csv
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from test_published import fake_model
-from tsv_cases import cell, jpeg, label, write_set
+from tsv_cases import cell, jpeg, label, rows, write_set
 
 from fastmetro.cli import main
 from fastmetro.data.tsv.rows import encode_image
+from fastmetro.distributed import World
 from fastmetro.models.checkpoints import read_state_dict, weights_record
+from fastmetro.training.config import DataConfig, TrainConfig
+from fastmetro.training.setup import Setup, in_steps
 
 SMALL = ["--model", "fastmetro-compact", "--batch-size", "2", "--steps", "2", "--image-size", "32", "--device", "cpu",
          "--precision", "fp32", "--data.workers", "0", "--eval-count", "3", "--eval-every", "2",
@@ -41,6 +45,20 @@ def data_set(folder: Path, kind: str) -> Path:
     return write_set(folder, content)
 
 
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def strict_json(path: Path) -> dict[str, Any]:
+    """Python also writes and reads NaN, which JSON has not."""
+
+    def refuse(text: str) -> None:
+        raise AssertionError(f"{path} holds {text}")
+
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
 def model_file(name: str, folder: Path) -> str:
     path = folder / f"{name}.pkl"
     path.write_bytes(pickle.dumps(fake_model(name), 2))
@@ -60,27 +78,29 @@ def test_from_rows_to_a_report(mesh: str, protocol: str, options: list[str], pub
     data = str(data_set(tmp_path / "data", "hand" if mesh == "mano" else "body"))
     model, run = model_file(mesh, tmp_path), tmp_path / "run"
     files = ["--data.mesh-data", published, "--data.body-model", model, "--mesh", mesh]
-    measured = ["--data.eval-file", data, "--data.protocol", protocol]
+    hand = mesh == "mano"
+    measured = ["--eval-count", "0"] if hand else ["--data.eval-file", data, "--data.protocol", protocol]
     arguments = ["train", "--output", str(run), *SMALL, "--data.files", data, *files, *measured, *options]
     assert main(arguments) == 0
-    with (run / "log.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert float(rows[0]["vertices_fine"]) > 0 and float(rows[-1]["mpvpe"]) > 0
-    assert ("smpl_rotations" in rows[0]) == ("smpl" in options)
-    assert ("edge_lengths" in rows[0]) == (mesh == "mano")
-    assert float(weights_record(run / "best.safetensors")["pa_mpjpe"]) == pytest.approx(float(rows[-1]["pa_mpjpe"]))
-    report = json.loads((run / "report.json").read_text())
-    assert report["report"]["protocol"] == protocol and report["report"]["mpjpe"] > 0
+    log = table(run / "log.csv")
+    assert float(log[0]["vertices_fine"]) > 0
+    assert ("smpl_rotations" in log[0]) == ("smpl" in options)
+    assert ("edge_lengths" in log[0]) == hand == (not (run / "report.json").exists())
+    if not hand:
+        best = float(weights_record(run / "best.safetensors")["pa_mpjpe"])
+        assert best == pytest.approx(float(log[-1]["pa_mpjpe"])) and float(log[-1]["mpvpe"]) > 0
+        report = strict_json(run / "report.json")["report"]
+        assert report["protocol"] == protocol and report["mpjpe"] > 0 and report["count"] == 3
+        assert ("smpl_parameters" in report) == ("smpl" in options)
     evaluated = ["eval", "--checkpoint", str(run / "weights.safetensors"), "--data", data, "--protocol", protocol]
     evaluated += ["--mesh-data", published, "--body-model", model, "--device", "cpu", "--csv", str(run / "eval.csv")]
-    if mesh == "mano":
+    if hand:
         evaluated += ["--predictions", str(run / "pred.zip")]
     assert main(evaluated) == 0
-    with (run / "eval.csv").open() as file:
-        found = {row["protocol"]: row["pa_mpvpe"] for row in csv.DictReader(file)}
+    found = {row["protocol"]: row["pa_mpvpe"] for row in table(run / "eval.csv")}
     assert list(found) == [protocol, *([f"{protocol}, SMPL parameters"] if "smpl" in options else [])]
     assert len(set(found.values())) == len(found)
-    assert (run / "pred.zip").is_file() == (mesh == "mano")
+    assert (run / "pred.zip").is_file() == hand
     (tmp_path / "photo.jpg").write_bytes(jpeg(60, 50))
     predicted = ["predict", str(tmp_path / "photo.jpg"), "--out", str(run / "out"), "--device", "cpu"]
     predicted += ["--checkpoint", str(run / "weights.safetensors"), "--mesh-data", published, "--body-model", model]
@@ -117,6 +137,13 @@ def test_the_regressor_of_parameters_is_trained_on_top_of_a_body_network(publish
         (["--capture-step"], "capture_step needs a CUDA device"),
         (["--data.files", "absent.yaml"], "data set 'absent.yaml' does not exist"),
         (["--data.eval-file", "absent.yaml", "--data.protocol", "x"], "protocol must be one of 'h36m-p2'"),
+        (
+            ["--data.eval-file", "absent.yaml", "--data.protocol", "freihand"],
+            "evaluation set are dummies; give eval_count",
+        ),
+        (["--eval-every", "0", "--eval-every-epochs", "1"], "eval_every_epochs counts passes over data.files"),
+        (["--data.files", "x.yaml", "--eval-every-epochs", "1"], "one must be 0, got 2 and 1"),
+        (["--eval-every-epochs", "-1"], "eval_every_epochs must not be negative, got -1"),
         (["--backbone-weights", "absent.pth"], "no checkpoint at absent.pth"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -145,3 +172,59 @@ def test_epochs_become_steps_and_pictures_are_kept(tmp_path: Path) -> None:
     events.Reload()
     assert [event.step for event in events.Scalars("training/loss")] == [1, 2, 3, 4, 5]
     assert [event.step for event in events.Images("meshes")] == [5]
+
+
+@pytest.mark.parametrize(
+    ("compat", "count", "batch_size", "epochs", "steps", "every"),
+    [
+        (None, 312_188, 64, 60, 292_677, 4877),
+        ("published", 312_188, 64, 60, 292_620, 4877),
+        ("published", 130_240, 64, 200, 407_000, 2035),
+        ("published", 5, 2, 3, 6, 2),
+        (None, 5, 2, 3, 8, 2),
+        (None, 5, 8, 2, 2, 1),
+    ],
+)
+def test_an_epoch_has_whole_steps_as_published(
+    compat: Any, count: int, batch_size: int, epochs: int, steps: int, every: int
+) -> None:
+    """The released code makes (rows // images) * epochs steps and evaluates after each rows // images."""
+    config = TrainConfig(
+        compat=compat, batch_size=batch_size, epochs=epochs, eval_every_epochs=1, data=DataConfig((Path("x.yaml"),))
+    )
+    found = in_steps(config, count)
+    assert (found.steps, found.eval_every) == (steps, every)
+    if compat == "published":
+        assert (steps, every) == (count // batch_size * epochs, count // batch_size)
+        with pytest.raises(ValueError, match=rf"batch_size must be .*, got {batch_size} for {batch_size - 1} rows"):
+            in_steps(config, batch_size - 1)
+
+
+@pytest.mark.parametrize("compat", [None, "published"])
+def test_each_epoch_is_measured_on_all_rows(compat: str | None, tmp_path: Path) -> None:
+    """Rows without vertices, as Human3.6M's."""
+    data, run = str(data_set(tmp_path / "data", "body")), tmp_path / "run"
+    files = ["--data.files", data, "--data.eval-file", data, "--data.protocol", "h36m-p2"]
+    every = ["--epochs", "2", "--eval-every", "0", "--eval-every-epochs", "1", "--eval-count", "None"]
+    published = [] if compat is None else ["--compat", compat]
+    assert main(["train", "--output", str(run), *SMALL, *files, *every, *published]) == 0
+    measured = [row for row in table(run / "log.csv") if row["pa_mpjpe"]]
+    assert [row["step"] for row in measured] == ["2", "4"]
+    report = strict_json(run / "report.json")["report"]
+    assert report["count"] == 5 and report["skipped"] == {}
+    assert report["mpvpe"] == (None if compat is None else 0.0)  # the released code prints 0.00
+    assert measured[0]["mpvpe"] == ("" if compat is None else "0.0")
+    weights = read_state_dict(run / "weights.safetensors")
+    assert {value.dtype for value in weights.values() if value.is_floating_point()} == {torch.float32}
+    if compat == "published":  # the last epoch ends with the run: the same weights, before they were written
+        assert float(measured[-1]["pa_mpjpe"]) == pytest.approx(report["pa_mpjpe"], abs=6e-4)
+
+
+@pytest.mark.parametrize("compat", [None, "published"])
+def test_labels_are_those_of_the_setting(compat: Any, tmp_path: Path) -> None:
+    """In these rows every other joint has confidence, and one of the hips has none: see `GroundTruth`."""
+    data = DataConfig((write_set(tmp_path, rows()),), workers=0)
+    config = TrainConfig(batch_size=2, image_size=32, compat=compat, eval_count=0, device="cpu", data=data)
+    confidence = Setup(config, World(), torch.device("cpu")).source(0).labels.joints_3d[..., 3]
+    expected = [0.0] * 14 if compat is None else [joint % 2 for joint in (*range(13), 18)]
+    assert set(confidence.unique().tolist()) == set(expected) and confidence.sum() == 2 * sum(expected)

@@ -320,6 +320,21 @@ def test_export_rounds_matrices_only_and_records_its_making(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["w.safetensors"]
 
 
+def test_export_in_float32_loses_nothing(tmp_path):
+    from safetensors.torch import load_file
+
+    model = TinyNetwork()
+    export_weights(model, tmp_path / "w.safetensors", {}, dtype="float32")
+    loaded = load_file(tmp_path / "w.safetensors")
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded[name], value) and loaded[name].dtype == value.dtype, name
+    with pytest.raises(ValueError, match="dtype must be one of 'bfloat16', 'float32', got 'float16'"):
+        export_weights(model, tmp_path / "x.safetensors", {}, dtype="float16")
+    assert TrainConfig().written_dtype == "float32"
+    assert TrainConfig(export=tmp_path / "ship.safetensors").written_dtype == "bfloat16"
+    assert TrainConfig(export_dtype="bfloat16").written_dtype == "bfloat16"
+
+
 def test_a_captured_step_is_let_go_at_the_end(tmp_path):
     """NCCL waits for graphs with collectives in them before the process group may go."""
     config = TrainConfig(output=tmp_path, batch_size=4, steps=2, precision="fp32")
