@@ -215,7 +215,8 @@ class TrainConfig:
             raise ValueError("stage 'smpl' needs mesh 'smpl' and data.body_model, the SMPL model file")
 
     def settings(self) -> dict[str, Any]:
-        """What decides the course of the run: a checkpoint may be resumed only under the same values.
+        """What decides the course of the run: a checkpoint may be resumed only under the same values, files that have
+        moved aside (:meth:`~fastmetro.training.state.TrainState.load`).
 
         Plain values only, nested ones under names such as "data.files".
         """
