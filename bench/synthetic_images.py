@@ -1,15 +1,17 @@
 """Synthetic images per second, and one training step of the compact network on them, part by part.
 
     python -m bench synthetic_images [--batch 256] [--modes eager captured captured+compiled] [--device cuda]
+                                     [--profile FILE]
 
 "eager" launches every small kernel, "captured" replays the generator as one CUDA graph, "+compiled" fuses its pixel
 work first; "network" is forward, loss, backward and update under bf16 autocast on fixed images. Prints the
-median time of each and writes a CSV.
+median time of each and writes a CSV, with --profile also the kernels of one batch and their time, as JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable
@@ -19,8 +21,10 @@ from typing import Any
 import torch
 
 from bench.common import RESULTS, environment, milliseconds, write_csv
+from bench.training import profile
 from fastmetro.data.synthetic.capture import CapturedPeople
 from fastmetro.data.synthetic.dataset import SyntheticPeople, normalize_images
+from fastmetro.files import replacing
 from fastmetro.meshes.mesh import load_mesh
 from fastmetro.models import create_model
 from fastmetro.training.losses import MeshRecoveryLoss
@@ -70,9 +74,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--csv", type=Path, default=RESULTS / "synthetic_images.csv")
+    parser.add_argument("--profile", type=Path, metavar="FILE", help="also where the time goes, as JSON")
     options = parser.parse_args()
     device = torch.device(options.device)
     rows = []
+    profiles = {}
     for mode in options.modes:
         start = time.perf_counter()
         if mode.startswith("network"):
@@ -91,6 +97,10 @@ def main() -> None:
              "seconds_until_ready": round(ready, 1), **environment(device)}
         )  # fmt: skip
         write_csv(options.csv, rows)
+        if options.profile is not None:
+            profiles[mode] = environment(device) | profile.summary(profile.spent(step, device))
+            with replacing(options.profile) as temporary:
+                temporary.write_text(json.dumps(profiles, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastmetro_kernels.adamw import same_layout
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,28 @@ class World:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
+
+    def by_first(self, work: Callable[[], T]) -> T:
+        """What ``work`` returns in rank 0, which alone calls it, in all processes; it must be possible to pickle it.
+
+        Raises:
+            RuntimeError: in the other processes, where ``work`` raised in rank 0, which raises that itself.
+        """
+        if self.size == 1:
+            return work()
+        sent: list[Any] = [None, None]
+        failed: Exception | None = None
+        if self.first:
+            try:
+                sent[0] = work()
+            except Exception as error:  # whatever it is, the others must not wait for a result
+                failed, sent[1] = error, f"process 0 failed: {error}"
+        dist.broadcast_object_list(sent, 0)
+        if failed is not None:
+            raise failed
+        if sent[1] is not None:
+            raise RuntimeError(sent[1])
+        return sent[0]
 
     def wait(self) -> None:
         """Wait until all processes are here."""

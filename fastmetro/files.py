@@ -4,26 +4,65 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import glob
 import os
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 _UNFINISHED = ".part"
+_LOCK = ".lock"
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path`` that takes its place when the block ends without an error.
 
-    Readers see the old file or the new one, never a part of one, also when the process is killed in between. Missing
-    folders are made.
+    Readers see the old file or the new one, never a part of one, also when the process is killed or the power fails in
+    between. Missing folders are made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with temporary_beside(path) as temporary:
         yield temporary
+        _to_disk(temporary)  # else the new name may reach the disk before the content
         os.replace(temporary, path)
+        with contextlib.suppress(OSError):  # not every file system does that for folders; the file is whole anyway
+            _to_disk(path.parent)
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until what was written to a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes that ask for it out of a folder for the time of the block; a missing folder is made.
+
+    The lock is one on a file ".lock", which stays. It ends with this process, however that ends, and is not its
+    children's. Where the file system has no locks this is said on stderr and nobody is kept out.
+
+    Raises:
+        RuntimeError: another process has the folder.
+        OSError: no file can be made in it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / _LOCK).open("ab") as file:
+        try:
+            # Not flock, whose locks the workers of a killed training would keep.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise RuntimeError(f"another run writes to {folder}: wait for its end, or choose another one") from None
+            why = f"{folder} cannot be locked ({error.strerror}); do not let another run write to it"
+            print(f"fastmetro: {why}", file=sys.stderr)
+        yield
 
 
 @contextlib.contextmanager

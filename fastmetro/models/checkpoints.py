@@ -211,8 +211,11 @@ def _unpacked_size(path: Path) -> int:
     """Bytes that the file holds, also if it is a compressed archive."""
     if not zipfile.is_zipfile(path):
         return path.stat().st_size
-    with zipfile.ZipFile(path) as archive:
-        return sum(entry.file_size for entry in archive.infolist())
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, NotImplementedError) as error:
+        raise ValueError(f"{path} is a damaged archive: {error}") from error
 
 
 def _unwrapped(loaded: Any, path: Path) -> dict[str, Tensor]:

@@ -236,7 +236,8 @@ class TrainConfig:
         return self.export_dtype or ("float32" if self.export is None else "bfloat16")
 
     def settings(self) -> dict[str, Any]:
-        """What decides the course of the run: a checkpoint may be resumed only under the same values.
+        """What decides the course of the run: a checkpoint may be resumed only under the same values, files that have
+        moved aside (:meth:`~fastmetro.training.state.TrainState.load`).
 
         Plain values only, nested ones under names such as "data.files".
         """

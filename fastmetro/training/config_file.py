@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -43,7 +44,32 @@ def _arguments(content: Mapping[Any, Any], settings: type, prefix: str, path: Pa
                 raise ValueError(f"{path}: {name} must be a section of settings, got {value!r}")
             yield from _arguments(value, typing.cast(type, types[key]), f"{name}.", path)
         else:
+            _check(name, value, types[key], path)
             yield from _option(name, value, path)
+
+
+def _check(name: str, value: Any, kind: Any, path: Path) -> None:
+    """What the command line could not say of a file: a flag has no value there, and nothing is null.
+
+    Raises:
+        ValueError: null where there must be a value, a flag that is neither true nor false, or another setting that is.
+    """
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise ValueError(f"{path}: {name} must be true or false, got {_yaml(value)}")
+    elif isinstance(value, bool):
+        raise ValueError(f"{path}: {name} must have a value other than true or false, got {_yaml(value)}")
+    elif value is None and type(None) not in typing.get_args(kind):
+        raise ValueError(f"{path}: {name} must have a value, got null; leave it out for the default")
+    elif isinstance(value, list) and typing.get_origin(kind) is not tuple:
+        raise ValueError(f"{path}: {name} must be one value, got the list {_yaml(value)}")
+    elif isinstance(value, list) and any(entry is None or isinstance(entry, bool) for entry in value):
+        raise ValueError(f"{path}: {name} must be a list of texts or numbers, got {_yaml(value)}")
+
+
+def _yaml(value: Any) -> str:
+    """As it stands in the file."""
+    return json.dumps(value, default=str)
 
 
 def _option(name: str, value: Any, path: Path) -> Iterator[str]:

@@ -10,7 +10,7 @@ from fastmetro.files import replacing
 
 
 class CsvLog:
-    """Appends rows to a CSV file; columns are fixed by the first row, later rows may leave some empty.
+    """Appends rows to a CSV file, which the first one makes; rows may leave columns empty.
 
     When a run resumes at ``resume_step``, rows of later steps (made after the checkpoint) are dropped first.
     """
@@ -21,6 +21,10 @@ class CsvLog:
         if resume_step and path.is_file():
             with path.open(newline="") as file:
                 rows = [row for row in csv.DictReader(file) if _step(row) <= resume_step]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not rows:  # a log without any would keep the folder from a run that starts anew
+            path.unlink(missing_ok=True)
+            return
         with replacing(path) as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, columns, extrasaction="ignore")
             writer.writeheader()
@@ -32,7 +36,10 @@ class CsvLog:
         if unknown:
             raise ValueError(f"row has columns {sorted(unknown)} that the log does not: {self.columns}")
         with self.path.open("a", newline="") as file:
-            csv.DictWriter(file, self.columns).writerow(row)
+            writer = csv.DictWriter(file, self.columns)
+            if file.tell() == 0:
+                writer.writeheader()
+            writer.writerow(row)
 
 
 def _step(row: Mapping[str, str | None]) -> float:

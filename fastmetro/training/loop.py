@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import subprocess
@@ -13,8 +14,9 @@ from pathlib import Path
 import torch
 
 from fastmetro.distributed import World, open_world
+from fastmetro.evaluation.output_files import check_output
 from fastmetro.evaluation.synthetic import HELD_OUT_SEED
-from fastmetro.files import replacing
+from fastmetro.files import locked, replacing
 from fastmetro.models.checkpoints import load_checkpoint, weights_record
 from fastmetro.training.config import TrainConfig
 from fastmetro.training.export import SHIPPED_BYTES, export_weights
@@ -30,33 +32,48 @@ def train(config: TrainConfig) -> dict[str, object]:
     Writes to ``config.output``: checkpoint.pt (everything that ``resume`` needs), log.csv, weights.safetensors (the
     averaged weights), and best.safetensors (those of the evaluation with the smallest PA-MPJPE). When the run is
     finished the weights are read back and evaluated, report.json keeps the result, and ``config.export`` gets a copy.
+    Of several processes only the first needs that folder.
 
     Returns:
         ``finished``, ``step`` and, in the first process, ``weights`` (path) and, if it was evaluated, ``report``.
 
     Raises:
-        FileExistsError: if ``config.output`` holds a checkpoint and the run does not resume from it.
+        FileExistsError: if ``config.output`` holds files of a run and this one does not resume it.
+        FileNotFoundError: if there is no checkpoint to resume from.
+        RuntimeError: if another run writes to ``config.output``; in the other processes what the first one raises.
         TrainingDiverged: if the loss is no longer finite.
         TrainingFailed: if batches ended or files cannot be written.
-        ValueError: if the seed is the one of the held-out images, or a checkpoint or the data do not fit the
-            configuration.
+        ValueError: if the seed is the one of the held-out images, a checkpoint or the data do not fit the
+            configuration, or ``config.export`` cannot be written.
     """
     started = time.monotonic()
     if config.seed == HELD_OUT_SEED:
         raise ValueError(f"seed {config.seed} is the one of the held-out images; choose another")
     with open_world(config.device) as (world, device), kernel_choice(device, config.deterministic):
         _check_world(config, world, device)
+        world.by_first(lambda: _check_files(config))
         torch.manual_seed(config.seed)
         setup = Setup(config, world, device)
-        trainer = Trainer(
-            setup.config, setup.model, setup.objective, setup.source, setup.evaluation(), export_average, setup.show,
-            started, world,
-        )  # fmt: skip
-        if config.initialise is not None and not config.resume:
-            _take_over_history(trainer.state, config.initialise)
-        trainer.state.commands.append(shlex.join(["python", *sys.orig_argv[1:]]))
-        finished = trainer.run()
-        return _finish(trainer, setup, finished)
+        with contextlib.ExitStack() as stack:
+            world.by_first(lambda: stack.enter_context(locked(Path(config.output))))
+            trainer = Trainer(
+                setup.config, setup.model, setup.objective, setup.source, setup.evaluation(), export_average,
+                setup.show, started, world,
+            )  # fmt: skip
+            if config.initialise is not None and not config.resume:
+                _take_over_history(trainer.state, config.initialise)
+            trainer.state.commands.append(shlex.join(["python", *sys.orig_argv[1:]]))
+            finished = trainer.run()
+            return _finish(trainer, setup, finished)
+
+
+def _check_files(config: TrainConfig) -> None:
+    """Before the first folder is made and hours are spent."""
+    if config.export is not None:
+        check_output(Path(config.export), "export")
+    checkpoint = Path(config.output) / "checkpoint.pt"
+    if config.resume and not checkpoint.is_file():
+        raise FileNotFoundError(f"no checkpoint to resume from at {checkpoint}")
 
 
 def _check_world(config: TrainConfig, world: World, device: torch.device) -> None:
@@ -77,8 +94,14 @@ def _check_world(config: TrainConfig, world: World, device: torch.device) -> Non
 def _take_over_history(state: TrainState, initial: Path) -> None:
     """Weights that a run starts from bring the commands and the number of images that made them."""
     record = weights_record(initial)
-    state.commands = json.loads(record["commands"]) if "commands" in record else [record.get("command", str(initial))]
-    state.samples_before = int(record.get("samples", 0))
+    try:
+        commands = json.loads(record.get("commands", "[]"))
+        state.samples_before = int(record.get("samples", 0))
+    except ValueError:
+        commands = None
+    if not isinstance(commands, list) or not all(isinstance(command, str) for command in commands):
+        raise ValueError(f"initialise: the record in {initial} must have a list of commands and a number of samples")
+    state.commands = commands or [record.get("command", str(initial))]
 
 
 def export_average(trainer: Trainer, path: Path, metrics: Mapping[str, object] | None = None) -> int:
@@ -110,15 +133,15 @@ def _finish(trainer: Trainer, setup: Setup, finished: bool) -> dict[str, object]
     weights = Path(config.output) / "weights.safetensors"
     record = _record(trainer)
     result: dict[str, object] = {"finished": finished, "step": trainer.state.step}
+    size = trainer.world.by_first(lambda: export_average(trainer, weights))
     if trainer.world.first:
-        size = export_average(trainer, weights)
         print(f"{'finished' if finished else 'stopped'} at step {trainer.state.step}; {weights} has {size} bytes")
         result["weights"] = weights
-    trainer.world.wait()
     if not finished:
         return result
     if config.eval_count != 0:
-        load_checkpoint(averaged, weights)
+        trainer.world.by_first(lambda: load_checkpoint(averaged, weights))
+        trainer.world.share_state(averaged)
         report = setup.report(averaged)
         if trainer.world.first:
             with replacing(Path(config.output) / "report.json") as temporary:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -13,11 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastmetro.distributed import World
 from fastmetro.files import replacing
 from fastmetro.models.backbones.half_weights import refresh_half_weights
 
 FORMAT = 3
 """Version of the checkpoint's layout."""
+DATA = {"data.files", "data.body_model", "data.mesh_data"}
+"""Settings that name files: they may lie in another folder when a run is resumed."""
+NOT_READ = {"backbone_weights"}
+"""Settings that are recorded, but do not matter to a run that is resumed."""
+_CONTENT: dict[str, type | tuple[type, ...]] = {
+    "settings": dict, "step": int, "seconds": (int, float), "commands": list, "samples_before": int,
+    "best": (int, float), "model": dict, "average": dict, "optimizer": dict, "scaler": dict, "random": list,
+}  # fmt: skip
 
 
 class ExponentialAverage:
@@ -113,31 +123,27 @@ class TrainState:
                 free = shutil.disk_usage(path.parent).free
                 raise OSError(f"{path} could not be written, {free} bytes are free there: {error}") from error
 
-    def load(self, path: Path, settings: dict[str, Any], rank: int = 0) -> None:
+    def load(self, path: Path, settings: dict[str, Any], world: World = World()) -> None:  # noqa: B008 - frozen
         """Go back to what :meth:`save` wrote.
 
         Args:
-            path: the file.
-            settings: as when it was saved.
-            rank: whose random state to take; with more processes than then, the others keep theirs.
+            path: the file; of several processes rank 0 reads it, for those on other nodes too.
+            settings: as when it was saved, but where files have moved, which is said on stderr.
+            world: the processes. Each takes its own random state; with more processes than then, the others keep
+                theirs.
 
         Raises:
             FileNotFoundError: if there is no such file.
             ValueError: if it is no such checkpoint, or was made with other ``settings`` (they are listed).
+            RuntimeError: in other processes than rank 0, if that raised one of these.
         """
-        if not path.is_file():
-            raise FileNotFoundError(f"no checkpoint to resume from at {path}")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise ValueError(f"{path} is no training checkpoint of format {FORMAT}")
-        saved = content["settings"]
-        differing = [
-            f"{name}: checkpoint {saved.get(name)!r}, now {settings.get(name)!r}"
-            for name in sorted({*saved, *settings})
-            if saved.get(name) != settings.get(name)
-        ]
-        if differing:
-            raise ValueError(f"{path} was trained with other settings; " + "; ".join(differing))
+        content = world.by_first(lambda: _read(path, settings))
+        try:
+            self._take(content, world.rank)
+        except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+            raise ValueError(f"{path} does not fit the model and optimizer: {type(error).__name__}: {error}") from error
+
+    def _take(self, content: dict[str, Any], rank: int) -> None:
         self.model.load_state_dict(content["model"])
         self.average.model.load_state_dict(content["average"])
         refresh_half_weights(self.model)
@@ -153,6 +159,46 @@ class TrainState:
             device = next(self.model.parameters()).device
             if device.type == "cuda" and on_device is not None:
                 torch.cuda.set_rng_state(on_device, device)
+
+
+def _read(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint holds; raises as :meth:`TrainState.load`."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint to resume from at {path}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged or strange file makes the reader raise
+        why = f"{type(error).__name__}: {error}".partition("\n")[0].partition(". ")[0]
+        raise ValueError(f"{path} could not be read as a training checkpoint: {why}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f"{path} is no training checkpoint of format {FORMAT}")
+    wrong = [name for name, kind in _CONTENT.items() if not isinstance(content.get(name), kind)]
+    if wrong:
+        raise ValueError(f"{path} is no training checkpoint: {', '.join(wrong)} missing, or of another kind")
+    _compare(path, content["settings"], settings)
+    return content
+
+
+def _compare(path: Path, saved: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Refuse settings that would change the course of the run, and name files that have moved."""
+    differing = []
+    for name in sorted({*saved, *settings} - NOT_READ):
+        before, now = saved.get(name), settings.get(name)
+        if before == now:
+            continue
+        if name in DATA and _file_names(before) == _file_names(now):
+            print(f"fastmetro: {name} is {now}, and was {before}: the content must be the same", file=sys.stderr)
+        else:
+            differing.append(f"{name}: checkpoint {before!r}, now {now!r}")
+    if differing:
+        raise ValueError(f"{path} was trained with other settings; " + "; ".join(differing))
+
+
+def _file_names(value: Any) -> Any:
+    """Of paths, without their folders."""
+    if isinstance(value, list):
+        return [_file_names(entry) for entry in value]
+    return Path(value).name if isinstance(value, str) else value
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import signal
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -29,6 +31,8 @@ from fastmetro.training.state import ExponentialAverage, TrainState
 from fastmetro.training.step import CapturedStep, Network, TrainingStep
 
 METRICS = ("mpjpe", "pa_mpjpe", "mpvpe")
+RESULTS = ("checkpoint.pt", "log.csv", "weights.safetensors", "best.safetensors", "report.json")
+"""Files of a run in its folder."""
 _LOGGED = ("step", "samples", "seconds", "images_per_second", "learning_rate", "skipped")
 _BAR = "{l_bar}{bar}| {elapsed} gone, {remaining} left {postfix}"
 
@@ -94,14 +98,13 @@ class Trainer:
         if not self.world.first:  # processes drop different units
             torch.manual_seed(config.seed + 1_000_003 * self.world.rank)
         if config.resume:
-            self.state.load(self.checkpoint, self.settings, self.world.rank)
-        elif self.checkpoint.exists():
-            raise FileExistsError(
-                f"{self.checkpoint} would be overwritten: resume it, remove it, or choose another output"
-            )
+            self.state.load(self.checkpoint, self.settings, self.world)
+        self._saved = config.resume
         self.world.share_state(self.model)
         refresh_half_weights(self.model)  # nothing else tells of what came from another process
-        self._open_logs()
+        self.log: CsvLog | None = None
+        self.board: Board | None = None
+        self.world.by_first(self._open_logs)
         self._run_step: TrainingStep | CapturedStep = self.step
         self._sum: Tensor | None = None
         self._skipped = 0
@@ -109,16 +112,17 @@ class Trainer:
         self._untimed = 0
         self._stop = False
         self._last: Batch | None = None
+        self._failed: str | None = None
 
     def _open_logs(self) -> None:
-        self.log: CsvLog | None = None
-        self.board: Board | None = None
-        if self.world.first:
-            remove_unfinished(self.checkpoint)
-            columns = (*_LOGGED, *self.step.names, *METRICS)
-            self.log = CsvLog(Path(self.config.output) / "log.csv", columns, self.state.step)
-            if self.config.tensorboard:
-                self.board = Board(Path(self.config.output) / "tensorboard", self.state.step)
+        output = Path(self.config.output)
+        if not self.config.resume:
+            _refuse_to_overwrite(output)
+        for name in RESULTS:
+            remove_unfinished(output / name)
+        self.log = CsvLog(output / "log.csv", (*_LOGGED, *self.step.names, *METRICS), self.state.step)
+        if self.config.tensorboard:
+            self.board = Board(output / "tensorboard", self.state.step)
 
     @property
     def progress(self) -> float:
@@ -137,7 +141,8 @@ class Trainer:
 
         Raises:
             TrainingDiverged: the loss is no longer finite.
-            TrainingFailed: batches ended (a dead worker, unusable data), or files cannot be written (a full disk).
+            TrainingFailed: batches ended (a dead worker, unusable data), or files cannot be written (a full disk). Of
+                several processes all raise it, at the next report; the one that failed says so at once, on stderr.
         """
         self.model.train()
         done = round(100 * self.progress, 1)  # time left is reckoned from what this call does
@@ -164,12 +169,13 @@ class Trainer:
         mark = time.monotonic()
         while self.progress < 1.0 and not self._is_over():
             try:
-                batch = self.source(state.step)
+                batch = self._next_batch()
             except SourceFailed as error:
-                if self._stop and self.world.size == 1:
+                if self._stop:
                     break  # the signal went to the workers, too
                 self._report(mark, bar)
-                self._save()
+                if state.step or self._saved:  # else it would only keep the folder from a start with better data
+                    self._save()
                 raise TrainingFailed(f"{error}; {self._last_good()}") from error
             self._train_on(batch)
             if first:
@@ -185,6 +191,53 @@ class Trainer:
                 self._save()
         self._report(mark, bar)
         self._save()
+
+    def _next_batch(self) -> Batch:
+        """The batch of the step.
+
+        The others wait for each process in every step. So one of several that has no batch any more goes on with its
+        last one until all stop together at the next report; nothing of those steps is kept.
+
+        Raises:
+            SourceFailed: there is none, and this process is alone.
+            TrainingFailed: some process has not even had a first one.
+        """
+        batch = self._last
+        if self._failed is None:
+            try:
+                batch = self.source(self.state.step)
+            except SourceFailed as error:
+                if self.world.size == 1:
+                    raise
+                self._fail(str(error))
+        if self._last is None:
+            self._stop_if_failed()
+        assert batch is not None
+        return batch
+
+    def _fail(self, why: str) -> None:
+        """This one of several processes cannot go on: it says so, and all stop where they next agree."""
+        self._failed = why
+        print(f"fastmetro: process {self.world.rank} failed: {why}", file=sys.stderr, flush=True)
+
+    def _stop_if_failed(self) -> None:
+        """Stop all processes if one has failed; all of them must be here.
+
+        Raises:
+            TrainingFailed: one has.
+        """
+        if self.world.any(self._failed is not None, self.device):
+            raise TrainingFailed(f"{self._failed or 'another process failed, and said why'}; {self._last_good()}")
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Of several processes the one that cannot write tells the others before it ends."""
+        try:
+            yield
+        except OSError as error:
+            if self.world.size == 1:
+                raise
+            self._fail(f"a file of the run could not be written: {error}")
 
     def _train_on(self, batch: Batch) -> None:
         config, state = self.config, self.state
@@ -212,6 +265,7 @@ class Trainer:
         state, steps = self.state, self.state.step - self._since
         if steps == 0 or self._sum is None:
             return mark
+        self._stop_if_failed()
         mean = self.world.sum(self._sum) / (steps * self.world.size)
         skipped = torch.tensor(self._skipped, device=self.device)
         state.skipped += int(self.world.sum(skipped))
@@ -227,7 +281,8 @@ class Trainer:
             )
         timed, self._untimed = steps - self._untimed, 0
         speed = timed * self.config.batch_size / max(now - mark, 1e-9)
-        self._write(means, speed if timed else None)
+        with self._writing():
+            self._write(means, speed if timed else None)
         bar.n = round(100 * self.progress, 1)
         replaced = f", {state.skipped} bad rows replaced" if state.skipped else ""
         bar.set_postfix_str(f"step {state.step}, loss {means['loss']:.4f}, {speed:.0f} images/s{replaced}")
@@ -253,6 +308,10 @@ class Trainer:
             return
         self.world.share_state(self.state.average.model)  # statistics of batch norms are each process's own
         metrics = self.evaluate(self.state.average.model)
+        with self._writing():
+            self._write_metrics(metrics, bar)
+
+    def _write_metrics(self, metrics: dict[str, float], bar: Any) -> None:
         row = {name: round(metrics[name], 3) for name in METRICS if name in metrics}
         if metrics.get("pa_mpjpe", math.inf) < self.state.best:
             self.state.best = metrics["pa_mpjpe"]
@@ -269,19 +328,23 @@ class Trainer:
     def _save(self) -> None:
         random = self.world.gather(self.state.random_state())
         if self.world.first:
-            self.state.save(self.checkpoint, self.settings, random)
-        self.world.wait()
+            with self._writing():
+                self.state.save(self.checkpoint, self.settings, random)
+        self._stop_if_failed()
+        self._saved = True
 
     def _last_good(self) -> str:
-        kept = self.checkpoint.is_file()
-        return f"the last good state is in {self.checkpoint}" if kept else "no state was saved"
+        return f"the last good state is in {self.checkpoint}" if self._saved else "no state was saved"
 
     def _is_over(self) -> bool:
         """Whether a signal came or the time of this call is over; several processes agree at each report."""
         over = self._stop or self._out_of_time()
         if self.world.size == 1:
             return over
-        return self._since == self.state.step and self.world.any(over, self.device)
+        if self._since != self.state.step:
+            return False
+        self._stop_if_failed()
+        return self.world.any(over, self.device)
 
     def _out_of_time(self) -> bool:
         limit = self.config.max_seconds
@@ -292,6 +355,13 @@ class Trainer:
             self._stop = True
 
         return _Signals(stop)
+
+
+def _refuse_to_overwrite(output: Path) -> None:
+    for path in (output / name for name in RESULTS):
+        if path.exists():
+            resume = "resume it, " if (output / "checkpoint.pt").is_file() else ""
+            raise FileExistsError(f"{path} would be overwritten: {resume}remove it, or choose another output")
 
 
 class _Signals:

@@ -123,6 +123,11 @@ def test_files_that_are_not_checkpoints(tmp_path: Path) -> None:
     for name in ("text.bin", "text.safetensors"):
         with pytest.raises(ValueError, match=name):
             read_state_dict(tmp_path / name)
+    torch.save({"a": torch.zeros(2)}, tmp_path / "damaged.bin")
+    damaged = (tmp_path / "damaged.bin").read_bytes().replace(b"PK\x01\x02", b"PKxx")
+    (tmp_path / "damaged.bin").write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"damaged\.bin is a damaged archive"):
+        read_state_dict(tmp_path / "damaged.bin")
     torch.save({"a": torch.zeros(2), "b": 3}, tmp_path / "mixed.bin")
     with pytest.raises(ValueError, match=r"tensors only, got \['b'\]"):
         read_state_dict(tmp_path / "mixed.bin")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,9 @@ from fastmetro.training.trainer import Trainer
 SETTINGS = {"batch_size": 12, "steps": 12, "log_every": 3, "save_every": 6, "precision": "fp32", "learning_rate": 1e-2}
 
 
+SECONDS = 300
+
+
 def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -34,7 +38,13 @@ def free_port() -> int:
 
 def run_processes(work, count: int, *arguments) -> None:
     """`work(rank, *arguments)` in as many processes, in the environment that torchrun gives them."""
-    mp.spawn(_in_process, (work, count, free_port(), arguments), nprocs=count)
+    running = mp.spawn(_in_process, (work, count, free_port(), arguments), nprocs=count, join=False)
+    end = time.monotonic() + SECONDS
+    while not running.join(1.0):  # raises what a process raised, and ends the others
+        if time.monotonic() > end:
+            for process in running.processes:
+                process.kill()
+            pytest.fail(f"{count} processes wait for each other, or are not done after {SECONDS} s")
 
 
 def _in_process(rank: int, work, count: int, port: int, arguments) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -111,6 +112,11 @@ class _Collate:
 
 
 def _prepare_worker(worker: int) -> None:
-    """OpenCV would start as many threads in each worker as the machine has cores."""
+    """OpenCV would start as many threads in each worker as the machine has cores.
+
+    What Ctrl-C and torchrun send to the whole group is for the training: it saves, and ends its workers. So they get
+    groups of their own.
+    """
+    os.setpgid(0, 0)
     cv2.setNumThreads(0)
     keep_freed_memory()
