@@ -143,10 +143,17 @@ def test_what_the_first_raises_reaches_all(tmp_path: Path) -> None:
     assert said == ["IndexError: list index out of range", "RuntimeError: process 0 failed: list index out of range"]
 
 
-def torchrun(data: Path, output: Path, *more: str) -> subprocess.Popen[str]:
+TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+places = pytest.mark.parametrize(
+    "place", [("cpu",), pytest.param(("cuda", "--fused", "--capture-step"), marks=TWO_GPUS)], ids=["cpu", "cuda"]
+)
+"""A device, and options for it: on GPUs collectives are in the graphs."""
+
+
+def torchrun(data: Path, output: Path, place: tuple[str, ...], *more: str) -> subprocess.Popen[str]:
     """Two processes with a worker each that have made their first steps."""
     where = ["--nnodes", "1", "--master-addr", "127.0.0.1", "--master-port", str(free_port()), "--nproc-per-node", "2"]
-    train = command(data, output, "--device", "cpu", "--steps", "100000", *more)[1:]
+    train = command(data, output, "--device", *place, "--steps", "100000", *more)[1:]
     arguments = [sys.executable, "-m", "torch.distributed.run", *where, *train]
     process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 200
@@ -160,9 +167,10 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def test_torchrun_ends_all_where_a_worker_of_one_dies(tmp_path: Path) -> None:
+@places
+def test_torchrun_ends_all_where_a_worker_of_one_dies(place: tuple[str, ...], tmp_path: Path) -> None:
     output = tmp_path / "run"
-    process = torchrun(tables(tmp_path / "data", 11), output)
+    process = torchrun(tables(tmp_path / "data", 11), output, place)
     began = time.monotonic()
     os.kill(children(children(process.pid)[1])[0], signal.SIGKILL)
     _, said = process.communicate(timeout=120)
@@ -171,10 +179,11 @@ def test_torchrun_ends_all_where_a_worker_of_one_dies(tmp_path: Path) -> None:
     assert torch.load(output / "checkpoint.pt", weights_only=True)["step"] >= 2
 
 
-def test_torchrun_stops_with_everything_saved(tmp_path: Path) -> None:
+@places
+def test_torchrun_stops_with_everything_saved(place: tuple[str, ...], tmp_path: Path) -> None:
     """It sends the signal to each process's whole group; the workers must not end of it, many steps before they may."""
     output = tmp_path / "run"
-    process = torchrun(tables(tmp_path / "data", 11), output, "--log-every", "10", "--save-every", "10")
+    process = torchrun(tables(tmp_path / "data", 11), output, place, "--log-every", "10", "--save-every", "10")
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=120)
     assert "failed:" not in said
