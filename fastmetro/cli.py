@@ -209,8 +209,7 @@ class Score:
         """Score and print."""
         from fastmetro.distributed import find_device
         from fastmetro.evaluation import freihand
-        from fastmetro.evaluation.output_files import check_output
-        from fastmetro.files import replacing
+        from fastmetro.files import check_output, replacing
 
         if self.out is not None:
             check_output(self.out, "out", (self.predictions, *freihand.truth_files(self.truth)))

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, folders of one process, and whether a file can be written."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import glob
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 _UNFINISHED = ".part"
@@ -94,6 +94,9 @@ def replace_all(moves: Sequence[tuple[Path, Path]]) -> None:
     """
     aside: list[tuple[Path, Path]] = []
     placed: list[Path] = []
+    for finished, place in moves:
+        with naming(place):
+            _to_disk(finished)
     try:
         for finished, place in reversed(moves):
             with naming(place):
@@ -126,6 +129,33 @@ def naming(path: Path) -> Iterator[None]:
         if error.errno is None:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def check_output(path: Path, name: str, inputs: Iterable[Path] = ()) -> None:
+    """Raise where the file could not be written at the end. Nothing is left behind.
+
+    Args:
+        path: of the file; missing folders will be made.
+        name: of the argument, for messages.
+        inputs: files that are read and must not be overwritten.
+
+    Raises:
+        ValueError: it is a folder or a device, lies in what is no folder, cannot be written, or is an input.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{name} must be a file, got {'the folder' if path.is_dir() else 'no plain file,'} {path}")
+    if same := next((given for given in inputs if given.resolve() == path.resolve()), None):
+        raise ValueError(f"{name} must be another file than {same}, which is read: got {path}")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        raise ValueError(f"{name} must lie in a folder, got {path}: {folder} is a file")
+    try:
+        if path.exists():
+            path.open("ab").close()
+        # Tried, not asked: permissions do not tell of file systems that are read-only or take no files.
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"{name} {path} cannot be written: {error.strerror}") from None
 
 
 def remove_quietly(path: Path) -> None:

@@ -17,12 +17,12 @@ from fastmetro.data.ground_truth import GroundTruth, ground_truth
 from fastmetro.data.tsv import TsvSource
 from fastmetro.distributed import World, open_world
 from fastmetro.evaluation import freihand
-from fastmetro.evaluation.output_files import check_output
 from fastmetro.evaluation.protocols import Protocol, find_protocol
 from fastmetro.evaluation.results import append_result, check_table
 from fastmetro.evaluation.settings import SYNTHETIC, EvalSettings
 from fastmetro.evaluation.synthetic import SYNTHETIC_COUNT, evaluate_synthetic, format_report
 from fastmetro.evaluation.tsv import MILLIMETRES, Evaluation, Predict, body_of, evaluate_tsv
+from fastmetro.files import check_output
 from fastmetro.inference.pretrained import load_pretrained
 from fastmetro.meshes.mesh import Mesh
 from fastmetro.meshes.smpl import SMPL

@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from fastmetro.evaluation.output_files import check_output
+from fastmetro.files import check_output
 
 COLUMNS = ("date", "protocol", "compat", "checkpoint", "data", "count", "skipped", "mpjpe", "pa_mpjpe", "mpvpe",
            "pa_mpvpe", "auc", "auc_mesh", "f5", "f15", "processes", "commit", "device", "torch",

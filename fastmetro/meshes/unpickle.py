@@ -129,13 +129,10 @@ class _Record:
     arguments: tuple[Any, ...]
     state: Any
 
-    def __new__(cls, *arguments: Any) -> _Record:
+    def __new__(cls, *arguments: Any) -> _Record:  # not __init__, which some pickles do not call
         record = super().__new__(cls)
         record.arguments, record.state = arguments, None
         return record
-
-    def __init__(self, *arguments: Any) -> None:  # pickles may make records with or without calling it
-        pass
 
     def __setstate__(self, state: Any) -> None:
         self.state = state

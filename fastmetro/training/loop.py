@@ -14,9 +14,8 @@ from pathlib import Path
 import torch
 
 from fastmetro.distributed import World, open_world
-from fastmetro.evaluation.output_files import check_output
 from fastmetro.evaluation.synthetic import HELD_OUT_SEED
-from fastmetro.files import locked, replacing
+from fastmetro.files import check_output, locked, replacing
 from fastmetro.models.checkpoints import load_checkpoint, weights_record
 from fastmetro.training.config import TrainConfig
 from fastmetro.training.export import SHIPPED_BYTES, export_weights

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from fastmetro import files
 from fastmetro.cli import main
-from fastmetro.evaluation import output_files, results
-from fastmetro.evaluation.output_files import check_output
+from fastmetro.evaluation import results
 from fastmetro.evaluation.results import COLUMNS, append_result, check_table
+from fastmetro.files import check_output
 
 OLD_COLUMNS = [name for name in COLUMNS if name not in ("auc", "auc_mesh", "f5", "f15")]
 
@@ -129,7 +130,7 @@ def test_paths_that_cannot_be_written_are_found_at_once(tmp_path: Path, monkeypa
     def full(**_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(output_files.tempfile, "TemporaryFile", full)
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", full)
     with pytest.raises(ValueError, match="cannot be written: No space left on device"):
         check_output(tmp_path / "new.csv", "csv")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]

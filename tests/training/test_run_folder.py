@@ -15,7 +15,7 @@ import torch
 from test_interrupted import rows, small
 
 from fastmetro.cli import main
-from fastmetro.files import locked, replacing
+from fastmetro.files import locked, replace_all, replacing
 from fastmetro.training.config import DataConfig
 from fastmetro.training.sources import Batch, SourceFailed
 from fastmetro.training.trainer import RESULTS, TrainingFailed
@@ -124,6 +124,11 @@ def test_a_file_is_on_the_disk_before_it_takes_its_place(tmp_path: Path, monkeyp
     with replacing(tmp_path / "x.txt") as temporary:
         temporary.write_text("new")
     assert done == [temporary.name, "replace", tmp_path.name]
+    done.clear()
+    for name in ("a.part", "b.part"):
+        (tmp_path / name).write_text("new")
+    replace_all([(tmp_path / "a.part", tmp_path / "a"), (tmp_path / "b.part", tmp_path / "b")])
+    assert done == ["a.part", "b.part", "replace", "replace"]
 
 
 @pytest.mark.parametrize("content", ["text", "cut", "other", "parts", "optimizer"])
