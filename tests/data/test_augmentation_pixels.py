@@ -112,7 +112,7 @@ def test_random_published_crops(device: torch.device) -> None:
 
 
 def test_corners_of_published_boxes_are_those_of_torch_inverse() -> None:
-    """They lie at whole pixels, where one rounding more, or less, decides."""
+    """They lie at whole pixels, where one rounding more, or less, decides: so do the libraries behind torch.inverse."""
     random, size = np.random.default_rng(9), 224
     centers, scales = random.integers(-100, 1500, (4000, 2)) / 2, random.integers(5, 900, 4000) / 100
     sides = 200 * (1.0 * scales)
@@ -120,10 +120,16 @@ def test_corners_of_published_boxes_are_those_of_torch_inverse() -> None:
     matrices[:, 0, 0] = matrices[:, 1, 1] = size / sides
     matrices[:, :2, 2] = size * (-centers / sides[:, None] + 0.5)
     inverse = torch.inverse(torch.from_numpy(matrices)).numpy()
-    first, last = (np.trunc((inverse @ [corner, corner, 1.0])[:, :2]) for corner in (0.0, float(size)))
-    expected = np.concatenate([first, last - first], 1).tolist()
-    for center, scale, box in zip(centers, scales, expected, strict=True):
-        assert list(_box(center, float(scale), Draw(), size) or ()) == box, (center, scale)
+    corners = np.stack([(inverse @ [corner, corner, 1.0])[:, :2] for corner in (0.0, float(size))], axis=1)
+    others = 0
+    for center, scale, places in zip(centers, scales, corners, strict=True):
+        box = _box(center, float(scale), Draw(), size)
+        first = np.array(box[:2] if box else (0, 0))
+        found = np.stack([first, first + (box[2:] if box else (0, 0))])
+        differs = found != np.trunc(places)
+        assert (np.abs(places - np.rint(places))[differs] < 1e-9).all(), (center, scale, found, places)
+        others += bool(differs.any())
+    assert others < 1000  # none with most builds
 
 
 def test_turned_boxes_have_the_bits_of_a_warp_of_the_whole_in_float64() -> None:

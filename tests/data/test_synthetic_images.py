@@ -11,6 +11,7 @@ from fastmetro.data.synthetic import photographs
 from fastmetro.data.synthetic.camera import sample_orientation
 from fastmetro.data.synthetic.capture import CapturedPeople
 from fastmetro.data.synthetic.dataset import SyntheticPeople, normalize_images
+from fastmetro.data.synthetic.pixels import PixelParts
 from fastmetro.data.synthetic.poses import ANGLES, KINDS, LIMB_RANGES, TRUNK_RANGES, PoseSampler
 from fastmetro.data.synthetic.shading import face_incidence, vertex_normals
 from fastmetro.meshes.mesh import J14, load_mesh
@@ -234,7 +235,7 @@ def test_vertex_normals_point_outwards_like_trimeshs(mesh):
 
 def test_photographs_are_windows_of_their_tiles():
     tiles = torch.zeros(3, 3, photographs.TILE, photographs.TILE)
-    tiles += torch.tensor([0.1, 0.5, 0.9]).view(3, 1, 1, 1)
+    tiles += torch.tensor([0.1, 0.5, 0.9]).view(1, 3, 1, 1)
     sampled = photographs.sample_photographs(tiles, CounterRandom(0, torch.arange(60)), "x", 16)
     assert sampled.shape == (60, 3, 16, 16)
     values = sampled[:, 0, 8, 8]
@@ -259,7 +260,7 @@ def test_bad_arguments_are_named(mesh, people):
         CapturedPeople(people, 4)
 
 
-def test_pixel_work_is_one_graph_that_hashes_no_arange(mesh, people):
+def test_pixel_work_is_whole_graphs_that_hash_no_arange(mesh, people):
     """Inductor would turn ``arange * constant`` into a 32-bit index, too narrow for the constants of the hash."""
     graphs = []
 
@@ -268,14 +269,31 @@ def test_pixel_work_is_one_graph_that_hashes_no_arange(mesh, people):
         return graph.forward
 
     traced = SyntheticPeople(mesh, seed=3, size=SIZE, photographs=False)
-    traced._pixels = torch.compile(traced._draw, fullgraph=True, backend=backend)
+    traced._parts = PixelParts().compiled(backend)
     for first in (0, 4, 8):  # the first batch is drawn plainly: it fills the plan
         indices = torch.arange(first, first + 2)
         assert torch.equal(traced(indices).images, people(indices).images)
-    assert len(graphs) == 1
-    aranges = [node for node in graphs[0].graph.nodes if node.target is torch.arange]
+    assert len(graphs) == len(PixelParts())
+    aranges = [node for graph in graphs for node in graph.graph.nodes if node.target is torch.arange]
     constants = [c for node in aranges for user in node.users for c in user.args if isinstance(c, int)]
     assert aranges and all(abs(constant) < 2**31 for constant in constants)
+
+
+def test_compiled_parts_serve_people_of_other_seeds(mesh):
+    """Nothing of one set is in a compiled program: another one with images of that size takes it as it is."""
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    parts = PixelParts().compiled(backend)
+    for seed in (3, 2**40):
+        plain, traced = (SyntheticPeople(mesh, seed, size=SIZE, photographs=False) for _ in range(2))
+        traced._parts = parts
+        for _ in range(2):
+            assert torch.equal(traced(torch.arange(2)).images, plain(torch.arange(2)).images)
+    assert len(graphs) == len(parts)
 
 
 @pytest.mark.gpu

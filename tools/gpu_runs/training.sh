@@ -24,7 +24,8 @@ for case in s-r50 l-r50; do
     --csv "$R/profile_$case.csv" --profile "$R/profile_$case.json"
 done
 step data 260 "$PY" -m bench data --workers 8 14 15 16 --steps 150 --csv "$R/data.csv"
-step images 60 "$PY" -m bench synthetic_images --batch 64 --modes captured --csv "$R/images.csv" --profile "$R/images.json"
+step images 150 "$PY" -m bench synthetic_images --batch 64 --modes captured captured+compiled --csv "$R/images.csv" \
+  --profile "$R/images.json"
 step crops 60 "$PY" -m bench crops --csv "$R/crops.csv"
 # TESTS: some of them only.
 tests="tests/training/test_step.py tests/training/test_interrupted.py tests/training/test_optimizer.py

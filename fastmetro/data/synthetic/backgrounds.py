@@ -9,7 +9,7 @@ from torch import Tensor
 from fastmetro.data.counter_random import CounterRandom
 from fastmetro.data.synthetic.photographs import sample_photographs
 
-_NOISE_GRIDS = (2, 4, 8, 16, 32, 64, 112)
+_NOISE_CELLS = (2, 4, 8, 16, 32, 64, 112)
 
 
 def _pixel_grid(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -29,13 +29,17 @@ def random_colours(rng: CounterRandom, name: str, count: int) -> Tensor:
     return grey + rng.uniform(f"{name}/saturation", count, 1, 1, 1) ** 1.5 * (colours - grey)
 
 
-def _noise(rng: CounterRandom, size: int) -> Tensor:
+def noise_grids(rng: CounterRandom) -> list[Tensor]:
+    """The colour noise's numbers, -0.5..0.5: [B, 3, cells, cells] for each of its scales, the coarsest first."""
+    return [rng.uniform(f"noise/{cells}", 3, cells, cells) - 0.5 for cells in _NOISE_CELLS]
+
+
+def _noise(rng: CounterRandom, grids: list[Tensor], size: int) -> Tensor:
     """Colour noise at several scales, each with its own random strength: [B, 3, size, size] in 0..1."""
     total = random_colours(rng, "noise/base", 1)[:, 0].expand(-1, 3, size, size)
     colourful = rng.uniform("noise/colourful", 1, 1, 1) ** 1.5
-    for cells in _NOISE_GRIDS:
-        coarse = rng.uniform(f"noise/{cells}", 3, cells, cells) - 0.5
-        coarse = coarse[:, :1] + colourful * (coarse - coarse[:, :1])
+    for cells, grid in zip(_NOISE_CELLS, grids, strict=True):
+        coarse = grid[:, :1] + colourful * (grid - grid[:, :1])
         strength = rng.uniform(f"noise/strength/{cells}", 1, 1, 1) ** 2
         total = total + 0.9 * strength * F.interpolate(coarse, size=(size, size), mode="bilinear", align_corners=False)
     return total.clamp(0, 1)
@@ -107,13 +111,13 @@ def draw_shapes(
     return image, visible
 
 
-def draw_background(rng: CounterRandom, tiles: Tensor | None, size: int) -> Tensor:
+def draw_background(rng: CounterRandom, grids: list[Tensor], tiles: Tensor | None, size: int) -> Tensor:
     """float32 [B, 3, size, size] in 0..1: noise, plain surfaces or a photograph, with clutter on some of them.
 
-    ``tiles`` are the photographs, float [P, 3, T, T] in 0..1, or None for none.
+    ``grids`` are :func:`noise_grids`; ``tiles`` the photographs, float [3, P, T, T] in 0..1, or None for none.
     """
     kind = _per_sample(rng.choice("background/kind", (0.2, 0.25, 0.55 if tiles is not None else 0.0)))
-    image = torch.where(kind == 0, _noise(rng, size), _scene(rng, size))
+    image = torch.where(kind == 0, _noise(rng, grids, size), _scene(rng, size))
     if tiles is not None:
         photo = sample_photographs(tiles, rng, "background/photo", size)
         gain = _per_sample(rng.uniform("background/gain", 3, low=0.7, high=1.3))

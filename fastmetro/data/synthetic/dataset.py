@@ -5,22 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmetro.data.counter_random import CounterRandom, StreamPlan
 from fastmetro.data.labels import MeshLabels, fit_weak_perspective
-from fastmetro.data.synthetic.appearance import albedo, clothing_thickness, sample_outfit
-from fastmetro.data.synthetic.backgrounds import draw_background, draw_occluders
+from fastmetro.data.synthetic.appearance import clothing_thickness, sample_outfit
 from fastmetro.data.synthetic.camera import View, sample_orientation, sample_view
-from fastmetro.data.synthetic.degradation import noise_tile, photograph
+from fastmetro.data.synthetic.degradation import noise_tile
 from fastmetro.data.synthetic.photographs import load_tiles
+from fastmetro.data.synthetic.pixels import PixelParts
 from fastmetro.data.synthetic.regions import RegionFields
 from fastmetro.data.synthetic.sampling import BodySampler
-from fastmetro.data.synthetic.shading import crevices, face_incidence, sample_lights, shade, vertex_normals
+from fastmetro.data.synthetic.shading import face_incidence, vertex_normals
 from fastmetro.meshes.mesh import Mesh
 from fastmetro_kernels import rasterize
-from fastmetro_kernels.rasterization import RasterOutput, interpolate
+from fastmetro_kernels.rasterization import RasterOutput
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_DEVIATION = (0.229, 0.224, 0.225)
@@ -95,10 +94,11 @@ class SyntheticPeople(nn.Module):
         self.register_buffer("region_fields", self.sampler.regions().stack()[0], persistent=False)
         regressor = torch.from_numpy(mesh.joint_regressor.toarray()).float()
         self.register_buffer("joint_regressor", regressor, persistent=False)
-        tiles = load_tiles().float() / 255 if photographs else None
-        self.register_buffer("tiles", tiles, persistent=False)
+        # One tall picture per colour: the tiles of different samples differ in their row offset only.
+        tiles = load_tiles().transpose(0, 1).float() / 255 if photographs else None
+        self.register_buffer("tiles", None if tiles is None else tiles.contiguous(), persistent=False)
         self.register_buffer("noise_tile", noise_tile(), persistent=False)
-        self._pixels = torch.compile(self._draw, fullgraph=True) if compile_images else self._draw
+        self._parts = PixelParts().compiled() if compile_images else PixelParts()
 
     @torch.no_grad()
     def forward(self, indices: Tensor) -> SyntheticBatch:
@@ -107,10 +107,7 @@ class SyntheticPeople(nn.Module):
         vertices, joints, view = self._people(rng)
         clothed, normals = self._clothe(rng, vertices)
         raster = self._rasterize(view.project(clothed))
-        # The first batch fills the plan of random streams, so what is compiled is the program of all later ones.
-        draw = self._pixels if self._planned_on == indices.device else self._draw
-        images = draw(indices, rng.planned, normals, raster)
-        self._planned_on = indices.device
+        images = self._draw(rng, normals, raster)
         return SyntheticBatch(images, self._labels(vertices, joints, view), view)
 
     @torch.no_grad()
@@ -161,31 +158,15 @@ class SyntheticPeople(nn.Module):
         pixels = torch.cat([(projected[..., :2] + 1) * (self.size / 2), projected[..., 2:]], dim=-1)
         return rasterize(pixels, self.faces, self.size, self.size)
 
-    def _draw(self, indices: Tensor, planned: Tensor | None, normals: Tensor, raster: RasterOutput) -> Tensor:
+    def _draw(self, rng: CounterRandom, normals: Tensor, raster: RasterOutput) -> Tensor:
         """Everything per pixel: a pure function of (seed, indices) and the visible surface."""
-        rng = CounterRandom(self.seed, indices, self._plan, planned)
-        batch, size = len(indices), self.size
-        attributes = torch.cat([self.region_fields.expand(batch, -1, -1), normals], dim=-1)
-        flat = interpolate(attributes, self.faces, raster).view(batch, size * size, -1)
-        # Each field is read many times: one plane after the other in memory.
-        regions = RegionFields(*flat[..., : RegionFields.size()].permute(2, 0, 1).contiguous())
-        normals = F.normalize(flat[..., RegionFields.size() :], dim=-1)
-        colour, skin = albedo(sample_outfit(rng), regions)
-        covered = raster.face_index >= 0
-        openness = crevices(raster.depth, covered).view(batch, size * size)
-        person = shade(colour, normals, skin, openness, sample_lights(rng))
-        person = person.view(batch, size, size, 3).permute(0, 3, 1, 2).contiguous()
-        image = _composite(person, covered, draw_background(rng, self.tiles, size))
-        image, _ = draw_occluders(image, rng, self.tiles)
-        return photograph(image, rng, self.noise_tile)
-
-
-def _composite(person: Tensor, covered: Tensor, background: Tensor) -> Tensor:
-    """Lay the person over the background with an edge one pixel soft."""
-    mask = covered.float().unsqueeze(1)
-    share = F.avg_pool2d(mask, 3, stride=1, padding=1, count_include_pad=False)
-    around = F.avg_pool2d(person * mask, 3, stride=1, padding=1, count_include_pad=False) / share.clamp_min(1e-6)
-    return background + share * (torch.where(mask > 0, person, around) - background)
+        # The first batch fills the plan of random streams, so what is compiled is the program of all later ones.
+        parts = self._parts if self._planned_on == rng.device else PixelParts()
+        person = parts.draw_person(rng, self.region_fields, normals, self.faces, raster)
+        background = parts.draw_background(rng, parts.noise_grids(rng), self.tiles, self.size)
+        image = parts.draw_scene(rng, person, raster.face_index >= 0, background, self.tiles)
+        self._planned_on = rng.device
+        return parts.photograph(image, rng, self.noise_tile)
 
 
 def _upper_joints(mesh: Mesh) -> tuple[int, ...]:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastmetro.data.counter_random import CounterRandom
@@ -49,12 +48,12 @@ def load_tiles(names: tuple[str, ...] = PHOTOGRAPHS) -> Tensor:
 
 
 def sample_photographs(tiles: Tensor, rng: CounterRandom, name: str, size: int) -> Tensor:
-    """A random window of a random photograph per sample: float [P, 3, T, T] in 0..1 -> [B, 3, size, size].
+    """A random window of a random photograph per sample: float [3, P, T, T] in 0..1 -> [B, 3, size, size].
 
     Windows cover 0.3 to 1 of a tile, turned by up to 25 degrees and mirrored half of the time; what would lie
     outside of a tile repeats its border.
     """
-    count, _, tile, _ = tiles.shape
+    _, count, tile, _ = tiles.shape
     which = rng.integers(f"{name}/which", count)
     extent = rng.uniform(f"{name}/extent", low=0.3, high=1.0) * (tile - 1) / 2
     angle = (rng.uniform(f"{name}/angle") - 0.5) * 0.9
@@ -68,7 +67,8 @@ def sample_photographs(tiles: Tensor, rng: CounterRandom, name: str, size: int) 
     # One tall picture and one call: the tiles of different samples differ only in their row offset.
     rows = v.clamp(0, tile - 1) + (which * tile).view(-1, 1, 1)
     grid = torch.stack([u.clamp(0, tile - 1) * (2 / (tile - 1)) - 1, rows * (2 / (count * tile - 1)) - 1], dim=-1)
-    tall = tiles.transpose(0, 1).reshape(1, 3, count * tile, tile)
+    tall = tiles.flatten(1, 2).unsqueeze(0)
     batch = rng.batch_size
-    sampled = F.grid_sample(tall, grid.view(1, batch * size, size, 2), mode="bilinear", align_corners=True)
+    # F.grid_sample may choose cuDNN's, which torch.compile cannot trace: bilinear, zeros outside, corners aligned.
+    sampled = torch.ops.aten.grid_sampler_2d(tall, grid.view(1, batch * size, size, 2), 0, 0, True)
     return sampled.view(3, batch, size, size).transpose(0, 1)
