@@ -7,6 +7,7 @@ whose corners are (-1, -1) (top left) and (1, 1).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -44,9 +45,15 @@ class MeshLabels:
 
     def to(self, device: torch.device | str) -> MeshLabels:
         """The same labels on another device."""
+        return self._map(lambda value: value.to(device, non_blocking=True))
+
+    def clone(self) -> MeshLabels:
+        """The same labels in memory of their own."""
+        return self._map(torch.clone)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> MeshLabels:
         given = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved = {name: value.to(device, non_blocking=True) for name, value in given.items() if value is not None}
-        return replace(self, **moved)
+        return replace(self, **{name: function(value) for name, value in given.items() if value is not None})
 
 
 def fit_weak_perspective(points: Tensor, image_points: Tensor, weights: Tensor | None = None) -> Tensor:

@@ -38,6 +38,12 @@ PROTOCOLS = {
             "after a similarity transform; the labels of its evaluation set are dummies, scores come from the official "
             "truth",
         ),
+        Protocol(
+            "hand", "hand",
+            "hands with true labels: 21 joints, of the prediction regressed from the mesh, of the truth as labelled, "
+            "and the mesh; MPJPE and MPVPE relative to the wrist, PA-MPJPE and PA-MPVPE after a similarity transform; "
+            "joints over samples with 3D joints, the mesh over samples with hand parameters",
+        ),
     )
 }  # fmt: skip
 

@@ -23,7 +23,8 @@ class EvalSettings:
         checkpoint: a checkpoint of this project, or the name of shipped weights, or with `model` a released one.
         data: "synthetic" for people that were never used in training, beside the mean mesh as baseline; or the YAML
             file of a TSV data set.
-        protocol: of a TSV data set: "h36m-p2" (the default), "3dpw" or "freihand". Synthetic people have their own.
+        protocol: of a TSV data set: "h36m-p2" (the default), "3dpw", "freihand" or "hand". Synthetic people have
+            their own.
         compat: "published" crops, and takes means, as the released code does.
         processes: with compat, of how many processes' results the plain mean is taken; of those that run by default.
         network: what the checkpoint does not say of its network. Its body model also makes the true vertices.

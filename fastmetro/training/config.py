@@ -35,7 +35,7 @@ class DataConfig:
         workers: processes that read ahead, for each process of the training.
         pixels: where images are rotated, resized and coloured: in the "worker", or on the "device".
         eval_file: YAML file of the data set that evaluations run on; synthetic images where None.
-        protocol: by which they do: "h36m-p2", "3dpw", "freihand".
+        protocol: by which they do: "h36m-p2", "3dpw" or "hand".
     """
 
     files: tuple[Path, ...] = ()

@@ -20,6 +20,8 @@ SHOWN = 4
 def batch_picture(network: nn.Module, batch: Batch, mesh: Mesh, count: int = SHOWN) -> np.ndarray:
     """Three rows of pictures: the images, the recovered meshes on them and, where there are any, the true ones.
 
+    Meshes are drawn on the batch's device: their shadows take hundreds of small depth maps.
+
     Args:
         network: in evaluation mode.
         batch: whose first ``count`` images are shown.
@@ -55,8 +57,8 @@ def _drawn(
     pictures = []
     for number, image in enumerate(pixels):
         if (there is None or there[number]) and bool((vertices[number].isfinite()).all()):
-            camera = OrthographicCamera.from_weak_perspective(cameras[number].cpu(), side=image.shape[0])
-            picture = overlay(image, vertices[number].cpu().numpy(), faces, camera)
+            camera = OrthographicCamera.from_weak_perspective(cameras[number], side=image.shape[0])
+            picture = overlay(image, vertices[number], faces, camera)
         else:
             picture = to_image(as_picture(image))
         pictures.append(np.asarray(picture))

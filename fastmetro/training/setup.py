@@ -77,7 +77,8 @@ class Setup:
             if data.protocol == "freihand":
                 raise ValueError(
                     "data.protocol must be another than 'freihand' while training: the labels of FreiHAND's evaluation "
-                    "set are dummies; give eval_count 0, and score the weights with `fastmetro eval --truth`"
+                    "set are dummies; give eval_count 0, and score the weights with `fastmetro eval --truth`. Protocol "
+                    "'hand' measures sets with true labels"
                 )
             Measure(self.mesh, find_protocol(data.protocol), self.device)
             TsvSource(data.eval_file)

@@ -60,12 +60,12 @@ class Batches(Protocol):
         """
 
 
-@dataclass(frozen=True)
+@dataclass
 class SyntheticBatches:
-    """Synthetic images, made on the device; no two steps share one.
+    """Synthetic images, made on the device, on a GPU beside the step before; no two steps share one.
 
     Attributes:
-        people: makes them.
+        people: makes them; may write each batch over the one before.
         batch_size: of all processes together.
         device: of the images.
         world: the processes that share a batch; each makes its own part.
@@ -78,6 +78,9 @@ class SyntheticBatches:
     world: World = field(default_factory=World)
     overfit: int = 0
 
+    def __post_init__(self) -> None:
+        self._beside = _Beside(self.device) if self.device.type == "cuda" else None
+
     def indices(self, step: int) -> Tensor:
         """int64, the samples of this process in a step."""
         count = self.batch_size // self.world.size
@@ -87,8 +90,11 @@ class SyntheticBatches:
 
     def __call__(self, step: int) -> Batch:
         """See :class:`Batches`."""
-        batch = self.people(self.indices(step))
-        return Batch(_channels_last(normalize_images(batch.images)), batch.labels)
+        return self._make(step) if self._beside is None else self._beside(lambda: self._make(step))
+
+    def _make(self, step: int) -> Batch:
+        made = self.people(self.indices(step))
+        return Batch(_channels_last(normalize_images(made.images)), made.labels.clone())
 
 
 class TsvBatches:

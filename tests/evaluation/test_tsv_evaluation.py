@@ -321,8 +321,36 @@ def test_hands(tmp_path: Path) -> None:
     assert result.joints[:, 0].abs().max() < 1e-6
 
 
+def test_hands_with_true_labels(tmp_path: Path) -> None:
+    """Joints against those of the rows, vertices against those of the hand parameters, both from the wrist."""
+    source, mesh = data_set(tmp_path / "data", "hand", count=5), made_up_mesh("mano")
+    truth = GroundTruth(mesh, body_model("mano", tmp_path)).double()
+    found = evaluate_tsv(
+        lambda images: predict(images)[:, :778], source, truth, mesh, PROTOCOLS["hand"], CPU, batch_size=2, size=32
+    ).errors.means()
+    from fastmetro.data.tsv.dataset import TsvDataset
+
+    dataset = TsvDataset(source, "hand", size=32)
+    labels = truth(dataset.collate([dataset[row] for row in range(5)]))
+    regressor = mesh.joint_regressor.toarray().astype(float)
+    distances: dict[str, list[float]] = {"mpjpe": [], "mpvpe": []}
+    for row in range(5):
+        vertices = predict(torch.from_numpy(dataset[row].image)[None])[0, :778].double().numpy()
+        for name, there, ours, given, wrist in (
+            ("mpjpe", labels.has_joints_3d, regressor @ vertices, labels.joints_3d[row, :, :3], np.eye(21)[0]),
+            ("mpvpe", labels.has_vertices, vertices, labels.vertices[row], regressor[0]),
+        ):
+            true = given.double().numpy()
+            if there[row]:
+                distances[name] += np.linalg.norm(ours - wrist @ ours - (true - wrist @ true), axis=1).tolist()
+    assert (len(distances["mpjpe"]), len(distances["mpvpe"])) == (4 * 21, 4 * 778)
+    for name, values in distances.items():
+        assert found[name] == pytest.approx(1000 * np.mean(values), rel=1e-6)
+    assert 0 < found["pa_mpjpe"] <= found["mpjpe"] and 0 < found["pa_mpvpe"] <= found["mpvpe"]
+
+
 def test_errors_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"protocol must be one of 'h36m-p2', '3dpw', 'freihand', got 'x'"):
+    with pytest.raises(ValueError, match=r"protocol must be one of 'h36m-p2', '3dpw', 'freihand', 'hand', got 'x'"):
         find_protocol("x")
     with pytest.raises(ValueError, match="'freihand' is for a hand, mesh 'smpl' is a body"):
         Measure(made_up_mesh("smpl"), PROTOCOLS["freihand"], CPU)

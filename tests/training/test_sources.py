@@ -17,13 +17,14 @@ import torch
 from tsv_cases import cell, jpeg, label, write_set
 
 from fastmetro.data.ground_truth import GroundTruth, ground_truth
-from fastmetro.data.synthetic.dataset import SyntheticPeople
+from fastmetro.data.synthetic.capture import CapturedPeople
+from fastmetro.data.synthetic.dataset import SyntheticBatch, SyntheticPeople, normalize_images
 from fastmetro.data.tsv.dataset import TsvDataset
 from fastmetro.data.tsv.rows import encode_image
 from fastmetro.data.tsv.source import TsvSource
 from fastmetro.distributed import World
 from fastmetro.meshes.mesh import Mesh, load_mesh
-from fastmetro.training.sources import Batch, SourceFailed, TsvBatches, _dead_workers, make_sampler
+from fastmetro.training.sources import Batch, SourceFailed, SyntheticBatches, TsvBatches, _dead_workers, make_sampler
 
 SIZE = 32
 CPU = torch.device("cpu")
@@ -191,6 +192,26 @@ def test_labels_are_in_the_networks_order(tmp_path: Path, mesh: Mesh) -> None:
     assert (labels.joints_3d[..., 3] == 0).all()  # of the hips one has no confidence in these rows
 
 
+def test_synthetic_batches_stay_as_they_were(mesh: Mesh) -> None:
+    """What makes them may write each over the one before, as a captured generator does."""
+    people, place = SyntheticPeople(mesh, 3, SIZE, photographs=False), []
+
+    def in_place(indices: torch.Tensor) -> SyntheticBatch:
+        made = people(indices)
+        if not place:
+            place.append(made)
+        place[0].images.copy_(made.images)
+        for name, value in vars(made.labels).items():
+            if value is not None:
+                getattr(place[0].labels, name).copy_(value)
+        return place[0]
+
+    batches, plain = SyntheticBatches(in_place, 4, CPU), SyntheticBatches(people, 4, CPU)
+    kept = [batches(step) for step in range(3)]
+    for step, batch in enumerate(kept):
+        assert_same(batch, plain(step))
+
+
 def test_errors(tmp_path: Path, mesh: Mesh) -> None:
     with pytest.raises(ValueError, match="one share per file, got 2 for 1 files"):
         source(mesh, [tables(tmp_path, 3)], shares=(1.0, 2.0))
@@ -218,3 +239,21 @@ def test_batches_are_made_beside_a_busy_device(tmp_path: Path, mesh: Mesh, pixel
         expected = alone(step)
         torch.testing.assert_close(images.cpu(), expected.images, rtol=0, atol=0.06)
         torch.testing.assert_close(joints.cpu(), expected.labels.joints_3d)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("captured", [False, True])
+def test_synthetic_batches_are_made_beside_a_busy_device(mesh: Mesh, captured: bool) -> None:
+    device = torch.device("cuda")
+    people = SyntheticPeople(mesh, 3, SIZE, photographs=False).to(device)
+    busy = SyntheticBatches(CapturedPeople(people, 12) if captured else people, 12, device)
+    kept = []
+    for step in range(12):
+        batch = busy(step)
+        torch.cuda._sleep(20_000_000)  # some 10 ms
+        kept.append((batch.images * 1, batch.labels.vertices * 1))
+        del batch  # its memory may be taken for the next one
+    for step, (images, vertices) in enumerate(kept):
+        expected = people(busy.indices(step))
+        assert torch.equal(vertices, expected.labels.vertices)
+        assert torch.equal(images, normalize_images(expected.images))

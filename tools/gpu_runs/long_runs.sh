@@ -9,8 +9,8 @@ source "$(dirname "$0")/common.sh"
 RUNS=out/long_runs
 [[ ${AGAIN:-} ]] && rm -rf "$RUNS"
 mkdir -p "$RUNS"
-LAST=50 # seconds for the checkpoint, in the last call for the report on 1,000 images, for curves and packing
-read -ra more <<<"${MORE:---fused --compile-model --capture-step}"
+LAST=40 # seconds for the checkpoint, in the last call for the report on 1,000 images, for curves and packing
+read -ra more <<<"${MORE:---fused --compile-model --compile-images --capture-step}"
 read -ra more_s <<<"${MORE_S:-}"
 read -ra more_l <<<"${MORE_L:-}"
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
@@ -21,7 +21,7 @@ train() { # GPU NAME MODEL OPTION...
   # A checkpoint of half a gigabyte every 500 steps takes time; one is written at the end.
   CUDA_VISIBLE_DEVICES=$1 step "train_$2" $(($(left) - 15)) "$PY" -m fastmetro train configs/synthetic.yaml \
     --model "$3" --output "$RUNS/$2" --total-seconds "${TOTAL:-1400}" --max-seconds $(($(left) - LAST)) \
-    --steps 400000 --save-every 1000000 --log-every 100 --eval-every 1500 --commit "$COMMIT" \
+    --steps 400000 --save-every 1000000 --log-every 100 --eval-every 2500 --commit "$COMMIT" \
     "${more[@]}" "${@:4}" "${resume[@]}"
 }
 
