@@ -260,8 +260,8 @@ def test_bad_arguments_are_named(mesh, people):
         CapturedPeople(people, 4)
 
 
-def test_pixel_work_is_whole_graphs_that_hash_no_arange(mesh, people):
-    """Inductor would turn ``arange * constant`` into a 32-bit index, too narrow for the constants of the hash."""
+def traced_people(mesh):
+    """People whose work per pixel is traced as if it were compiled, and the graphs that this makes."""
     graphs = []
 
     def backend(graph, _):
@@ -270,6 +270,12 @@ def test_pixel_work_is_whole_graphs_that_hash_no_arange(mesh, people):
 
     traced = SyntheticPeople(mesh, seed=3, size=SIZE, photographs=False)
     traced._parts = PixelParts().compiled(backend)
+    return traced, graphs
+
+
+def test_pixel_work_is_whole_graphs_that_hash_no_arange(mesh, people):
+    """Inductor would turn ``arange * constant`` into a 32-bit index, too narrow for the constants of the hash."""
+    traced, graphs = traced_people(mesh)
     for first in (0, 4, 8):  # the first batch is drawn plainly: it fills the plan
         indices = torch.arange(first, first + 2)
         assert torch.equal(traced(indices).images, people(indices).images)
@@ -279,21 +285,24 @@ def test_pixel_work_is_whole_graphs_that_hash_no_arange(mesh, people):
     assert aranges and all(abs(constant) < 2**31 for constant in constants)
 
 
-def test_compiled_parts_serve_people_of_other_seeds(mesh):
+def test_compiled_parts_serve_people_of_other_seeds(mesh, people):
     """Nothing of one set is in a compiled program: another one with images of that size takes it as it is."""
-    graphs = []
-
-    def backend(graph, _):
-        graphs.append(graph)
-        return graph.forward
-
-    parts = PixelParts().compiled(backend)
-    for seed in (3, 2**40):
-        plain, traced = (SyntheticPeople(mesh, seed, size=SIZE, photographs=False) for _ in range(2))
-        traced._parts = parts
+    first, graphs = traced_people(mesh)
+    other, plain = (SyntheticPeople(mesh, 2**40, size=SIZE, photographs=False) for _ in range(2))
+    other._parts = first._parts
+    for traced, expected in ((first, people), (other, plain)):
         for _ in range(2):
-            assert torch.equal(traced(torch.arange(2)).images, plain(torch.arange(2)).images)
-    assert len(graphs) == len(parts)
+            assert torch.equal(traced(torch.arange(2)).images, expected(torch.arange(2)).images)
+    assert len(graphs) == len(PixelParts())
+
+
+def test_compiled_parts_take_any_number_of_images(mesh, people):
+    """Synthetic images among rows of data sets are a few more or less in each batch: not a program for each number."""
+    traced, graphs = traced_people(mesh)
+    for count in (2, *range(2, 13)):
+        indices = torch.arange(count)
+        assert torch.equal(traced(indices).images, people(indices).images)
+    assert len(graphs) == 2 * len(PixelParts())
 
 
 @pytest.mark.gpu

@@ -64,5 +64,5 @@ class PixelParts(NamedTuple):
 
     def compiled(self, backend: str | Callable[..., object] = "inductor") -> PixelParts:
         """Each of them compiled on its own."""
-        parts: list[Any] = [torch.compile(part, fullgraph=True, dynamic=False, backend=backend) for part in self]
+        parts: list[Any] = [torch.compile(part, fullgraph=True, backend=backend) for part in self]
         return PixelParts(*parts)
