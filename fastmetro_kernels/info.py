@@ -43,6 +43,9 @@ OPS = {
 }
 """The public ops: the operator whose presence tells of native kernels (if there are any), and the backends."""
 
+CUDA_OPERATORS = {"topology_attention": "attention_forward_cuda"}
+"""Where the native kernels of CUDA tensors are of another operator."""
+
 SIMD_LEVELS = ("baseline", "avx2", "avx512")
 """Values of the environment variable FASTMETRO_SIMD (`csrc/common/simd.h`)."""
 
@@ -67,7 +70,8 @@ def backend_reasons(op: str, backend: str, device: torch.device) -> list[str]:
     if op in ("convolution", "fused_linear", "decoder_tail") and backend == "native":
         return backends.hopper_reasons(OPS[op][0], device, torch.float16)
     if backend == "native":
-        return backends.native_reasons(OPS[op][0], device)
+        operator = CUDA_OPERATORS.get(op, OPS[op][0]) if device.type == "cuda" else OPS[op][0]
+        return backends.native_reasons(operator, device)
     if device.type == "cuda" and not torch.cuda.is_available():
         return ["no CUDA device is visible"]
     return []

@@ -105,6 +105,14 @@ def test_info_reports_every_backend_of_every_op() -> None:
     assert torch.__version__.split("+")[0] in report
 
 
+def test_info_asks_for_operators_that_have_cuda_kernels() -> None:
+    """Without a GPU here, what it would say there can be wrong unseen."""
+    sources = "".join(path.read_text() for path in (ROOT / "csrc").rglob("*.cu"))
+    for op, (operator, names) in info.OPS.items():
+        if "native" in names:
+            assert f'm.impl("{info.CUDA_OPERATORS.get(op, operator)}"' in sources, op
+
+
 @pytest.mark.parametrize(
     "operator", ["attention_forward_native", "attention_backward_native", "upsample_native", "rasterize_native"]
 )

@@ -216,6 +216,8 @@ class TrainConfig:
         if self.batch_size % self.accumulate:
             sizes = f"{self.batch_size} and {self.accumulate}"
             raise ValueError(f"batch_size must be a multiple of accumulate, got {sizes}")
+        if self.data.files and self.capture_images:
+            raise ValueError("capture_images is of synthetic images alone and does not go with data.files: give --no-capture-images")
         if self.data.files and self.overfit:
             raise ValueError("overfit repeats synthetic images and does not go with data.files")
         if self.epochs is not None and not self.data.files:

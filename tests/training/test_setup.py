@@ -137,6 +137,7 @@ def test_the_regressor_of_parameters_is_trained_on_top_of_a_body_network(publish
         (["--schedule", "step"], "drop_at must be shares between 0 and 1"),
         (["--batch-size", "3", "--accumulate", "2"], "batch_size must be a multiple of accumulate, got 3 and 2"),
         (["--capture-step"], "capture_step needs a CUDA device"),
+        (["--data.files", "absent.yaml", "--capture-images"], "capture_images is of synthetic images alone"),
         (["--data.files", "absent.yaml"], "data set 'absent.yaml' does not exist"),
         (["--data.eval-file", "absent.yaml", "--data.protocol", "x"], "protocol must be one of 'h36m-p2'"),
         (
