@@ -157,7 +157,9 @@ def open_world(device: str = "auto") -> Iterator[tuple[World, torch.device]]:
         raise ValueError(f"device must be 'cpu', 'cuda' or 'auto' under torchrun, got {device!r}")
     chosen = find_device(device)
     if size == 1:
-        yield World(), chosen
+        # CUDA graphs are captured on a stream of the current device, whatever the tensors are on.
+        with torch.cuda.device(chosen) if chosen.type == "cuda" else contextlib.nullcontext():
+            yield World(), chosen
         return
     if chosen.type == "cuda":
         local = int(os.environ.get("LOCAL_RANK", "0"))

@@ -23,7 +23,7 @@ from fastmetro.evaluation.settings import SYNTHETIC, EvalSettings
 from fastmetro.evaluation.synthetic import SYNTHETIC_COUNT, evaluate_synthetic, format_report
 from fastmetro.evaluation.tsv import MILLIMETRES, Evaluation, Predict, body_of, evaluate_tsv
 from fastmetro.files import check_output
-from fastmetro.inference.pretrained import load_pretrained
+from fastmetro.inference.pretrained import load_pretrained, trained_size
 from fastmetro.meshes.mesh import Mesh
 from fastmetro.meshes.smpl import SMPL
 from fastmetro.models import FastMETRO
@@ -72,11 +72,11 @@ def run_evaluation(settings: EvalSettings) -> dict[str, float]:
         # A gigabyte and a half for a moment, in the one process that scores, and before the long work.
         official = _official_truth(settings.truth, settings.data, len(source)) if world.first else None
         model = load_network(settings).to(device).eval()
-        truth = _truth(settings, protocol, model.mesh).double().to(device)
+        truth, size = _truth(settings, protocol, model.mesh).double().to(device), trained_size(settings.checkpoint)
         results = []
         for what, predict in _outputs(settings, model, device).items():
             evaluation = evaluate_tsv(
-                predict, source, truth, model.mesh, protocol, device, world=world, workers=settings.workers,
+                predict, source, truth, model.mesh, protocol, device, world=world, workers=settings.workers, size=size,
                 batch_size=settings.images_at_once, count=settings.count, compat=settings.compat is not None,
                 progress=True,
             )  # fmt: skip
@@ -200,7 +200,7 @@ def _synthetic(settings: EvalSettings) -> dict[str, float]:
         model: nn.Module = load_network(settings).to(device).eval()
         report = evaluate_synthetic(
             model, count, device=device, mesh=model.mesh,  # type: ignore[arg-type]
-            batch_size=settings.images_at_once, progress=True, world=world,
+            batch_size=settings.images_at_once, size=trained_size(settings.checkpoint), progress=True, world=world,
         )  # fmt: skip
         errors = {name: float(str(report[name])) for name in ("mpjpe", "pa_mpjpe", "mpvpe")}
         if world.first:

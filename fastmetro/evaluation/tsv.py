@@ -16,6 +16,7 @@ from fastmetro.data.labels import MeshLabels
 from fastmetro.data.tsv import TsvSource
 from fastmetro.data.tsv.batch import TsvBatch
 from fastmetro.data.tsv.dataset import SkippedRow, TsvDataset, TsvSample
+from fastmetro.data.tsv.loader import prepare_worker
 from fastmetro.distributed import World
 from fastmetro.evaluation.metrics import pa_mpjpe, point_error, root_position
 from fastmetro.evaluation.outputs import check_vertices, fine_vertices
@@ -205,8 +206,9 @@ def _read(
     numbered = _Numbered(dataset)
     # With a generator of its own: else it would draw from the one that a training's dropout goes on with.
     loader = DataLoader(
-        numbered, batch_sampler=batches, num_workers=workers, collate_fn=numbered.collate, generator=torch.Generator()
-    )
+        numbered, batch_sampler=batches, num_workers=workers, collate_fn=numbered.collate,
+        worker_init_fn=prepare_worker, generator=torch.Generator(),
+    )  # fmt: skip
     return iter(tqdm(loader, disable=not progress, desc="evaluating"))
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from fastmetro.data.limits import MAX_IMAGE_SIZE, MIN_IMAGE_SIZE
 from fastmetro.meshes.mesh import Mesh, load_mesh
 from fastmetro.models import FastMETRO, create_model
 from fastmetro.models.checkpoints import load_checkpoint, weights_record
@@ -98,14 +99,34 @@ def load_pretrained(checkpoint: str | Path, *, model: FastMETRO | None = None, a
     return model.eval()
 
 
-def _options(record: dict[str, str]) -> dict[str, Any]:
-    """For ``create_model``, from the settings of the training, which older files lack some of."""
+def trained_size(checkpoint: str | Path) -> int:
+    """Side in pixels of the images that a checkpoint's network was trained on; 224 where the file does not say.
+
+    Raises:
+        ValueError: the file says something else than a size of images.
+    """
+    path = SHIPPED.get(str(checkpoint), Path(checkpoint))
+    size = _settings(weights_record(path) if path.is_file() else {}).get("image_size", 224)
+    if not isinstance(size, int) or not MIN_IMAGE_SIZE <= size <= MAX_IMAGE_SIZE:
+        limits = f"{MIN_IMAGE_SIZE} to {MAX_IMAGE_SIZE}"
+        raise ValueError(f"the record of the weights must have an image_size of {limits}, got {size!r}")
+    return size
+
+
+def _settings(record: dict[str, str]) -> dict[str, Any]:
+    """Of the training, which older files lack some of."""
     try:
         settings = json.loads(record.get("config", "{}"))
     except ValueError:
         settings = None
     if not isinstance(settings, dict):
         raise ValueError("the record of the weights has settings that are not JSON")
+    return settings
+
+
+def _options(record: dict[str, str]) -> dict[str, Any]:
+    """For ``create_model``."""
+    settings = _settings(record)
     options = {name: settings[name] for name in ("backbone", "upsampling", "masking") if settings.get(name) is not None}
     published = settings.get("compat") == "published"
     return {**options, "smpl_head": settings.get("stage") == "smpl", "smpl_compat": published}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from fastmetro.compat import Compat
+from fastmetro.data.limits import MAX_IMAGE_SIZE, MIN_IMAGE_SIZE
 from fastmetro.training.export import ExportDtype
 from fastmetro.training.losses import LossWeights
 from fastmetro.training.losses.smpl_stage import SMPLStageWeights
@@ -57,8 +58,8 @@ class DataConfig:
             raise ValueError(
                 f"data.shares must be one share per file, got {len(self.shares)} for {len(self.files)} files"
             )
-        if any(not share > 0 for share in self.shares):
-            raise ValueError(f"data.shares must be positive, got {self.shares}")
+        if any(not 0 < share < math.inf for share in self.shares):
+            raise ValueError(f"data.shares must be positive and finite, got {self.shares}")
 
 
 @dataclass(frozen=True)
@@ -198,6 +199,11 @@ class TrainConfig:
         for name in ("epochs", "total_seconds", "max_seconds"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.epochs == math.inf:
+            raise ValueError("epochs must be finite, got inf")
+        if not MIN_IMAGE_SIZE <= self.image_size <= MAX_IMAGE_SIZE:
+            limits = f"between {MIN_IMAGE_SIZE} and {MAX_IMAGE_SIZE} pixels"
+            raise ValueError(f"image_size must lie {limits}, got {self.image_size}")
         for name in ("overfit", "eval_every", "eval_every_epochs", "eval_count"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
@@ -216,8 +222,10 @@ class TrainConfig:
         if self.batch_size % self.accumulate:
             sizes = f"{self.batch_size} and {self.accumulate}"
             raise ValueError(f"batch_size must be a multiple of accumulate, got {sizes}")
-        if self.data.files and self.capture_images:
-            raise ValueError("capture_images is of synthetic images alone and does not go with data.files: give --no-capture-images")
+        for name in ("capture_images", "compile_images"):
+            if self.data.files and getattr(self, name):
+                option = f"--no-{name.replace('_', '-')}"
+                raise ValueError(f"{name} is of synthetic images alone and does not go with data.files: give {option}")
         if self.data.files and self.overfit:
             raise ValueError("overfit repeats synthetic images and does not go with data.files")
         if self.epochs is not None and not self.data.files:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastmetro.files import replacing
 
@@ -17,6 +17,17 @@ ExportDtype = Literal["bfloat16", "float32"]
 """Of matrices and convolutions in a file."""
 SHIPPED_BYTES = 16 * 2**20
 """Weights inside the package may not be larger."""
+
+
+def weights_bytes(model: nn.Module, dtype: ExportDtype) -> int:
+    """What the weights take in a file, without its header."""
+    return sum(value.numel() * _written(value, dtype).itemsize for value in model.state_dict().values())
+
+
+def _written(value: Tensor, dtype: ExportDtype) -> torch.dtype:
+    if not value.is_floating_point() or value.ndim < 2:
+        return value.dtype
+    return torch.bfloat16 if dtype == "bfloat16" else torch.float32
 
 
 def export_weights(
@@ -47,13 +58,11 @@ def export_weights(
 
     if dtype not in get_args(ExportDtype):
         raise ValueError(f"dtype must be one of {', '.join(map(repr, get_args(ExportDtype)))}, got {dtype!r}")
-    matrices = torch.bfloat16 if dtype == "bfloat16" else torch.float32
     tensors = {}
     for name, value in model.state_dict().items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise ValueError(f"{name} holds values that are not finite; nothing was written to {path}")
-        is_matrix = value.is_floating_point() and value.ndim >= 2
-        tensors[name] = value.detach().to("cpu", matrices if is_matrix else value.dtype).contiguous()
+        tensors[name] = value.detach().to("cpu", _written(value, dtype)).contiguous()
     metadata = {name: value if isinstance(value, str) else json.dumps(value) for name, value in record.items()}
     with replacing(Path(path)) as temporary:
         try:

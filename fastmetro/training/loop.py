@@ -12,13 +12,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from fastmetro.distributed import World, open_world
 from fastmetro.evaluation.synthetic import HELD_OUT_SEED
 from fastmetro.files import check_output, locked, replacing
 from fastmetro.models.checkpoints import load_checkpoint, weights_record
 from fastmetro.training.config import TrainConfig
-from fastmetro.training.export import SHIPPED_BYTES, export_weights
+from fastmetro.training.export import SHIPPED_BYTES, export_weights, weights_bytes
 from fastmetro.training.kernel_choice import kernel_choice
 from fastmetro.training.setup import Setup
 from fastmetro.training.state import TrainState
@@ -53,6 +54,7 @@ def train(config: TrainConfig) -> dict[str, object]:
         world.by_first(lambda: _check_files(config))
         torch.manual_seed(config.seed)
         setup = Setup(config, world, device)
+        _check_export(config, setup.model)
         with contextlib.ExitStack() as stack:
             world.by_first(lambda: stack.enter_context(locked(Path(config.output))))
             trainer = Trainer(
@@ -70,9 +72,20 @@ def _check_files(config: TrainConfig) -> None:
     """Before the first folder is made and hours are spent."""
     if config.export is not None:
         check_output(Path(config.export), "export")
+    if config.output.exists() and not config.output.is_dir():
+        raise ValueError(f"output must be a folder, got the file {config.output}")
     checkpoint = Path(config.output) / "checkpoint.pt"
     if config.resume and not checkpoint.is_file():
         raise FileNotFoundError(f"no checkpoint to resume from at {checkpoint}")
+
+
+def _check_export(config: TrainConfig, model: nn.Module) -> None:
+    """Before the training, that its weights are not too large for a file inside the package."""
+    if config.export is not None and (size := weights_bytes(model, config.written_dtype)) > SHIPPED_BYTES:
+        raise ValueError(
+            f"export is for weights of up to {SHIPPED_BYTES} bytes, these take {size} in {config.written_dtype}; "
+            "weights.safetensors in output has no such limit"
+        )
 
 
 def _check_world(config: TrainConfig, world: World, device: torch.device) -> None:

@@ -160,9 +160,16 @@ class Trainer:
         finally:
             # A graph with collectives in it must go before the process group: NCCL waits for it forever.
             self._run_step = self.step
-            if self.board is not None:
-                self.board.close()
+            self._close_board()
         return self.progress >= 1.0
+
+    def _close_board(self) -> None:
+        """What TensorBoard lacks in the end is not worth a training, or the message of what ended it."""
+        if self.board is not None:
+            try:
+                self.board.close()
+            except OSError as error:
+                print(f"fastmetro: the file for TensorBoard is not complete: {error}", file=sys.stderr)
 
     def _loop(self, bar: Any) -> None:
         config, state, first = self.config, self.state, True
@@ -187,8 +194,9 @@ class Trainer:
                 self._write_evaluation(bar)
                 mark = time.monotonic()
             if state.step % config.save_every == 0:  # after the evaluation, which else would be lost if it is killed
-                mark = self._report(mark, bar)
+                self._report(mark, bar)
                 self._save()
+                mark = time.monotonic()
         self._report(mark, bar)
         self._save()
 
@@ -307,7 +315,15 @@ class Trainer:
         if self.evaluate is None:
             return
         self.world.share_state(self.state.average.model)  # statistics of batch norms are each process's own
-        metrics = self.evaluate(self.state.average.model)
+        try:
+            metrics = self.evaluate(self.state.average.model)
+        except (OSError, RuntimeError, ValueError) as error:  # the training's own state is whole
+            if self.world.size > 1:
+                raise
+            if self._stop:
+                return  # the signal went to the evaluation's workers, too; the loop ends, and saves
+            self._save()
+            raise TrainingFailed(f"the evaluation failed: {error}; {self._last_good()}") from error
         with self._writing():
             self._write_metrics(metrics, bar)
 

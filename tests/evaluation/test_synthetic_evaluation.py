@@ -126,3 +126,19 @@ def test_training_on_captured_images_is_training_on_images(tmp_path):
         train(TrainConfig(output=output, precision="fp32", capture_images=capture, learning_rate=1e-5, **common))
         logs.append([float(row.split(",")[6]) for row in (output / "log.csv").read_text().splitlines()[1:]])
     assert logs[0] == pytest.approx(logs[1], rel=0.02)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_any_gpu_trains_from_graphs(tmp_path):
+    """A graph is captured on a stream of the current device: on another one it would stay empty."""
+    logs = []
+    for device in ("cuda:0", "cuda:1"):
+        output = tmp_path / device
+        train(
+            TrainConfig(
+                output=output, device=device, batch_size=4, steps=6, eval_count=0, photographs=False, image_size=64,
+                log_every=1, precision="fp32", capture_images=True, capture_step=True, learning_rate=1e-5,
+            )
+        )  # fmt: skip
+        logs.append([float(row.split(",")[6]) for row in (output / "log.csv").read_text().splitlines()[1:]])
+    assert logs[0] == pytest.approx(logs[1], rel=0.02) and len(set(logs[1])) == 6

@@ -14,7 +14,7 @@ from PIL import Image
 from fastmetro.cli import main
 from fastmetro.evaluation import synthetic
 from fastmetro.inference import demo
-from fastmetro.inference.pretrained import SHIPPED, load_pretrained, weights_record
+from fastmetro.inference.pretrained import SHIPPED, load_pretrained, trained_size, weights_record
 from fastmetro.meshes.mesh import load_mesh
 from fastmetro.training.export import SHIPPED_BYTES
 
@@ -32,6 +32,19 @@ def test_shipped_weights_fit_and_say_how_they_were_made() -> None:
     assert int(record["samples"]) > 10**6 and record["commit"]
     config = json.loads(record["config"])
     assert config["seed"] != synthetic.HELD_OUT_SEED and config["image_size"] == 224
+
+
+def test_checkpoints_say_which_images_they_were_trained_on(tmp_path: Path) -> None:
+    assert trained_size("fastmetro-compact") == trained_size(tmp_path / "released.bin") == 224
+    from safetensors.numpy import save_file
+
+    for config, size in (('{"image_size": 64}', 64), ('{"image_size": "64"}', None), ('{"image_size": 9999}', None)):
+        save_file({"x": np.zeros(1)}, tmp_path / "w.safetensors", {"config": config})
+        if size is not None:
+            assert trained_size(tmp_path / "w.safetensors") == size
+        else:
+            with pytest.raises(ValueError, match="must have an image_size of 16 to 4096, got"):
+                trained_size(tmp_path / "w.safetensors")
 
 
 def test_published_report_is_of_the_shipped_weights() -> None:

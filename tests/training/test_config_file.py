@@ -36,12 +36,12 @@ def test_losses_of_the_shipped_configurations_are_the_published_ones() -> None:
 def test_values_of_every_kind_and_overriding(tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
     path.write_text(
-        "steps: 7\nlearning_rate: 1.0e-5\ncompile_images: true\nphotographs: false\nexport: null\nbackbone: resnet50\n"
+        "steps: 7\nlearning_rate: 1.0e-5\ntensorboard: true\nphotographs: false\nexport: null\nbackbone: resnet50\n"
         "data:\n  files: [a.yaml, b c.yaml]\n  shares: [1, 2.5]\nloss:\n  centred: true\n"
     )
-    config = parsed(path, "--steps", "9", "--data.files", "d.yaml", "e.yaml", "--no-compile-images")
+    config = parsed(path, "--steps", "9", "--data.files", "d.yaml", "e.yaml", "--no-tensorboard")
     assert config.steps == 9 and config.learning_rate == 1e-5 and config.backbone == "resnet50"
-    assert not config.compile_images and not config.photographs and config.export is None
+    assert not config.tensorboard and not config.photographs and config.export is None
     assert config.data.files == (Path("d.yaml"), Path("e.yaml")) and config.data.shares == (1.0, 2.5)
     assert config.loss.centred
     assert parsed(path).data.files == (Path("a.yaml"), Path("b c.yaml"))

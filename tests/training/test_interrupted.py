@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -121,6 +122,63 @@ def test_a_run_that_is_killed_in_an_evaluation_repeats_it(tmp_path: Path) -> Non
     assert again.state.step == 4  # not 8, behind which nobody would look back
     again.evaluate = lambda network: {"pa_mpjpe": 7.0}
     assert again.run() and [row["step"] for row in rows(tmp_path) if row["pa_mpjpe"]] == ["8"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError("gone.tsv: no such file"), RuntimeError("DataLoader worker (pid 7) is killed"), ValueError("no row")],
+)
+def test_an_evaluation_that_fails_keeps_every_step(tmp_path: Path, error: Exception) -> None:
+    def failing(network: object) -> dict[str, float]:
+        raise error
+
+    trainer = small(tmp_path, eval_every=6)
+    trainer.evaluate = failing
+    with pytest.raises(TrainingFailed, match=f"the evaluation failed: {re.escape(str(error))}; the last good state"):
+        trainer.run()
+    again = small(tmp_path, eval_every=6, resume=True)
+    assert again.state.step == 6 and again.run()
+
+
+def test_a_signal_that_ends_an_evaluation_ends_the_run_with_everything_saved(tmp_path: Path) -> None:
+    """It goes to the workers of the evaluation, too, where it goes to all processes of a job."""
+
+    def stopped(network: object) -> dict[str, float]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated. ")
+
+    trainer = small(tmp_path, eval_every=6)
+    trainer.evaluate = stopped
+    assert not trainer.run()
+    assert small(tmp_path, eval_every=6, resume=True).state.step == 6
+
+
+def test_a_board_that_cannot_be_closed_hides_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Full:
+        def scalars(self, *arguments: object) -> None: ...
+
+        def close(self) -> None:
+            raise OSError(28, "No space left on device")
+
+    trainer = small(tmp_path / "whole")
+    trainer.board = Full()  # type: ignore[assignment]
+    assert trainer.run() and "TensorBoard is not complete: [Errno 28]" in capsys.readouterr().err
+    trainer = small(tmp_path / "failing", lambda step: (_ for _ in ()).throw(SourceFailed("no batch")))
+    trainer.board = Full()  # type: ignore[assignment]
+    with pytest.raises(TrainingFailed, match="no batch"):
+        trainer.run()
+
+
+def test_saving_is_no_time_of_stepping(tmp_path: Path) -> None:
+    trainer = small(tmp_path)
+    save = trainer.state.save
+
+    def slow(*arguments) -> None:
+        time.sleep(0.5)
+        save(*arguments)
+
+    trainer.state.save = slow
+    assert trainer.run() and trainer.state.seconds < 1.0  # three saves before its last report
 
 
 def small(output: Path, source=None, **options) -> Trainer:

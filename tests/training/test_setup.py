@@ -138,6 +138,11 @@ def test_the_regressor_of_parameters_is_trained_on_top_of_a_body_network(publish
         (["--batch-size", "3", "--accumulate", "2"], "batch_size must be a multiple of accumulate, got 3 and 2"),
         (["--capture-step"], "capture_step needs a CUDA device"),
         (["--data.files", "absent.yaml", "--capture-images"], "capture_images is of synthetic images alone"),
+        (["--data.files", "x.yaml", "--compile-images"], "data.files: give --no-compile-images"),
+        (["--data.files", "x.yaml", "--epochs", "inf"], "epochs must be finite, got inf"),
+        (["--image-size", "8"], "image_size must lie between 16 and 4096 pixels, got 8"),
+        (["--data.files", "x.yaml", "--data.shares", "inf"], "data.shares must be positive and finite, got (inf,)"),
+        (["--export", "x.safetensors", "--export-dtype", "float32"], "export is for weights of up to 16777216 bytes"),
         (["--data.files", "absent.yaml"], "data set 'absent.yaml' does not exist"),
         (["--data.eval-file", "absent.yaml", "--data.protocol", "x"], "protocol must be one of 'h36m-p2'"),
         (

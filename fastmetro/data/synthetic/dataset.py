@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastmetro.data.counter_random import CounterRandom, StreamPlan
 from fastmetro.data.labels import MeshLabels, fit_weak_perspective
+from fastmetro.data.limits import MAX_IMAGE_SIZE, MIN_IMAGE_SIZE
 from fastmetro.data.synthetic.appearance import clothing_thickness, sample_outfit
 from fastmetro.data.synthetic.camera import View, sample_orientation, sample_view
 from fastmetro.data.synthetic.degradation import noise_tile
@@ -80,8 +81,8 @@ class SyntheticPeople(nn.Module):
         super().__init__()
         if mesh.faces is None or mesh.joint_regressor is None:
             raise ValueError("mesh must have faces, to be rendered, and a joint regressor")
-        if not 16 <= size <= 4096:
-            raise ValueError(f"size must lie between 16 and 4096 pixels, got {size}")
+        if not MIN_IMAGE_SIZE <= size <= MAX_IMAGE_SIZE:
+            raise ValueError(f"size must lie between {MIN_IMAGE_SIZE} and {MAX_IMAGE_SIZE} pixels, got {size}")
         self.seed, self.size, self.compile_images = seed, size, compile_images
         self.sampler = BodySampler(mesh)
         self._plan = StreamPlan()
@@ -160,12 +161,20 @@ class SyntheticPeople(nn.Module):
 
     def _draw(self, rng: CounterRandom, normals: Tensor, raster: RasterOutput) -> Tensor:
         """Everything per pixel: a pure function of (seed, indices) and the visible surface."""
-        # The first batch fills the plan of random streams, so what is compiled is the program of all later ones.
-        parts = self._parts if self._planned_on == rng.device else PixelParts()
+        if self._planned_on != rng.device:
+            # The first batch fills the plan of random streams, so what is compiled is the program of all later ones.
+            images = self._draw_by(PixelParts(), rng, normals, raster)
+            self._planned_on = rng.device
+            if self._parts == PixelParts():
+                return images
+            # Drawn again: a training that goes on has to see the bits of one that was not stopped.
+            rng = CounterRandom(self.seed, rng.indices, self._plan)
+        return self._draw_by(self._parts, rng, normals, raster)
+
+    def _draw_by(self, parts: PixelParts, rng: CounterRandom, normals: Tensor, raster: RasterOutput) -> Tensor:
         person = parts.draw_person(rng, self.region_fields, normals, self.faces, raster)
         background = parts.draw_background(rng, parts.noise_grids(rng), self.tiles, self.size)
         image = parts.draw_scene(rng, person, raster.face_index >= 0, background, self.tiles)
-        self._planned_on = rng.device
         return parts.photograph(image, rng, self.noise_tile)
 
 

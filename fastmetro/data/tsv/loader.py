@@ -92,7 +92,7 @@ def make_loader(
         num_workers=workers,
         collate_fn=dataset.collate if slots is None else _Collate(dataset, slots),
         pin_memory=pin_memory,
-        worker_init_fn=_prepare_worker,
+        worker_init_fn=prepare_worker,
         prefetch_factor=READ_AHEAD if workers else None,
         multiprocessing_context=start_method if workers else None,
         persistent_workers=workers > 0,
@@ -111,7 +111,7 @@ class _Collate:
         return self.slots.write(lambda empty: self.dataset.collate(items, empty))
 
 
-def _prepare_worker(worker: int) -> None:
+def prepare_worker(worker: int) -> None:
     """OpenCV would start as many threads in each worker as the machine has cores.
 
     What Ctrl-C and torchrun send to the whole group is for the training: it saves, and ends its workers. So they get
