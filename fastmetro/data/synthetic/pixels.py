@@ -1,7 +1,7 @@
 """From the visible surface of a person to an image: the work per pixel, in parts that can be compiled one by one.
 
 Parts end where the next one reads a pixel together with its neighbours, or many times over: there an image has to be in
-memory anyway. Compiled as one program they would take twice as long to compile.
+memory anyway. As one program they take longer to compile.
 """
 
 from __future__ import annotations
