@@ -45,13 +45,14 @@ class MeshLabels:
 
     def to(self, device: torch.device | str) -> MeshLabels:
         """The same labels on another device."""
-        return self._map(lambda value: value.to(device, non_blocking=True))
+        return self.map(lambda value: value.to(device, non_blocking=True))
 
     def clone(self) -> MeshLabels:
         """The same labels in memory of their own."""
-        return self._map(torch.clone)
+        return self.map(torch.clone)
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> MeshLabels:
+    def map(self, function: Callable[[Tensor], Tensor]) -> MeshLabels:
+        """The labels with every tensor that is there changed."""
         given = {field.name: getattr(self, field.name) for field in fields(self)}
         return replace(self, **{name: function(value) for name, value in given.items() if value is not None})
 

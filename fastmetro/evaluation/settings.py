@@ -74,6 +74,8 @@ class EvalSettings:
             self._check_freihand()
         if self.data == SYNTHETIC:
             self._check_synthetic()
+        if self.male_model is not None and self.network.body_model is None:
+            raise ValueError("male_model and female_model need body_model, the neutral model, too")
 
     def _check_synthetic(self) -> None:
         """What is of TSV data sets alone would be ignored."""

@@ -74,18 +74,20 @@ class Measure:
         mesh: of the network.
         protocol: see :mod:`fastmetro.evaluation.protocols`.
         device: where it is computed.
+        compat: joints of no confidence count, as in the released code. Else a sample counts only where all its joints
+            have some: what stands in place of the others may be anything.
 
     Raises:
         ValueError: a mesh of the other kind, or without joint regressor.
     """
 
-    def __init__(self, mesh: Mesh, protocol: Protocol, device: torch.device) -> None:
+    def __init__(self, mesh: Mesh, protocol: Protocol, device: torch.device, compat: bool = False) -> None:
         if mesh.part != protocol.kind:
             kinds = f"is for a {protocol.kind}, mesh {mesh.name!r} is a {mesh.part}"
             raise ValueError(f"protocol {protocol.name!r} {kinds}")
         if mesh.joint_regressor is None:
             raise ValueError(f"mesh {mesh.name!r} has no joint regressor")
-        self.protocol, self.roots = protocol, mesh.root_joints
+        self.protocol, self.roots, self.compat = protocol, mesh.root_joints, compat
         self.regressor = torch.from_numpy(mesh.joint_regressor.toarray()).to(device, torch.float64)
         pelvis = mesh.regressors["h36m"][:1] if "h36m" in mesh.regressors else None
         self.pelvis = None if pelvis is None else torch.from_numpy(pelvis.toarray()).to(device, torch.float64)
@@ -108,7 +110,10 @@ class Measure:
             "mpvpe": point_error(predicted - self.origin(predicted), truth - self.origin(truth)),
             "pa_mpvpe": pa_mpjpe(predicted, truth),
         }
-        flags = {"has_joints": labels.has_joints_3d.cpu(), "has_vertices": labels.has_vertices.cpu()}
+        known = labels.has_joints_3d
+        if not self.compat and labels.joints_3d.shape[-1] == 4:
+            known = known & (labels.joints_3d[..., 3] > 0).all(dim=1)
+        flags = {"has_joints": known.cpu(), "has_vertices": labels.has_vertices.cpu()}
         return SampleErrors(rows=rows, **{n: (MILLIMETRES * v).cpu() for n, v in values.items()}, **flags)
 
     def hand(self, vertices: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,7 +156,7 @@ def evaluate_tsv(
         workers: processes that read ahead.
         size: side of the images.
         count: only the first so many rows; None: all of them.
-        compat: crop as the released code does.
+        compat: crop as the released code does, and count joints of no confidence.
         progress: show a bar in the first process.
 
     Raises:
@@ -161,7 +166,7 @@ def evaluate_tsv(
     """
     _check_numbers(batch_size, workers, count)
     world = world or World()
-    measure = Measure(mesh, protocol, device)
+    measure = Measure(mesh, protocol, device, compat)
     dataset = TsvDataset(source, protocol.kind, size=size, compat="published" if compat else None)
     rows = range(len(source) if count is None else min(len(source), count))
     batches = [list(rows[first : first + batch_size]) for first in range(0, len(rows), batch_size)]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import operator
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields, replace
-from typing import Any, Literal
+from dataclasses import fields
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +22,6 @@ Precision = Literal["bf16", "fp16", "fp32"]
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _WARM_UPS = 3
 Network = Callable[[Tensor], Mapping[str, Tensor]]
-
-
-def map_labels(labels: MeshLabels, change: Callable[[Tensor], Tensor]) -> MeshLabels:
-    """The labels with every tensor that is there changed."""
-    found = {field.name: getattr(labels, field.name) for field in fields(labels)}
-    changed: dict[str, Any] = {name: change(value) for name, value in found.items() if isinstance(value, Tensor)}
-    return replace(labels, **changed)
 
 
 class TrainingStep:
@@ -113,8 +106,10 @@ class TrainingStep:
             counts = self.world.sum(self.objective.counts(labels)) / self.world.size
         total: Tensor | None = None
         for part in range(self.accumulate):
-            place = slice(part * len(images) // self.accumulate, (part + 1) * len(images) // self.accumulate)
-            loss, values = self._forward(images[place], map_labels(labels, operator.itemgetter(place)), counts)
+            # Every so manyth: samples of one data set lie side by side, and batch norms should see all sets.
+            place = slice(part, None, self.accumulate)
+            chosen = images if self.accumulate == 1 else images[place].contiguous(memory_format=torch.channels_last)
+            loss, values = self._forward(chosen, labels.map(operator.itemgetter(place)), counts)
             self.scaler.scale(loss).backward()
             total = values if total is None else total + values
         assert total is not None
@@ -159,7 +154,7 @@ class CapturedStep:
         self.names = step.names
         self._step = step  # the graph works in the memory of its weights, and does not keep them
         self._images = images.clone(memory_format=torch.preserve_format)
-        self._labels = map_labels(labels, Tensor.clone)
+        self._labels = labels.clone()
         self._mine = _by_name(self._images, self._labels)
         dtypes = {tensor.dtype for tensor in self._mine.values()}
         self._alike = [[name for name, tensor in self._mine.items() if tensor.dtype == one] for one in dtypes]

@@ -137,6 +137,23 @@ def test_image_names_stay_below_their_folder(tmp_path: Path) -> None:
     assert report.skipped == [("../secret.jpg", "image outside of the folder: ../secret.jpg")]
 
 
+def test_folders_may_be_links_to_other_disks(tmp_path: Path) -> None:
+    path = annotations(tmp_path, 2, imgname=np.array(["disk/1.jpg", str(tmp_path / "other" / "1.jpg")]))
+    (tmp_path / "images" / "b").rename(tmp_path / "other")
+    (tmp_path / "images" / "disk").symlink_to(tmp_path / "other")
+    report = build_data(path, tmp_path / "images", tmp_path / "t")
+    assert report.rows == 1 and [why.split(":")[0] for _, why in report.skipped] == ["image outside of the folder"]
+
+
+def test_joints_without_any_confidence_are_none(tmp_path: Path) -> None:
+    points, part = np.ones((2, 24, 4)), np.ones((2, 24, 3))
+    points[0, :, 3] = part[1, :, 2] = 0
+    build_data(annotations(tmp_path, 2, S=points, part=part), tmp_path / "images", tmp_path / "t")
+    labels = [parse_label(TsvSource(tmp_path / "t.yaml").row(row).label, "body") for row in range(2)]
+    assert [bool(label.has_joints_3d) for label in labels] == [False, True]
+    assert [bool(label.has_joints_2d) for label in labels] == [True, False]
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [

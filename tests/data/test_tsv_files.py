@@ -63,16 +63,36 @@ def test_an_index_that_is_missing_or_wrong_is_made_anew(tmp_path: Path, index: s
     assert lineidx.read_text() == right
 
 
-def test_an_index_that_is_wrong_in_the_middle_is_named(tmp_path: Path) -> None:
+def test_an_index_of_rows_that_have_changed_places_is_made_again(tmp_path: Path) -> None:
+    """The size and the last line are still right."""
+    path = write(tmp_path / "x.tsv")
+    *lines, last = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*reversed(lines), last]))
+    assert content(TsvFile(path)) == [*reversed(ROWS[:-1]), ROWS[-1]]
+    assert content(TsvFile(path)) == content(TsvFile(path))
+
+
+def test_an_index_that_is_wrong_in_the_middle_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files_module, "_LOOKED_AT", 1)
     path = write(tmp_path / "x.tsv")
     starts = (tmp_path / "x.lineidx").read_text().split()
-    starts[1] = str(int(starts[1]) + 1)
+    starts[2] = str(int(starts[2]) + 1)
     (tmp_path / "x.lineidx").write_text("\n".join(starts))
     file = TsvFile(path)
-    for number in (0, 1):
+    for number in (1, 2):
         with pytest.raises(ValueError, match=rf"row {number}: x.lineidx does not fit; delete it"):
             file.row(number)
     assert file.row(3) == [b"c"]
+
+
+def test_a_row_that_an_index_cuts_off_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files_module, "_LOOKED_AT", 1)
+    path = write(tmp_path / "x.tsv")
+    starts = [int(start) for start in (tmp_path / "x.lineidx").read_text().split()]
+    starts[2] -= 1
+    (tmp_path / "x.lineidx").write_text("\n".join(map(str, starts)))
+    with pytest.raises(ValueError, match=r"row 1: x.lineidx does not fit"):
+        TsvFile(path).row(1)
 
 
 def test_rows_over_several_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

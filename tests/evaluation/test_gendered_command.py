@@ -10,6 +10,7 @@ from test_tsv_evaluation import body_model, data_set, made_up_mesh, predict
 
 from fastmetro.cli import main
 from fastmetro.evaluation import command
+from fastmetro.evaluation.settings import EvalSettings
 from fastmetro.models.config import FastMETROConfig
 
 
@@ -38,3 +39,9 @@ def test_the_report_tells_whose_models_made_the_truth(
     line = "true vertices by the model of each sample's gender (neutral without): female 4, neutral 2"
     assert line in capsys.readouterr().out.splitlines()
     assert main(arguments) == 0 and "each sample's gender" not in capsys.readouterr().out
+
+
+def test_gendered_models_are_not_ignored() -> None:
+    """Human3.6M needs no body model, and would be measured without these."""
+    with pytest.raises(ValueError, match="male_model and female_model need body_model"):
+        EvalSettings(data="x.yaml", protocol="h36m-p2", male_model=Path("m.pkl"), female_model=Path("f.pkl"))

@@ -20,6 +20,7 @@ from fastmetro.cli import main
 from fastmetro.data.ground_truth import GroundTruth
 from fastmetro.data.labels import fit_weak_perspective
 from fastmetro.data.tsv import TsvSource
+from fastmetro.data.tsv.dataset import TsvDataset
 from fastmetro.data.tsv.rows import encode_image
 from fastmetro.distributed import open_world
 from fastmetro.evaluation.protocols import PROTOCOLS, find_protocol
@@ -100,8 +101,6 @@ def expected_errors(source: TsvSource, mesh: Mesh, model: SMPL) -> dict[str, np.
     """mpjpe, pa_mpjpe, mpvpe of every row, from the files' own numbers."""
     import json
 
-    from fastmetro.data.tsv.dataset import TsvDataset
-
     dataset = TsvDataset(source, "body", size=32)
     regressor, h36m = mesh.joint_regressor.toarray().astype(float), mesh.regressors["h36m"].toarray().astype(float)
     found: dict[str, list[float]] = {"mpjpe": [], "pa_mpjpe": [], "mpvpe": []}
@@ -137,7 +136,6 @@ def test_errors_against_numpy(tmp_path: Path) -> None:
 def test_the_truth_has_no_errors(tmp_path: Path) -> None:
     mesh, model = made_up_mesh("smpl"), body_model("smpl", tmp_path)
     truth, source = GroundTruth(mesh, model), data_set(tmp_path / "data")
-    from fastmetro.data.tsv.dataset import TsvDataset
 
     dataset = TsvDataset(source, "body", size=32)
     batch = dataset.collate([dataset[row] for row in range(7)])
@@ -153,7 +151,6 @@ def test_truth_by_gender(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     mesh, neutral, female = made_up_mesh("smpl"), body_model("smpl", tmp_path), body_model("smpl", tmp_path / "other")
     female.skinning.template.mul_(1.1)
-    from fastmetro.data.tsv.dataset import TsvDataset
 
     dataset = TsvDataset(data_set(tmp_path / "data"), "body", size=32)
     batch = dataset.collate([dataset[row] for row in range(4)])
@@ -168,7 +165,6 @@ def test_truth_by_gender(tmp_path: Path) -> None:
 
 def test_unknown_genders_are_named_once(tmp_path: Path) -> None:
     """Where bodies are chosen by gender; else nobody needs to know."""
-    from fastmetro.data.tsv.dataset import TsvDataset
 
     mesh, model = made_up_mesh("smpl"), body_model("smpl", tmp_path)
     dataset = TsvDataset(data_set(tmp_path / "data"), "body", size=32)
@@ -311,7 +307,6 @@ def test_hands(tmp_path: Path) -> None:
     )
     assert result.joints is not None and result.joints.shape == (5, 21, 3)
     assert result.vertices is not None and result.vertices.shape == (5, 778, 3)
-    from fastmetro.data.tsv.dataset import TsvDataset
 
     dataset = TsvDataset(source, "hand", size=32)
     for row in range(5):
@@ -328,7 +323,6 @@ def test_hands_with_true_labels(tmp_path: Path) -> None:
     found = evaluate_tsv(
         lambda images: predict(images)[:, :778], source, truth, mesh, PROTOCOLS["hand"], CPU, batch_size=2, size=32
     ).errors.means()
-    from fastmetro.data.tsv.dataset import TsvDataset
 
     dataset = TsvDataset(source, "hand", size=32)
     labels = truth(dataset.collate([dataset[row] for row in range(5)]))
@@ -397,3 +391,19 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "go together" in capsys.readouterr().err
     assert main(["eval", "--data", "absent.yaml", "--device", "cpu"]) == 1
     assert "absent.yaml" in capsys.readouterr().err
+
+
+def test_samples_with_joints_of_no_confidence_count_as_published_only(tmp_path: Path) -> None:
+    """What stands in place of such a joint may be anything, as zeros do in sets that are labelled in part."""
+    mesh, truth = made_up_mesh("smpl"), GroundTruth(made_up_mesh("smpl"), body_model("smpl", tmp_path)).double()
+    source = data_set(tmp_path / "data", count=2)
+    dataset = TsvDataset(source, "body", size=32)
+    labels = truth(dataset.collate([dataset[row] for row in range(2)]))
+    joints = labels.joints_3d.clone()
+    joints[1, 4, 3] = 0
+    labels = replace(labels, joints_3d=joints)
+    rows, vertices = torch.arange(2), labels.vertices.float()
+    assert labels.has_joints_3d.all()
+    for compat, counted in ((False, [True, False]), (True, [True, True])):
+        measure = Measure(mesh, PROTOCOLS["3dpw"], CPU, compat)
+        assert measure(rows, vertices, labels).has_joints.tolist() == counted

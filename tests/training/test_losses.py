@@ -107,6 +107,8 @@ def test_no_labelled_sample_gives_zero_and_confidence_weighs_joints():
     loss = masked_l1(prediction, torch.zeros(2, 4, 2), torch.tensor([True, True]), confidence)
     expected = (prediction[0, 0].abs().sum() + 0.5 * prediction[1, 1].abs().sum()) / 3
     torch.testing.assert_close(loss, expected)
+    loss = masked_l1(prediction, torch.zeros(2, 4, 2), torch.tensor([True, True]), 0.1 * confidence)
+    torch.testing.assert_close(loss, expected)  # a mean also where the weights do not sum to 1
 
 
 def test_autocast_does_not_reach_the_loss(device):

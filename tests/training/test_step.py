@@ -41,6 +41,16 @@ def test_parts_of_a_batch_give_the_gradient_of_the_whole(accumulate: int) -> Non
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-6, atol=1e-9)
 
 
+def test_parts_have_samples_of_all_sources() -> None:
+    """In a batch those of each lie side by side, and batch norms see a part."""
+    step, seen = make(accumulate=3), []
+    forward = step.network
+    step.network = lambda images: (seen.append(images.clone()), forward(images))[1]
+    images, labels = batch(0)
+    step(images, labels)
+    assert len(seen) == 3 and all(torch.equal(part, images[number::3]) for number, part in enumerate(seen))
+
+
 def test_values_are_named_and_true() -> None:
     step = make()
     images, labels = batch(0)

@@ -155,8 +155,9 @@ def _label(arrays: dict[str, np.ndarray], row: int, kind: Kind) -> dict[str, Any
         "3d_joints": value("S"),
         "pose": value("pose"),
         "betas": value("shape"),
-        "has_2d_joints": int("part" in arrays),
-        "has_3d_joints": int("S" in arrays),
+        # Where all joints are placeholders without confidence, the sample has none.
+        "has_2d_joints": int("part" in arrays and arrays["part"][row][:, -1].any()),
+        "has_3d_joints": int("S" in arrays and arrays["S"][row][:, -1].any()),
         # What is not finite stays: parse_label refuses the row and says why.
         "has_smpl": int(has_smpl) if math.isfinite(has_smpl) else has_smpl,
         "gender": _text(arrays["gender"][row]) if "gender" in arrays else "none",
@@ -188,7 +189,9 @@ def _image(folder: Path, key: str) -> tuple[bytes, dict[str, int]]:
 def _bytes(folder: Path, key: str) -> bytes:
     """Of an image file below the folder."""
     path = folder / key
-    if not path.resolve().is_relative_to(folder.resolve()):
+    # Names below the folder are taken by their words: it may hold links to other disks.
+    elsewhere = Path(key).is_absolute() and not path.resolve().is_relative_to(folder.resolve())
+    if elsewhere or ".." in Path(key).parts:
         raise BadRow("image outside of the folder", key)
     if not path.is_file():
         raise BadRow("missing image", str(path))

@@ -24,7 +24,8 @@ def masked_l1(prediction: Tensor, target: Tensor, valid: Tensor, confidence: Ten
     if confidence is not None:
         weight = weight * confidence.to(prediction.dtype)
     goal = torch.where(weight.unsqueeze(-1) > 0, target, prediction.detach())
-    return weighted_l1_sum(prediction, goal, weight) / (weight.sum() * prediction.shape[-1]).clamp_min(1.0)
+    total = weight.sum() * prediction.shape[-1]
+    return weighted_l1_sum(prediction, goal, weight) / (total + (total == 0))
 
 
 def weighted_l1_sum(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
