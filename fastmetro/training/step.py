@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from fastmetro.cuda_graphs import capture, warm_up
 from fastmetro.data.labels import MeshLabels
 from fastmetro.distributed import World
 from fastmetro.models.backbones.half_weights import gradient_of, kept_weights, refresh_half_weights
@@ -20,7 +21,6 @@ from fastmetro.training.optimizer import ClippedAdamW
 
 Precision = Literal["bf16", "fp16", "fp32"]
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_WARM_UPS = 3
 Network = Callable[[Tensor], Mapping[str, Tensor]]
 
 
@@ -159,19 +159,14 @@ class CapturedStep:
         dtypes = {tensor.dtype for tensor in self._mine.values()}
         self._alike = [[name for name, tensor in self._mine.items() if tensor.dtype == one] for one in dtypes]
         before = _Snapshot(step)
-        side = torch.cuda.Stream(step.device)
-        side.wait_stream(torch.cuda.current_stream(step.device))
-        with torch.cuda.stream(side):
-            for _ in range(_WARM_UPS):
-                step(self._images, self._labels)
-        torch.cuda.current_stream(step.device).wait_stream(side)
+        warm_up(self._run, step.device)
         step.optimizer.zero_grad(set_to_none=True)
-        self._graph = torch.cuda.CUDAGraph()
-        # Other threads, NCCL's and the one that pins batches, go on with calls that no capture may hold.
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            self._values = step(self._images, self._labels)
+        self._graph, self._values = capture(self._run, step.device)
         before.restore(step)
         self._kept = kept_weights(step.parameters)
+
+    def _run(self) -> Tensor:
+        return self._step(self._images, self._labels)
 
     def __call__(self, images: Tensor, labels: MeshLabels) -> Tensor:
         """As :meth:`TrainingStep.__call__`; the next call overwrites what is returned.

@@ -18,10 +18,10 @@ gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
 train() { # GPU NAME MODEL OPTION...
   local resume=()
   [[ -f $RUNS/$2/checkpoint.pt ]] && resume=(--resume)
-  # A checkpoint of half a gigabyte every 500 steps takes time; one is written at the end.
+  # A checkpoint of half a gigabyte every 500 steps takes time; a few are for a run that breaks off.
   CUDA_VISIBLE_DEVICES=$1 step "train_$2" $(($(left) - 15)) "$PY" -m fastmetro train configs/synthetic.yaml \
     --model "$3" --output "$RUNS/$2" --total-seconds "${TOTAL:-1400}" --max-seconds $(($(left) - LAST)) \
-    --steps 400000 --save-every 1000000 --log-every 100 --eval-every 2500 --commit "$COMMIT" \
+    --steps 400000 --save-every 7500 --log-every 100 --eval-every 2500 --commit "$COMMIT" \
     "${more[@]}" "${@:4}" "${resume[@]}"
 }
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastmetro.cuda_graphs import capture, warm_up
 from fastmetro.data.synthetic.dataset import SyntheticBatch, SyntheticPeople
-
-_WARM_UPS = 3
 
 
 class CapturedPeople:
@@ -24,15 +23,11 @@ class CapturedPeople:
             raise ValueError(f"people must be on a CUDA device to be captured, it is on {device}")
         self._people = people  # the graph reads its tables, and does not keep them
         self._indices = torch.arange(batch_size, device=device)
-        side = torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):
-            for _ in range(_WARM_UPS):
-                people(self._indices)
-        torch.cuda.current_stream(device).wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):  # other threads may go on using CUDA
-            self._batch = people(self._indices)
+        warm_up(self._make, device)
+        self._graph, self._batch = capture(self._make, device)
+
+    def _make(self) -> SyntheticBatch:
+        return self._people(self._indices)
 
     def __call__(self, indices: Tensor) -> SyntheticBatch:
         """The samples ``indices``, int64 [batch_size]."""
