@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastmetro.inference.images import CROP_SIZE, crop_window, cut_crop, load_image, to_input
+from fastmetro.inference.images import crop_window, cut_crop, load_image, to_input
 from fastmetro.inference.prediction import Prediction
-from fastmetro.inference.pretrained import load_pretrained
+from fastmetro.inference.pretrained import load_pretrained, trained_size
 from fastmetro.models import FastMETRO
 
 
@@ -30,9 +30,13 @@ class Predictor:
         attention: Backend of the decoder's self-attention, as in :func:`fastmetro.create_model`.
         device: Where to run; the first GPU by default.
 
+    Attributes:
+        crop_size: side of the crops in pixels, that of the images which the network was trained on; 224 (paper,
+            Section 4.1) where the checkpoint does not say.
+
     Raises:
         FileNotFoundError: the checkpoint is neither a file nor a known name.
-        ValueError: the checkpoint does not fit the network; the message lists the differences.
+        ValueError: the checkpoint does not fit the network, with the differences, or names no size of images.
     """
 
     def __init__(
@@ -43,6 +47,7 @@ class Predictor:
         attention: str = "auto",
         device: str | torch.device | None = None,
     ) -> None:
+        self.crop_size = trained_size(checkpoint)
         self.device = torch.device(device) if device is not None else default_device()
         self.model = load_pretrained(checkpoint, model=model, attention=attention).to(self.device).eval()
         self.mesh = self.model.mesh
@@ -65,7 +70,7 @@ class Predictor:
         if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
             raise ValueError(f"image must be uint8 [H, W, 3], got {pixels.dtype} {list(pixels.shape)}")
         window = crop_window(pixels.shape[0], pixels.shape[1], box)
-        output = self.forward([cut_crop(pixels, window)])
+        output = self.forward([cut_crop(pixels, window, self.crop_size)])
         return Prediction(
             vertices=output["pred_3d_vertices_fine"][0].float().cpu().numpy(),
             joints=output["pred_3d_joints"][0].float().cpu().numpy(),
@@ -78,8 +83,8 @@ class Predictor:
 
     @torch.inference_mode()
     def forward(self, crops: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
-        """The network's outputs for crops of ``CROP_SIZE`` pixels, uint8 [224, 224, 3] each."""
+        """The network's outputs for crops, uint8 [crop_size, crop_size, 3] each."""
         for crop in crops:
-            if crop.shape != (CROP_SIZE, CROP_SIZE, 3):
-                raise ValueError(f"a crop must be [{CROP_SIZE}, {CROP_SIZE}, 3], got {list(crop.shape)}")
+            if crop.shape != (self.crop_size, self.crop_size, 3):
+                raise ValueError(f"a crop must be {[self.crop_size, self.crop_size, 3]}, got {list(crop.shape)}")
         return self.model(torch.stack([to_input(crop) for crop in crops]).to(self.device))

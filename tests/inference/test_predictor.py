@@ -12,6 +12,7 @@ from PIL import Image
 import fastmetro
 from fastmetro.cli import main
 from fastmetro.inference.batch import collect_images, result_names
+from fastmetro.inference.images import crop_window, cut_crop, to_input
 from fastmetro.inference.predictor import Predictor
 from fastmetro.inference.pretrained import load_pretrained, weights_record
 from fastmetro.models.checkpoints import CheckpointMismatch
@@ -46,6 +47,21 @@ def test_prediction_is_the_network_on_the_crop(checkpoint: Path, image: Path) ->
     np.testing.assert_array_equal(result.vertices, again.vertices)
     assert not np.array_equal(result.vertices, predictor(image).vertices)  # another crop, another mesh
     assert result.image_size == (120, 90) and result.joint_names[0] == "R_Ankle"
+
+
+def test_crops_have_the_size_of_the_training(checkpoint: Path, image: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "small.safetensors"
+    record = {"model": "fastmetro-compact", "mesh": "anny-body", "config": {"image_size": 96}}
+    model = load_pretrained(checkpoint)
+    export_weights(model, weights, record)
+    pixels = np.asarray(Image.open(image))
+    crop = cut_crop(pixels, crop_window(120, 90, None), 96)
+    with torch.inference_mode():
+        expected = model(to_input(crop)[None])["pred_3d_vertices_fine"][0]
+    predictor = Predictor(weights, device="cpu")
+    np.testing.assert_allclose(predictor(pixels).vertices, expected.numpy(), atol=1e-5)
+    with pytest.raises(ValueError, match=r"a crop must be \[96, 96, 3\], got \[224, 224, 3\]"):
+        predictor.forward([np.zeros((224, 224, 3), np.uint8)])
 
 
 def test_plain_and_fused_paths_agree(checkpoint: Path, image: Path) -> None:
