@@ -91,8 +91,8 @@ def load_pretrained(checkpoint: str | Path, *, model: FastMETRO | None = None, a
         record = weights_record(path)
         if "model" not in record or "mesh" not in record:
             raise ValueError(
-                f"{path} does not name its network, as released checkpoints do not; build it with "
-                "fastmetro.create_model(...) and pass it as model="
+                f"{path} does not name its network, as released checkpoints do not: give its name as model, on the "
+                "command line by --model, in Python what fastmetro.create_model(...) makes"
             )
         model = create_model(record["model"], mesh=record["mesh"], attention=attention, **_options(record))
     load_checkpoint(model, path)

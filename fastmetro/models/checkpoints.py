@@ -6,6 +6,7 @@ name and shape before a single value is copied.
 
 from __future__ import annotations
 
+import json
 import re
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -20,6 +21,7 @@ from fastmetro.models.backbones.resnet import ResNet50, ResNet50Trunk, accept_to
 MAX_BYTES = 4 * 2**30
 _SHOWN = 10
 _WRAPPERS = ("state_dict", "model", "model_state_dict")
+_TWICE = ("model", "average")
 _PREFIXES = ("module.", "_orig_mod.")
 
 
@@ -58,7 +60,7 @@ def load_checkpoint(model: nn.Module, path: str | Path, max_bytes: int = MAX_BYT
     Args:
         model: a network of :func:`fastmetro.create_model`, or a backbone.
         path: ``.safetensors``, or a file of ``torch.save``; its tensors may lie under "state_dict" or "model" and
-            have the prefix "module.".
+            have the prefix "module.". Of a training's checkpoint.pt the averaged weights are taken.
         max_bytes: refuse larger files.
 
     Raises:
@@ -118,14 +120,19 @@ def read_state_dict(path: str | Path, max_bytes: int = MAX_BYTES) -> dict[str, T
     return _unwrapped(loaded, path)
 
 
-def weights_record(path: Path) -> dict[str, str]:
-    """How the weights of one of our ``.safetensors`` files were made: its metadata, all strings; {} for other files.
+def weights_record(path: str | Path) -> dict[str, str]:
+    """How the weights of one of our files were made, all strings; {} for other files.
+
+    Args:
+        path: ``.safetensors``, whose metadata it is, or a training's checkpoint.pt, which has the model, mesh, settings
+            ("config"), commands and number of images ("samples").
 
     Raises:
         ValueError: the file is not readable as safetensors.
     """
+    path = Path(path)
     if path.suffix != ".safetensors":
-        return {}
+        return _training_record(path)
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -133,6 +140,28 @@ def weights_record(path: Path) -> dict[str, str]:
             return dict(file.metadata() or {})
     except SafetensorError as error:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def _training_record(path: Path) -> dict[str, str]:
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # of an old format, damaged or hostile: whoever reads its weights is told
+        return {}
+    if not _is_training(loaded):
+        return {}
+    settings = loaded["settings"]
+    made: dict[str, Any] = {name: settings[name] for name in ("model", "mesh") if name in settings}
+    made |= {"config": settings, "commands": loaded.get("commands", [])}
+    try:
+        made["samples"] = loaded.get("samples_before", 0) + loaded.get("step", 0) * settings.get("batch_size", 0)
+        return {name: value if isinstance(value, str) else json.dumps(value) for name, value in made.items()}
+    except TypeError:  # no training wrote it
+        return {}
+
+
+def _is_training(loaded: Any) -> bool:
+    """Whether it is what a training keeps to go on: it has weights twice, as they are and averaged."""
+    return isinstance(loaded, Mapping) and all(isinstance(loaded.get(name), Mapping) for name in ("settings", *_TWICE))
 
 
 def describe(state: Mapping[str, Tensor]) -> str:
@@ -219,6 +248,8 @@ def _unpacked_size(path: Path) -> int:
 
 
 def _unwrapped(loaded: Any, path: Path) -> dict[str, Tensor]:
+    if _is_training(loaded):
+        loaded = loaded["average"]  # what is evaluated and exported
     for key in _WRAPPERS:
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
             loaded = loaded[key]
