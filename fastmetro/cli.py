@@ -243,11 +243,23 @@ def _with_settings(arguments: Sequence[str]) -> list[str]:
     first, *rest = arguments or [""]
     if first == "train" and rest and rest[0].endswith((".yaml", ".yml")):
         return [first, *file_arguments(Path(rest[0]), TrainConfig), *rest[1:]]
+    if first == "train":
+        _refuse_late_settings(rest)
     return list(arguments)
 
 
+def _refuse_late_settings(arguments: Sequence[str]) -> None:
+    """Raise where a file of settings stands behind options: what it says would then override them, or be overridden."""
+    option = ""
+    for before, argument in zip(("train", *arguments), arguments, strict=False):
+        if argument.startswith("--"):
+            option = argument
+        elif argument.endswith((".yaml", ".yml")) and not (before.startswith("--") or option.startswith("--data.")):
+            raise ValueError(f"the file of settings must stand right behind `train`, got {argument} behind {option}")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command line; the return value is the exit status (2 for unusable arguments, 1 for an error)."""
+    """Run one command line; returns the exit status: 2 for unusable arguments, 1 for an error, 130 for Ctrl-C."""
     try:
         arguments = _with_settings(sys.argv[1:] if arguments is None else arguments)
         command = tyro.extras.subcommand_cli_from_dict(
@@ -257,3 +269,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, ValueError, RuntimeError) as error:
         print(f"fastmetro: error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # a training stops by itself, but for its last evaluation
+        print("fastmetro: interrupted", file=sys.stderr)
+        return 130

@@ -23,7 +23,7 @@ from fastmetro.training.export import SHIPPED_BYTES, export_weights, weights_byt
 from fastmetro.training.kernel_choice import kernel_choice
 from fastmetro.training.setup import Setup
 from fastmetro.training.state import TrainState
-from fastmetro.training.trainer import Trainer
+from fastmetro.training.trainer import Trainer, TrainingFailed
 
 
 def train(config: TrainConfig) -> dict[str, object]:
@@ -65,7 +65,10 @@ def train(config: TrainConfig) -> dict[str, object]:
                 _take_over_history(trainer.state, config.initialise)
             trainer.state.commands.append(shlex.join(["python", *sys.orig_argv[1:]]))
             finished = trainer.run()
-            return _finish(trainer, setup, finished)
+            try:
+                return _finish(trainer, setup, finished)
+            except OSError as error:
+                raise TrainingFailed(f"{error}; {trainer.last_good()}, and resuming it writes the rest") from error
 
 
 def _check_files(config: TrainConfig) -> None:
@@ -74,6 +77,7 @@ def _check_files(config: TrainConfig) -> None:
         check_output(Path(config.export), "export")
     if config.output.exists() and not config.output.is_dir():
         raise ValueError(f"output must be a folder, got the file {config.output}")
+    check_output(Path(config.output) / "checkpoint.pt", "output")
     checkpoint = Path(config.output) / "checkpoint.pt"
     if config.resume and not checkpoint.is_file():
         raise FileNotFoundError(f"no checkpoint to resume from at {checkpoint}")
@@ -154,7 +158,11 @@ def _finish(trainer: Trainer, setup: Setup, finished: bool) -> dict[str, object]
     if config.eval_count != 0:
         trainer.world.by_first(lambda: load_checkpoint(averaged, weights))
         trainer.world.share_state(averaged)
-        report = setup.report(averaged)
+        try:
+            report = setup.report(averaged)
+        except KeyboardInterrupt:
+            print(f"fastmetro: not measured; {trainer.last_good()}, and resuming it measures", file=sys.stderr)
+            raise
         if trainer.world.first:
             with replacing(Path(config.output) / "report.json") as temporary:
                 temporary.write_text(json.dumps({**record, "report": report}, indent=1, default=str) + "\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -68,8 +69,13 @@ class Setup:
         """Before hours of training, that what is measured at its end can be."""
         config, data = self.config, self.config.data
         if config.eval_count == 0:
+            given = {"data.eval_file": data.eval_file, "eval_every": config.eval_every}
+            given["eval_every_epochs"] = config.eval_every_epochs
+            if unused := [name for name, value in given.items() if value]:
+                self._say(f"eval_count is 0: nothing is measured, and {' and '.join(unused)} without effect")
             return
         if data.eval_file is not None:
+            from fastmetro.data.tsv.check import check_kind
             from fastmetro.data.tsv.source import TsvSource
             from fastmetro.evaluation.protocols import find_protocol
             from fastmetro.evaluation.tsv import Measure
@@ -81,13 +87,25 @@ class Setup:
                     "'hand' measures sets with true labels"
                 )
             Measure(self.mesh, find_protocol(data.protocol), self.device)
-            TsvSource(data.eval_file)
+            check_kind(TsvSource(data.eval_file), self._kind, "data.eval_file")
         elif self.mesh.name != SYNTHETIC_MESH:
             raise ValueError(f"mesh {self.mesh.name!r} is evaluated on data.eval_file; give one, or eval_count 0")
+
+    def _say(self, text: str) -> None:
+        if self.world.first:
+            print(f"fastmetro: {text}", file=sys.stderr)
 
     def _load_mesh(self) -> Mesh:
         data = self.config.data
         if self.config.mesh not in ("smpl", "mano"):
+            for name in ("body_model", "mesh_data"):
+                if getattr(data, name) is not None:
+                    raise ValueError(f"data.{name} goes with mesh 'smpl' or 'mano', got mesh {self.config.mesh!r}")
+            if data.files:
+                self._say(
+                    f"mesh {self.config.mesh!r} has no parameters of SMPL or MANO: of rows of data.files only joints "
+                    "count, not vertices"
+                )
             return load_mesh(self.config.mesh)
         return load_mesh(self.config.mesh, data=data.mesh_data, model_file=data.body_model)
 
@@ -151,6 +169,7 @@ class Setup:
 
     def _tsv_source(self) -> tuple[Batches, int]:
         """The batches, and how many rows there are."""
+        from fastmetro.data.tsv.check import check_kind
         from fastmetro.data.tsv.dataset import TsvDataset
         from fastmetro.data.tsv.source import TsvSource
         from fastmetro.training.sources import TsvBatches, make_sampler
@@ -163,6 +182,8 @@ class Setup:
             )
             for path in data.files
         ]  # fmt: skip
+        for part in sets:
+            check_kind(part.source, self._kind, "data.files")
         if data.synthetic_share and self._kind != "body":
             raise ValueError("data.synthetic_share must be 0 for hands: synthetic images show bodies")
         sampler = make_sampler(
@@ -224,7 +245,8 @@ class Setup:
         report: dict[str, object] = {name: errors.get(name) for name in METRICS}
         report |= {"count": count, "skipped": evaluation.skipped, "protocol": protocol}
         report["data"] = str(self.config.data.eval_file)
-        lines = [f"{protocol}: {_text(errors)}; {count} rows"]
+        left = sum(evaluation.skipped.values())
+        lines = [f"{protocol}: {_text(errors)}; {count} rows" + (f", {left} could not be used" if left else "")]
         stage = self.objective.stage
         if stage is not None:
             from fastmetro.evaluation.tsv import body_of

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -26,6 +24,7 @@ from fastmetro.training.fused import fuse_backbone, fuse_transformer
 from fastmetro.training.log import CsvLog
 from fastmetro.training.objective import Objective
 from fastmetro.training.schedule import learning_rate_factor, make_optimizer, set_learning_rate
+from fastmetro.training.signals import GracefulSignals, Interrupted
 from fastmetro.training.sources import Batch, Batches, SourceFailed
 from fastmetro.training.state import ExponentialAverage, TrainState
 from fastmetro.training.step import CapturedStep, Network, TrainingStep
@@ -111,6 +110,7 @@ class Trainer:
         self._since = self.state.step
         self._untimed = 0
         self._stop = False
+        self._signals = GracefulSignals(self._stop_soon)
         self._last: Batch | None = None
         self._failed: str | None = None
 
@@ -148,20 +148,28 @@ class Trainer:
         done = round(100 * self.progress, 1)  # time left is reckoned from what this call does
         bar = tqdm(total=100, initial=done, unit="%", bar_format=_BAR, disable=not self.world.first)
         try:
-            with self._graceful_signals(), bar:
+            with self._signals, bar:
                 self._loop(bar)
         except OSError as error:
-            raise TrainingFailed(f"a file of the run could not be written: {error}; {self._last_good()}") from error
+            raise TrainingFailed(f"a file of the run could not be written: {error}; {self.last_good()}") from error
         except RuntimeError as error:
-            # PyTorch's signal handler tells of a dead worker wherever the process is, which may be amid a step.
-            if isinstance(error, TrainingFailed) or "DataLoader worker" not in str(error):
+            if isinstance(error, TrainingFailed) or (why := self._what_ended(error)) is None:
                 raise
-            raise TrainingFailed(f"the data ended: {error}; {self._last_good()}") from error
+            raise TrainingFailed(f"{why}: {error}; {self.last_good()}") from error
         finally:
             # A graph with collectives in it must go before the process group: NCCL waits for it forever.
             self._run_step = self.step
             self._close_board()
         return self.progress >= 1.0
+
+    def _what_ended(self, error: RuntimeError) -> str | None:
+        """What an error amid a step tells of that is no mistake of the step."""
+        # PyTorch's signal handler tells of a dead worker wherever the process is.
+        if "DataLoader worker" in str(error):
+            return "the data ended"
+        if self.world.size > 1 and (isinstance(error, torch.distributed.DistError) or "onnection" in str(error)):
+            return "another process ended"
+        return None
 
     def _close_board(self) -> None:
         """What TensorBoard lacks in the end is not worth a training, or the message of what ended it."""
@@ -183,7 +191,7 @@ class Trainer:
                 self._report(mark, bar)
                 if state.step or self._saved:  # else it would only keep the folder from a start with better data
                     self._save()
-                raise TrainingFailed(f"{error}; {self._last_good()}") from error
+                raise TrainingFailed(f"{error}; {self.last_good()}") from error
             self._train_on(batch)
             if first:
                 first, mark = False, self._begin_timing()
@@ -235,7 +243,7 @@ class Trainer:
             TrainingFailed: one has.
         """
         if self.world.any(self._failed is not None, self.device):
-            raise TrainingFailed(f"{self._failed or 'another process failed, and said why'}; {self._last_good()}")
+            raise TrainingFailed(f"{self._failed or 'another process failed, and said why'}; {self.last_good()}")
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -285,7 +293,7 @@ class Trainer:
         broken = ", ".join(name for name, value in means.items() if not math.isfinite(value))
         if broken:
             raise TrainingDiverged(
-                f"not finite between steps {state.step - steps} and {state.step}: {broken}; {self._last_good()}"
+                f"not finite between steps {state.step - steps} and {state.step}: {broken}; {self.last_good()}"
             )
         timed, self._untimed = steps - self._untimed, 0
         speed = timed * self.config.batch_size / max(now - mark, 1e-9)
@@ -316,14 +324,17 @@ class Trainer:
             return
         self.world.share_state(self.state.average.model)  # statistics of batch norms are each process's own
         try:
-            metrics = self.evaluate(self.state.average.model)
+            with self._signals.interrupting(self.world.size == 1):  # others would wait for this process
+                metrics = self.evaluate(self.state.average.model)
+        except Interrupted:
+            return  # the loop ends, and saves
         except (OSError, RuntimeError, ValueError) as error:  # the training's own state is whole
             if self.world.size > 1:
                 raise
             if self._stop:
                 return  # the signal went to the evaluation's workers, too; the loop ends, and saves
             self._save()
-            raise TrainingFailed(f"the evaluation failed: {error}; {self._last_good()}") from error
+            raise TrainingFailed(f"the evaluation failed: {error}; {self.last_good()}") from error
         with self._writing():
             self._write_metrics(metrics, bar)
 
@@ -349,7 +360,8 @@ class Trainer:
         self._stop_if_failed()
         self._saved = True
 
-    def _last_good(self) -> str:
+    def last_good(self) -> str:
+        """Where a run goes on from, in words."""
         return f"the last good state is in {self.checkpoint}" if self._saved else "no state was saved"
 
     def _is_over(self) -> bool:
@@ -366,11 +378,8 @@ class Trainer:
         limit = self.config.max_seconds
         return limit is not None and self.started is not None and time.monotonic() - self.started >= limit
 
-    def _graceful_signals(self) -> _Signals:
-        def stop() -> None:
-            self._stop = True
-
-        return _Signals(stop)
+    def _stop_soon(self) -> None:
+        self._stop = True
 
 
 def _refuse_to_overwrite(output: Path) -> None:
@@ -378,28 +387,3 @@ def _refuse_to_overwrite(output: Path) -> None:
         if path.exists():
             resume = "resume it, " if (output / "checkpoint.pt").is_file() else ""
             raise FileExistsError(f"{path} would be overwritten: {resume}remove it, or choose another output")
-
-
-class _Signals:
-    """Calls ``stop`` at the first SIGINT or SIGTERM; a second one acts as usual."""
-
-    def __init__(self, stop: Callable[[], None]) -> None:
-        self._stop = stop
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._handle)
-
-    def _handle(self, number: int, frame: object) -> None:
-        self._stop()
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous = {}
-
-    def __exit__(self, *error: object) -> None:
-        self._restore()

@@ -308,3 +308,21 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     printed = capsys.readouterr()
     assert "3 rows" in printed.out and "b/1.jpg: missing image" in printed.err
     assert cli.main(["data", "check", str(tmp_path / "train.yaml")]) == 0
+
+
+@pytest.mark.parametrize("name", ["sets", "train.yaml", "train.img.tsv", "train.yml"])
+def test_out_is_the_first_part_of_names(tmp_path: Path, name: str) -> None:
+    (tmp_path / "sets").mkdir()
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=r"out must be the path and first part of names, such as sets/train, got"):
+        build_data(annotations(tmp_path / "sets"), tmp_path / "sets" / "images", tmp_path / name)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_box_that_misses_the_image_is_left_out_of_what_is_built(tmp_path: Path) -> None:
+    center = np.array([[15.0, 20.0], [1e9, 1e9], [-20.0, 20.0], [15.0, 20.0]])
+    path = annotations(tmp_path, center=center, scale=np.full(4, 0.2))
+    report = build_data(path, tmp_path / "images", tmp_path / "train")
+    assert report.rows == 2 and [key for key, _ in report.skipped] == ["b/1.jpg", "a/2.jpg"]
+    assert report.skipped[1][1] == "box misses the image: it has 40 pixels around (-20, 20), the image 30 x 42"
+    assert check_data(report.path).bad == 0

@@ -15,7 +15,7 @@ from tsv_cases import Rows, assert_equal, cell, good, jpeg, label, rows, write_s
 
 from fastmetro.data.augmentation import Draw, augment_label, cut_image, draw_samples, finish_image
 from fastmetro.data.mixing import MixedSampler, Pick, Source
-from fastmetro.data.tsv import TsvSource, decode_image, parse_label
+from fastmetro.data.tsv import TsvSource, check_data, decode_image, parse_label
 from fastmetro.data.tsv.batch import TsvBatch
 from fastmetro.data.tsv.dataset import PackedBatch, SkippedRow, TsvDataset, UnusableData, read_row
 from fastmetro.data.tsv.loader import MixedDataset, make_loader
@@ -197,10 +197,22 @@ def test_workers_share_what_was_reported(tmp_path: Path, capfd: pytest.CaptureFi
     assert bool(data._reported[3])
 
 
+def test_a_box_that_misses_the_image_is_a_bad_row(tmp_path: Path) -> None:
+    """Its 2D joints may lie so far off that one row decides the loss. As released it is a black crop."""
+    content = good(3)
+    content[1] = (content[1][0], content[1][1], cell(label(center=[1e9, 20.0])), content[1][3])
+    with pytest.warns(RuntimeWarning, match=r"row 1, .im1.: box misses the image: it has 40 pixels around .1e.09"):
+        assert dataset(tmp_path, content)[1] == SkippedRow("box misses the image")
+    assert check_data(tmp_path / "train.yaml").problems == {"box misses the image": 1}
+    published = dataset(tmp_path, content, compat="published")[1]
+    assert np.ptp(published.image, axis=(1, 2)).max() == 0
+
+
 @pytest.mark.parametrize("compat", [None, "published"])
 def test_pixels_made_on_the_device_are_the_same(tmp_path: Path, compat, device: torch.device) -> None:
     content = good(8)
-    content[3] = (content[3][0], content[3][1], cell(label(center=[900.0, 20.0])), content[3][3])  # a black crop
+    if compat:
+        content[3] = (content[3][0], content[3][1], cell(label(center=[900.0, 20.0])), content[3][3])  # a black crop
     here, there = (dataset(tmp_path, content, seed=1, compat=compat, pixels=where) for where in ("worker", "device"))
     expected, packed = here.collate(here.__getitems__(range(8))), there.collate(there.__getitems__(range(8)))
     assert isinstance(packed, PackedBatch) and packed.cuts.pixels.dtype == torch.uint8

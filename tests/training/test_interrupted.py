@@ -154,6 +154,24 @@ def test_a_signal_that_ends_an_evaluation_ends_the_run_with_everything_saved(tmp
     assert small(tmp_path, eval_every=6, resume=True).state.step == 6
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_an_evaluation_at_once(tmp_path: Path, number: signal.Signals) -> None:
+    """It may take longer than a cluster waits after its signal."""
+
+    def endless(network: object) -> dict[str, float]:
+        signal.raise_signal(number)
+        raise AssertionError("the evaluation went on")
+
+    trainer = small(tmp_path, eval_every=6)
+    trainer.evaluate = endless
+    before = signal.getsignal(number)
+    assert not trainer.run() and signal.getsignal(number) is before
+    assert trainer.log is not None
+    with trainer.log.path.open(newline="") as file:
+        assert {row["pa_mpjpe"] for row in csv.DictReader(file)} == {""}
+    assert small(tmp_path, eval_every=6, resume=True).state.step == 6
+
+
 def test_a_board_that_cannot_be_closed_hides_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     class Full:
         def scalars(self, *arguments: object) -> None: ...

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import pickle
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +155,10 @@ def test_the_regressor_of_parameters_is_trained_on_top_of_a_body_network(publish
         (["--data.files", "x.yaml", "--eval-every-epochs", "1"], "one must be 0, got 2 and 1"),
         (["--eval-every-epochs", "-1"], "eval_every_epochs must not be negative, got -1"),
         (["--backbone-weights", "absent.pth"], "no checkpoint at absent.pth"),
+        (["--data.body-model", "x.pkl"], "data.body_model goes with mesh 'smpl' or 'mano', got mesh 'anny-body'"),
+        (["--seed", "1", "configs/body.yaml"], "must stand right behind `train`, got configs/body.yaml behind --seed"),
+        (["--data.files", "a.yaml", "b.yaml"], "data set 'a.yaml' does not exist"),
+        (["--output", "/proc/no/such"], "output /proc/no/such/checkpoint.pt cannot be written"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -165,6 +171,47 @@ def test_what_does_not_fit_is_one_line(
         status = stop.code
     assert status in (1, 2) and message in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["data.files", "data.eval_file"])
+def test_hands_are_no_labels_of_a_body(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    body, hand = (str(data_set(tmp_path / kind, kind)) for kind in ("body", "hand"))
+    files = [body, hand] if name == "data.files" else [body]
+    options = ["--data.files", *files, *(["--data.eval-file", hand] if name == "data.eval_file" else [])]
+    assert main(["train", "--output", str(tmp_path / "run"), *SMALL, *options]) == 1
+    assert f"{name} must be of a body, got {hand}, whose labels are of a hand" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_has_no_effect_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = str(data_set(tmp_path / "data", "body"))
+    options = ["--data.files", data, "--data.eval-file", data, "--eval-count", "0"]
+    assert main(["train", "--output", str(tmp_path / "run"), *SMALL, *options]) == 0
+    said = capsys.readouterr().err
+    assert "eval_count is 0: nothing is measured, and data.eval_file and eval_every without effect" in said
+    assert "mesh 'anny-body' has no parameters of SMPL or MANO: of rows of data.files only joints count" in said
+
+
+def test_what_cannot_be_written_in_the_end_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = ["train", "--output", str(tmp_path / "run"), *SMALL]
+
+    def full(*arguments: object, **options: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", "weights.safetensors")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fastmetro.training.loop.export_weights", full)
+        assert main([*run, "--eval-every", "0"]) == 1
+    said = capsys.readouterr().err
+    assert "No space left" in said and "the last good state is in" in said and "resuming it writes the rest" in said
+    with monkeypatch.context() as patch:
+        patch.setattr(Setup, "report", lambda *arguments: signal.raise_signal(signal.SIGINT))
+        assert main([*run, "--eval-every", "0", "--resume"]) == 130
+    said = capsys.readouterr().err
+    assert "not measured; the last good state is in" in said and "fastmetro: interrupted" in said
+    assert not (tmp_path / "run" / "report.json").exists()
+    assert main([*run, "--eval-every", "0", "--resume"]) == 0 and (tmp_path / "run" / "report.json").is_file()
 
 
 def test_epochs_become_steps_and_pictures_are_kept(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import yaml
 from tqdm import tqdm
 
 from fastmetro.data.tsv.files import TsvWriter
-from fastmetro.data.tsv.rows import BETAS, SHAPES, BadRow, Kind, decode_image, encode_image, parse_label
+from fastmetro.data.tsv.rows import BETAS, SHAPES, BadRow, Kind, check_box, decode_image, encode_image, parse_label
 from fastmetro.files import naming, remove_unfinished, replace_all, temporary_beside
 from fastmetro.meshes.unpickle import MAX_BYTES, read_object_npz
 
@@ -62,12 +62,14 @@ def build_data(
 
     Raises:
         FileNotFoundError: no such annotations, or no folder for the result.
-        ValueError: not such a file, or an array is missing, too large, or has another type or shape; the message names
-            it.
+        ValueError: ``out`` is a folder or ends as a file does; the annotations are not such a file, or an array is
+            missing, too large, or has another type or shape; the message names it.
         OSError: a file cannot be written; the message names it.
     """
-    arrays = _read_annotations(Path(annotations), kind)
     out, folder = Path(out), Path(images)
+    if out.is_dir() or out.suffix in (".yaml", ".yml", ".tsv") or not out.name:
+        raise ValueError(f"out must be the path and first part of names, such as sets/train, got {out}")
+    arrays = _read_annotations(Path(annotations), kind)
     for name, place in (("out", out.parent), ("images", folder)):
         if not place.is_dir():
             raise FileNotFoundError(f"{name}: folder {str(place)!r} does not exist")
@@ -81,7 +83,7 @@ def build_data(
                 key = _text(arrays["imgname"][row])
                 image, size = _image(folder, key)
                 text = json.dumps([_label(arrays, row, kind)])
-                parse_label(text.encode(), kind)
+                check_box(parse_label(text.encode(), kind), size["height"], size["width"])
             except BadRow as error:
                 report.skipped.append((key, str(error)))
                 continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 from collections import Counter, deque
@@ -13,12 +14,13 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from fastmetro.data.tsv.rows import DAMAGED, SHAPES, BadRow, Kind, decode_image, parse_label, parse_size
+from fastmetro.data.tsv.rows import DAMAGED, SHAPES, BadRow, Kind, check_box, decode_image, parse_label, parse_size
 from fastmetro.data.tsv.source import TsvSource
 
 _CHUNK = 64
 _AHEAD = 4
 """Chunks that wait for each process, so that none is idle and memory stays bounded."""
+_LOOKED_AT = 100
 _FEW_ROWS = 4096
 """One process looks at them in less time than others need to start."""
 
@@ -117,6 +119,28 @@ def check_data(
     return report
 
 
+def check_kind(source: TsvSource, kind: Kind, name: str) -> None:
+    """Raise where the first rows have labels of the other kind: a set of hands for a body, or the other way round.
+
+    Args:
+        source: the data set.
+        kind: what its labels must be of.
+        name: of the setting that names it, for the message.
+
+    Raises:
+        ValueError: there is a label of the other kind in the first rows, and none of this one.
+    """
+    others: Kind = "hand" if kind == "body" else "body"
+    found = set()
+    for number in range(min(_LOOKED_AT, len(source))):
+        for one in (kind, others):
+            with contextlib.suppress(ValueError):  # a bad row, of which the reader tells
+                parse_label(source.row(number).label, one)
+                found.add(one)
+    if found == {others}:
+        raise ValueError(f"{name} must be of a {kind}, got {source.path}, whose labels are of a {others}")
+
+
 def default_workers(rows: int) -> int:
     """Processes for so many rows: one per core that this process may use; none for a few rows or on one core."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -186,5 +210,6 @@ def _usable(source: TsvSource, number: int, kind: Kind) -> _Finding:
     if row.size is not None and parse_size(row.size) != image.shape[:2]:
         height, width = parse_size(row.size)
         raise BadRow("size differs", f"hw says {height} x {width}, the image is {image.shape[0]} x {image.shape[1]}")
+    check_box(label, *image.shape[:2])
     has = {"2D joints": label.has_joints_2d, "3D joints": label.has_joints_3d, "mesh": label.has_smpl}
     return _Finding(number, problem, message, flags=tuple(name for name, there in has.items() if there))

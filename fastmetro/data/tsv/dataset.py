@@ -20,7 +20,7 @@ from fastmetro.data.augmentation.render import render_cuts
 from fastmetro.data.counter_random import CounterRandom
 from fastmetro.data.mixing import Pick
 from fastmetro.data.tsv.batch import TsvBatch
-from fastmetro.data.tsv.rows import BETAS, SHAPES, BadRow, Kind, Label, decode_image, parse_label, parse_size
+from fastmetro.data.tsv.rows import BETAS, SHAPES, BadRow, Kind, Label, check_box, decode_image, parse_label, parse_size
 from fastmetro.data.tsv.source import TsvSource
 
 Place = Literal["worker", "device"]
@@ -206,6 +206,8 @@ class TsvDataset(Dataset):
 
     def _sample(self, row: int, draw: Draw) -> TsvSample:
         key, image, label = read_row(self.source, row, self.kind, exact=self.compat is not None)
+        if self.compat is None:  # the published loaders train on a black crop
+            check_box(label, *image.shape[:2])
         crop = augment_label(label, draw, self.kind, self.size, self.compat)
         cut = cut_image(image, label.center, label.scale, draw, self.size, self.compat)
         made = cut if self.pixels == "device" else finish_image(cut, draw, self.size, self.compat)

@@ -145,6 +145,15 @@ def _array(found: dict[str, Any], key: str, shape: tuple[int, ...], exact: bool 
     return values
 
 
+def check_box(label: Label, height: int, width: int) -> None:
+    """Raise BadRow where the box of a label and its image, of that height and width in pixels, do not meet."""
+    half = 100.0 * label.scale
+    x, y = (float(value) for value in label.center)
+    if x + half <= 0 or y + half <= 0 or x - half >= width or y - half >= height:
+        box = f"{2 * half:g} pixels around ({x:g}, {y:g})"
+        raise BadRow("box misses the image", f"it has {box}, the image {width} x {height}")
+
+
 def decode_image(text: bytes, strict: bool = False) -> np.ndarray:
     """The image of a cell, upright (EXIF orientation applied): base64 of a JPEG or PNG file -> uint8 RGB [H, W, 3].
 
