@@ -179,6 +179,16 @@ def test_torchrun_ends_all_where_a_worker_of_one_dies(place: tuple[str, ...], tm
     assert torch.load(output / "checkpoint.pt", weights_only=True)["step"] >= 2
 
 
+def test_the_others_say_that_one_was_killed(tmp_path: Path) -> None:
+    """On CPUs, whose connections break; on GPUs they wait for it until torchrun kills them."""
+    output = tmp_path / "run"
+    process = torchrun(tables(tmp_path / "data", 11), output, ("cpu",))
+    os.kill(children(process.pid)[1], signal.SIGKILL)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert re.search(r"fastmetro: error: another process ended: .*; the last good state is in", said, re.DOTALL)
+
+
 @places
 def test_torchrun_stops_with_everything_saved(place: tuple[str, ...], tmp_path: Path) -> None:
     """It sends the signal to each process's whole group; the workers must not end of it, many steps before they may."""
