@@ -230,7 +230,7 @@ def create_model(
     """
     config = CONFIGS.get(name.lower())
     if config is None:
-        raise ValueError(f"name must be one of {', '.join(map(repr, CONFIGS))}, got {name!r}")
+        raise ValueError(f"model name must be one of {', '.join(map(repr, CONFIGS))}, got {name!r}")
     config = replace(
         config,
         masking=masking,

@@ -51,7 +51,7 @@ def test_a_checkpoint_stands_for_the_weights_beside_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--model", "fastmetro-xl"], "'fastmetro-compact', got 'fastmetro-xl'"),
+        (["--model", "fastmetro-xl"], "model name must be one of 'fastmetro-s'"),
         (["--mesh", "anny-hand"], "mesh must be anny-body to train on synthetic images alone, got 'anny-hand'"),
         (["--capture-images"], "capture_images needs a CUDA device, got cpu: give --no-capture-images"),
         (["--learning-rate", "0"], "learning_rate must be positive"),
