@@ -320,9 +320,9 @@ def test_out_is_the_first_part_of_names(tmp_path: Path, name: str) -> None:
 
 
 def test_a_box_that_misses_the_image_is_left_out_of_what_is_built(tmp_path: Path) -> None:
-    center = np.array([[15.0, 20.0], [1e9, 1e9], [-20.0, 20.0], [15.0, 20.0]])
+    center = np.array([[15.0, 20.0], [1e9, 1e9], [-21.0, 20.0], [15.0, 20.0]])
     path = annotations(tmp_path, center=center, scale=np.full(4, 0.2))
     report = build_data(path, tmp_path / "images", tmp_path / "train")
     assert report.rows == 2 and [key for key, _ in report.skipped] == ["b/1.jpg", "a/2.jpg"]
-    assert report.skipped[1][1] == "box misses the image: it has 40 pixels around (-20, 20), the image 30 x 42"
+    assert report.skipped[1][1] == "box misses the image: it has 40 pixels around (-21, 20), the image 30 x 42"
     assert check_data(report.path).bad == 0

@@ -6,7 +6,6 @@ import csv
 import errno
 import json
 import pickle
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -205,8 +204,12 @@ def test_what_cannot_be_written_in_the_end_loses_nothing(
         assert main([*run, "--eval-every", "0"]) == 1
     said = capsys.readouterr().err
     assert "No space left" in said and "the last good state is in" in said and "resuming it writes the rest" in said
+
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
-        patch.setattr(Setup, "report", lambda *arguments: signal.raise_signal(signal.SIGINT))
+        patch.setattr(Setup, "report", interrupted)
         assert main([*run, "--eval-every", "0", "--resume"]) == 130
     said = capsys.readouterr().err
     assert "not measured; the last good state is in" in said and "fastmetro: interrupted" in said
