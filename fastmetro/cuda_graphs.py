@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 
 _WARM_UPS = 3
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 def warm_up(work: Callable[[], object], device: torch.device) -> None:
@@ -21,7 +21,7 @@ def warm_up(work: Callable[[], object], device: torch.device) -> None:
     current.wait_stream(side)
 
 
-def capture(work: Callable[[], T], device: torch.device) -> tuple[torch.cuda.CUDAGraph, T]:
+def capture(work: Callable[[], _T], device: torch.device) -> tuple[torch.cuda.CUDAGraph, _T]:
     """Record ``work`` on a stream of its own.
 
     ``torch.cuda.graph`` records on one stream for the whole process unless it is given another, and cuBLAS has one

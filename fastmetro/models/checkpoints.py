@@ -144,6 +144,8 @@ def weights_record(path: str | Path) -> dict[str, str]:
 
 def _training_record(path: Path) -> dict[str, str]:
     try:
+        if _unpacked_size(path) > MAX_BYTES:
+            return {}
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # of an old format, damaged or hostile: whoever reads its weights is told
         return {}

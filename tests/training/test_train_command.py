@@ -27,7 +27,7 @@ def test_train_and_predict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "would be overwritten" in capsys.readouterr().err
 
 
-def test_a_checkpoint_stands_for_the_weights_beside_it(tmp_path: Path) -> None:
+def test_a_checkpoint_stands_for_the_weights_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It holds the trained weights, too, which are not what is exported."""
     run = tmp_path / "run"
     assert main(["train", "--output", str(run), "--steps", "3", "--learning-rate", "1e-2", *SMALL]) == 0
@@ -46,6 +46,8 @@ def test_a_checkpoint_stands_for_the_weights_beside_it(tmp_path: Path) -> None:
         assert record["samples"] == "8" and len(json.loads(record["commands"])) == 2
         further.append(read_state_dict(output / "weights.safetensors"))
     assert all(torch.equal(further[0][name], value) for name, value in further[1].items())
+    monkeypatch.setattr("fastmetro.models.checkpoints.MAX_BYTES", 1000)
+    assert weights_record(checkpoint) == {}  # too large to be read
 
 
 @pytest.mark.parametrize(
