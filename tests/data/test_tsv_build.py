@@ -63,6 +63,21 @@ def test_what_is_built_is_what_was_given(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("train.*.lineidx"))) == 4
 
 
+def test_rows_are_on_the_disk_while_images_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So memory does not grow with the number of rows."""
+    path, size = annotations(tmp_path), 100_000
+    written: list[int] = []
+
+    def image(folder: Path, key: str) -> tuple[bytes, dict[str, int]]:
+        written.append(sum(file.stat().st_size for file in tmp_path.iterdir() if file.suffix != ".npz"))
+        return bytes(size), {"height": 40, "width": 30}
+
+    monkeypatch.setattr(build, "_image", image)
+    build_data(path, tmp_path / "images", tmp_path / "train")
+    folders = written[0]
+    assert [round((count - folders) / (size * 4 / 3)) for count in written] == [0, 1, 2, 3]
+
+
 def test_flags_tell_what_is_there(tmp_path: Path) -> None:
     path = annotations(tmp_path, S=None, has_smpl=np.array([1, 0, 1, 0]))
     source = TsvSource(build_data(path, tmp_path / "images", tmp_path / "train").path)

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pickle
 import tempfile
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,25 @@ def test_a_last_line_without_a_line_feed(tmp_path: Path) -> None:
     path.write_text("a\t1\r\nb\t 2 ")
     assert content(TsvFile(path)) == [["a", "1"], ["b", "2"]]
     assert (tmp_path / "x.lineidx").read_text() == "0\n5\n"
+
+
+def test_a_file_larger_than_memory_is_mapped(tmp_path: Path) -> None:
+    """Two short rows, four gigabytes apart (a hole, which takes no disk)."""
+    path, far = tmp_path / "x.tsv", 1 << 32
+    with path.open("wb") as file:
+        file.write(b"a\tfirst\n")
+        file.seek(far - 1)
+        file.write(b"\nb\tlast\n")
+    (tmp_path / "x.lineidx").write_text(f"0\n8\n{far}\n")
+    tracemalloc.start()
+    try:
+        file = TsvFile(path)
+        assert (file.row(0), file.row(2)) == ([b"a", b"first"], [b"b", b"last"])
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+    with pytest.raises(ValueError, match=f"row 1: {far - 8} bytes, at most"):
+        file.row(1)
 
 
 def test_an_empty_file_has_no_rows(tmp_path: Path) -> None:

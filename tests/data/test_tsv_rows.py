@@ -65,12 +65,24 @@ def _without(key: str) -> dict[str, Any]:
         (cell(label(pose=["a"] * 72)), "wrong value", "pose must be numbers"),
         (cell(label(pose=[[1], [1, 2]])), "wrong value", "pose must be numbers"),
         (cell(label(gender=3)), "wrong value", "gender must be a text"),
+        (cell(label(center=[1.0, -2e6])), "too large", r"center must not exceed 1e\+06 in magnitude, got 2e\+06"),
+        (cell(label(**{"3d_joints": [[3e38, 0, 0, 1]] * 24})), "too large", r"3d_joints must not exceed .* got 3e\+38"),
+        (cell(label(pose=[1e25] * 72)), "too large", "pose must not exceed"),
     ],
 )
 def test_bad_labels_say_what_is_wrong(text: str, problem: str, message: str) -> None:
     with pytest.raises(BadRow, match=message) as caught:
         parse_label(text.encode(), "body")
     assert caught.value.problem == problem
+
+
+def test_what_a_file_holds_can_always_be_printed() -> None:
+    """A lone surrogate, control characters that a terminal would obey, and a text of a megabyte."""
+    for changed, shown in (({"pose": "a\ud800\x1b[2J"}, "got a\\ud800\\x1b[2J"), ({"gender": [7] * 100_000}, "...")):
+        with pytest.raises(BadRow) as caught:
+            parse_label(cell(label(**changed)).encode(), "body")
+        message = str(caught.value)
+        assert message.endswith(shown) and message.isprintable() and len(message.encode()) < 400
 
 
 def test_labels_that_are_too_long_are_not_parsed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import yaml
 from tsv_cases import cell, damaged_jpeg, jpeg, label, rows, write_set, write_tables
 
 from fastmetro import cli
-from fastmetro.data.tsv import BadRow, TsvSource, check, check_data, parse_label
+from fastmetro.data.tsv import BadRow, TsvSource, TsvWriter, check, check_data, parse_label
 from fastmetro.data.tsv.dataset import TsvDataset
 from fastmetro.data.tsv.rows import encode_image
 
@@ -77,6 +77,32 @@ def composite(tmp_path: Path) -> Path:
     path = tmp_path / "train.yaml"
     path.write_text(yaml.safe_dump(settings))
     return path
+
+
+def test_the_image_is_the_last_cell_of_its_row(tmp_path: Path) -> None:
+    content = rows(2)
+    path = write_set(tmp_path, content)
+    with TsvWriter(tmp_path / "train.img.tsv") as writer:
+        for row in content:
+            writer.write([row[0], "something", row[1]])
+    assert [TsvSource(path).row(i).image for i in range(2)] == [row[1] for row in content]
+    assert check_data(path).bad == 0
+
+
+def test_a_line_list_is_taken_as_given_before_the_folder_of_the_set(
+    composite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = yaml.safe_load(composite.read_text()) | {"linelist": "lists/some.tsv"}
+    folder = tmp_path / "sets"
+    folder.mkdir()
+    for file in tmp_path.glob("*.*"):
+        file.rename(folder / file.name)
+    (folder / "train.yaml").write_text(yaml.safe_dump(settings))
+    for place, content, key in ((folder, "0\t0\n", "a.img.tsv_im0"), (tmp_path, "1\t2\n", "b.img.tsv_x2")):
+        (place / "lists").mkdir()
+        (place / "lists" / "some.tsv").write_text(content)
+        assert keys(TsvSource(Path("sets/train.yaml"))) == [key]
 
 
 def test_a_composite_set_names_the_file_in_its_keys(composite: Path) -> None:

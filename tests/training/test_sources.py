@@ -180,6 +180,32 @@ def test_shares_and_synthetic_images(tmp_path: Path, mesh: Mesh) -> None:
     assert_same(made(7), source(mesh, paths, shares=(1.0, 3.0), synthetic=0.5)(7))
 
 
+def test_every_sample_has_the_flags_of_its_row(tmp_path: Path, mesh: Mesh) -> None:
+    """Sets that differ in what they have, and a set whose rows differ; synthetic images have all."""
+    flags = {"a": lambda i: (i % 2, 0), "b": lambda i: (0, 1), "c": lambda i: (i % 3 == 0, i % 2)}
+    paths = []
+    for name, of in flags.items():
+        (tmp_path / name).mkdir()
+        joints = {"3d_joints": [[0, 0, 0, 1]] * 24}
+        content = []
+        for i in range(12):
+            two, three = of(i)
+            text = cell(label(scale=0.15, has_2d_joints=int(two), has_3d_joints=three, **joints))
+            content.append((f"{name}{i}", encode_image(jpeg(40, 30, i)), text, "40 30"))
+        paths.append(write_set(tmp_path / name, content))
+    made = source(mesh, paths, (1, 1, 1), synthetic=0.25)
+    seen = set()
+    for step in range(3):
+        picks = sorted(made._sampler.picks(step), key=lambda pick: pick.source)  # stable: as batches are put together
+        expected = [(1, 1) if pick.source == 3 else flags["abc"[pick.source]](pick.row) for pick in picks]
+        found = made(step).labels
+        assert found.has_joints_2d.tolist() == [bool(two) for two, _ in expected]
+        assert found.has_joints_3d.tolist() == [bool(three) for _, three in expected]
+        assert found.has_vertices.tolist() == [pick.source == 3 for pick in picks]
+        seen |= {(pick.source, *flag) for pick, flag in zip(picks, expected, strict=True)}
+    assert len(seen) == 8  # each set, and each of its kinds of rows
+
+
 def test_labels_are_in_the_networks_order(tmp_path: Path, mesh: Mesh) -> None:
     """J14 of J24, relative to the middle of the hips; no vertices without a body model."""
     batch = next(iter(source(mesh, [tables(tmp_path, 12)])._read_from(0)))

@@ -21,6 +21,7 @@ _CHUNK = 64
 _AHEAD = 4
 """Chunks that wait for each process, so that none is idle and memory stays bounded."""
 _LOOKED_AT = 100
+_LONGEST_KEY = 200
 _FEW_ROWS = 4096
 """One process looks at them in less time than others need to start."""
 
@@ -193,7 +194,7 @@ def _look(source: TsvSource, chunk: range, kind: Kind) -> list[_Finding]:
 def _key(source: TsvSource, number: int) -> str:
     """Of a row; in a composite set its file is part of it."""
     try:
-        return f"{source.row(number).key!r}, "
+        return f"{source.row(number).key[:_LONGEST_KEY]!r}, "
     except ValueError:
         return ""
 

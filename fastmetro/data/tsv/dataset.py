@@ -217,7 +217,7 @@ class TsvDataset(Dataset):
         if not bool(self._reported[row]):
             self._reported[row] = True
             try:
-                key = repr(self.source.row(row).key)
+                key = repr(self.source.row(row).key[:200])
             except ValueError:
                 key = "without a usable key"
             what = "left out" if self.seed is None else "replaced"

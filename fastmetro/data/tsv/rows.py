@@ -18,7 +18,10 @@ from fastmetro.data.limits import MAX_PIXELS
 
 Kind = Literal["body", "hand"]
 MAX_LABEL_BYTES = 1 << 20
-_LARGEST = np.finfo(np.float32).max
+_FLOAT32 = np.finfo(np.float32).max
+_LARGEST = 1e6
+"""Pixels, metres and radians. No camera or body has more; sums of such numbers, and losses, would overflow."""
+_LONGEST_DETAIL = 300
 _ORIENTATION = 0x0112  # of EXIF
 _Turn = Image.Transpose
 _TURNS = {2: _Turn.FLIP_LEFT_RIGHT, 3: _Turn.ROTATE_180, 4: _Turn.FLIP_TOP_BOTTOM, 5: _Turn.TRANSPOSE,
@@ -34,7 +37,9 @@ class BadRow(ValueError):
     """
 
     def __init__(self, problem: str, detail: str) -> None:
-        super().__init__(f"{problem}: {detail}")
+        # A detail may quote a file: a lone surrogate could not be printed, and a terminal obeys control characters.
+        shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in detail[:_LONGEST_DETAIL])
+        super().__init__(f"{problem}: {shown}{'...' * (len(detail) > _LONGEST_DETAIL)}")
         self.problem = problem
 
 
@@ -93,7 +98,8 @@ def parse_label(text: bytes, kind: Kind, exact: bool = False) -> Label:
             pixel.
 
     Raises:
-        BadRow: broken JSON, a missing key, an array of another size, a number that is not finite, an empty box.
+        BadRow: broken JSON, a missing key, an array of another size, a number that is not finite or beyond a million
+            (pixels, metres, radians), an empty box.
     """
     if len(text) > MAX_LABEL_BYTES:
         raise BadRow("label too long", f"{len(text)} bytes, at most {MAX_LABEL_BYTES} are read")
@@ -140,8 +146,11 @@ def _array(found: dict[str, Any], key: str, shape: tuple[int, ...], exact: bool 
         values = values[0]
     if values.shape != shape:
         raise BadRow("wrong shape", f"{key} must be {list(shape)}, got {list(values.shape)}")
-    if not bool((np.abs(values) <= _LARGEST).all()):
+    largest = float(np.abs(values).max())
+    if not largest <= _FLOAT32:
         raise BadRow("not finite", f"{key} holds NaN or infinity")
+    if largest > _LARGEST:
+        raise BadRow("too large", f"{key} must not exceed {_LARGEST:g} in magnitude, got {largest:g}")
     return values
 
 

@@ -42,8 +42,8 @@ class TsvSource:
 
     A single set names one file each under `img`, `label` and (optional) `hw`, as given or beside the YAML file, and may
     name a `linelist`, a file with the number of a row per line. With `composite: true` these are lists of as many files
-    each, and each line of the `linelist` holds the number of a file and that of a row of it. Without a `linelist` all
-    rows count.
+    each, always beside the YAML file, and each line of the `linelist` holds the number of a file and that of a row of
+    it. The `linelist` is looked for as given, then beside the YAML file. Without one all rows count.
 
     Args:
         path: the YAML file.
@@ -120,7 +120,8 @@ class TsvSource:
             return np.concatenate(parts).astype(np.int32)
         if not isinstance(linelist, str):
             raise ValueError(f"{self.path}: linelist must name a file, got {_SHORT.repr(linelist)}")
-        path = self._find(linelist)
+        given = Path(linelist)  # also in a composite set: the published loader opens it as given there
+        path = given if given.is_file() else self.path.parent / linelist
         if not path.is_file():
             raise FileNotFoundError(f"{self.path}: linelist {linelist!r} does not exist")
         places = _read_linelist(path, self.composite)
