@@ -65,6 +65,11 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
+def was_locked(folder: Path) -> bool:
+    """Whether :func:`locked` had that folder at any time."""
+    return (folder / _LOCK).is_file()
+
+
 @contextlib.contextmanager
 def temporary_beside(path: Path) -> Iterator[Path]:
     """Yield an empty file beside ``path``, which is removed when the block ends unless it was moved away."""

@@ -15,7 +15,7 @@ class Board:
 
     Args:
         folder: where ``tensorboard --logdir`` looks.
-        resume_step: events of later steps, made after the checkpoint that a run goes on from, are hidden.
+        resume_step: events of later steps, made after the checkpoint that a run goes on from, are hidden; 0: all.
 
     Raises:
         ValueError: tensorboard is not installed.
@@ -26,7 +26,7 @@ class Board:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise ValueError("tensorboard is not installed: pip install tensorboard, or --no-tensorboard") from None
-        self._writer = SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else None)
+        self._writer = SummaryWriter(str(folder), purge_step=resume_step + 1)
 
     def scalars(self, step: int, row: Mapping[str, float | int]) -> None:
         """One point per value of a row of the log."""

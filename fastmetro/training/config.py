@@ -86,7 +86,7 @@ class TrainConfig:
         total_seconds: length of the run in seconds of stepping instead (over all resumed parts, each without its
             first step, which compiles and captures); ``steps`` then is an upper limit only.
         max_seconds: stop this call after so many seconds of wall time, set-up included, with everything saved.
-        resume: go on from the checkpoint in ``output``.
+        resume: go on from the checkpoint in ``output``; a run that was killed before its first one begins anew.
         initialise: start from the weights of this safetensors file (and a fresh optimizer).
         learning_rate: peak rate of AdamW.
         weight_decay: of AdamW.

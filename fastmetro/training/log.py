@@ -42,6 +42,14 @@ class CsvLog:
             writer.writerow(row)
 
 
+def last_step(path: Path) -> int:
+    """Of the log of a run, without rows that were cut off; 0 where there is none."""
+    if not path.is_file():
+        return 0
+    with path.open(newline="") as file:
+        return int(max((step for step in map(_step, csv.DictReader(file)) if step < float("inf")), default=0))
+
+
 def _step(row: Mapping[str, str | None]) -> float:
     """Of a row; infinity for one that was cut off while it was written."""
     step = row.get("step") or ""

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,14 +17,19 @@ from torch import nn
 
 from fastmetro.distributed import World, open_world
 from fastmetro.evaluation.synthetic import HELD_OUT_SEED
-from fastmetro.files import check_output, locked, replacing
+from fastmetro.files import check_output, locked, replacing, was_locked
 from fastmetro.models.checkpoints import load_checkpoint, weights_record
 from fastmetro.training.config import TrainConfig
 from fastmetro.training.export import SHIPPED_BYTES, export_weights, weights_bytes
 from fastmetro.training.kernel_choice import kernel_choice
+from fastmetro.training.log import last_step
 from fastmetro.training.setup import Setup
 from fastmetro.training.state import TrainState
 from fastmetro.training.trainer import Trainer, TrainingFailed
+
+_WRITTEN_LAST = ("weights.safetensors", "report.json")
+"""Only after the last checkpoint."""
+_BEFORE_A_CHECKPOINT = ("log.csv", "best.safetensors")
 
 
 def train(config: TrainConfig) -> dict[str, object]:
@@ -39,7 +45,7 @@ def train(config: TrainConfig) -> dict[str, object]:
 
     Raises:
         FileExistsError: if ``config.output`` holds files of a run and this one does not resume it.
-        FileNotFoundError: if there is no checkpoint to resume from.
+        FileNotFoundError: if there is no checkpoint to resume from, and no run that was ended before its first one.
         RuntimeError: if another run writes to ``config.output``; in the other processes what the first one raises.
         TrainingDiverged: if the loss is no longer finite.
         TrainingFailed: if batches ended or files cannot be written.
@@ -51,12 +57,16 @@ def train(config: TrainConfig) -> dict[str, object]:
         raise ValueError(f"seed {config.seed} is the one of the held-out images; choose another")
     with open_world(config.device) as (world, device), kernel_choice(device, config.deterministic):
         _check_world(config, world, device)
-        world.by_first(lambda: _check_files(config))
+        anew = world.by_first(lambda: _check_files(config))
+        if anew:
+            config = replace(config, resume=False)
         torch.manual_seed(config.seed)
         setup = Setup(config, world, device)
         _check_export(config, setup.model)
         with contextlib.ExitStack() as stack:
-            world.by_first(lambda: stack.enter_context(locked(Path(config.output))))
+            world.by_first(lambda: stack.enter_context(locked(config.output)))
+            if anew:
+                world.by_first(lambda: _begin_anew(config.output))
             trainer = Trainer(
                 setup.config, setup.model, setup.objective, setup.source, setup.evaluation(), export_average,
                 setup.show, started, world,
@@ -71,16 +81,30 @@ def train(config: TrainConfig) -> dict[str, object]:
                 raise TrainingFailed(f"{error}; {trainer.last_good()}, and resuming it writes the rest") from error
 
 
-def _check_files(config: TrainConfig) -> None:
-    """Before the first folder is made and hours are spent."""
+def _check_files(config: TrainConfig) -> bool:
+    """Before the first folder is made and hours are spent; whether a run that is resumed has to begin anew."""
     if config.export is not None:
         check_output(Path(config.export), "export")
     if config.output.exists() and not config.output.is_dir():
         raise ValueError(f"output must be a folder, got the file {config.output}")
-    check_output(Path(config.output) / "checkpoint.pt", "output")
-    checkpoint = Path(config.output) / "checkpoint.pt"
-    if config.resume and not checkpoint.is_file():
+    checkpoint = config.output / "checkpoint.pt"
+    check_output(checkpoint, "output")
+    if not config.resume or checkpoint.is_file():
+        return False
+    # Where one must have been it was taken away; where no run has been another folder was meant.
+    had_one = any((config.output / name).exists() for name in _WRITTEN_LAST)
+    if had_one or last_step(config.output / "log.csv") > config.save_every or not was_locked(config.output):
         raise FileNotFoundError(f"no checkpoint to resume from at {checkpoint}")
+    return True
+
+
+def _begin_anew(output: Path) -> None:
+    """A run that was killed before its first checkpoint may have left rows and weights of steps that are lost."""
+    print(
+        f"fastmetro: {output} holds no checkpoint: the run ended before its first one and begins anew", file=sys.stderr
+    )
+    for name in _BEFORE_A_CHECKPOINT:
+        (output / name).unlink(missing_ok=True)
 
 
 def _check_export(config: TrainConfig, model: nn.Module) -> None:

@@ -385,5 +385,6 @@ class Trainer:
 def _refuse_to_overwrite(output: Path) -> None:
     for path in (output / name for name in RESULTS):
         if path.exists():
-            resume = "resume it, " if (output / "checkpoint.pt").is_file() else ""
+            unfinished = path.name in ("log.csv", "best.safetensors")  # it may be resumed without a checkpoint, too
+            resume = "resume it, " if unfinished or (output / "checkpoint.pt").is_file() else ""
             raise FileExistsError(f"{path} would be overwritten: {resume}remove it, or choose another output")

@@ -71,7 +71,8 @@ def test_where_there_are_no_locks_this_is_said(
 @pytest.mark.parametrize("name", RESULTS)
 def test_files_of_another_run_are_not_overwritten(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("before")
-    how = "resume it, remove it" if name == "checkpoint.pt" else "remove it"
+    unfinished = name in ("checkpoint.pt", "log.csv", "best.safetensors")
+    how = "resume it, remove it" if unfinished else "remove it"
     with pytest.raises(FileExistsError, match=rf"{name} would be overwritten: {how}, or choose another output"):
         small(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "before"
@@ -179,6 +180,33 @@ def test_where_the_weights_go_in_the_end_is_checked_first(tmp_path: Path, capsys
     assert main([*arguments, "--resume"]) == 1
     assert "no checkpoint to resume from" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its log's rows are dropped; a folder whose checkpoint was taken away is left as it is."""
+    run = tmp_path / "run"
+    arguments = ["train", "--output", str(run), *SMALL, "--log-every", "1"]
+    with locked(run):
+        pass
+    header = "step,samples,seconds\n"
+    (run / "log.csv").write_text(f"{header}1,2,0.5\n2,4,0.9\n3,6")
+    (run / "best.safetensors").write_bytes(b"of a step that is lost")
+    assert main(arguments) == 1
+    assert "log.csv would be overwritten: resume it, remove it" in capsys.readouterr().err
+    for left in ("report.json", "log.csv"):
+        (run / left).write_text(f"{header}7,14,1.5\n")
+        before = sorted((path.name, path.read_bytes()) for path in run.iterdir())
+        assert main([*arguments, "--resume", "--save-every", "6"]) == 1
+        assert "no checkpoint to resume from at" in capsys.readouterr().err
+        assert sorted((path.name, path.read_bytes()) for path in run.iterdir()) == before
+        (run / left).unlink()
+    (run / "log.csv").write_text(f"{header}1,2,0.5\n2,4,0.9\n9,6")
+    assert main([*arguments, "--resume", "--save-every", "6"]) == 0
+    assert f"{run} holds no checkpoint: the run ended before its first one and begins anew" in capsys.readouterr().err
+    assert [row["step"] for row in rows(run)] == ["1"] and (run / "checkpoint.pt").is_file()
+    assert not (run / "best.safetensors").exists()
 
 
 def test_files_may_lie_elsewhere_when_a_run_is_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
