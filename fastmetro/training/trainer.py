@@ -120,7 +120,8 @@ class Trainer:
             _refuse_to_overwrite(output)
         for name in RESULTS:
             remove_unfinished(output / name)
-        self.log = CsvLog(output / "log.csv", (*_LOGGED, *self.step.names, *METRICS), self.state.step)
+        scale = ("loss_scale",) if self.step.scaler.is_enabled() else ()
+        self.log = CsvLog(output / "log.csv", (*_LOGGED, *scale, *self.step.names, *METRICS), self.state.step)
         if self.config.tensorboard:
             self.board = Board(output / "tensorboard", self.state.step)
 
@@ -312,6 +313,7 @@ class Trainer:
             **({} if speed is None else {"images_per_second": round(speed, 1)}),
             "learning_rate": float(self.state.optimizer.param_groups[0]["lr"]),
             "skipped": self.state.skipped,
+            **({"loss_scale": self.step.scaler.get_scale()} if self.step.scaler.is_enabled() else {}),
             **{name: round(value, 6) for name, value in means.items()},
         }
         if self.log is not None:

@@ -78,6 +78,16 @@ def test_files_of_another_run_are_not_overwritten(name: str, tmp_path: Path) -> 
     assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "before"
 
 
+def test_the_log_of_float16_has_the_scale_of_the_loss(tmp_path: Path) -> None:
+    for precision in ("fp16", "fp32"):
+        trainer = small(tmp_path / precision, precision=precision, log_every=1)
+        assert trainer.run()
+        last = rows(tmp_path / precision)[-1]
+        assert (
+            float(last.get("loss_scale", 1)) == trainer.step.scaler.get_scale() == (65536 if "16" in precision else 1)
+        )
+
+
 def test_a_run_whose_first_batch_fails_leaves_the_folder_to_the_next(tmp_path: Path) -> None:
     with pytest.raises(TrainingFailed, match="step 0 could not be read; no state was saved"):
         small(tmp_path / "run", no_batch).run()
