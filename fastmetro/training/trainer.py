@@ -33,7 +33,7 @@ METRICS = ("mpjpe", "pa_mpjpe", "mpvpe")
 RESULTS = ("checkpoint.pt", "log.csv", "weights.safetensors", "best.safetensors", "report.json")
 """Files of a run in its folder."""
 _LOGGED = ("step", "samples", "seconds", "images_per_second", "learning_rate", "skipped")
-_BAR = "{l_bar}{bar}| {elapsed} gone, {remaining} left {postfix}"
+_BAR = "{l_bar}{bar}| {elapsed} gone, {remaining} left{postfix}"
 
 
 class TrainingDiverged(RuntimeError):
@@ -302,7 +302,8 @@ class Trainer:
             self._write(means, speed if timed else None)
         bar.n = round(100 * self.progress, 1)
         replaced = f", {state.skipped} bad rows replaced" if state.skipped else ""
-        bar.set_postfix_str(f"step {state.step}, loss {means['loss']:.4f}, {speed:.0f} images/s{replaced}")
+        fast = f", {speed:.0f} images/s" if timed else ""
+        bar.set_postfix_str(f"step {state.step}, loss {means['loss']:.4f}{fast}{replaced}")
         return now
 
     def _write(self, means: dict[str, float], speed: float | None) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_transformer import batches
 from torch import Tensor, nn
 
 from fastmetro.models import fused_transformer
@@ -135,6 +136,26 @@ def test_what_the_ops_do_not_take_stays_pytorchs(change: str, tiny: Any, calls: 
     with torch.autocast("cpu", torch.bfloat16, enabled=change == "a half bias"):
         fused(*inputs(tiny.topology, dtype), attention(tiny.topology))
     assert not calls
+
+
+@pytest.mark.parametrize(("dropout", "attended"), [(0.1, 3), (0.0, 1)])
+def test_shared_tokens_are_projected_once(
+    dropout: float, attended: int, tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not for each of the three samples: the first norm and projections, and without dropout the whole attention."""
+    fused = stage(dropout, torch.float32)
+    assert fuse_transformer(fused) == 2 * LAYERS
+    attend, normed = attention(tiny.topology), []
+    seen = batches(fused, attend, monkeypatch)
+
+    def recorded(tokens: Tensor, *given: Any, **options: Any) -> Tensor:
+        normed.append(len(tokens))
+        return final_residual_norm(tokens, *given, **options)
+
+    monkeypatch.setattr(fused_transformer, "final_residual_norm", recorded)
+    fused(*inputs(tiny.topology, torch.float32), attend)
+    assert normed == [3, 3, 1, 3]  # in front of and behind the encoder, and the decoder
+    assert seen == {"project": [1, 3], "attend": [attended, 3]}
 
 
 @pytest.mark.parametrize("token_dtype", [torch.float32, torch.bfloat16])

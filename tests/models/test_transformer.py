@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from backends_here import available
+from test_network import images, small
 from torch import Tensor, nn
 
 from fastmetro.models.attention import TokenAttention
@@ -110,6 +111,48 @@ def test_shared_tokens_are_the_same_as_repeated_ones(
         (gradient,) = torch.autograd.grad(out.square().sum(), tokens)
         results.append((out, gradient))
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-4)
+
+
+def batches(stage: Transformer, attend: TokenAttention, patch: pytest.MonkeyPatch) -> dict[str, list[int]]:
+    """How many samples the self-attentions of the decoder's layers are given, by what is done with them."""
+    seen: dict[str, list[int]] = {"project": [], "attend": []}
+    layers: list[Any] = list(stage.decoder.layers)
+    for layer in layers:
+        project = layer.self_attn.query_key_value
+
+        def projected(x: Tensor, project: Any = project) -> list[Tensor]:
+            seen["project"].append(len(x))
+            return project(x)
+
+        patch.setattr(layer.self_attn, "query_key_value", projected)
+    attend.register_forward_pre_hook(lambda _, given: seen["attend"].append(len(given[0])))
+    return seen
+
+
+@pytest.mark.parametrize(("dropout", "training", "attended"), [(0.1, True, 3), (0.0, True, 1), (0.1, False, 1)])
+def test_shared_tokens_are_projected_once(
+    dropout: float, training: bool, attended: int, tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not for each sample: the norm, queries, keys and values of the first layer, and without dropout its attention,
+    the next norm and the queries of the cross-attention."""
+    stage = Transformer(WIDTH, HEADS, FEEDFORWARD, dropout, layers=2).train(training)
+    attend = TokenAttention(copy.deepcopy(tiny.topology), HEADS, backend="dense")
+    seen, normed = batches(stage, attend, monkeypatch), []
+    first: Any = stage.decoder.layers[0]
+    for norm in (first.norm1, first.norm2, first.norm3):
+        norm.register_forward_pre_hook(lambda _, given: normed.append(len(given[0])))
+    tokens = torch.randn(1, tiny.topology.num_tokens, WIDTH)
+    stage(torch.randn(3, 6, WIDTH), torch.randn(3, 1, WIDTH), tokens, torch.randn(6, WIDTH), attend)
+    assert seen == {"project": [1, 3], "attend": [attended, 3]} and normed == [1, attended, 3]
+
+
+def test_the_network_shares_its_tokens(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All samples start from the same joint and vertex tokens, in the first stage alone."""
+    network = small(tiny, attention="dense", dropout=0.1).train()
+    first = batches(network.transformer_1, network.token_attention, monkeypatch)
+    second = batches(network.transformer_2, network.token_attention, monkeypatch)
+    network(images(3, 64))
+    assert first["project"] == [1] and second["project"] == [3]
 
 
 @pytest.mark.parametrize("attention", BACKENDS)

@@ -7,6 +7,7 @@ import os
 import socket
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,9 +25,9 @@ from fastmetro.training.sources import Batch, SyntheticBatches
 from fastmetro.training.step import CapturedStep, TrainingStep
 from fastmetro.training.trainer import Trainer
 
-SETTINGS = {"batch_size": 12, "steps": 12, "log_every": 3, "save_every": 6, "precision": "fp32", "learning_rate": 1e-2}
-
-
+SETTINGS: dict[str, Any] = {"batch_size": 12, "steps": 12, "log_every": 3, "save_every": 6, "precision": "fp32",
+                            "learning_rate": 1e-2}  # fmt: skip
+CLOCK = ("seconds", "images_per_second")
 SECONDS = 300
 
 
@@ -56,12 +57,18 @@ def _in_process(rank: int, work, count: int, port: int, arguments) -> None:
     assert not any("gloo" in name for name in threads), f"a group's threads outlive it: {threads}"
 
 
-def train(output: Path, world: World, device: torch.device, dropout: float = 0.0, stop: int = 99, **options) -> Trainer:
+def train(
+    output: Path, world: World, device: torch.device, dropout: float = 0.0, stop: int = 99, stall: int | None = None,
+    **options: Any,
+) -> Trainer:  # fmt: skip
+    """A run; with `stall` a slow one, where process 0 gets no batch from that step on and the others wait for it."""
     torch.manual_seed(world.rank)  # rank 0's weights count
     config = TrainConfig(output=output, **(SETTINGS | options))
     indices = SyntheticBatches(None, config.batch_size, device, world).indices
 
     def source(step: int) -> Batch:
+        if stall is not None:
+            time.sleep(SECONDS if world.first and step >= stall else 0.02)
         if step == stop:
             trainer._stop = world.first  # as a signal does, in one process only
         return Batch(*labelled(indices(step)))
@@ -106,6 +113,54 @@ def test_a_stopped_run_goes_on_with_the_same_bits(tmp_path: Path) -> None:
     assert whole["step"] == parts["step"] == 12
     assert all(torch.equal(value, parts["model"][name]) for name, value in whole["model"].items())
     assert [row["loss"] for row in rows(tmp_path / "whole")] == [row["loss"] for row in rows(tmp_path / "parts")]
+
+
+def killed(output: Path, after: int, options: dict[str, Any]) -> None:
+    """Start two processes, and kill both at some moment after a step was logged; they never end by themselves."""
+    work = (_train_in, 2, free_port(), (output, options | {"stall": after + 3}))
+    running = mp.spawn(_in_process, work, nprocs=2, join=False)
+    end = time.monotonic() + SECONDS
+    try:
+        while not ((output / "log.csv").is_file() and len(rows(output)) >= after):
+            assert time.monotonic() < end and all(process.is_alive() for process in running.processes)
+            time.sleep(0.005)
+    finally:
+        for process in running.processes:
+            process.kill()
+    with pytest.raises(mp.ProcessExitedException, match="SIGKILL"):
+        running.join()
+
+
+def same(one: Any, other: Any) -> bool:
+    """Bit by bit."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(value, other[name]) for name, value in one.items())
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+def _resume_and_train_whole(rank: int, folder: Path, options: dict[str, Any]) -> None:
+    with open_world("cpu") as (world, device):
+        train(folder / "parts", world, device, resume=True, **options)
+        train(folder / "whole", world, device, **options)
+
+
+def test_killed_processes_go_on_with_the_same_bits(tmp_path: Path) -> None:
+    """SIGKILL, between saves or amid one: only what a clock says differs from the run that nobody killed."""
+    options = {"dropout": 0.3, "log_every": 1, "save_every": 4}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    killed(parts, 6, options)
+    (parts / ".checkpoint.pt.x.part").write_bytes(b"as if killed while it saved")
+    run_processes(_resume_and_train_whole, 2, tmp_path, options)
+    logs = [[{k: v for k, v in row.items() if k not in CLOCK} for row in rows(folder)] for folder in (whole, parts)]
+    assert logs[0] == logs[1] and len(logs[0]) == 12
+    first, second = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (whole, parts))
+    assert first.keys() == second.keys() and len(first["random"]) == 2
+    assert [name for name, value in first.items() if name not in CLOCK and not same(value, second[name])] == []
+    assert {path.name for path in parts.iterdir()} == {"checkpoint.pt", "log.csv"}
 
 
 def half_step(world: World, device: torch.device) -> TrainingStep:

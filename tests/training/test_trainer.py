@@ -1,7 +1,9 @@
 import csv
 import dataclasses
 import time
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -113,6 +115,49 @@ def test_rows_made_after_the_checkpoint_are_dropped_on_resume(tmp_path):
     torch.save(saved, run.checkpoint)
     trainer(tmp_path, resume=True)
     assert [int(row["step"]) for row in rows(tmp_path)] == [5, 10]
+
+
+def test_points_made_after_the_checkpoint_are_hidden_on_resume(tmp_path: Path) -> None:
+    """TensorBoard shows those of the steps that the run still has made, the checkpoint's own among them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
+
+    def steps() -> list[int]:
+        events = EventAccumulator(str(tmp_path / "tensorboard"))
+        events.Reload()
+        return [event.step for event in events.Scalars("training/loss")]
+
+    run = trainer(tmp_path, tensorboard=True)
+    run.run()
+    assert steps() == [5, 10, 15, 20, 25, 30]
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    events.rename(events.with_name("events.out.tfevents.1"))  # files are read by name, whose times may be equal
+    saved = torch.load(run.checkpoint, weights_only=True)
+    saved["step"] = 10
+    torch.save(saved, run.checkpoint)
+    again = trainer(tmp_path, tensorboard=True, log_every=10, resume=True)
+    assert again.board is not None
+    again.board.close()
+    assert steps() == [5, 10]
+    trainer(tmp_path, tensorboard=True, log_every=10, resume=True).run()
+    assert steps() == [5, 10, 20, 30]
+
+
+def test_a_resumed_run_keeps_its_loss_scale(tmp_path: Path) -> None:
+    """Overflows have made it smaller, and steps since then count towards its growth."""
+    settings: dict[str, Any] = {"precision": "fp16", "steps": 6, "log_every": 1}
+    whole, first = (trainer(tmp_path / name, **settings) for name in ("whole", "parts"))
+    for run in (whole, first):
+        run.step.scaler.load_state_dict(run.step.scaler.state_dict() | {"scale": 2.0**40})
+    assert whole.run()
+    first._out_of_time = lambda: first.state.step >= 3
+    assert not first.run()
+    before = first.step.scaler.state_dict()
+    assert before["scale"] < 2.0**40
+    second = trainer(tmp_path / "parts", resume=True, **settings)
+    assert second.step.scaler.state_dict() == before
+    assert second.run() and second.step.scaler.state_dict() == whole.step.scaler.state_dict()
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, second.model.state_dict()[name]), name
 
 
 def test_other_settings_are_refused_on_resume(tmp_path):
