@@ -17,7 +17,7 @@ from fastmetro.data.ground_truth import GroundTruth, ground_truth
 from fastmetro.data.tsv import TsvSource
 from fastmetro.distributed import World, open_world
 from fastmetro.evaluation import freihand
-from fastmetro.evaluation.protocols import Protocol, find_protocol
+from fastmetro.evaluation.protocols import Protocol, check_part, find_protocol
 from fastmetro.evaluation.results import append_result, check_table
 from fastmetro.evaluation.settings import SYNTHETIC, EvalSettings
 from fastmetro.evaluation.synthetic import SYNTHETIC_COUNT, evaluate_synthetic, format_report
@@ -72,6 +72,7 @@ def run_evaluation(settings: EvalSettings) -> dict[str, float]:
         # A gigabyte and a half for a moment, in the one process that scores, and before the long work.
         official = _official_truth(settings.truth, settings.data, len(source)) if world.first else None
         model = load_network(settings).to(device).eval()
+        check_part(protocol, model.mesh)  # else a body model would be asked for, which would not help
         truth, size = _truth(settings, protocol, model.mesh).double().to(device), trained_size(settings.checkpoint)
         results = []
         for what, predict in _outputs(settings, model, device).items():

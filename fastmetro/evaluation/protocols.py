@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from fastmetro.meshes.mesh import Mesh
+
 _BODY = (
     "14 joints, of the prediction by the Human3.6M regressor on the fine mesh, of the truth as labelled; MPJPE after "
     "both are recentred at the middle of the hips, PA-MPJPE after a similarity transform, both over samples with 3D "
@@ -57,3 +59,13 @@ def find_protocol(name: str) -> Protocol:
     if name not in PROTOCOLS:
         raise ValueError(f"protocol must be one of {', '.join(map(repr, PROTOCOLS))}, got {name!r}")
     return PROTOCOLS[name]
+
+
+def check_part(protocol: Protocol, mesh: Mesh) -> None:
+    """Raise ValueError where a protocol is not for the part of a mesh; the message lists those that are."""
+    if mesh.part != protocol.kind:
+        accepted = ", ".join(repr(name) for name, other in PROTOCOLS.items() if other.kind == mesh.part)
+        raise ValueError(
+            f"protocol {protocol.name!r} is for a {protocol.kind}, mesh {mesh.name!r} is a {mesh.part}: protocol must "
+            f"be one of {accepted}"
+        )

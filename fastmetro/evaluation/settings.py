@@ -28,8 +28,9 @@ class EvalSettings:
         compat: "published" crops, and takes means, as the released code does.
         processes: with compat, of how many processes' results the plain mean is taken; of those that run by default.
         network: what the checkpoint does not say of its network. Its body model also makes the true vertices.
-        male_model, female_model: SMPL model files for the true vertices of samples of that gender (3DPW); the published
-            protocol takes the neutral one for all.
+        male_model: SMPL model file for the true vertices of male samples (3DPW), together with `female_model`; the
+            published protocol takes the neutral one for all.
+        female_model: the same for female samples.
         count: images; of a TSV data set the first so many, all by default. 1000 synthetic ones by default.
         batch_size: images at once, in each process. 32 by default; with compat 16, as the released code has it.
         workers: processes that read ahead.

@@ -20,7 +20,7 @@ from fastmetro.data.tsv.loader import prepare_worker
 from fastmetro.distributed import World
 from fastmetro.evaluation.metrics import pa_mpjpe, point_error, root_position
 from fastmetro.evaluation.outputs import check_vertices, fine_vertices
-from fastmetro.evaluation.protocols import Protocol
+from fastmetro.evaluation.protocols import Protocol, check_part
 from fastmetro.evaluation.samples import SampleErrors
 from fastmetro.meshes.mesh import Mesh
 from fastmetro.meshes.smpl import SMPL
@@ -82,9 +82,7 @@ class Measure:
     """
 
     def __init__(self, mesh: Mesh, protocol: Protocol, device: torch.device, compat: bool = False) -> None:
-        if mesh.part != protocol.kind:
-            kinds = f"is for a {protocol.kind}, mesh {mesh.name!r} is a {mesh.part}"
-            raise ValueError(f"protocol {protocol.name!r} {kinds}")
+        check_part(protocol, mesh)
         if mesh.joint_regressor is None:
             raise ValueError(f"mesh {mesh.name!r} has no joint regressor")
         self.protocol, self.roots, self.compat = protocol, mesh.root_joints, compat

@@ -23,7 +23,9 @@ class NetworkChoice:
 
     Attributes:
         model: the network of a released checkpoint, e.g. "fastmetro-l"; ours name theirs.
-        backbone, upsampling, mesh: of that network.
+        backbone: of that network.
+        upsampling: coarse to fine in that network.
+        mesh: that it makes.
         mesh_data: folder of the data files of the published repository, for the meshes "smpl" and "mano".
         body_model: the SMPL or MANO model file of those meshes.
         smpl_head: whether that network has the regressor of SMPL parameters.

@@ -28,6 +28,7 @@ from fastmetro.training.sources import Batch, Batches, SyntheticBatches
 from fastmetro.training.trainer import METRICS
 
 if TYPE_CHECKING:
+    from fastmetro.compat import Compat
     from fastmetro.data.ground_truth import GroundTruth
     from fastmetro.evaluation.tsv import Evaluation, Predict
 
@@ -200,17 +201,17 @@ class Setup:
     @functools.cached_property
     def truth(self) -> GroundTruth:
         """Makes labels of the network's mesh from those of TSV files."""
-        return self._ground_truth().to(self.device)
+        return self._ground_truth(self.config.compat).to(self.device)
 
     @functools.cached_property
     def exact_truth(self) -> GroundTruth:
-        """The same in float64, for evaluations."""
-        return self._ground_truth().double().to(self.device)
+        """The same in float64, for evaluations, whose joints are as labelled with ``compat``, too."""
+        return self._ground_truth(None).double().to(self.device)
 
-    def _ground_truth(self) -> GroundTruth:
+    def _ground_truth(self, compat: Compat | None) -> GroundTruth:
         from fastmetro.data.ground_truth import ground_truth
 
-        return ground_truth(self.mesh, self.config.data.body_model, compat=self.config.compat)
+        return ground_truth(self.mesh, self.config.data.body_model, compat=compat)
 
     def evaluation(self) -> Callable[[nn.Module], dict[str, float]] | None:
         """What measures a network while it is trained, in mm; None where nothing is to be measured."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from test_tsv_evaluation import body_model, data_set, made_up_mesh, predict
 from fastmetro.cli import main
 from fastmetro.evaluation import command
 from fastmetro.evaluation.settings import EvalSettings
+from fastmetro.inference.pretrained import NetworkChoice
 from fastmetro.models.config import FastMETROConfig
 
 
@@ -45,3 +48,15 @@ def test_gendered_models_are_not_ignored() -> None:
     """Human3.6M needs no body model, and would be measured without these."""
     with pytest.raises(ValueError, match="male_model and female_model need body_model"):
         EvalSettings(data="x.yaml", protocol="h36m-p2", male_model=Path("m.pkl"), female_model=Path("f.pkl"))
+
+
+@pytest.mark.parametrize(
+    "name", [field.name for field in (*fields(EvalSettings), *fields(NetworkChoice)) if field.name != "network"]
+)
+def test_the_help_explains_every_option(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Behind its name and type, before the default."""
+    with pytest.raises(SystemExit):
+        main(["eval", "--help"])
+    printed = " ".join(re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
+    (text,) = re.findall(rf" --{name.replace('_', '-')},? \S+ (.*?)\(default: ", printed)
+    assert len(re.findall("[a-z]{2,}", text)) > 2

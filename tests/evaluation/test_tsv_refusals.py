@@ -8,7 +8,9 @@ import pytest
 import torch
 from test_tsv_evaluation import CPU, data_set, made_up_mesh, predict
 
+from fastmetro.cli import main
 from fastmetro.data.ground_truth import GroundTruth
+from fastmetro.evaluation import command
 from fastmetro.evaluation.protocols import PROTOCOLS
 from fastmetro.evaluation.tsv import evaluate_tsv
 
@@ -57,3 +59,29 @@ def test_outputs_of_a_network_are_taken_as_they_are(tmp_path: Path) -> None:
         for network in (predict, lambda images: {"pred_cam": images, "pred_3d_vertices_fine": predict(images)})
     ]
     assert torch.equal(*errors)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "protocol", "kinds"),
+    [
+        ("smpl", "freihand", ("hand", "body")),
+        ("smpl", "hand", ("hand", "body")),
+        ("mano", "3dpw", ("body", "hand")),
+        ("mano", None, ("body", "hand")),
+    ],
+)
+def test_a_protocol_of_the_other_part_is_named(
+    mesh: str, protocol: str | None, kinds: tuple[str, str],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Not that a body model is missing."""
+    network = torch.nn.Identity()
+    network.mesh = made_up_mesh(mesh)
+    monkeypatch.setattr(command, "load_network", lambda settings: network)
+    source = data_set(tmp_path / "data", kinds[1], count=1)
+    arguments = ["eval", "--device", "cpu", "--data", str(source.path), "--csv", str(tmp_path / "eval.csv")]
+    assert main([*arguments, *([] if protocol is None else ["--protocol", protocol])]) == 1
+    accepted = {"body": "'h36m-p2', '3dpw'", "hand": "'freihand', 'hand'"}[kinds[1]]
+    message = f"protocol {protocol or 'h36m-p2'!r} is for a {kinds[0]}, mesh {mesh!r} is a {kinds[1]}"
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{message}: protocol must be one of {accepted}" in said and "model" not in said

@@ -18,9 +18,13 @@ from tsv_cases import cell, jpeg, label, rows, write_set
 from fastmetro.cli import main
 from fastmetro.data.tsv.rows import encode_image
 from fastmetro.distributed import World
+from fastmetro.evaluation.command import load_network
+from fastmetro.evaluation.settings import EvalSettings
+from fastmetro.inference.pretrained import NetworkChoice
 from fastmetro.models.checkpoints import read_state_dict, weights_record
 from fastmetro.training.config import DataConfig, TrainConfig
 from fastmetro.training.setup import Setup, in_steps
+from fastmetro.training.trainer import METRICS
 
 SMALL = ["--model", "fastmetro-compact", "--batch-size", "2", "--steps", "2", "--image-size", "32", "--device", "cpu",
          "--precision", "fp32", "--data.workers", "0", "--eval-count", "3", "--eval-every", "2",
@@ -73,11 +77,13 @@ def model_file(name: str, folder: Path) -> str:
         ("smpl", "3dpw", ["--upsampling", "released", "--compat", "published", "--loss.centred"]),
         ("smpl", "3dpw", ["--stage", "smpl", "--smpl-loss.mesh", "1e-8"]),
         ("mano", "freihand", ["--loss.edge-lengths", "1", "--loss.surface-level", "fine"]),
+        ("mano", "hand", ["--compat", "published"]),
         ("mano", "hand", []),
     ],
-    ids=["body", "parameters", "freihand", "hand"],
+    ids=["body", "parameters", "freihand", "published hand", "hand"],
 )
 def test_from_rows_to_a_report(mesh: str, protocol: str, options: list[str], published: str, tmp_path: Path) -> None:
+    """The report has what `fastmetro eval` measures, on images of the training's size; weights tell their `compat`."""
     data = str(data_set(tmp_path / "data", "hand" if mesh == "mano" else "body"))
     model, run = model_file(mesh, tmp_path), tmp_path / "run"
     files = ["--data.mesh-data", published, "--data.body-model", model, "--mesh", mesh]
@@ -97,12 +103,19 @@ def test_from_rows_to_a_report(mesh: str, protocol: str, options: list[str], pub
         assert ("smpl_parameters" in report) == ("smpl" in options)
     evaluated = ["eval", "--checkpoint", str(run / "weights.safetensors"), "--data", data, "--protocol", protocol]
     evaluated += ["--mesh-data", published, "--body-model", model, "--device", "cpu", "--csv", str(run / "eval.csv")]
-    if freihand:
-        evaluated += ["--predictions", str(run / "pred.zip")]
+    choice = NetworkChoice(mesh_data=Path(published), body_model=Path(model))
+    network = load_network(EvalSettings(str(run / "weights.safetensors"), network=choice))
+    assert network.config.smpl_compat == ("published" in options)
+    evaluated += ["--predictions", str(run / "pred.zip")] if freihand else ["--count", "3"]
+    evaluated += ["--compat", "published"] if "published" in options else []
     assert main(evaluated) == 0
-    found = {row["protocol"]: row["pa_mpvpe"] for row in table(run / "eval.csv")}
+    found = {row["protocol"]: row for row in table(run / "eval.csv")}
     assert list(found) == [protocol, *([f"{protocol}, SMPL parameters"] if "smpl" in options else [])]
-    assert len(set(found.values())) == len(found)
+    assert len({row["pa_mpvpe"] for row in found.values()}) == len(found)
+    if not freihand:
+        for row, reported in zip(found.values(), (report, report.get("smpl_parameters")), strict=False):
+            for name in METRICS:
+                assert float(row[name]) == pytest.approx(reported[name], rel=1e-4), (row["protocol"], name)
     assert (run / "pred.zip").is_file() == freihand
     (tmp_path / "photo.jpg").write_bytes(jpeg(60, 50))
     predicted = ["predict", str(tmp_path / "photo.jpg"), "--out", str(run / "out"), "--device", "cpu"]
