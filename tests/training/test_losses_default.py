@@ -10,43 +10,10 @@ import torch
 from loss_cases import random_labels, random_outputs, small_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.losses import TermByTerm
 from fastmetro import load_mesh
 from fastmetro.training.losses import LossWeights, MeshRecoveryLoss
 from fastmetro.training.objective import Objective
-
-
-def as_trained(mesh, weights, outputs, labels):
-    """Term by term: mask, replace what is absent, mean, and add to the total."""
-    device, camera = labels.vertices.device, outputs["pred_cam"]
-    total, terms = torch.zeros((), device=device), {}
-
-    def add(name, factor, prediction, target, valid, confidence=None):
-        nonlocal total
-        weight = valid.to(prediction.dtype).view(-1, 1, 1)
-        if confidence is not None:
-            weight = weight * confidence.unsqueeze(-1)
-        error = (prediction - torch.where(weight > 0, target, prediction.detach())).abs() * weight
-        terms[name] = error.sum() / weight.expand_as(prediction).sum().clamp_min(1.0)
-        total = total + factor * terms[name]
-
-    def project(points):
-        return camera[:, None, :1] * (points[..., :2] + camera[:, None, 1:])
-
-    regressor = torch.from_numpy(mesh.joint_regressor.toarray()).float().to(device)
-    sources = {"token": outputs["pred_3d_joints"], "mesh": regressor @ outputs["pred_3d_vertices_fine"]}
-    image, visible = labels.joints_2d[..., :2], labels.joints_2d[..., 2]
-    for source, joints in sources.items():
-        factor_3d, factor_2d = getattr(weights, f"{source}_joints_3d"), getattr(weights, f"{source}_joints_2d")
-        add(f"{source}_joints_3d", factor_3d, joints, labels.joints_3d, labels.has_joints_3d)
-        add(f"{source}_joints_2d", factor_2d, project(joints), image, labels.has_joints_2d, visible)
-    kept = torch.arange(mesh.num_vertices)
-    names = ("fine", "intermediate", "coarse") if len(mesh.levels) == 3 else ("fine", "coarse")
-    for name, level in zip(names, mesh.levels, strict=True):
-        kept = kept[torch.as_tensor(level.kept)]
-        factor = weights.vertices * getattr(weights, f"{name}_share")
-        goal = labels.vertices[:, kept.to(device)]
-        add(f"vertices_{name}", factor, outputs[f"pred_3d_vertices_{name}"], goal, labels.has_vertices)
-    return total, terms
 
 
 def results(compute, outputs):
@@ -64,7 +31,7 @@ FROM_MESH_JOINTS = ("total", "mesh_joints_3d", "mesh_joints_2d", "pred_cam", "pr
 @pytest.mark.parametrize("weights", [LossWeights(), LossWeights(token_joints_2d=0.5, mesh_joints_2d=0.3, vertices=0.7)])
 def test_the_same_bits_as_before(name, weights):
     mesh = small_mesh() if name == "small" else load_mesh(name)
-    loss = MeshRecoveryLoss(mesh, weights)
+    loss, as_trained = MeshRecoveryLoss(mesh, weights), TermByTerm(mesh, weights, torch.device("cpu"))
     for batch in (1, 5):
         labels = random_labels(mesh, batch, confidence=False, dtype=torch.float32)
         labels.joints_2d[..., 2].round_()  # 0 or 1, as in the synthetic images
@@ -72,7 +39,7 @@ def test_the_same_bits_as_before(name, weights):
             for flags in (labels.has_vertices, labels.has_joints_3d, labels.has_joints_2d):
                 flags.fill_(True)
         outputs = random_outputs(mesh, batch, dtype=torch.float32)
-        expected = results(lambda leaves, labels=labels: as_trained(mesh, weights, leaves, labels), outputs)
+        expected = results(lambda leaves, labels=labels: as_trained(leaves, labels), outputs)
         actual = results(lambda leaves, labels=labels: loss(leaves, labels), outputs)
         assert list(actual) == list(expected)
         for key, value in expected.items():
@@ -102,7 +69,8 @@ def test_fewer_operations_than_term_by_term():
     labels = random_labels(mesh, 3, confidence=False, dtype=torch.float32)
     outputs = random_outputs(mesh, 3, dtype=torch.float32)
     loss, counts = MeshRecoveryLoss(mesh), []
-    for compute in (lambda leaves: as_trained(mesh, loss.weights, leaves, labels), lambda leaves: loss(leaves, labels)):
+    as_trained = TermByTerm(mesh, loss.weights, torch.device("cpu"))
+    for compute in (lambda leaves: as_trained(leaves, labels), lambda leaves: loss(leaves, labels)):
         leaves = {name: value.detach().clone().requires_grad_() for name, value in outputs.items()}
         with _Operations() as operations:
             compute(leaves)[0].backward()

@@ -27,6 +27,7 @@ step data 260 "$PY" -m bench data --workers 8 14 15 16 --steps 150 --csv "$R/dat
 step images 150 "$PY" -m bench synthetic_images --batch 64 --modes captured captured+compiled --csv "$R/images.csv" \
   --profile "$R/images.json"
 step crops 60 "$PY" -m bench crops --csv "$R/crops.csv"
+step losses 90 "$PY" -m bench losses --csv "$R/losses.csv"
 # TESTS: some of them only.
 tests="tests/training/test_step.py tests/training/test_interrupted.py tests/training/test_optimizer.py
   tests/training/test_half_weights.py tests/training/test_fused_training.py tests/kernels/test_adamw.py
