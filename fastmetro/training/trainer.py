@@ -365,7 +365,9 @@ class Trainer:
 
     def last_good(self) -> str:
         """Where a run goes on from, in words."""
-        return f"the last good state is in {self.checkpoint}" if self._saved else "no state was saved"
+        # Another process may have died between the writing and telling each other of it.
+        saved = self._saved or self.checkpoint.is_file()
+        return f"the last good state is in {self.checkpoint}" if saved else "no state was saved"
 
     def _is_over(self) -> bool:
         """Whether a signal came or the time of this call is over; several processes agree at each report."""

@@ -95,6 +95,19 @@ def test_a_run_whose_first_batch_fails_leaves_the_folder_to_the_next(tmp_path: P
     assert small(tmp_path / "run").run()
 
 
+def test_a_state_is_told_of_where_another_process_dies_once_it_is_written(tmp_path: Path) -> None:
+    trainer = small(tmp_path)
+    assert trainer.last_good() == "no state was saved"
+
+    def dies() -> None:
+        raise RuntimeError("Connection reset by peer")
+
+    trainer._stop_if_failed = dies  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="reset by peer"):
+        trainer._save()
+    assert trainer.last_good() == f"the last good state is in {tmp_path / 'checkpoint.pt'}"
+
+
 def test_a_resumed_run_without_a_step_keeps_its_state(tmp_path: Path) -> None:
     whole = small(tmp_path, save_every=4)
     whole.source = lambda step: no_batch(step) if step == 4 else small_batch(step)
