@@ -25,6 +25,8 @@ from fastmetro.meshes.mesh import Mesh, load_mesh
 from fastmetro.training.losses import LossWeights, MeshRecoveryLoss
 
 COLUMNS = ("mesh", "batch", "contender", "us", "floor_us", "times_ours", "largest_error")
+LEVELS = {2: ("fine", "coarse"), 3: ("fine", "intermediate", "coarse")}
+"""Names by their number."""
 Loss = Callable[[Mapping[str, Tensor], MeshLabels], tuple[Tensor, dict[str, Tensor]]]
 
 
@@ -37,8 +39,7 @@ class TermByTerm:
         self.regressor = torch.from_numpy(mesh.joint_regressor.toarray()).float().to(device)
         self.levels: list[tuple[str, Tensor]] = []
         kept = torch.arange(mesh.num_vertices)
-        names = ("fine", "intermediate", "coarse") if len(mesh.levels) == 3 else ("fine", "coarse")
-        for name, level in zip(names, mesh.levels, strict=True):
+        for name, level in zip(LEVELS[len(mesh.levels)], mesh.levels, strict=True):
             kept = kept[torch.as_tensor(level.kept)]
             self.levels.append((name, kept.to(device)))
 
@@ -85,8 +86,7 @@ def make_batch(
         return (torch.randperm(batch, generator=generator) % 3 > 0).to(device)
 
     outputs = {"pred_cam": random(3), "pred_3d_joints": random(joints, 3)}
-    names = ("fine", "intermediate", "coarse") if len(mesh.levels) == 3 else ("fine", "coarse")
-    for name, level in zip(names, mesh.levels, strict=True):
+    for name, level in zip(LEVELS[len(mesh.levels)], mesh.levels, strict=True):
         outputs[f"pred_3d_vertices_{name}"] = random(level.num_vertices, 3)
     labels = MeshLabels(
         vertices=random(mesh.num_vertices, 3), joints_3d=random(joints, 3),

@@ -25,11 +25,10 @@ from fastmetro.training.kernel_choice import kernel_choice
 from fastmetro.training.log import last_step
 from fastmetro.training.setup import Setup
 from fastmetro.training.state import TrainState
-from fastmetro.training.trainer import Trainer, TrainingFailed
+from fastmetro.training.trainer import BEFORE_A_CHECKPOINT, Trainer, TrainingFailed
 
 _WRITTEN_LAST = ("weights.safetensors", "report.json")
 """Only after the last checkpoint."""
-_BEFORE_A_CHECKPOINT = ("log.csv", "best.safetensors")
 
 
 def train(config: TrainConfig) -> dict[str, object]:
@@ -103,7 +102,7 @@ def _begin_anew(output: Path) -> None:
     print(
         f"fastmetro: {output} holds no checkpoint: the run ended before its first one and begins anew", file=sys.stderr
     )
-    for name in _BEFORE_A_CHECKPOINT:
+    for name in BEFORE_A_CHECKPOINT:
         (output / name).unlink(missing_ok=True)
 
 

@@ -30,6 +30,8 @@ from fastmetro.training.state import ExponentialAverage, TrainState
 from fastmetro.training.step import CapturedStep, Network, TrainingStep
 
 METRICS = ("mpjpe", "pa_mpjpe", "mpvpe")
+BEFORE_A_CHECKPOINT = ("log.csv", "best.safetensors")
+"""What a run that was killed before its first checkpoint may have left."""
 RESULTS = ("checkpoint.pt", "log.csv", "weights.safetensors", "best.safetensors", "report.json")
 """Files of a run in its folder."""
 _LOGGED = ("step", "samples", "seconds", "images_per_second", "learning_rate", "skipped")
@@ -390,6 +392,6 @@ class Trainer:
 def _refuse_to_overwrite(output: Path) -> None:
     for path in (output / name for name in RESULTS):
         if path.exists():
-            unfinished = path.name in ("log.csv", "best.safetensors")  # it may be resumed without a checkpoint, too
-            resume = "resume it, " if unfinished or (output / "checkpoint.pt").is_file() else ""
+            resumable = path.name in BEFORE_A_CHECKPOINT or (output / "checkpoint.pt").is_file()
+            resume = "resume it, " if resumable else ""
             raise FileExistsError(f"{path} would be overwritten: {resume}remove it, or choose another output")

@@ -14,14 +14,23 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from fastmetro.data.tsv.rows import DAMAGED, SHAPES, BadRow, Kind, check_box, decode_image, parse_label, parse_size
+from fastmetro.data.tsv.rows import (
+    DAMAGED,
+    LONGEST_KEY,
+    SHAPES,
+    BadRow,
+    Kind,
+    check_box,
+    decode_image,
+    parse_label,
+    parse_size,
+)
 from fastmetro.data.tsv.source import TsvSource
 
 _CHUNK = 64
 _AHEAD = 4
 """Chunks that wait for each process, so that none is idle and memory stays bounded."""
 _LOOKED_AT = 100
-_LONGEST_KEY = 200
 _FEW_ROWS = 4096
 """One process looks at them in less time than others need to start."""
 
@@ -194,7 +203,7 @@ def _look(source: TsvSource, chunk: range, kind: Kind) -> list[_Finding]:
 def _key(source: TsvSource, number: int) -> str:
     """Of a row; in a composite set its file is part of it."""
     try:
-        return f"{source.row(number).key[:_LONGEST_KEY]!r}, "
+        return f"{source.row(number).key[:LONGEST_KEY]!r}, "
     except ValueError:
         return ""
 

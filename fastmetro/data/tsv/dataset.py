@@ -20,7 +20,18 @@ from fastmetro.data.augmentation.render import render_cuts
 from fastmetro.data.counter_random import CounterRandom
 from fastmetro.data.mixing import Pick
 from fastmetro.data.tsv.batch import TsvBatch
-from fastmetro.data.tsv.rows import BETAS, SHAPES, BadRow, Kind, Label, check_box, decode_image, parse_label, parse_size
+from fastmetro.data.tsv.rows import (
+    BETAS,
+    LONGEST_KEY,
+    SHAPES,
+    BadRow,
+    Kind,
+    Label,
+    check_box,
+    decode_image,
+    parse_label,
+    parse_size,
+)
 from fastmetro.data.tsv.source import TsvSource
 
 Place = Literal["worker", "device"]
@@ -217,7 +228,7 @@ class TsvDataset(Dataset):
         if not bool(self._reported[row]):
             self._reported[row] = True
             try:
-                key = repr(self.source.row(row).key[:200])
+                key = repr(self.source.row(row).key[:LONGEST_KEY])
             except ValueError:
                 key = "without a usable key"
             what = "left out" if self.seed is None else "replaced"

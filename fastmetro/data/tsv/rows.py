@@ -22,6 +22,8 @@ _FLOAT32 = np.finfo(np.float32).max
 _LARGEST = 1e6
 """Pixels, metres and radians. No camera or body has more; sums of such numbers, and losses, would overflow."""
 _LONGEST_DETAIL = 300
+LONGEST_KEY = 200
+"""Characters of a row's key in messages."""
 _ORIENTATION = 0x0112  # of EXIF
 _Turn = Image.Transpose
 _TURNS = {2: _Turn.FLIP_LEFT_RIGHT, 3: _Turn.ROTATE_180, 4: _Turn.FLIP_TOP_BOTTOM, 5: _Turn.TRANSPOSE,

@@ -69,7 +69,9 @@ class TsvSource:
         counts = {table: len(names) for table, names in self._names.items()}
         if len(set(counts.values())) > 1:
             raise ValueError(f"{self.path}: img, label and hw must name as many files each, got {counts}")
-        self._files = {table: [TsvFile(self._find(name)) for name in names] for table, names in self._names.items()}
+        self._files = {
+            table: [TsvFile(self._find(name, self.composite)) for name in names] for table, names in self._names.items()
+        }
         self._places = self._read_places(settings.get("linelist"))
 
     def __len__(self) -> int:
@@ -102,11 +104,10 @@ class TsvSource:
         size = cells["hw"][1] if "hw" in cells else None
         return Row(key, cells["img"][-1], cells["label"][1], size)
 
-    def _find(self, name: str) -> Path:
-        """As given or beside the YAML file; in a composite set always beside it."""
+    def _find(self, name: str, beside_only: bool = False) -> Path:
+        """As given or beside the YAML file."""
         given = Path(name)
-        beside = self.path.parent / name
-        return given if not self.composite and given.is_file() else beside
+        return given if not beside_only and given.is_file() else self.path.parent / name
 
     def _read_places(self, linelist: Any) -> np.ndarray:
         """int32 [rows, 2]: file and line of each row of the set."""
@@ -120,8 +121,7 @@ class TsvSource:
             return np.concatenate(parts).astype(np.int32)
         if not isinstance(linelist, str):
             raise ValueError(f"{self.path}: linelist must name a file, got {_SHORT.repr(linelist)}")
-        given = Path(linelist)  # also in a composite set: the published loader opens it as given there
-        path = given if given.is_file() else self.path.parent / linelist
+        path = self._find(linelist)  # in a composite set, too: the published loader opens it as given there
         if not path.is_file():
             raise FileNotFoundError(f"{self.path}: linelist {linelist!r} does not exist")
         places = _read_linelist(path, self.composite)
