@@ -20,10 +20,12 @@ class BatchNormConfig(NamedTuple):
     programs: int = 132
 
 
-_TILES = (BatchNormConfig(32, 8, 264), BatchNormConfig(16, 4))
-"""16 bytes per lane in half precision; the kernels take four or eight such tiles at a time."""
+_LARGE = BatchNormConfig(32, 8, 264)
+_SMALL, _SMALL_BACKWARD = BatchNormConfig(16, 4), BatchNormConfig(16, 4, 264)
+"""16 bytes per lane in half precision; the kernels have two to eight such tiles under way."""
 CONFIGS = (
-    *_TILES, BatchNormConfig(64, 16), BatchNormConfig(64, 16, 264), BatchNormConfig(32, 8), BatchNormConfig(16, 4, 528),
+    _LARGE, _SMALL, _SMALL_BACKWARD, BatchNormConfig(64, 16), BatchNormConfig(64, 16, 264), BatchNormConfig(32, 8),
+    BatchNormConfig(16, 4, 528),
 )  # fmt: skip
 """What `python -m bench batch_norm --all-configs` times."""
 _ACCEPTED = {"rows": (16, 32, 64, 128, 256), "warps": (1, 2, 4, 8, 16, 32)}
@@ -43,17 +45,16 @@ _FEW_NUMBERS = 2**22
 """Up to so many, of which a large GPU's second-level cache has several times as many, the small tile is faster."""
 
 
-def pinned(rows: int, channels: int) -> BatchNormConfig:
-    """The first tile, where there is enough for all programs; else the small one."""
-    large, small = _TILES
+def pinned(rows: int, channels: int, backward: bool = False) -> BatchNormConfig:
+    """The large tile, where there is enough for all programs; else the small one, of that pass."""
     blocks = -(-channels // CHANNELS)
-    enough = rows * channels > _FEW_NUMBERS and blocks * -(-rows // (4 * large.rows)) >= large.programs
-    return large if enough else small
+    enough = rows * channels > _FEW_NUMBERS and blocks * -(-rows // (4 * _LARGE.rows)) >= _LARGE.programs
+    return _LARGE if enough else _SMALL_BACKWARD if backward else _SMALL
 
 
-def plan(rows: int, channels: int, config: BatchNormConfig | None = None) -> Plan:
+def plan(rows: int, channels: int, config: BatchNormConfig | None = None, backward: bool = False) -> Plan:
     """For so many rows and channels, with a tile other than the pinned one if given."""
-    tile = config or pinned(rows, channels)
+    tile = config or pinned(rows, channels, backward)
     blocks = -(-channels // CHANNELS)
     tiles = -(-rows // tile.rows)
     each = -(-tiles // max(min(tile.programs // blocks, tiles), 1))

@@ -1,6 +1,6 @@
 """The backward pass of the batch norm in Triton: sums, then the gradient of x."""
 
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, assignment, var-annotated"
 # (kernels are not ordinary Python: their arguments are typed when Triton compiles them)
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch import Tensor
 
 from fastmetro_kernels.batch_norm import ops
 from fastmetro_kernels.batch_norm.triton_shared import (
-    PARTS,
     SIZES,
     bits_of_channels,
     channels_of,
     last_of_its_channels,
+    load,
+    load_bits,
     load_four,
-    load_four_bits,
     load_sums,
     place,
     shared_out,
@@ -27,16 +27,21 @@ from fastmetro_kernels.batch_norm.triton_shared import (
 )
 from fastmetro_kernels.fused.early_launch import await_earlier_kernels, on_device
 
+TILES, TILES_WITH_MORE = 4, 2
+"""Of two or three tensors under way at a time."""
+
 
 @triton.jit
 def _add_sums(partials, groups, channels, c, PARTS: tl.constexpr, CHANNELS: tl.constexpr):
     """Both numbers of all groups."""
     first = tl.zeros([PARTS, CHANNELS], tl.float32)
     second = tl.zeros([PARTS, CHANNELS], tl.float32)
-    for start in range(0, groups, PARTS):
-        one, other, _ = load_sums(partials, start, groups, channels, c, PARTS)
-        first += one
-        second += other
+    these = load_sums(partials, 0, groups, channels, c, PARTS)
+    for start in range(0, groups, 2 * PARTS):
+        those = load_sums(partials, start + PARTS, groups, channels, c, PARTS)
+        first, second = first + these[0], second + these[1]
+        these = load_sums(partials, start + 2 * PARTS, groups, channels, c, PARTS)
+        first, second = first + those[0], second + those[1]
     return tl.sum(first, 0), tl.sum(second, 0)
 
 
@@ -46,11 +51,25 @@ def _through(g, value, scale, low):
     return tl.where(value * scale + low > 0.0, g, 0.0)
 
 
+@triton.jit
+def _load_given(
+    grad, more, x, bits, row, end, channels, c,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr, MORE: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    """Of a tile: the gradient, x, the second gradient, and what the ReLU let through. The first where there is no such
+    thing."""
+    g = load(grad, row, end, channels, c, ROWS)
+    value = load(x, row, end, channels, c, ROWS)
+    other = load(more, row, end, channels, c, ROWS) if MORE else g
+    let = load_bits(bits, row, end, ROWS, CHANNELS) if BITS else g
+    return g, value, other, let
+
+
 @triton.jit(do_not_specialize=SIZES)
 def batch_norm_backward_sums_kernel(
     grad, more, x, bits, weight, bias, mean, variance, partials, counters, grad_weight, grad_bias, behind,
     rows, channels, groups, each, epsilon,
-    ROWS: tl.constexpr, CHANNELS: tl.constexpr, PARTS: tl.constexpr,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr,
     MORE: tl.constexpr, RELU: tl.constexpr, BITS: tl.constexpr, BEHIND: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the channels' biases and weights: sums of the gradient in front of the ReLU, and of it times what is
@@ -64,27 +83,31 @@ def batch_norm_backward_sums_kernel(
         bits = bits_of_channels(bits, rows, CHANNELS)
     first = tl.zeros([ROWS, CHANNELS], tl.float32)
     second = tl.zeros([ROWS, CHANNELS], tl.float32)
-    for row in range(begin, end, 4 * ROWS):
-        gradients = load_four(grad, row, end, channels, c, ROWS)
-        values = load_four(x, row, end, channels, c, ROWS)
-        if MORE:
-            others = load_four(more, row, end, channels, c, ROWS)
-        if BITS:
-            let = load_four_bits(bits, row, end, ROWS, CHANNELS)
-        for i in tl.static_range(4):
+    tiles = ()
+    for i in tl.static_range(TILES):
+        tile = _load_given(grad, more, x, bits, begin + i * ROWS, end, channels, c, ROWS, CHANNELS, MORE, BITS)
+        tiles = tiles + (tile,)  # noqa: RUF005 - Triton has no other way
+    for row in range(begin, end, TILES * ROWS):
+        following = ()
+        for i in tl.static_range(TILES):
+            g, value, other, let = tiles[i]
             offset, inside = place(row + i * ROWS, end, channels, c, ROWS)
-            g = gradients[i].to(tl.float32)
+            g = g.to(tl.float32)
             if MORE:
-                g += others[i].to(tl.float32)
-            value = values[i].to(tl.float32) - middle
+                g += other.to(tl.float32)
+            value = value.to(tl.float32) - middle
             if BITS:
-                g = tl.where(unpack_bits(let[i], ROWS, CHANNELS), g, 0.0)
+                g = tl.where(unpack_bits(let, ROWS, CHANNELS), g, 0.0)
             elif RELU:
                 g = _through(g, value, scale, low)
             if BEHIND:
                 tl.store(behind + offset, g.to(behind.dtype.element_ty), mask=inside)
             first += g
             second += tl.where(inside, g * value, 0.0)
+            below = row + (i + TILES) * ROWS
+            tile = _load_given(grad, more, x, bits, below, end, channels, c, ROWS, CHANNELS, MORE, BITS)
+            following = following + (tile,)  # noqa: RUF005
+        tiles = following
     if last_of_its_channels(counters, partials, tl.sum(first, 0), tl.sum(second, 0), groups, channels, c):
         all_of_it, times = _add_sums(partials, groups, channels, c, PARTS, CHANNELS)
         tl.store(grad_bias + c, all_of_it, mask=c < channels)
@@ -135,12 +158,13 @@ def backward(
     ops.check_backward(grad, more, x, bits, weight, bias, mean, variance, counters, relu, behind)
     grad_x, grad_weight, grad_bias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
     before = torch.empty_like(x) if behind else x.new_empty(0)
-    shared = shared_out(x, counters, config)
+    shared = shared_out(x, counters, config, backward=True)
     with on_device(x):
         batch_norm_backward_sums_kernel[shared.grid](
             grad, more, x, bits, weight, bias, mean, variance, shared.partials, shared.counters,
             grad_weight, grad_bias, before if behind else None, *shared.sizes, epsilon,
-            PARTS=PARTS, MORE=more is not None, RELU=relu, BITS=bits is not None, BEHIND=behind, **shared.options,
+            TILES=TILES if more is None else TILES_WITH_MORE, PARTS=shared.parts,
+            MORE=more is not None, RELU=relu, BITS=bits is not None, BEHIND=behind, **shared.options,
         )  # fmt: skip
         # The gradient in front of the ReLU is there where it was asked for, and read instead of what it is made of.
         again = (before, None, False) if behind else (grad, more, relu)

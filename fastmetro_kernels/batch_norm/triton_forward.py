@@ -1,6 +1,6 @@
 """The forward pass of the batch norm in Triton: moments, then the result and the bits of its ReLU."""
 
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, assignment, misc"
 # (kernels are not ordinary Python: their arguments are typed when Triton compiles them)
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from torch import Tensor
 
 from fastmetro_kernels.batch_norm import ops
 from fastmetro_kernels.batch_norm.triton_shared import (
-    PARTS,
     SIZES,
     Shared,
     bits_of_channels,
@@ -28,6 +27,19 @@ from fastmetro_kernels.batch_norm.triton_shared import (
 )
 from fastmetro_kernels.fused.early_launch import await_earlier_kernels, on_device
 
+TILES = 8
+"""Of one tensor under way at a time."""
+
+
+@triton.jit
+def _add_group_moments(first, second, sums, start, near, rows, each, PARTS: tl.constexpr):
+    """Adds what some groups found to sums of means off `near`, times their rows, and of squares off it."""
+    mean, squares, inside = sums
+    group = start + tl.arange(0, PARTS)
+    count = tl.minimum(rows - group * each, each).to(tl.float32)[:, None]
+    apart = tl.where(inside, mean - near[None, :], 0.0)
+    return first + count * apart, second + squares + count * apart * apart
+
 
 @triton.jit
 def _join_moments(partials, groups, channels, rows, each, c, PARTS: tl.constexpr, CHANNELS: tl.constexpr):
@@ -35,13 +47,12 @@ def _join_moments(partials, groups, channels, rows, each, c, PARTS: tl.constexpr
     near = tl.load(partials + c, mask=c < channels, other=0.0, cache_modifier=".cg")  # other groups' are not far
     first = tl.zeros([PARTS, CHANNELS], tl.float32)
     second = tl.zeros([PARTS, CHANNELS], tl.float32)
-    for start in range(0, groups, PARTS):
-        mean, squares, inside = load_sums(partials, start, groups, channels, c, PARTS)
-        group = start + tl.arange(0, PARTS)
-        count = tl.minimum(rows - group * each, each).to(tl.float32)[:, None]
-        apart = tl.where(inside, mean - near[None, :], 0.0)
-        first += count * apart
-        second += squares + count * apart * apart
+    these = load_sums(partials, 0, groups, channels, c, PARTS)
+    for start in range(0, groups, 2 * PARTS):
+        those = load_sums(partials, start + PARTS, groups, channels, c, PARTS)
+        first, second = _add_group_moments(first, second, these, start, near, rows, each, PARTS)
+        these = load_sums(partials, start + 2 * PARTS, groups, channels, c, PARTS)
+        first, second = _add_group_moments(first, second, those, start + PARTS, near, rows, each, PARTS)
     apart = tl.sum(first, 0) / rows
     variance = tl.sum(second, 0) / rows - apart * apart
     return near + apart, tl.where(variance < 0.0, 0.0, variance)  # not tl.maximum: what is not a number stays so
@@ -50,7 +61,7 @@ def _join_moments(partials, groups, channels, rows, each, c, PARTS: tl.constexpr
 @triton.jit(do_not_specialize=SIZES)
 def batch_norm_moments_kernel(
     x, partials, counters, mean, variance, running_mean, running_var, batches, rows, channels, groups, each, momentum,
-    ROWS: tl.constexpr, CHANNELS: tl.constexpr, PARTS: tl.constexpr,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr,
     RUNNING: tl.constexpr, COUNTED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """The mean and the variance of all channels. Where RUNNING they go into the running averages, too.
@@ -62,19 +73,22 @@ def batch_norm_moments_kernel(
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     begin = tl.program_id(1) * each
     end = tl.minimum(begin + each, rows)
-    value = load(x, begin, end, channels, c, ROWS).to(tl.float32)
-    near = tl.sum(value, 0) / tl.minimum(end - begin, ROWS).to(tl.float32)
+    tiles = ()
+    for i in tl.static_range(TILES):
+        tiles = tiles + (load(x, begin + i * ROWS, end, channels, c, ROWS),)  # noqa: RUF005 - Triton has no other way
+    near = tl.sum(tiles[0].to(tl.float32), 0) / tl.minimum(end - begin, ROWS).to(tl.float32)
     first = tl.zeros([ROWS, CHANNELS], tl.float32)
     second = tl.zeros([ROWS, CHANNELS], tl.float32)
-    for row in range(begin, end, 8 * ROWS):
-        these = load_four(x, row, end, channels, c, ROWS)
-        those = load_four(x, row + 4 * ROWS, end, channels, c, ROWS)
-        for i in tl.static_range(8):
+    for row in range(begin, end, TILES * ROWS):
+        following = ()
+        for i in tl.static_range(TILES):
             _, inside = place(row + i * ROWS, end, channels, c, ROWS)
-            value = these[i] if i < 4 else those[i - 4]
-            value = tl.where(inside, value.to(tl.float32) - near[None, :], 0.0)
+            value = tl.where(inside, tiles[i].to(tl.float32) - near[None, :], 0.0)
             first += value
             second += value * value
+            tile = load(x, row + (i + TILES) * ROWS, end, channels, c, ROWS)
+            following = following + (tile,)  # noqa: RUF005
+        tiles = following
     count = (end - begin).to(tl.float32)
     apart = tl.sum(first, 0) / count
     squares = tl.sum(second, 0) - count * apart * apart
@@ -160,7 +174,8 @@ def launch_moments(
     """Of one batch norm."""
     batch_norm_moments_kernel[shared.grid](
         x, shared.partials, shared.counters, mean, variance, running_mean, running_var, batches, *shared.sizes,
-        momentum, PARTS=PARTS, RUNNING=running_mean is not None, COUNTED=batches is not None, **shared.options,
+        momentum, TILES=TILES, PARTS=shared.parts, RUNNING=running_mean is not None, COUNTED=batches is not None,
+        **shared.options,
     )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ Forward the moments of both, then the result; backward the sums of both, then bo
 written nowhere, and the gradient in front of the ReLU is written once and read once.
 """
 
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, assignment, var-annotated"
 # (kernels are not ordinary Python: their arguments are typed when Triton compiles them)
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from fastmetro_kernels.batch_norm.triton_shared import (
 )
 from fastmetro_kernels.fused.early_launch import await_earlier_kernels, on_device
 
-PARTS = 32
-"""Groups whose three sums a program adds up at a time: more would not fit into the registers of four warps."""
+TILES = 2
+"""Of three or four tensors under way at a time: with more only one program would fit on a multiprocessor."""
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -75,15 +75,6 @@ def _load_two(base, row, end, channels, c, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _load_two_bits(bits, row, end, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Of two tiles, one behind the other."""
-    return (
-        load_bits(bits, row, end, ROWS, CHANNELS),
-        load_bits(bits, row + ROWS, end, ROWS, CHANNELS),
-    )
-
-
-@triton.jit
 def _add_three_sums(partials, groups, channels, c, PARTS: tl.constexpr, CHANNELS: tl.constexpr):
     """The numbers of all groups."""
     first = tl.zeros([PARTS, CHANNELS], tl.float32)
@@ -106,12 +97,27 @@ def _mean_and_inverse(mean, variance, channels, c, epsilon):
     return tl.load(mean + c, mask=known, other=0.0)[None, :], inverse
 
 
+@triton.jit
+def _load_given(
+    grad, more, x, residual, bits, row, end, channels, c,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr, MORE: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    """Of a tile: the gradient, x, the residual, the second gradient, and what the ReLU let through. The first where
+    there is no such thing."""
+    g = load(grad, row, end, channels, c, ROWS)
+    value = load(x, row, end, channels, c, ROWS)
+    other_value = load(residual, row, end, channels, c, ROWS)
+    other = load(more, row, end, channels, c, ROWS) if MORE else g
+    let = load_bits(bits, row, end, ROWS, CHANNELS) if BITS else g
+    return g, value, other_value, other, let
+
+
 @triton.jit(do_not_specialize=SIZES)
 def batch_norm_joint_sums_kernel(
     grad, more, x, residual, bits, mean, variance, residual_mean, residual_variance, partials, counters,
     grad_weight, grad_bias, grad_residual_weight, grad_residual_bias, behind,
     rows, channels, groups, each, epsilon, residual_epsilon,
-    ROWS: tl.constexpr, CHANNELS: tl.constexpr, PARTS: tl.constexpr,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr,
     MORE: tl.constexpr, BITS: tl.constexpr, BEHIND: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Gradients of both norms' biases, which are the same, and weights. The gradient in front of the ReLU, too, where
@@ -127,26 +133,31 @@ def batch_norm_joint_sums_kernel(
     first = tl.zeros([ROWS, CHANNELS], tl.float32)
     second = tl.zeros([ROWS, CHANNELS], tl.float32)
     third = tl.zeros([ROWS, CHANNELS], tl.float32)
-    for row in range(begin, end, 2 * ROWS):
-        gradients = _load_two(grad, row, end, channels, c, ROWS)
-        values = _load_two(x, row, end, channels, c, ROWS)
-        other_values = _load_two(residual, row, end, channels, c, ROWS)
-        if MORE:
-            others = _load_two(more, row, end, channels, c, ROWS)
-        if BITS:
-            let = _load_two_bits(bits, row, end, ROWS, CHANNELS)
-        for i in tl.static_range(2):
+    tiles = ()
+    for i in tl.static_range(TILES):
+        tile = _load_given(
+            grad, more, x, residual, bits, begin + i * ROWS, end, channels, c, ROWS, CHANNELS, MORE, BITS
+        )
+        tiles = tiles + (tile,)  # noqa: RUF005 - Triton has no other way
+    for row in range(begin, end, TILES * ROWS):
+        following = ()
+        for i in tl.static_range(TILES):
+            g, value, other_value, other, let = tiles[i]
             offset, inside = place(row + i * ROWS, end, channels, c, ROWS)
-            g = gradients[i].to(tl.float32)
+            g = g.to(tl.float32)
             if MORE:
-                g += others[i].to(tl.float32)
+                g += other.to(tl.float32)
             if BITS:
-                g = tl.where(unpack_bits(let[i], ROWS, CHANNELS), g, 0.0)
+                g = tl.where(unpack_bits(let, ROWS, CHANNELS), g, 0.0)
             if BEHIND:
                 tl.store(behind + offset, g.to(behind.dtype.element_ty), mask=inside)
             first += g
-            second += tl.where(inside, g * (values[i].to(tl.float32) - middle), 0.0)
-            third += tl.where(inside, g * (other_values[i].to(tl.float32) - other_middle), 0.0)
+            second += tl.where(inside, g * (value.to(tl.float32) - middle), 0.0)
+            third += tl.where(inside, g * (other_value.to(tl.float32) - other_middle), 0.0)
+            below = row + (i + TILES) * ROWS
+            tile = _load_given(grad, more, x, residual, bits, below, end, channels, c, ROWS, CHANNELS, MORE, BITS)
+            following = following + (tile,)  # noqa: RUF005
+        tiles = following
     known = c < channels
     tl.store(partials + (2 * groups + tl.program_id(1)) * channels + c, tl.sum(third, 0), mask=known)
     if last_of_its_channels(counters, partials, tl.sum(first, 0), tl.sum(second, 0), groups, channels, c):
@@ -239,13 +250,13 @@ def backward(
     grad_x, grad_residual = torch.empty_like(x), torch.empty_like(x)
     grad_weight, grad_bias, other_grad_weight, other_grad_bias = (torch.empty_like(weight) for _ in range(4))
     behind = torch.empty_like(x) if bits is not None or more is not None else None
-    shared = shared_out(x, counters, config, sums=3)
+    shared = shared_out(x, counters, config, sums=3, backward=True)
     with on_device(x):
         batch_norm_joint_sums_kernel[shared.grid](
             grad, more, x, residual, bits, *own, *others, shared.partials, shared.counters,
             grad_weight, grad_bias, other_grad_weight, other_grad_bias, behind, *shared.sizes, epsilon,
-            residual_epsilon, PARTS=PARTS, MORE=more is not None, BITS=bits is not None, BEHIND=behind is not None,
-            **shared.options,
+            residual_epsilon, TILES=TILES, PARTS=shared.parts,
+            MORE=more is not None, BITS=bits is not None, BEHIND=behind is not None, **shared.options,
         )  # fmt: skip
         batch_norm_joint_backward_kernel[shared.grid](
             grad if behind is None else behind, x, residual, weight, *own, residual_weight, *others,

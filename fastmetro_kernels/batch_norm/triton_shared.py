@@ -3,7 +3,8 @@
 Two launches to a pass: sums over groups of rows, then what they are for. The program that ends last among those of its
 channels joins what all found; a counter per block of channels tells it, and is back at 0 afterwards. The second launch
 goes through each group's rows from the last to the first, which the caches still have. A lane asks for four to eight
-times 16 bytes before it waits for the first: less does not keep the memory busy.
+times 16 bytes before it waits for the first: less does not keep the memory busy. What takes sums asks for the next tile
+in place of each that it has added, so that as many stay under way: else the memory rests while it adds.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -23,8 +24,12 @@ from fastmetro_kernels.fused.early_launch import launch_options, launches_early
 
 SIZES = ["rows", "groups", "each"]
 """Arguments whose values make no kernels of their own."""
-PARTS = 64
-"""Groups whose sums a program adds up at a time."""
+
+
+def parts_at_a_time(warps: int, sums: int = 2) -> int:
+    """Groups whose sums a program adds up at a time, a power of two: of more its registers would not hold three sums,
+    or two of which as many more are under way."""
+    return (8 if sums == 2 else 4) * warps
 
 
 @triton.jit
@@ -82,17 +87,6 @@ def load_bits(bits, row, end, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def load_four_bits(bits, row, end, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Of four tiles, one behind the other."""
-    return (
-        load_bits(bits, row, end, ROWS, CHANNELS),
-        load_bits(bits, row + ROWS, end, ROWS, CHANNELS),
-        load_bits(bits, row + 2 * ROWS, end, ROWS, CHANNELS),
-        load_bits(bits, row + 3 * ROWS, end, ROWS, CHANNELS),
-    )
-
-
-@triton.jit
 def unpack_bits(found, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
     """Of a tile's bytes: which numbers the ReLU let through."""
     each = (found.to(tl.int32)[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
@@ -135,24 +129,31 @@ def channels_of(mean, variance, weight, bias, channels, c, epsilon):
 
 
 class Shared(NamedTuple):
-    """What both kernels of a pass share: their grid, room for sums, counters, sizes, and the options of launches."""
+    """What both kernels of a pass share: their grid, room for sums, counters, sizes, and the options of launches.
+
+    `parts`: groups whose sums a program adds up at a time.
+    """
 
     grid: tuple[int, int]
     partials: Tensor
     counters: Tensor
     sizes: tuple[int, int, int, int]
     options: dict[str, Any]
+    parts: int
 
 
-def shared_out(x: Tensor, counters: Tensor | None, config: Sequence[int], sums: int = 2) -> Shared:
-    """For kernels that take so many sums."""
+def shared_out(
+    x: Tensor, counters: Tensor | None, config: Sequence[int], sums: int = 2, backward: bool = False
+) -> Shared:
+    """For the kernels of a pass that take so many sums."""
     channels = x.shape[1]
     rows = x.numel() // channels
-    found: Plan = plan(rows, channels, BatchNormConfig(*config) if config else None)
+    found: Plan = plan(rows, channels, BatchNormConfig(*config) if config else None, backward)
     partials = torch.empty((sums, found.groups, channels), dtype=torch.float32, device=x.device)
     if counters is None:
         counters = x.new_zeros(found.blocks, dtype=torch.int32)
     early = launches_early(x)
     options = {"ROWS": found.rows, "CHANNELS": CHANNELS, "EARLY": early, "num_warps": found.warps}
     sizes = (rows, channels, found.groups, found.rows_each)
-    return Shared((found.blocks, found.groups), partials, counters, sizes, options | launch_options(early))
+    parts = parts_at_a_time(found.warps, sums)
+    return Shared((found.blocks, found.groups), partials, counters, sizes, options | launch_options(early), parts)

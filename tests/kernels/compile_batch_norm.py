@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 
 from fastmetro_kernels.batch_norm import triton_backward, triton_forward, triton_joint
 from fastmetro_kernels.batch_norm.plan import CHANNELS, plan
-from fastmetro_kernels.batch_norm.triton_shared import PARTS
+from fastmetro_kernels.batch_norm.triton_shared import parts_at_a_time
 
 IMAGES = {"x", "residual", "out", "grad", "more", "grad_x", "grad_residual", "behind"}
 _OF_A_NORM = {"weight", "bias", "mean", "variance"}
@@ -50,20 +50,21 @@ def source(kernel: Any, dtype: str, constants: dict[str, Any]) -> ASTSource:
 
 def jobs() -> list[tuple[str, Any, dict[str, Any]]]:
     """Names, kernels and what is fixed of them beside the tile."""
-    flags: dict[str, Any] = {"RUNNING": True, "COUNTED": True}
+    flags: dict[str, Any] = {"RUNNING": True, "COUNTED": True, "TILES": triton_forward.TILES}
     found: list[tuple[str, Any, dict[str, Any]]] = [("moments", triton_forward.batch_norm_moments_kernel, flags)]
     for residual in (False, True):
         absent: dict[str, Any] = {} if residual else {"residual": None, "bits": None}
         flags = {"RESIDUAL": residual, "RELU": True, "BITS": residual, **absent}
         found.append((f"norm {'residual' * residual}", triton_forward.batch_norm_kernel, flags))
         absent = {} if residual else {"bits": None, "more": None, "behind": None}
-        flags = {"MORE": residual, "RELU": True, "BITS": residual, "BEHIND": residual, **absent}
+        tiles = triton_backward.TILES_WITH_MORE if residual else triton_backward.TILES
+        flags = {"MORE": residual, "RELU": True, "BITS": residual, "BEHIND": residual, "TILES": tiles, **absent}
         found.append((f"backward_sums {'residual' * residual}", triton_backward.batch_norm_backward_sums_kernel, flags))
         flags = {"MORE": False, "RELU": not residual, "more": None}
         found.append((f"backward {'residual' * residual}", triton_backward.batch_norm_backward_kernel, flags))
     flags = {"RELU": True, "BITS": True}
     found.append(("joint", triton_joint.batch_norm_joint_kernel, flags))
-    flags = {"MORE": True, "BITS": True, "BEHIND": True, "PARTS": triton_joint.PARTS}
+    flags = {"MORE": True, "BITS": True, "BEHIND": True, "TILES": triton_joint.TILES}
     found.append(("joint_sums", triton_joint.batch_norm_joint_sums_kernel, flags))
     found.append(("joint_backward", triton_joint.batch_norm_joint_backward_kernel, {}))
     return found
@@ -76,7 +77,8 @@ def main() -> None:
     report = {}
     for rows, warps in tiles:
         for name, kernel, flags in jobs():
-            constants = {"ROWS": rows, "CHANNELS": CHANNELS, "PARTS": PARTS, "EARLY": early, **flags}
+            parts = parts_at_a_time(warps, 3 if name == "joint_sums" else 2)
+            constants = {"ROWS": rows, "CHANNELS": CHANNELS, "PARTS": parts, "EARLY": early, **flags}
             constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
             options = {"num_warps": warps} | ({"launch_pdl": True} if early else {})
             compiled = triton.compile(
