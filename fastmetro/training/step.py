@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastmetro.cuda_graphs import capture, warm_up
 from fastmetro.data.labels import MeshLabels
 from fastmetro.distributed import World
-from fastmetro.models.backbones.half_weights import gradient_of, kept_weights, refresh_half_weights
+from fastmetro.models.backbones.half_weights import KeptFresh, gradient_of, kept_weights, refresh_half_weights
 from fastmetro.models.half_matrices import half_matrices_in_use
 from fastmetro.training.objective import Objective
 from fastmetro.training.optimizer import ClippedAdamW
@@ -156,14 +156,13 @@ class CapturedStep:
         self._images = images.clone(memory_format=torch.preserve_format)
         self._labels = labels.clone()
         self._mine = _by_name(self._images, self._labels)
-        dtypes = {tensor.dtype for tensor in self._mine.values()}
-        self._alike = [[name for name, tensor in self._mine.items() if tensor.dtype == one] for one in dtypes]
+        self._alike = _alike(self._mine)
         before = _Snapshot(step)
         warm_up(self._run, step.device)
         step.optimizer.zero_grad(set_to_none=True)
         self._graph, self._values = capture(self._run, step.device)
         before.restore(step)
-        self._kept = kept_weights(step.parameters)
+        self._kept = KeptFresh(step.parameters)
 
     def _run(self) -> Tensor:
         return self._step(self._images, self._labels)
@@ -177,14 +176,15 @@ class CapturedStep:
         if images.shape != self._images.shape:
             raise ValueError(f"images must be {list(self._images.shape)}, as captured, got {list(images.shape)}")
         self._take_over(images, labels)
-        for weight, kept in self._kept:  # a replay asks nothing
-            if kept.is_stale(weight):
-                kept.refresh(weight)
+        self._kept.refresh()
         self._graph.replay()
         return self._values
 
     def _take_over(self, images: Tensor, labels: MeshLabels) -> None:
-        """Copy a batch to where the graph reads it, with one call for all of a dtype: the device waits for the host."""
+        """Copy a batch to where the graph reads it, with one call for all of a dtype: the device waits for the host.
+
+        The most bytes first: the host prepares the rest while they are copied.
+        """
         theirs = _by_name(images, labels)
         if theirs.keys() != self._mine.keys():
             raise ValueError(f"labels must be {', '.join(self._mine)}, as captured, got {', '.join(theirs)}")
@@ -196,6 +196,14 @@ def _by_name(images: Tensor, labels: MeshLabels) -> dict[str, Tensor]:
     """The tensors of a batch."""
     found = {field.name: getattr(labels, field.name) for field in fields(labels)}
     return {"images": images} | {name: value for name, value in found.items() if isinstance(value, Tensor)}
+
+
+def _alike(tensors: Mapping[str, Tensor]) -> list[list[str]]:
+    """Names by dtype, those of the most bytes first."""
+    found: dict[torch.dtype, list[str]] = {}
+    for name, tensor in tensors.items():
+        found.setdefault(tensor.dtype, []).append(name)
+    return sorted(found.values(), key=lambda names: -sum(tensors[name].nbytes for name in names))
 
 
 class _Snapshot:

@@ -13,6 +13,8 @@ from optimizer_cases import BFLOAT, Trunk, assert_equal, backward, gradients_of,
 from torch import Tensor
 
 from fastmetro.models.backbones.half_weights import (
+    HalfCopy,
+    KeptFresh,
     half_copy,
     keep_half_weights,
     kept_weights,
@@ -145,6 +147,25 @@ def test_a_stale_copy_is_not_used(change: Any) -> None:
     backward(module, 1)
     optimizer.step()
     assert torch.equal(kept.tensor, module.first.weight.to(BFLOAT))
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_all_copies_are_fresh_in_front_of_a_replay(change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies are looked at one by one only where something has changed since."""
+    module, asked = trunk(half=True), []
+    stale = HalfCopy.is_stale
+    monkeypatch.setattr(HalfCopy, "is_stale", lambda kept, weight: (asked.append(kept), stale(kept, weight))[1])
+    fresh = KeptFresh(module.parameters())
+    fresh.refresh()
+    assert len(asked) == 2
+    for _ in range(2):
+        change(module)  # which may leave a parameter as it is, at an address that is free again
+        fresh.refresh()
+        for weight, kept in kept_weights(module.parameters()):
+            assert not stale(kept, weight) and torch.equal(kept.tensor, weight.to(BFLOAT))
+        asked.clear()
+        fresh.refresh()
+        assert not asked
 
 
 def test_copies_are_no_part_of_the_module() -> None:

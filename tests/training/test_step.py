@@ -11,7 +11,7 @@ from small_network import MESH, SmallNetwork, labelled
 from fastmetro.training.losses import MeshRecoveryLoss
 from fastmetro.training.objective import Objective
 from fastmetro.training.schedule import make_optimizer, set_learning_rate
-from fastmetro.training.step import CapturedStep, TrainingStep
+from fastmetro.training.step import CapturedStep, TrainingStep, _alike
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -134,3 +134,9 @@ def test_a_captured_step_drops_other_units_each_time() -> None:
 def test_what_cannot_be_captured_is_named() -> None:
     with pytest.raises(ValueError, match="on a CUDA device only, got cpu"):
         CapturedStep(make(), *batch(0))
+
+
+def test_what_takes_longest_to_copy_goes_first() -> None:
+    tensors = {"flags": torch.ones(4, dtype=torch.bool), "few": torch.ones(2), "many": torch.ones(64)}
+    tensors |= {"numbers": torch.ones(2, dtype=torch.int64), "more flags": torch.ones(2, dtype=torch.bool)}
+    assert _alike(tensors) == [["few", "many"], ["numbers"], ["flags", "more flags"]]

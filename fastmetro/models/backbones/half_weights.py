@@ -6,6 +6,7 @@ needed: `overlap.py` takes the copy, and leaves the gradient, as it was computed
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Iterable, Sequence
 
@@ -59,7 +60,7 @@ class HalfCopy:
 
     def is_stale(self, parameter: Tensor) -> bool:
         """Whether the parameter is not the one that was copied, as far as PyTorch knows."""
-        return self._seen != (parameter._version, parameter.data_ptr())  # asked of all in front of each replay
+        return self._seen != self._look(parameter)
 
     @torch.no_grad()
     def refresh(self, parameter: Tensor) -> None:
@@ -87,6 +88,34 @@ class HalfCopy:
             parameter.grad.copy_(gradient)
         else:
             parameter.grad.add_(gradient)
+
+
+class KeptFresh:
+    """The copies of some parameters, made anew where they are stale: asked of all in front of every replay of a graph,
+    which asks nothing itself.
+
+    A copy that was fresh stays so as long as its parameter has the same version and address. Those of all parameters
+    are compared at once, because the device waits for it.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        self._pairs = kept_weights(parameters)
+        self._parameters = [parameter for parameter, _ in self._pairs]
+        self._seen: tuple[list[int], list[int]] | None = None
+
+    def _look(self) -> tuple[list[int], list[int]]:
+        versions = list(map(operator.attrgetter("_version"), self._parameters))
+        return versions, list(map(Tensor.data_ptr, self._parameters))
+
+    def refresh(self) -> None:
+        """Make stale copies anew, into the same memory where they fit."""
+        seen = self._look()
+        if seen == self._seen:
+            return
+        for parameter, kept in self._pairs:
+            if kept.is_stale(parameter):
+                kept.refresh(parameter)
+        self._seen = seen
 
 
 def keep_half_weights(module: nn.Module, dtype: torch.dtype | None = torch.bfloat16) -> int:
