@@ -28,6 +28,9 @@ step images 150 "$PY" -m bench synthetic_images --batch 64 --modes captured capt
   --profile "$R/images.json"
 step crops 60 "$PY" -m bench crops --csv "$R/crops.csv"
 step losses 90 "$PY" -m bench losses --csv "$R/losses.csv"
+# By itself: it starts four trainings, one after the other.
+step killed 200 env OMP_NUM_THREADS=1 "$PY" -m pytest -v -p no:cacheprovider tests/training/test_interrupted.py \
+  -k "killed_run and cuda"
 # TESTS: some of them only.
 tests="tests/training/test_step.py tests/training/test_interrupted.py tests/training/test_optimizer.py
   tests/training/test_half_weights.py tests/training/test_fused_training.py tests/kernels/test_adamw.py
@@ -43,6 +46,6 @@ step tests 280 env OMP_NUM_THREADS=1 "$PY" -m pytest -vv -p no:cacheprovider -n 
 
 collect() {
   grep -hE 'reached$|MISSED$' "$LOGS"/training_*.log 2>/dev/null
-  grep -hE '[0-9]+ (passed|failed)' "$LOGS/tests.log" 2>/dev/null
+  grep -hE '[0-9]+ (passed|failed)' "$LOGS"/{killed,tests}.log 2>/dev/null
   return 0
 }
