@@ -119,7 +119,7 @@ class TrainConfig:
         eval_count: how much is measured; 0 for no evaluations at all. Of ``data.eval_file`` the first so many rows, all
             of them by default; of held-out synthetic images so many in the end, 1000 by default, and a quarter while it
             trains.
-        tensorboard: write scalars and pictures for TensorBoard.
+        tensorboard: write scalars and pictures for TensorBoard; pictures where it evaluates, else where it saves.
         export: where a finished run puts a second copy of its weights, to ship: at most 16 MiB.
         export_dtype: of the matrices in all weights that are written, "float32" or "bfloat16". By default "bfloat16"
             with ``export``, as what ships has it, else "float32", which loses nothing.

@@ -207,6 +207,8 @@ class Trainer:
             if state.step % config.save_every == 0:  # after the evaluation, which else would be lost if it is killed
                 self._report(mark, bar)
                 self._save()
+                if not config.eval_every or self.evaluate is None:
+                    self._write_picture()
                 mark = time.monotonic()
         self._report(mark, bar)
         self._save()
@@ -354,7 +356,11 @@ class Trainer:
             bar.write(f"step {self.state.step}: " + ", ".join(f"{name} {value} mm" for name, value in row.items()))
         if self.board is not None:
             self.board.scalars(self.state.step, row)
-            if self.show is not None and self._last is not None:
+        self._write_picture()
+
+    def _write_picture(self) -> None:
+        if self.board is not None and self.show is not None and self._last is not None:
+            with self._writing():
                 self.board.picture(self.state.step, self.show(self.state.average.model, self._last))
 
     def _save(self) -> None:

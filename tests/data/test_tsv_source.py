@@ -145,6 +145,26 @@ def test_unusable_descriptions_name_the_key(tmp_path: Path, text: str, message: 
         TsvSource(tmp_path / "set.yaml")
 
 
+@pytest.mark.parametrize(
+    ("labels", "where"),
+    [
+        ([0, 1, 2, 3, 5], "row 4 is where their keys part"),
+        ([1, 2, 3, 4, 5], "their keys differ from row 0 on"),
+        ([0, 1, 2, 3, 4], "their keys agree up to row 4"),
+        ([0, 1, 1, 2, 3, 4, 5], "row 2 is where their keys part"),
+        ([], "one of them is empty"),
+    ],
+)
+def test_where_a_table_lacks_a_row_is_told(tmp_path: Path, labels: list[int], where: str) -> None:
+    content = rows(6)
+    write_tables(tmp_path, content)
+    write_tables(tmp_path, [content[number] for number in labels], "other")
+    (tmp_path / "set.yaml").write_text("img: train.img.tsv\nlabel: other.label.tsv\n")
+    message = f"other.label.tsv has {len(labels)} rows, its images are 6; {where}"
+    with pytest.raises(ValueError, match=message):
+        TsvSource(tmp_path / "set.yaml")
+
+
 def test_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"set\.yaml.* does not exist"):
         TsvSource(tmp_path / "set.yaml")

@@ -240,11 +240,19 @@ def test_what_cannot_be_written_in_the_end_loses_nothing(
     assert main([*run, "--eval-every", "0", "--resume"]) == 0 and (tmp_path / "run" / "report.json").is_file()
 
 
-def test_epochs_become_steps_and_pictures_are_kept(tmp_path: Path) -> None:
-    """Five rows in batches of two, two epochs: five steps."""
+@pytest.mark.parametrize(
+    ("further", "shown"),
+    [
+        (("--eval-every", "5", "--save-every", "2"), [5]),
+        (("--eval-every", "0", "--save-every", "2"), [2, 4]),
+        (("--eval-every", "5", "--eval-count", "0", "--save-every", "2"), [2, 4]),
+    ],
+)
+def test_epochs_become_steps_and_pictures_are_kept(tmp_path: Path, further: tuple[str, ...], shown: list[int]) -> None:
+    """Five rows in batches of two, two epochs: five steps. Without an evaluation each saved state has a picture."""
     data = str(data_set(tmp_path / "data", "body"))
     run = tmp_path / "run"
-    options = [*SMALL, "--data.files", data, "--epochs", "2", "--tensorboard", "--eval-every", "5"]
+    options = [*SMALL, "--data.files", data, "--epochs", "2", "--tensorboard", *further]
     assert main(["train", "--output", str(run), *options, "--data.synthetic-share", "0", "--no-photographs"]) == 0
     assert torch.load(run / "checkpoint.pt", weights_only=True)["step"] == 5
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -252,7 +260,7 @@ def test_epochs_become_steps_and_pictures_are_kept(tmp_path: Path) -> None:
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
     assert [event.step for event in events.Scalars("training/loss")] == [1, 2, 3, 4, 5]
-    assert [event.step for event in events.Images("meshes")] == [5]
+    assert [event.step for event in events.Images("meshes")] == shown
 
 
 @pytest.mark.parametrize(

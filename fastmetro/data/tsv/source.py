@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import difflib
 import reprlib
 import warnings
@@ -113,9 +114,10 @@ class TsvSource:
         """int32 [rows, 2]: file and line of each row of the set."""
         lengths = [len(file) for file in self._files["img"]]
         for table, files in self._files.items():
-            for name, file, length in zip(self._names[table], files, lengths, strict=True):
-                if len(file) != length:
-                    raise ValueError(f"{self.path}: {name} has {len(file)} rows, its images are {length}")
+            for name, file, images in zip(self._names[table], files, self._files["img"], strict=True):
+                if len(file) != len(images):
+                    counts = f"{name} has {len(file)} rows, its images are {len(images)}"
+                    raise ValueError(f"{self.path}: {counts}; {_where_keys_part(file, images)}")
         if linelist is None:
             parts = [np.stack([np.full(n, i), np.arange(n)], axis=1) for i, n in enumerate(lengths)]
             return np.concatenate(parts).astype(np.int32)
@@ -129,6 +131,23 @@ class TsvSource:
             places = np.concatenate([np.zeros_like(places), places], axis=1)
         _check_places(places, lengths, path)
         return places.astype(np.int32)
+
+
+def _where_keys_part(table: TsvFile, images: TsvFile) -> str:
+    """Of tables of which one lacks rows: the other's keys come early from there on. Found by bisection, since reading
+    millions of rows would take minutes."""
+
+    def differ(number: int) -> bool:
+        try:
+            return table.row(number)[0] != images.row(number)[0]
+        except ValueError:
+            return True
+
+    both = range(min(len(table), len(images)))
+    row = bisect.bisect_left(both, True, key=differ)
+    if row == len(both):
+        return f"their keys agree up to row {row - 1}" if row else "one of them is empty"
+    return f"row {row} is where their keys part" if row else "their keys differ from row 0 on"
 
 
 def _check_keys(settings: dict[Any, Any], path: Path) -> None:
