@@ -159,7 +159,8 @@ def test_running_averages_of_both(runner: Runner) -> None:
 
 @on_triton
 def test_nothing_is_left_in_counters_and_equal_calls_give_equal_bits(runner: Runner) -> None:
-    tensors = given(runner, (4, 130, 24, 11), True, joint=True)
+    images = 4 if runner.device == "cuda" else 1  # the interpreter takes its time
+    tensors = given(runner, (images, 130, 24, 11), True, joint=True)
     expected = results(ours("triton"), tensors, True)
     counters = make_counters(130, runner.device)
 
