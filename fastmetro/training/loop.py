@@ -68,7 +68,7 @@ def train(config: TrainConfig) -> dict[str, object]:
                 world.by_first(lambda: _begin_anew(config.output))
             trainer = Trainer(
                 setup.config, setup.model, setup.objective, setup.source, setup.evaluation(), export_average,
-                setup.show if setup.mesh.faces is not None else None, started, world,
+                setup.show, started, world,
             )  # fmt: skip
             if config.initialise is not None and not config.resume:
                 _take_over_history(trainer.state, config.initialise)

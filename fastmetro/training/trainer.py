@@ -344,6 +344,7 @@ class Trainer:
             raise TrainingFailed(f"the evaluation failed: {error}; {self.last_good()}") from error
         with self._writing():
             self._write_metrics(metrics, bar)
+        self._write_picture()
 
     def _write_metrics(self, metrics: dict[str, float], bar: Any) -> None:
         row = {name: round(metrics[name], 3) for name in METRICS if name in metrics}
@@ -356,7 +357,6 @@ class Trainer:
             bar.write(f"step {self.state.step}: " + ", ".join(f"{name} {value} mm" for name, value in row.items()))
         if self.board is not None:
             self.board.scalars(self.state.step, row)
-        self._write_picture()
 
     def _write_picture(self) -> None:
         if self.board is not None and self.show is not None and self._last is not None:

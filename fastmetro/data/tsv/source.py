@@ -134,8 +134,10 @@ class TsvSource:
 
 
 def _where_keys_part(table: TsvFile, images: TsvFile) -> str:
-    """Of tables of which one lacks rows: the other's keys come early from there on. Found by bisection, since reading
-    millions of rows would take minutes."""
+    """In words, for two tables of which one lacks rows: from the first of those on, no keys agree.
+
+    That makes a bisection enough; reading millions of rows would take minutes.
+    """
 
     def differ(number: int) -> bool:
         try:
